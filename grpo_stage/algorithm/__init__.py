@@ -1,0 +1,1 @@
+"""The mathematics of GRPO: pure torch, no state, no input or output."""

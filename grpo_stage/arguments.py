@@ -1,0 +1,232 @@
+"""Every YAML key of the stage: type, bounds, default, help text.
+
+The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
+`metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
+inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+ROLLOUT, REWARDS, OBJECTIVE, MEMORY, MONITORING = "Rollout", "Rewards", "Objective", "Memory", "Monitoring"
+
+
+@dataclass
+class GRPOArguments:
+    r"""Arguments of `stage: grpo`."""
+
+    # Rollout
+    rollout_backend: Literal["vllm", "hf"] = field(
+        default="vllm",
+        metadata={
+            "group": ROLLOUT,
+            "help": (
+                "The engine that samples completions: `vllm` runs vLLM in this process on the training device, "
+                "`hf` uses transformers' generate, slower but everywhere."
+            ),
+        },
+    )
+    num_generations: int = field(
+        default=8,
+        metadata={
+            "group": ROLLOUT,
+            "min": 2,
+            "help": (
+                "Completions sampled for each prompt (the group size G). A batch is counted in prompts: "
+                "per_device_train_batch_size x gradient_accumulation_steps x devices prompts make one optimizer step, "
+                "each sampled this many times."
+            ),
+        },
+    )
+    steps_per_generation: int = field(
+        default=1,
+        metadata={
+            "group": ROLLOUT,
+            "min": 1,
+            "help": (
+                "Optimizer steps fed by one rollout: the rollout samples this many steps' prompts at once. "
+                "Past 1 the later steps are slightly off-policy."
+            ),
+        },
+    )
+    overlong_prompts: Literal["drop", "truncate"] = field(
+        default="drop",
+        metadata={
+            "group": ROLLOUT,
+            "help": (
+                "What happens to a prompt of more than `cutoff_len` tokens: `drop` leaves it out and counts it in the "
+                "log, `truncate` keeps its last `cutoff_len` tokens."
+            ),
+        },
+    )
+    reference_column: str | None = field(
+        default=None,
+        metadata={
+            "group": ROLLOUT,
+            "help": (
+                "The dataset column that holds the reference answer for the rewards. "
+                "By default the last assistant turn is the reference."
+            ),
+        },
+    )
+    # Rewards
+    reward_funcs: str | None = field(
+        default=None,
+        metadata={
+            "group": REWARDS,
+            "help": (
+                "Reward functions, separated by commas or as a YAML list: a built-in name, `path/file.py:function`, "
+                "or `package.module:function`."
+            ),
+        },
+    )
+    reward_weights: str | None = field(
+        default=None,
+        metadata={
+            "group": REWARDS,
+            "help": "One weight for each reward function, separated by commas or as a YAML list. 1 each by default.",
+        },
+    )
+    reward_kwargs: dict | str | None = field(
+        default=None,
+        metadata={
+            "group": REWARDS,
+            "help": (
+                "Settings of reward functions as a mapping (or a JSON string) from the function's name to its keyword "
+                'arguments, e.g. {"length": {"max_length": 512}}.'
+            ),
+        },
+    )
+    reward_timeout: float = field(
+        default=5.0,
+        metadata={
+            "group": REWARDS,
+            "above": 0.0,
+            "help": (
+                "Seconds that `accuracy` may spend on one completion. One that takes longer counts as not applicable "
+                "and is counted in the log."
+            ),
+        },
+    )
+    # Objective
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "group": OBJECTIVE,
+            "min": 0.0,
+            "help": (
+                "Weight of the KL divergence to the reference policy in the loss. 0 needs no reference policy; "
+                "DeepSeekMath used 0.04."
+            ),
+        },
+    )
+    epsilon: float = field(
+        default=0.2,
+        metadata={"group": OBJECTIVE, "above": 0.0, "help": "Lower clip range of the ratio: it is kept above 1 - epsilon."},
+    )
+    epsilon_high: float | None = field(
+        default=None,
+        metadata={
+            "group": OBJECTIVE,
+            "above": 0.0,
+            "help": (
+                "Upper clip range of the ratio: it is kept below 1 + epsilon_high. `epsilon` by default; "
+                "DAPO recommends 0.28."
+            ),
+        },
+    )
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = field(
+        default="dapo",
+        metadata={
+            "group": OBJECTIVE,
+            "help": (
+                "How token losses are averaged: `grpo` over each completion and then over completions, `dapo` over all "
+                "tokens of the step, `dr_grpo` over completions x max_new_tokens. `bnpo` is `dapo` here, since "
+                "denominators are counted over the whole optimizer step."
+            ),
+        },
+    )
+    scale_rewards: Literal["group", "batch", "none"] = field(
+        default="group",
+        metadata={
+            "group": OBJECTIVE,
+            "help": (
+                "What advantages are divided by: the standard deviation of the `group`, of the whole `batch` of one "
+                "generation, or `none`."
+            ),
+        },
+    )
+    num_iterations: int = field(
+        default=1,
+        metadata={"group": OBJECTIVE, "min": 1, "help": "How many times each rollout is trained on (mu in the paper)."},
+    )
+    mask_truncated_completions: bool = field(
+        default=False,
+        metadata={
+            "group": OBJECTIVE,
+            "help": "Leave completions that reached `max_new_tokens` out of the loss. They still count in the rewards.",
+        },
+    )
+    # Memory
+    max_tokens_per_micro_batch: int = field(
+        default=4096,
+        metadata={
+            "group": MEMORY,
+            "min": 1,
+            "help": (
+                "How many tokens (prompts, completions and padding) go through the model at once in the update. "
+                "It changes memory and speed, never the gradient. Lower it when memory runs out."
+            ),
+        },
+    )
+    # Monitoring
+    max_sampling_logprob_diff: float | None = field(
+        default=None,
+        metadata={
+            "group": MONITORING,
+            "above": 0.0,
+            "help": (
+                "The run stops when the mean difference between the engine's and the trainer's log-probabilities of "
+                "the sampled tokens passes this bound, since completions then come from another policy. By default "
+                "chosen by the precision."
+            ),
+        },
+    )
+    log_completions: bool = field(
+        default=False,
+        metadata={
+            "group": MONITORING,
+            "help": (
+                "Print a table of sampled completions with their rewards at every logging step, and write all "
+                "completions to completions.jsonl in the output folder."
+            ),
+        },
+    )
+    num_completions_to_print: int = field(
+        default=4,
+        metadata={"group": MONITORING, "min": 1, "help": "Rows of the table that `log_completions` prints."},
+    )
+
+    def __post_init__(self) -> None:
+        self.reward_funcs: list[str] = _split(self.reward_funcs)
+        self.reward_weights: list[float] | None = (
+            None if self.reward_weights is None else [float(weight) for weight in _split(self.reward_weights)]
+        )
+        if isinstance(self.reward_kwargs, str):
+            self.reward_kwargs = json.loads(self.reward_kwargs)
+
+
+def grpo_field_names() -> frozenset[str]:
+    """The YAML keys that only this stage knows."""
+    return frozenset(f.name for f in dataclasses.fields(GRPOArguments))
+
+
+def _split(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        return [item.strip() for item in value.split(",") if item.strip()]
+    return list(value) if isinstance(value, list | tuple) else [value]

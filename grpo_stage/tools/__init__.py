@@ -1,0 +1,1 @@
+"""The console command `grpo-stage`: one module a subcommand."""
