@@ -1,0 +1,1 @@
+"""Imported by the .pth at interpreter start."""
