@@ -1,1 +1,92 @@
-"""Imported by the .pth at interpreter start."""
+"""What the `.pth` imports at every interpreter start: hooks for the few host modules that the stage changes.
+
+The standard library alone, and as little of it as can be: this runs in every Python of the environment. A hook fires
+right after its module was executed, before anyone can import a name from it, and only then is the rest of the package
+loaded. `GRPO_STAGE_DISABLE=1` turns it off.
+"""
+
+import os
+import sys
+
+
+TYPE_CHECKING = False  # `typing` would cost more than all of this module
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+    from typing import Any
+
+WATCHED = frozenset(
+    {
+        "llamafactory.hparams.parser",
+        "llamafactory.launcher",
+        "llamafactory.train.tuner",
+        "llamafactory.v1.launcher",
+    }
+)
+
+
+def is_enabled(variable: str) -> bool:
+    """Read a switch in the environment as the host reads its own."""
+    return os.environ.get(variable, "0").lower() in ("true", "y", "1")
+
+
+def is_watched(name: str) -> bool:
+    """Whether the module called `name` is to be changed. The launcher concerns us under `USE_MCA=1` only."""
+    return name in WATCHED and (name != "llamafactory.launcher" or is_enabled("USE_MCA"))
+
+
+class PostImportFinder:
+    """Finds the watched modules with the other finders, and has `on_import` called once they are executed."""
+
+    def find_spec(
+        self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
+    ) -> "ModuleSpec | None":
+        if not is_watched(name):
+            return None
+        finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in finders)), None)
+        if spec is not None and spec.loader is not None:
+            _notify_after_execution(spec.loader)
+        return spec
+
+
+def _notify_after_execution(loader: "Any") -> None:
+    """Wrap `exec_module` on this one loader, whose type so stays what `inspect` and others expect."""
+    execute = loader.exec_module
+
+    def exec_module(module: "ModuleType") -> None:
+        loader.exec_module = execute
+        execute(module)
+        _on_import(module)
+
+    loader.exec_module = exec_module
+
+
+def _on_import(module: "ModuleType") -> None:
+    from grpo_stage.host.registration import on_import
+
+    on_import(module)
+
+
+_FINDER = PostImportFinder()
+
+
+def register() -> None:
+    """Watch for the host's modules, and change those that are there already. May be called twice."""
+    if _FINDER in sys.meta_path:
+        return
+    sys.meta_path.insert(0, _FINDER)
+    for name in filter(is_watched, WATCHED):
+        if name in sys.modules:
+            _on_import(sys.modules[name])
+
+
+def unregister() -> None:
+    """Watch no longer."""
+    if _FINDER in sys.meta_path:
+        sys.meta_path.remove(_FINDER)
+
+
+if not is_enabled("GRPO_STAGE_DISABLE"):
+    register()

@@ -7,11 +7,13 @@ inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Li
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
 ROLLOUT, REWARDS, OBJECTIVE, MEMORY, MONITORING = "Rollout", "Rewards", "Objective", "Memory", "Monitoring"
+BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
 
 
 @dataclass
@@ -35,7 +37,8 @@ class GRPOArguments:
             "group": ROLLOUT,
             "min": 2,
             "help": (
-                "Completions sampled for each prompt (the group size G). A batch is counted in prompts: "
+                "Completions sampled for each prompt (the group size G); one alone would have nothing to be compared "
+                "with. A batch is counted in prompts: "
                 "per_device_train_batch_size x gradient_accumulation_steps x devices prompts make one optimizer step, "
                 "each sampled this many times."
             ),
@@ -213,15 +216,106 @@ class GRPOArguments:
     def __post_init__(self) -> None:
         self.reward_funcs: list[str] = _split(self.reward_funcs)
         self.reward_weights: list[float] | None = (
-            None if self.reward_weights is None else [float(weight) for weight in _split(self.reward_weights)]
+            None if self.reward_weights is None else [_weight(item) for item in _split(self.reward_weights)]
         )
         if isinstance(self.reward_kwargs, str):
-            self.reward_kwargs = json.loads(self.reward_kwargs)
+            self.reward_kwargs = _mapping(self.reward_kwargs)
+
+    def validate(self) -> None:
+        """Refuse values that are out of bounds, and those that contradict one another.
+
+        Raises:
+            ValueError: naming the key, its value, the rule and the remedy.
+        """
+        for spec in dataclasses.fields(GRPOArguments):
+            _check_bounds(spec, getattr(self, spec.name))
+
+        if not self.reward_funcs:
+            raise ValueError(
+                "`reward_funcs` is missing: without a reward there is nothing to learn from. Name one or more of "
+                f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`."
+            )
+        if len(set(self.reward_funcs)) < len(self.reward_funcs):
+            raise ValueError(
+                f"`reward_funcs: {', '.join(self.reward_funcs)}` names a function twice. "
+                "Name each once, and give it more weight in `reward_weights`."
+            )
+        if self.reward_weights is not None:
+            self._check_weights(self.reward_weights)
+        if self.reward_kwargs is not None:
+            for name, kwargs in self.reward_kwargs.items():
+                if not isinstance(kwargs, dict):
+                    raise ValueError(
+                        f"`reward_kwargs` maps a function's name to its keyword arguments, but {name!r} has {kwargs!r}. "
+                        'Write for example {"length": {"max_length": 512}}.'
+                    )
+        if self.epsilon >= 1.0:
+            raise ValueError(
+                f"`epsilon: {self.epsilon}` must be below 1: a ratio is never negative, so a lower clip at 1 - epsilon "
+                "<= 0 would never act. TRL and DAPO use 0.2; for a wider upper range set `epsilon_high`."
+            )
+        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
+            raise ValueError(
+                f"`epsilon_high: {self.epsilon_high}` is below `epsilon: {self.epsilon}`: the upper clip range is meant "
+                "to be the wider one (DAPO: 0.2 and 0.28). Raise `epsilon_high`, or leave it out to use `epsilon` for both."
+            )
+
+    def _check_weights(self, weights: list[float]) -> None:
+        shown = ", ".join(map(str, weights))
+        if len(weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"`reward_weights: {shown}` has {len(weights)} values for the {len(self.reward_funcs)} functions of "
+                f"`reward_funcs: {', '.join(self.reward_funcs)}`. Give one weight for each, in the same order."
+            )
+        if not all(map(math.isfinite, weights)):
+            raise ValueError(f"`reward_weights: {shown}` must be finite numbers, since rewards are multiplied by them.")
+        if not any(weights):
+            raise ValueError(
+                f"`reward_weights: {shown}` are all 0: every reward would be 0 and nothing would be learned. "
+                "Give at least one function a weight other than 0."
+            )
 
 
 def grpo_field_names() -> frozenset[str]:
     """The YAML keys that only this stage knows."""
     return frozenset(f.name for f in dataclasses.fields(GRPOArguments))
+
+
+def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low, high, above = (spec.metadata.get(bound) for bound in ("min", "max", "above"))
+    if not math.isfinite(value):
+        broken = "a finite number"
+    elif low is not None and value < low:
+        broken = f"at least {low}"
+    elif high is not None and value > high:
+        broken = f"at most {high}"
+    elif above is not None and value <= above:
+        broken = f"above {above:g}"
+    else:
+        return
+    raise ValueError(f"`{spec.name}: {value}` must be {broken} (default: {spec.default}). {spec.metadata['help']}")
+
+
+def _mapping(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`reward_kwargs: {text}` is not valid JSON: {error}. Write a YAML mapping or mend it.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f'`reward_kwargs: {text}` is not a mapping. Write for example {{"length": {{"max_length": 512}}}}.')
+    return value
+
+
+def _weight(item: Any) -> float:
+    try:
+        return float(item)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`reward_weights` holds {item!r}, which is not a number. Write one number for each reward function, "
+            "separated by commas or as a YAML list."
+        ) from error
 
 
 def _split(value: Any) -> list[Any]:

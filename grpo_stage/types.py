@@ -58,7 +58,7 @@ class Completion:
     token_ids: tuple[int, ...]
     """Sampled tokens; with `FinishReason.STOP` the last one is the end token. Never empty."""
     sampling_logprobs: tuple[float, ...]
-    """The engine's log-probability of each token, under the distribution named by `RolloutEngine.logprob_temperature`."""
+    """The engine's log-probability of each token, at `RolloutEngine.logprob_temperature`."""
     finish_reason: FinishReason
     text: str
     """Decoded without special tokens: what rewards see."""

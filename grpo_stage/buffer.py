@@ -1,0 +1,116 @@
+"""Rollouts waiting for their uses, and how they are kept in a checkpoint.
+
+A rollout serves `steps_per_generation` optimizer steps, `num_iterations` times over. What is left of it when a
+checkpoint is taken is part of the checkpoint: sampling it anew would give other completions.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepData:
+    """What one optimizer step trains on, on this rank."""
+
+    groups: tuple[ScoredGroup, ...]
+    old_logprobs: tuple[torch.Tensor, ...] | None
+    """Per completion (prompt-major), one float a token: the trainer's own, before the first update on this rollout.
+    None where that is the policy of this very step: the ratio is then 1 by definition."""
+    ref_logprobs: tuple[torch.Tensor, ...] | None
+    """Per completion, of the reference; None without a KL term."""
+    is_fresh: bool
+    """True at the first use right after sampling, when the engine's log-probabilities must equal the trainer's."""
+
+
+class RolloutBuffer:
+    """A queue of `StepData` in the order of use."""
+
+    def __init__(self) -> None:
+        self._steps: deque[StepData] = deque()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def extend(self, steps: Sequence[StepData]) -> None:
+        self._steps.extend(steps)
+
+    def next(self) -> StepData:
+        return self._steps.popleft()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """JSON-serialisable and exact: floats survive, prompts are kept as their index in the dataset."""
+        return [
+            {
+                "groups": [_group_state(scored) for scored in step.groups],
+                "old_logprobs": _tensors_state(step.old_logprobs),
+                "ref_logprobs": _tensors_state(step.ref_logprobs),
+                "is_fresh": step.is_fresh,
+            }
+            for step in self._steps
+        ]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
+        """Restore what `state_dict` gave. `prompts` is the dataset that the indices point into."""
+        self._steps = deque(
+            StepData(
+                groups=tuple(_load_group(group, prompts) for group in step["groups"]),
+                old_logprobs=_load_tensors(step["old_logprobs"]),
+                ref_logprobs=_load_tensors(step["ref_logprobs"]),
+                is_fresh=step["is_fresh"],
+            )
+            for step in state
+        )
+
+
+def _group_state(scored: ScoredGroup) -> dict[str, Any]:
+    return {
+        "prompt": scored.group.prompt.index,
+        "policy_version": scored.group.policy_version,
+        "completions": [
+            {
+                "token_ids": completion.token_ids,
+                "sampling_logprobs": completion.sampling_logprobs,
+                "finish_reason": completion.finish_reason,
+                "text": completion.text,
+            }
+            for completion in scored.group.completions
+        ],
+        "rewards": scored.rewards,
+        "total_rewards": scored.total_rewards,
+        "advantages": scored.advantages,
+    }
+
+
+def _load_group(state: dict[str, Any], prompts: Sequence[Prompt]) -> ScoredGroup:
+    return ScoredGroup(
+        group=RolloutGroup(
+            prompt=prompts[state["prompt"]],
+            policy_version=state["policy_version"],
+            completions=tuple(
+                Completion(
+                    token_ids=tuple(completion["token_ids"]),
+                    sampling_logprobs=tuple(completion["sampling_logprobs"]),
+                    finish_reason=FinishReason(completion["finish_reason"]),
+                    text=completion["text"],
+                )
+                for completion in state["completions"]
+            ),
+        ),
+        rewards=tuple(tuple(row) for row in state["rewards"]),
+        total_rewards=tuple(state["total_rewards"]),
+        advantages=tuple(state["advantages"]),
+    )
+
+
+def _tensors_state(tensors: tuple[torch.Tensor, ...] | None) -> list[list[float]] | None:
+    return None if tensors is None else [tensor.tolist() for tensor in tensors]
+
+
+def _load_tensors(state: list[list[float]] | None) -> tuple[torch.Tensor, ...] | None:
+    return None if state is None else tuple(torch.tensor(values) for values in state)

@@ -1,0 +1,301 @@
+"""The host's dataset loader, made to give prompts with whole references and every column of the row.
+
+`get_dataset(stage="ppo")` does the loading, mixing, sampling and splitting. While it runs, the two functions that it
+looks up for each dataset are replaced: the converter, which alone sees the raw row, and the processor, which encodes.
+Between them, and in what comes out, a row is one JSON string, so that datasets of any columns can be mixed.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date, datetime, time
+from decimal import Decimal
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+from llamafactory.data import converter, loader
+from llamafactory.data.converter import DatasetConverter
+from llamafactory.data.data_utils import Role
+from llamafactory.data.parser import DatasetAttr
+from llamafactory.data.processor.processor_utils import DatasetProcessor
+from llamafactory.extras import logging
+
+from grpo_stage import __version__
+from grpo_stage.prompts import PromptSet, build_prompts
+from grpo_stage.types import Prompt
+
+
+if TYPE_CHECKING:
+    from llamafactory.data.template import Template
+    from llamafactory.hparams import DataArguments, ModelArguments
+    from transformers import PreTrainedTokenizer, ProcessorMixin, Seq2SeqTrainingArguments
+
+    from grpo_stage.arguments import GRPOArguments
+
+
+logger = logging.get_logger(__name__)
+
+ROW = "_grpo_row"
+"""The one column of a converted and of a processed dataset."""
+MEDIA_FIELDS = ("images", "videos", "audios")
+COLUMN_FIELDS = {
+    "alpaca": ("prompt", "query", "response", "history"),
+    "sharegpt": ("messages",),
+    "openai": ("messages",),
+}
+"""The fields of `DatasetAttr` that name a column, beside the ones that all formats share."""
+
+
+@dataclass(frozen=True)
+class PromptData:
+    """The prompts of a run."""
+
+    train: list[Prompt]
+    evaluation: list[Prompt]
+    """Empty where the run has no `val_size` and no `eval_dataset`."""
+
+
+def load_prompts(
+    template: "Template",
+    tokenizer: "PreTrainedTokenizer",
+    processor: "ProcessorMixin | None",
+    model_args: "ModelArguments",
+    data_args: "DataArguments",
+    training_args: "Seq2SeqTrainingArguments",
+    finetuning_args: "GRPOArguments",
+) -> PromptData:
+    """Load the run's datasets as the host would, and encode their prompts with its template.
+
+    Raises:
+        ValueError: if there is no dataset, a row cannot be a prompt, or no row is left.
+    """
+    if data_args.dataset is None:
+        raise ValueError("No prompts to train on: name a dataset of dataset_info.json in `dataset`.")
+    with _prompt_pipeline(finetuning_args.reference_column):
+        try:
+            datasets = loader.get_dataset(
+                template, model_args, data_args, training_args, stage="ppo", tokenizer=tokenizer, processor=processor
+            )
+        except StopIteration as error:
+            raise ValueError("The dataset that was loaded last has no rows.") from error
+
+    evaluation = datasets.get("eval_dataset") or {}
+    if not isinstance(evaluation, dict):  # a mapping where each evaluation set is kept apart
+        evaluation = {"validation": evaluation}
+    cutoff_len, overlong = data_args.cutoff_len, finetuning_args.overlong_prompts
+    train = build_prompts(datasets["train_dataset"][ROW], cutoff_len, overlong)
+    _report_rows(train, "training", cutoff_len, overlong)
+    if not evaluation:
+        return PromptData(train=train.prompts, evaluation=[])
+    held_out = build_prompts(chain.from_iterable(d[ROW] for d in evaluation.values()), cutoff_len, overlong)
+    _report_rows(held_out, "evaluation", cutoff_len, overlong)
+    return PromptData(train=train.prompts, evaluation=held_out.prompts)
+
+
+@contextmanager
+def _prompt_pipeline(reference_column: str | None) -> Iterator[None]:
+    """Let the host's loader use our converter and processor."""
+    host_get_converter, host_get_processor = converter.get_dataset_converter, loader._get_dataset_processor
+
+    def get_converter(name: str, dataset_attr: DatasetAttr, data_args: "DataArguments") -> PromptConverter:
+        return PromptConverter(host_get_converter(name, dataset_attr, data_args))
+
+    def get_processor(
+        data_args: "DataArguments",
+        stage: str,
+        template: "Template",
+        tokenizer: "PreTrainedTokenizer",
+        processor: "ProcessorMixin | None",
+        do_generate: bool = False,
+    ) -> PromptProcessor:
+        return PromptProcessor(template, tokenizer, processor, data_args, reference_column)
+
+    converter.get_dataset_converter, loader._get_dataset_processor = get_converter, get_processor
+    try:
+        yield
+    finally:
+        converter.get_dataset_converter, loader._get_dataset_processor = host_get_converter, host_get_processor
+
+
+@dataclass
+class PromptConverter:
+    """A host converter that keeps the raw row, and takes rows that have a prompt and no answer.
+
+    Dates and decimals of the raw row become strings; what JSON cannot hold (bytes, decoded media) becomes None.
+    """
+
+    host: DatasetConverter
+    version: str = field(default=__version__)
+    """Part of the datasets cache's key, which sees a callable's attributes but not its code."""
+
+    def __call__(self, example: dict[str, Any]) -> dict[str, str]:
+        row = dict(example)
+        self._check_columns(row)
+        aligned = self.host(self._with_answer(row))
+        return {
+            ROW: _to_json(
+                {
+                    "prompt": aligned["_prompt"],
+                    "response": aligned["_response"],
+                    "system": aligned["_system"] or "",
+                    "tools": _as_text(aligned["_tools"]) or "",
+                    "columns": row,
+                }
+            )
+        }
+
+    def _check_columns(self, row: dict[str, Any]) -> None:
+        attr = self.host.dataset_attr
+        fields = (*COLUMN_FIELDS.get(attr.formatting, ()), "system", "tools", *MEDIA_FIELDS)
+        named = {name: getattr(attr, name) for name in fields if getattr(attr, name) is not None}
+        for name, column in named.items():
+            # Alpaca's `input` and `output` are looked for unasked: a row of a prompt alone has neither.
+            if column not in row and not (name in ("query", "response") and column == getattr(DatasetAttr, name)):
+                raise ValueError(
+                    f"Dataset {attr} has no column `{column}` (its {name}): it has {_names(row)}. "
+                    f"Name the right one as `{name}` under `columns` in dataset_info.json."
+                )
+        for name in MEDIA_FIELDS:
+            if name in named and row[named[name]]:
+                raise ValueError(
+                    f"A row of dataset {attr} has {name}: prompts with {name} are not supported yet by `stage: grpo`. "
+                    f"Leave `{name}` out of its `columns` in dataset_info.json if the text alone makes sense, or "
+                    f"remove such rows. The row: {_excerpt(row)}"
+                )
+
+    def _with_answer(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row as the host's converter takes it, with an empty answer where it has none."""
+        attr = self.host.dataset_attr
+        if attr.formatting == "alpaca":
+            row = {attr.query: None, attr.response: None, **row}
+            row[attr.response] = _as_text(row[attr.response])  # the host takes no answer that is a number for one
+            for column in (attr.prompt, attr.query):
+                if column is not None and not isinstance(row[column], str | None):
+                    raise ValueError(
+                        f"Column `{column}` of dataset {attr} must hold text, got {_excerpt(row[column])}. "
+                        "A conversation needs `formatting: sharegpt` or `openai` in dataset_info.json."
+                    )
+        elif attr.formatting in COLUMN_FIELDS:
+            turns = row.get(attr.messages) or []
+            if not turns:
+                raise ValueError(f"A row of dataset {attr} has no messages in `{attr.messages}`: {_excerpt(row)}")
+            for tag in (attr.role_tag, attr.content_tag):
+                if tag not in turns[-1]:
+                    raise ValueError(
+                        f"The messages of dataset {attr} have no key `{tag}` but {_names(turns[-1])}. "
+                        "Name the keys and roles under `tags` in dataset_info.json."
+                    )
+            if turns[-1][attr.role_tag] in (attr.user_tag, attr.observation_tag):
+                answer = {attr.role_tag: attr.assistant_tag, attr.content_tag: ""}
+                row = {**row, attr.messages: [*turns, answer]}
+        return row
+
+
+@dataclass
+class PromptProcessor(DatasetProcessor):
+    """Encodes prompts as the host's unsupervised processor does, uncut, and with an empty answer.
+
+    Under a reasoning template that does not think, the host's prompt depends on whether the *answer* holds a thought.
+    A prompt is sampled from without an answer, so none may shape it: this is how the host's chat encodes, too.
+    """
+
+    reference_column: str | None
+    version: str = field(default=__version__)
+    """As in `PromptConverter`."""
+
+    def preprocess_dataset(self, examples: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        return {ROW: [json.dumps(self._record(json.loads(row)), ensure_ascii=False) for row in examples[ROW]]}
+
+    def print_data_example(self, example: dict[str, Any]) -> None:
+        record = json.loads(example[ROW])
+        if record is None:
+            print("(the first row was left out, see the warnings above)")
+            return
+        print(f"prompt_ids:\n{record['token_ids']}")
+        print(f"prompt:\n{self.tokenizer.decode(record['token_ids'], skip_special_tokens=False)}")
+        print(f"reference:\n{record['reference']}")
+
+    def _record(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        prompt, system = row["prompt"], row["system"]
+        if len(prompt) % 2 != 1:  # turns that do not alternate: the host has warned
+            return None
+        for message in prompt:
+            if not isinstance(message["content"], str):
+                raise ValueError(
+                    f"A message's content must be text, got {_excerpt(message['content'])} in the row "
+                    f"{_excerpt(row['columns'])}. Prompts with images, videos or audios are not supported yet."
+                )
+        token_ids = self._encode(prompt, system, row["tools"])
+        if not token_ids or not prompt[-1]["content"].strip():
+            raise ValueError(
+                f"The prompt of this row is empty: {_excerpt(row['columns'])}. Remove the row, or name the columns "
+                "that hold the prompt under `columns` in dataset_info.json."
+            )
+        return {
+            "token_ids": token_ids,
+            "messages": [{"role": Role.SYSTEM.value, "content": system}, *prompt] if system else prompt,
+            "reference": self._reference(row),
+            "columns": row["columns"],
+        }
+
+    def _encode(self, prompt: list[dict[str, str]], system: str, tools: str) -> list[int]:
+        plugin = self.template.mm_plugin
+        messages = [*prompt, {"role": Role.ASSISTANT.value, "content": ""}]
+        messages = plugin.process_messages(messages, [], [], [], self.processor)
+        token_ids, _ = self.template.encode_oneturn(self.tokenizer, messages, system, tools)
+        token_ids, _ = plugin.process_token_ids(token_ids, None, [], [], [], self.tokenizer, self.processor)
+        return token_ids
+
+    def _reference(self, row: dict[str, Any]) -> str | None:
+        """The row's answer as text; an empty one is none."""
+        columns = row["columns"]
+        if self.reference_column is None:
+            # A rated (KTO) row has an empty turn first where its answer is a bad one.
+            return _as_text(row["response"][0]["content"]) or None if row["response"] else None
+        if self.reference_column not in columns:
+            raise ValueError(
+                f"`reference_column: {self.reference_column}` is no column of the dataset, which has "
+                f"{_names(columns)}. Every dataset of the run must have it."
+            )
+        return _as_text(columns[self.reference_column]) or None
+
+
+def _report_rows(prompt_set: PromptSet, split: str, cutoff_len: int, overlong_prompts: str) -> None:
+    """Say which rows gave no prompt or a shorter one, and refuse to go on with none."""
+    num_rows, num_overlong, num_unreadable = prompt_set.num_rows, prompt_set.num_overlong, prompt_set.num_unreadable
+    longer = f"{num_overlong} of {num_rows} {split} prompts: longer than `cutoff_len` ({cutoff_len} tokens)"
+    broken = f"{num_unreadable} of {num_rows} {split} rows: turns that do not alternate, the user's first"
+    remedy = "Raise `cutoff_len`, or keep the end of such prompts with `overlong_prompts: truncate`."
+    if not prompt_set.prompts:
+        raise ValueError(f"No {split} prompt is left. Dropped {longer}; dropped {broken}. {remedy}")
+    if num_overlong and overlong_prompts == "drop":
+        logger.warning_rank0(f"Dropped {longer}. {remedy}")
+    elif num_overlong:
+        logger.warning_rank0(f"Cut the beginning of {longer}. Raise `cutoff_len` to keep them whole.")
+    if num_unreadable:
+        logger.warning_rank0(f"Dropped {broken}.")
+
+
+def _as_text(value: Any) -> str | None:
+    """A dataset's value as text: lists and mappings as JSON, numbers as Python writes them."""
+    if value is None or isinstance(value, str):
+        return value
+    return _to_json(value) if isinstance(value, list | dict) else str(value)
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=_json_default)
+
+
+def _json_default(value: Any) -> str | None:
+    return str(value) if isinstance(value, date | datetime | time | Decimal) else None
+
+
+def _names(mapping: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}`" for name in mapping)
+
+
+def _excerpt(value: Any) -> str:
+    text = _to_json(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."

@@ -1,0 +1,83 @@
+"""The host symbols that a run uses, each once; `contract.py` checks them before a run.
+
+Importing this module imports the host.
+"""
+
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+from llamafactory.data import get_template_and_fix_tokenizer
+from llamafactory.extras.logging import get_logger
+from llamafactory.extras.ploting import plot_loss
+from llamafactory.model import load_model, load_tokenizer
+from llamafactory.train.callbacks import (
+    LogCallback,
+    ModuleProfilerCallback,
+    PissaConvertCallback,
+    ReporterCallback,
+    TorchProfilerCallback,
+)
+from llamafactory.train.trainer_utils import (
+    create_custom_optimizer,
+    create_custom_scheduler,
+    create_modelcard_and_push,
+    create_ref_model,
+    get_swanlab_callback,
+)
+from transformers import EarlyStoppingCallback, TrainerCallback
+
+
+if TYPE_CHECKING:
+    from .parser import RunArguments
+
+
+__all__ = [
+    "MetricsLogCallback",
+    "create_custom_optimizer",
+    "create_custom_scheduler",
+    "create_modelcard_and_push",
+    "create_ref_model",
+    "get_logger",
+    "get_template_and_fix_tokenizer",
+    "load_model",
+    "load_tokenizer",
+    "plot_loss",
+    "stage_callbacks",
+]
+
+
+class MetricsLogCallback(LogCallback):
+    """The host's LogCallback, which writes a fixed set of keys to trainer_log.jsonl, with every metric added.
+
+    LLaMA Board reads that file, so the host's own keys stay as they are and win over a metric of the same name.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._metrics: deque[dict[str, Any]] = deque()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save and self.thread_pool is not None:  # then the host writes exactly one line
+            self._metrics.append({k: v for k, v in state.log_history[-1].items() if k != "step"})
+        super().on_log(args, state, control, **kwargs)
+
+    def _write_log(self, output_dir: str, logs: dict[str, Any]) -> None:
+        super()._write_log(output_dir, {**(self._metrics.popleft() if self._metrics else {}), **logs})
+
+
+def stage_callbacks(arguments: "RunArguments") -> list[TrainerCallback]:
+    """The callbacks that the host's `_training_function` assembles for every stage, with our log callback."""
+    training, finetuning = arguments.training, arguments.finetuning
+    callbacks: list[TrainerCallback] = [MetricsLogCallback()]
+    if finetuning.pissa_convert:
+        callbacks.append(PissaConvertCallback())
+    if finetuning.use_swanlab:
+        callbacks.append(get_swanlab_callback(finetuning))
+    if finetuning.early_stopping_steps is not None:
+        callbacks.append(EarlyStoppingCallback(early_stopping_patience=finetuning.early_stopping_steps))
+    if training.enable_torch_profiler:
+        callbacks.append(TorchProfilerCallback(training))
+    if training.profile_modules:
+        callbacks.append(ModuleProfilerCallback(training.profile_modules))
+    callbacks.append(ReporterCallback(arguments.model, arguments.data, finetuning, arguments.generating))
+    return callbacks

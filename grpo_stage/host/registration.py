@@ -1,0 +1,261 @@
+"""Every change that is made to the host, as one table: `ROWS`.
+
+A row is applied right after its module is executed (`_autoload` sees to that), or by `install()` where the module is
+there already, and `uninstall()` takes all of them back. On a host that the stage was not made for only the guards are
+applied: they refuse `stage: grpo` with the reason, and all other stages are left alone.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import wrapt
+
+from grpo_stage import _autoload
+from grpo_stage.host.contract import (
+    SUPPORTED_HOST,
+    UnsupportedHostError,
+    check_contract,
+    installed_version,
+    is_supported_version,
+)
+
+
+STAGE = "grpo"
+RawArguments = dict[str, Any] | list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One change to the host. A list is changed in place, since others may hold it by name."""
+
+    module: str
+    attribute: str
+    replace: Callable[[Any], Any]
+    """From the host's own value to ours."""
+    why: str
+    is_guard: bool = False
+    """Guards only refuse, and are wanted on every host."""
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What stands at a row's place now, and what the host had there."""
+
+    module: ModuleType
+    current: Any
+    original: Any
+
+
+_applied: dict[Row, Applied] = {}
+
+
+def install() -> None:
+    """Apply every row, to the modules that are imported now and to the others once they are. May be called twice."""
+    _autoload.register()
+
+
+def uninstall() -> None:
+    """Give the host its own values back.
+
+    Raises:
+        RuntimeError: if somebody else has changed one of them since, which would be undone as well.
+    """
+    for row, applied in _applied.items():
+        if getattr(applied.module, row.attribute) is not applied.current:
+            raise RuntimeError(
+                f"{row.module}.{row.attribute} was changed again after grpo-stage had changed it, so that it cannot "
+                "be put back. Undo the other change first."
+            )
+    _autoload.unregister()
+    for row, applied in _applied.items():
+        if isinstance(applied.current, list):
+            applied.current[:] = applied.original
+        else:
+            setattr(applied.module, row.attribute, applied.original)
+    _applied.clear()
+
+
+def on_import(module: ModuleType) -> None:
+    """Apply the rows of a module that was just executed, and so holds the host's own values."""
+    is_supported = is_supported_version()
+    for row in ROWS:
+        # What is not there cannot be changed: the guards name it, through the contract.
+        if row.module != module.__name__ or not (row.is_guard or is_supported) or not hasattr(module, row.attribute):
+            continue
+        original = getattr(module, row.attribute)
+        if isinstance(original, list):
+            saved = list(original)
+            original[:] = row.replace(saved)
+            _applied[row] = Applied(module, original, saved)
+        else:
+            setattr(module, row.attribute, current := row.replace(original))
+            _applied[row] = Applied(module, current, original)
+
+
+def run_cli() -> None:
+    """Run `llamafactory-cli` on this process's command line."""
+    from llamafactory.cli import main
+
+    main()
+
+
+def stage_of(arguments: RawArguments) -> str | None:
+    """Read the stage from arguments that are not parsed yet: a mapping, or command-line flags."""
+    if isinstance(arguments, dict):
+        return arguments.get("stage")
+    stage = None
+    for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
+        if flag == "--stage":
+            stage = value
+        elif flag.startswith("--stage="):
+            stage = flag.removeprefix("--stage=")
+    return stage
+
+
+def read_command_line(arguments: list[str]) -> RawArguments:
+    """Read arguments as the host does: a YAML or JSON file with overrides behind it, or flags."""
+    if not arguments or not arguments[0].endswith((".yaml", ".yml", ".json")):
+        return arguments
+    from omegaconf import OmegaConf
+
+    configuration = OmegaConf.load(Path(arguments[0]).absolute())  # JSON is YAML
+    return OmegaConf.to_container(OmegaConf.merge(configuration, OmegaConf.from_cli(arguments[1:])))  # type: ignore[return-value]
+
+
+def _add_grpo_arguments(argument_classes: list[type]) -> list[type]:
+    from llamafactory.hparams.finetuning_args import FinetuningArguments
+
+    from grpo_stage.host.parser import GRPOFinetuningArguments
+
+    return [GRPOFinetuningArguments if cls is FinetuningArguments else cls for cls in argument_classes]
+
+
+def _read_json_from_paths(module: ModuleType) -> SimpleNamespace:
+    def load(source: Any) -> Any:
+        return json.loads(source.read_text(encoding="utf-8")) if isinstance(source, Path) else json.load(source)
+
+    return SimpleNamespace(**{**vars(module), "load": load})
+
+
+@wrapt.decorator
+def _refuse_unsupported_host(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    given = args[0] if args else kwargs.get("args")
+    if stage_of(read_command_line(sys.argv[1:]) if given is None else given) == STAGE:
+        _refuse_megatron()
+        check_contract()
+    return wrapped(*args, **kwargs)
+
+
+@wrapt.decorator
+def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    from grpo_stage.host import parser
+
+    config = args[0] if args else kwargs["config"]
+    if stage_of(config["args"]) != STAGE:
+        parser.refuse_grpo_keys(config["args"])
+        return wrapped(*args, **kwargs)
+
+    from grpo_stage.host.launch import run
+
+    run(parser.parse(config["args"]), config["callbacks"])
+    _leave_process_group()
+
+
+@wrapt.decorator
+def _refuse_megatron_launch(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if _launches_grpo():
+        _refuse_megatron()
+    return wrapped(*args, **kwargs)
+
+
+@wrapt.decorator
+def _refuse_v1_launch(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    if _launches_grpo():
+        raise _wrong_mode("USE_V1", "LLaMA-Factory's v1 trainers")
+    return wrapped(*args, **kwargs)
+
+
+def _launches_grpo() -> bool:
+    return sys.argv[1:2] == ["train"] and stage_of(read_command_line(sys.argv[2:])) == STAGE
+
+
+def _refuse_megatron() -> None:
+    if _autoload.is_enabled("USE_MCA"):
+        raise _wrong_mode("USE_MCA", "Megatron-Core's trainers")
+
+
+def _wrong_mode(switch: str, trainers: str) -> UnsupportedHostError:
+    return UnsupportedHostError(
+        f"`stage: grpo` cannot run with {switch}=1, which hands the run to {trainers}: they have no GRPO. Installed "
+        f"is llamafactory {installed_version()}, supported is {SUPPORTED_HOST} with its default trainers. Unset "
+        f"{switch} for this run."
+    )
+
+
+def _leave_process_group() -> None:
+    """End the run as the host ends its own stages."""
+    import torch.distributed as dist
+    from llamafactory.extras.logging import get_logger
+
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        return  # Ray destroys the group itself
+    try:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    except RuntimeError as error:  # the model is saved by now: not worth an exit code
+        get_logger(__name__).warning(f"Failed to destroy process group: {error}.")
+
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        "llamafactory.hparams.parser",
+        "_TRAIN_ARGS",
+        _add_grpo_arguments,
+        "YAML, flags and `-h` know the stage and its keys.",
+    ),
+    Row(
+        "llamafactory.hparams.parser",
+        "_INFER_ARGS",
+        _add_grpo_arguments,
+        "`chat` and `export` take the YAML that a model was trained with.",
+    ),
+    Row(
+        "llamafactory.hparams.parser",
+        "json",
+        _read_json_from_paths,
+        "The host hands `json.load` a path, so that every JSON configuration fails.",
+    ),
+    Row(
+        "llamafactory.train.tuner",
+        "run_exp",
+        _refuse_unsupported_host,
+        "`stage: grpo` is refused on a host it was not made for before that host makes anything of its arguments.",
+        is_guard=True,
+    ),
+    Row(
+        "llamafactory.train.tuner",
+        "_training_function",
+        _dispatch_stage,
+        "Runs the stage. `run_exp` and Ray's workers look it up when they call it.",
+    ),
+    Row(
+        "llamafactory.launcher",
+        "launch",
+        _refuse_megatron_launch,
+        "With USE_MCA=1 the host may fail at the import of its arguments, before any other row could say why.",
+        is_guard=True,
+    ),
+    Row(
+        "llamafactory.v1.launcher",
+        "launch",
+        _refuse_v1_launch,
+        "USE_V1=1 leads to trainers that know neither the stage nor its keys.",
+        is_guard=True,
+    ),
+)

@@ -1,0 +1,124 @@
+"""What is logged: each metric's definition, as sums and counts that are reduced over ranks before dividing.
+
+A mean of ranks' means would weigh a rank with two completions like one with twenty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import stdev
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from .algorithm.losses import SurrogateOutput
+from .types import FinishReason, PolicyBatch, ScoredGroup
+
+
+T = TypeVar("T")
+
+
+@dataclass
+class MetricTracker:
+    """Collects metrics between two log lines."""
+
+    _means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _minima: dict[str, float] = field(default_factory=dict)
+    _maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float | torch.Tensor, count: float | torch.Tensor = 1.0) -> None:
+        """Add to a metric that is logged as (sum of totals) / (sum of counts)."""
+        old_total, old_count = self._means.get(name, (0.0, 0.0))
+        self._means[name] = (old_total + float(total), old_count + float(count))
+
+    def lowest(self, name: str, value: float) -> None:
+        self._minima[name] = min(value, self._minima.get(name, value))
+
+    def highest(self, name: str, value: float) -> None:
+        self._maxima[name] = max(value, self._maxima.get(name, value))
+
+    def take(self) -> dict[str, float]:
+        """The metrics over all ranks since the last call. Every rank must call it."""
+        mine = (self._means, self._minima, self._maxima)
+        self._means, self._minima, self._maxima = {}, {}, {}
+        merged = MetricTracker()
+        for means, minima, maxima in all_gather(mine):
+            for name, (total, count) in means.items():
+                merged.add(name, total, count)
+            for name, value in minima.items():
+                merged.lowest(name, value)
+            for name, value in maxima.items():
+                merged.highest(name, value)
+        averages = {name: total / count for name, (total, count) in merged._means.items() if count > 0}
+        return {**averages, **merged._minima, **merged._maxima}
+
+
+def all_gather(value: T) -> list[T]:
+    """The values of all ranks, in order; `[value]` where there is one process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward_names: Sequence[str]) -> None:
+    """Metrics of a rollout, under TRL's names.
+
+    ======================================  ==========================================================================
+    reward                                  mean over completions of the weighted total
+    reward_std                              mean over groups of the total's sample standard deviation
+    frac_reward_zero_std                    share of groups whose totals are all equal: they teach nothing
+    rewards/{function}/mean, .../std        mean over completions; mean over groups of the sample standard deviation
+    rewards/{function}/frac_not_applicable  share of completions for which the function returned None
+    completions/mean_length (min, max)      tokens, the end token included
+    completions/mean_terminated_length      of those that ended by themselves
+    completions/clipped_ratio               share that reached `max_new_tokens`
+    ======================================  ==========================================================================
+    """
+    for scored in groups:
+        totals = [total for total in scored.total_rewards if total is not None]
+        tracker.add("reward", sum(totals), len(totals))
+        if len(totals) > 1:
+            tracker.add("reward_std", stdev(totals))
+        tracker.add("frac_reward_zero_std", float(len(set(totals)) <= 1))
+        for name, column in zip(reward_names, zip(*scored.rewards, strict=True), strict=True):
+            applicable = [value for value in column if value is not None]
+            tracker.add(f"rewards/{name}/mean", sum(applicable), len(applicable))
+            if len(applicable) > 1:
+                tracker.add(f"rewards/{name}/std", stdev(applicable))
+            if len(applicable) < len(column):
+                tracker.add(f"rewards/{name}/frac_not_applicable", len(column) - len(applicable), len(column))
+        for completion in scored.group.completions:
+            length = len(completion.token_ids)
+            truncated = completion.finish_reason is FinishReason.LENGTH
+            tracker.add("completions/mean_length", length)
+            tracker.lowest("completions/min_length", length)
+            tracker.highest("completions/max_length", length)
+            tracker.add("completions/clipped_ratio", float(truncated))
+            tracker.add("completions/mean_terminated_length", 0 if truncated else length, float(not truncated))
+
+
+def record_update(
+    tracker: MetricTracker,
+    batch: PolicyBatch,
+    surrogate: SurrogateOutput,
+    entropy: torch.Tensor,
+    kl: torch.Tensor | None,
+) -> None:
+    """Metrics of a micro-batch, all means over the completion tokens that the loss uses (TRL's names).
+
+    entropy in nats a token; kl the k3 estimate to the reference; clip_ratio/low_mean, high_mean, region_mean the
+    share of tokens whose gradient the lower, the upper, either bound cut.
+    """
+    used = (batch.loss_weights > 0).float()  # [B, T]
+    count = used.sum()
+    tracker.add("entropy", (entropy * used).sum(), count)
+    if kl is not None:
+        tracker.add("kl", (kl.detach() * used).sum(), count)
+    for name, clipped in (
+        ("low_mean", surrogate.clipped_low),
+        ("high_mean", surrogate.clipped_high),
+        ("region_mean", surrogate.clipped_low | surrogate.clipped_high),
+    ):
+        tracker.add(f"clip_ratio/{name}", (clipped * used).sum(), count)

@@ -1,0 +1,178 @@
+"""Rewards that compare a completion with the reference: `accuracy` and `exact_match`."""
+
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from grpo_stage.rewards.workers import RewardContext
+
+
+_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_HASHES_AT_END = re.compile(r"####([^\n]*?)\s*\Z")
+_ANSWER_PHRASE = re.compile(r"\banswer\s*(?:is\b|:)\s*:?([^\n]*)", re.IGNORECASE)
+_BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
+_CJK_BEFORE_ANSWER = re.compile(r"(?<=[\u3000-\u303f\u3400-\u9fff\uff00-\uffef])(?=[-\d$\\.])")
+_PLAIN_NUMBER = re.compile(r"[-+]?\$?\s*(?:\d[\d,]*(?:\.\d*)?|\.\d+)")
+_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{2,}")
+_DELIMITER = re.compile(r"\$|\\\(|\\\[|\\boxed")
+
+
+def accuracy(context: "RewardContext") -> Callable[..., list[float | None]]:
+    r"""1 where the completion's final answer equals the reference's, else 0; None where deciding took too long.
+
+    Range {0, 1}. Needs references. The final answer of either side is, in this order: what stands in the last
+    `<answer>...</answer>`, in the last `\boxed{...}`, after GSM8K's `####`; failing these, what math-verify extracts from
+    the whole text (an "answer is ..." phrase first, then the last formula or number: `7 or 8` answers 8). In a reference
+    `####` may stand anywhere, in a completion only in the last line, since it also makes headings. Only what follows
+    `</think>` is looked at; a completion that never leaves `<think>`, or is empty, scores 0. So does one that was truncated
+    before its answer, unless the last number it had reached happens to be right.
+
+    The answers are compared by math-verify, so that `1/2`, `0.5` and `\frac{1}{2}` are equal. Two rules of our own: where the
+    reference is a plain number, a sum or product that was not worked out (`3 + 4` for 7) is not an answer and scores 0;
+    and **where math-verify reads no mathematics in the reference** (`Paris`, `B`), both answers are compared as text, without
+    regard to case, white space, surrounding punctuation and `\text{}`. A reference with a number in it is compared by that
+    number: `7 apples` is 7.
+
+    A completion on which math-verify takes longer than `reward_timeout` seconds is None, logged, and counted in the
+    counter `accuracy/timeouts`.
+    """
+
+    def score(completions: Sequence[str], references: Sequence[str]) -> list[float | None]:
+        return context.judge("accuracy", completions, references)
+
+    return score
+
+
+def exact_match(context: "RewardContext") -> Callable[..., list[float]]:
+    """1 where the text equals the reference, else 0.
+
+    Range {0, 1}. Needs references. The text is what stands in the last `<answer>...</answer>`, or the whole completion
+    where there are no such tags. White space around text and reference is ignored, everything else counts.
+    """
+
+    def score(completions: Sequence[str], references: Sequence[str]) -> list[float]:
+        return [
+            float(_answer_tag(completion).strip() == reference.strip())
+            for completion, reference in zip(completions, references, strict=True)
+        ]
+
+    return score
+
+
+def is_same_text(completion: str, reference: str) -> bool:
+    """True where both sides state the answer in the same words: decided without math-verify."""
+    answer = _normalize(final_answer(completion))
+    return bool(answer) and answer == _normalize(final_answer(reference, is_reference=True))
+
+
+def is_correct(completion: str, reference: str) -> bool:
+    """What `accuracy` says. Runs in a worker, since math-verify may take arbitrarily long."""
+    from math_verify import verify
+
+    if is_same_text(completion, reference):
+        return True
+    answer = final_answer(completion)
+    gold_text = final_answer(reference, is_reference=True)
+    gold = _parse_reference(gold_text)
+    if not gold:
+        # Both sides in words. Only here may a phrase stand for a mark: math-verify knows the phrase for mathematics.
+        phrases = _ANSWER_PHRASE.findall(answer)
+        return bool(phrases) and _normalize(phrases[-1]) == _normalize(gold_text)
+    predicted = _parse(answer)
+    if _PLAIN_NUMBER.fullmatch(gold_text.strip().rstrip(".")) and any(map(_is_unfinished, predicted)):
+        return False
+    return verify(gold, predicted, timeout_seconds=None)
+
+
+def final_answer(text: str, *, is_reference: bool = False) -> str:
+    """The part of `text` that states the answer: marked by tags, a box or `####`, else everything after `</think>`."""
+    if "</think>" in text:
+        text = text.rpartition("</think>")[2]
+    elif "<think>" in text:
+        return ""
+    text = _answer_tag(text)
+    if (boxed := _last_boxed(text)) is not None:
+        return boxed
+    if is_reference and "####" in text:
+        return text.rpartition("####")[2].strip().partition("\n")[0]
+    if match := _HASHES_AT_END.search(text):
+        return match[1].strip()
+    return text.strip()
+
+
+def _answer_tag(text: str) -> str:
+    tags = _ANSWER_TAG.findall(text)
+    return tags[-1] if tags else text
+
+
+def _last_boxed(text: str) -> str | None:
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end].strip()
+    return None
+
+
+def _normalize(text: str) -> str:
+    text = _TEXT_COMMAND.sub(r"\1", _BOLD.sub(r"\1", text))
+    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*$。，：；！？")  # noqa: RUF001
+
+
+@lru_cache(maxsize=256)
+def _parse_reference(text: str) -> list[Any]:
+    return _parse(text)
+
+
+def _parse(text: str) -> list[Any]:
+    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
+
+    text = _CJK_BEFORE_ANSWER.sub(" ", _BOLD.sub(r"\1", text))
+    if _is_bare_formula(text):
+        text = f"\\boxed{{{text}}}"
+    return parse(
+        text,
+        extraction_config=(LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()),
+        # The fallback is the matched string: `50` out of `50%`, which would equal the number 50.
+        fallback_mode="no_fallback",
+        extraction_mode="first_match",
+        parsing_timeout=None,
+    )
+
+
+def _is_bare_formula(text: str) -> bool:
+    r"""True for `x^2+1`, `\sqrt{2}\text{ cm}`, `(1, 2)`: LaTeX that math-verify would not see without a delimiter."""
+    rest = _TEXT_COMMAND.sub("", text).strip()
+    if not rest or "\n" in rest or _DELIMITER.search(rest) or _WORD.search(_COMMAND.sub("", rest)):
+        return False
+    return "\\" in rest or any(c in "([{" for c in rest) or (any(c in "^_=+-*/" for c in rest) and _has_letter(rest))
+
+
+def _has_letter(text: str) -> bool:
+    return any(c.isalpha() for c in text)
+
+
+def _is_unfinished(expression: Any) -> bool:
+    """True for arithmetic left undone, `3 + 4` or `3 * 4`; a fraction, a percentage or `3 * 10^8` is a number."""
+    import sympy  # type: ignore[import-untyped]
+
+    if isinstance(expression, sympy.Eq):
+        expression = expression.rhs
+    if not isinstance(expression, sympy.Basic):
+        return False
+    return any(map(_is_sum_or_product, sympy.preorder_traversal(expression)))
+
+
+def _is_sum_or_product(node: Any) -> bool:
+    if node.is_Mul:
+        return len([factor for factor in node.args if factor.is_Number and abs(factor) > 1]) > 1
+    return bool(node.is_Add)

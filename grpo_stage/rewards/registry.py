@@ -1,0 +1,191 @@
+"""Reward functions by name: built-ins, `path/file.py:function`, `package.module:function`."""
+
+import difflib
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType, ModuleType
+from typing import Any
+
+from grpo_stage.rewards import answers, shaping, structure
+from grpo_stage.rewards.scoring import RewardFunction, RewardSuite
+from grpo_stage.rewards.workers import AnswerChecker, RewardContext
+
+
+BUILTIN_REWARDS: Mapping[str, Callable[..., Callable[..., Any]]] = MappingProxyType(
+    {
+        "accuracy": answers.accuracy,
+        "exact_match": answers.exact_match,
+        "format": structure.think_answer_format,
+        "tag_count": structure.tag_count,
+        "length": shaping.length,
+        "overlong": shaping.overlong,
+        "repetition": shaping.repetition,
+        "regex": structure.regex,
+    }
+)
+"""Name -> factory: called with a `RewardContext` and the settings out of `reward_kwargs`, it returns the function."""
+
+OWN_FUNCTIONS = "your own function is `path/file.py:function` or `package.module:function`"
+
+
+def load_rewards(
+    names: Sequence[str],
+    weights: Sequence[float] | None,
+    kwargs: Mapping[str, Mapping[str, Any]] | None,
+    *,
+    max_new_tokens: int,
+    timeout_s: float,
+) -> RewardSuite:
+    """The suite that `reward_funcs`, `reward_weights` and `reward_kwargs` describe.
+
+    Args:
+        names: built-in names, `path/file.py:function` (relative to the working directory) or `package.module:function`
+            (looked for in the working directory, then on `sys.path`).
+        weights: one for each name; 1 each where None.
+        kwargs: settings, by the function's display name: `fn` for `file.py:fn`.
+        max_new_tokens: the default length of `length` and `overlong`.
+        timeout_s: seconds that math-verify may take for one completion.
+
+    Raises:
+        ValueError: on anything the user has to mend.
+    """
+    if not names:
+        raise ValueError(
+            f"reward_funcs is empty: name one at least; built in are {_listed(BUILTIN_REWARDS)}; {OWN_FUNCTIONS}"
+        )
+    display_names = [name.rpartition(":")[2].strip() for name in names]
+    for display_name, spec in zip(display_names, names, strict=True):
+        if display_names.count(display_name) > 1:
+            raise ValueError(
+                f"reward_funcs: two functions are called {display_name!r} ({spec!r} is one of them): names head metrics and "
+                "reward_kwargs, and must differ; rename one"
+            )
+    kwargs = kwargs or {}
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"reward_kwargs is {kwargs!r}: it must map a function's name to its settings")
+    for key, settings in kwargs.items():
+        if key not in display_names:
+            raise ValueError(
+                f"reward_kwargs names {key!r}, which is not in reward_funcs: there are {_listed(display_names)}"
+            )
+        if not isinstance(settings, Mapping):
+            raise ValueError(f"reward_kwargs[{key!r}] is {settings!r}: it must map settings to values")
+    context = RewardContext(max_new_tokens, AnswerChecker(timeout_s))
+    checked_weights = _check_weights(weights, names)
+    functions = [
+        _load(spec.strip(), display_name, kwargs.get(display_name, {}), context)
+        for spec, display_name in zip(names, display_names, strict=True)
+    ]
+    return RewardSuite(functions, checked_weights, context)
+
+
+def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
+    if weights is None:
+        return [1.0] * len(names)
+    if len(weights) != len(names):
+        raise ValueError(
+            f"reward_weights has {len(weights)} values for {len(names)} reward functions ({_listed(names)}): give one for each"
+        )
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"reward_weights {list(weights)}: weights must be finite")
+    if not any(weights):
+        raise ValueError(f"reward_weights {list(weights)}: all are 0, so that nothing could be learned")
+    return [float(weight) for weight in weights]
+
+
+def _load(spec: str, name: str, settings: Mapping[str, Any], context: RewardContext) -> RewardFunction:
+    if spec in BUILTIN_REWARDS:
+        return RewardFunction.bind(name, _configure(spec, settings, context), {})
+    place, _, attribute = spec.rpartition(":")
+    if not place:
+        near = difflib.get_close_matches(spec, BUILTIN_REWARDS, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown reward {spec!r}: {hint}Built in are {_listed(BUILTIN_REWARDS)}; {OWN_FUNCTIONS}")
+    module = _module_from_file(place, spec) if place.endswith(".py") else _module_by_name(place, spec)
+    if not hasattr(module, attribute):
+        raise ValueError(
+            f"reward {spec!r}: {place} has no {attribute!r}; its functions are {_listed(_functions(module))}"
+        )
+    return RewardFunction.bind(name, getattr(module, attribute), settings)
+
+
+def _configure(name: str, settings: Mapping[str, Any], context: RewardContext) -> Callable[..., Any]:
+    factory = BUILTIN_REWARDS[name]
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    known = [parameter.name for parameter in parameters]
+    for key in settings:
+        if key not in known:
+            raise ValueError(f"reward_kwargs of {name!r} sets {key!r}: its settings are {_listed(known) or 'none'}")
+    for parameter in parameters:
+        if parameter.default is parameter.empty and parameter.name not in settings:
+            raise ValueError(f"reward {name!r} needs the setting {parameter.name!r}: give it in reward_kwargs")
+    try:
+        return factory(context, **settings)
+    except ValueError as error:
+        raise ValueError(f"reward_kwargs of {name!r}: {error}") from error
+
+
+def _module_from_file(place: str, spec: str) -> ModuleType:
+    path = Path(place).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"reward {spec!r}: there is no file {path}; a relative path starts at the working directory")
+    # Named by its path: two files of one name do not clash, nor does a file called like a package.
+    module_name = f"_grpo_stage_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if module_name in sys.modules:
+        return sys.modules[module_name]
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    try:
+        with _first_on_path(path.parent):
+            module_spec.loader.exec_module(module)
+    except Exception as error:  # a user's file may raise anything
+        del sys.modules[module_name]
+        raise ValueError(f"reward {spec!r}: loading {path} failed with {type(error).__name__}: {error}") from error
+    return module
+
+
+def _module_by_name(place: str, spec: str) -> ModuleType:
+    try:
+        with _first_on_path(Path.cwd()):
+            return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
+            raise ValueError(f"reward {spec!r}: importing {place} failed, since it imports {error.name!r}") from error
+        raise ValueError(
+            f"reward {spec!r}: there is no module {place!r}. It was looked for in the working directory {Path.cwd()} and "
+            f"then on sys.path: {_listed(path for path in sys.path if path)}"
+        ) from error
+    except Exception as error:  # a user's module may raise anything
+        raise ValueError(f"reward {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
+
+
+@contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+def _functions(module: ModuleType) -> list[str]:
+    return [
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value) and value.__module__ == module.__name__ and not name.startswith("_")
+    ]
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"

@@ -1,0 +1,204 @@
+"""Reward functions called with the arguments they name, and their scores combined."""
+
+import difflib
+import inspect
+import math
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from grpo_stage.rewards.errors import CompletionError, RewardError
+from grpo_stage.rewards.workers import RewardContext
+from grpo_stage.types import Prompt, RolloutGroup
+
+
+BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardFunction:
+    """A callable, its settings, and what it wants of a batch."""
+
+    name: str
+    function: Callable[..., Any]
+    settings: Mapping[str, Any]
+    required: tuple[str, ...]
+    """Batch arguments or dataset columns without a default."""
+    optional: tuple[str, ...]
+    takes_everything: bool
+    """It has a `**kwargs`."""
+
+    @classmethod
+    def bind(cls, name: str, function: Any, settings: Mapping[str, Any]) -> "RewardFunction":
+        """Read the signature of `function` and fix its settings.
+
+        Raises:
+            ValueError: if it cannot be called with keyword arguments, or does not name one of the settings.
+        """
+        if not callable(function) or inspect.isclass(function):
+            raise ValueError(f"reward {name!r} is {function!r}: it must be a function or a callable object")
+        if inspect.iscoroutinefunction(function):
+            raise ValueError(f"reward {name!r} is an async function: write it with a plain `def`")
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError as error:
+            raise ValueError(
+                f"reward {name!r}: Python cannot say which arguments {function!r} takes; wrap it in a `def`"
+            ) from error
+        positional = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+        if positional:
+            raise ValueError(f"reward {name!r} takes {positional} by position only: arguments are given by name")
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        takes_everything = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        for key in settings:
+            if key in BATCH_ARGUMENTS:
+                raise ValueError(f"reward_kwargs of {name!r} sets {key!r}, which every batch brings: remove it")
+            if not takes_everything and key not in [p.name for p in named]:
+                raise ValueError(
+                    f"reward_kwargs of {name!r} sets {key!r}, which the function does not name; "
+                    f"it names {[p.name for p in named]}"
+                )
+        free = [p for p in named if p.name not in settings]
+        return cls(
+            name=name,
+            function=function,
+            settings=dict(settings),
+            required=tuple(p.name for p in free if p.default is p.empty),
+            optional=tuple(p.name for p in free if p.default is not p.empty),
+            takes_everything=takes_everything,
+        )
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError where a prompt lacks what the function requires."""
+        for name in self.required:
+            if name in BATCH_ARGUMENTS and name != "references":
+                continue
+            if name == "references":
+                missing = [p.index for p in prompts if not (p.reference or "").strip()]
+            else:
+                missing = [p.index for p in prompts if name not in p.columns]
+            if not missing:
+                continue
+            lacking = f"{len(missing)} of {len(prompts)} prompts lack (the first at index {missing[0]})"
+            if name == "references":
+                raise ValueError(
+                    f"reward {self.name!r} needs a reference answer, which {lacking}: give each row a last assistant turn, "
+                    "or name the column that holds the answer with `reference_column`"
+                )
+            columns = sorted({column for p in prompts for column in p.columns})
+            near = difflib.get_close_matches(name, [*BATCH_ARGUMENTS, *columns], n=1)
+            raise ValueError(
+                f"reward {self.name!r} takes an argument {name!r}, a dataset column that {lacking}"
+                f"{f'; did you mean {near[0]!r}?' if near else '.'} The dataset's columns are {columns}; beside them a "
+                f"function can take {', '.join(BATCH_ARGUMENTS)}, and settings from `reward_kwargs`"
+            )
+
+    def __call__(self, batch: Mapping[str, list[Any]]) -> list[float | None]:
+        """One score for each completion of the batch.
+
+        Raises:
+            RewardError: if the function raises, or returns anything but one finite number or None per completion.
+        """
+        wanted = batch.keys() if self.takes_everything else (*self.required, *self.optional)
+        # A copy for each function: what one does to its lists is not another's concern.
+        arguments = {name: list(batch[name]) for name in wanted if name in batch} | dict(self.settings)
+
+        def error(problem: str, position: int = 0, trace: str = "") -> RewardError:
+            prompt, completion = batch["prompts"][position], batch["completions"][position]
+            return RewardError(self.name, problem, prompt=prompt, completion=completion, traceback=trace)
+
+        count = len(batch["completions"])
+        where = f"in a batch of {count} completions, the first of which is shown"
+        try:
+            scores = self.function(**arguments)
+        except CompletionError as failure:
+            raise error(str(failure), failure.position, traceback.format_exc()) from failure
+        except Exception as failure:  # a user's function may raise anything; all of it stops the run
+            raise error(f"raised {type(failure).__name__} {where}", trace=traceback.format_exc()) from failure
+        if hasattr(scores, "tolist"):  # numpy, torch
+            scores = scores.tolist()
+        if not isinstance(scores, list | tuple):
+            raise error(f"returned {type(scores).__name__} {where}: it must return a list of numbers")
+        if len(scores) != count:
+            raise error(f"returned {len(scores)} scores {where}: it must return one for each")
+        checked: list[float | None] = []
+        for position, score in enumerate(scores):
+            value = score.item() if hasattr(score, "item") and getattr(score, "size", 1) == 1 else score
+            if value is not None and not isinstance(value, Real):
+                raise error(f"returned {value!r} ({type(value).__name__}): a score is a number or None", position)
+            if value is not None and not math.isfinite(value):
+                raise error(f"returned {float(value)}: a score is finite; None says that none applies", position)
+            checked.append(None if value is None else float(value))
+        return checked
+
+
+class RewardSuite:
+    """The reward functions of a run."""
+
+    def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float], context: RewardContext) -> None:
+        self._functions = tuple(functions)
+        self._context = context
+        self._taken: Counter[str] = Counter()
+        self.names = tuple(function.name for function in functions)
+        """What metrics and tables call the functions; unique."""
+        self.weights = tuple(weights)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What was counted since the start of the run, e.g. `{"accuracy/timeouts": 3}`."""
+        return dict(self._context.counters)
+
+    def take_counters(self) -> dict[str, int]:
+        """What was counted since the last call of this method."""
+        new = self._context.counters - self._taken
+        self._taken = self._context.counters.copy()
+        return dict(new)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError where a function needs references or a column that a prompt does not have."""
+        for function in self._functions:
+            function.check(prompts)
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[list[list[float | None]]]:
+        """Score every completion with every function: [P][G][F], unweighted; None where a function does not apply.
+
+        Raises:
+            ValueError: as `check`.
+            RewardError: if a function fails or returns what is not a score.
+        """
+        self.check([group.prompt for group in groups])
+        batch = _flatten(groups)
+        if not batch["completions"]:
+            return [[] for _ in groups]
+        by_function = [function(batch) for function in self._functions]
+        flat = iter([list(scores) for scores in zip(*by_function, strict=True)])
+        return [[next(flat) for _ in group.completions] for group in groups]
+
+    def total(self, rewards: Sequence[float | None]) -> float | None:
+        """The weighted sum of one completion's rewards over the functions that applied; None where none did.
+
+        A function of weight 0 is only logged: it neither adds nor counts as one that applied.
+        """
+        pairs = zip(self.weights, rewards, strict=True)
+        applied = [weight * reward for weight, reward in pairs if reward is not None and weight != 0]
+        return math.fsum(applied) if applied else None
+
+    def close(self) -> None:
+        """End the worker processes. May be called twice."""
+        self._context.checker.close()
+
+
+def _flatten(groups: Sequence[RolloutGroup]) -> dict[str, list[Any]]:
+    """Every argument a function can name, as a list over all completions, prompt-major. Ours win over dataset columns."""
+    rows = [(group.prompt, completion) for group in groups for completion in group.completions]
+    columns = sorted({column for group in groups for column in group.prompt.columns})
+    return {column: [prompt.columns.get(column) for prompt, _ in rows] for column in columns} | {
+        "prompts": [prompt.text for prompt, _ in rows],
+        "completions": [completion.text for _, completion in rows],
+        "completion_ids": [list(completion.token_ids) for _, completion in rows],
+        "messages": [[dict(message) for message in prompt.messages] for prompt, _ in rows],
+        "references": [prompt.reference for prompt, _ in rows],
+    }

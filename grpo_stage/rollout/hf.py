@@ -1,0 +1,194 @@
+"""Rollouts with transformers' `generate`: slower than vLLM, everywhere, and the reference in tests."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from grpo_stage.rollout.seeds import sample_seed
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    prompt: Prompt
+    seed: int
+
+
+class HFEngine:
+    """Samples from the live policy, so `sync` only notes which version that is."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens_per_batch: int = 16384) -> None:
+        """
+        Args:
+            tokenizer: decodes completions.
+            max_tokens_per_batch: how many tokens, padding included, are in the KV cache at once. A single completion
+                that is longer is sampled alone.
+        """
+        self.logprob_temperature = math.nan
+        """Set by `generate`: log-probabilities are the policy's own at the sampling temperature, before any cut."""
+        self._tokenizer = tokenizer
+        self._max_tokens_per_batch = max_tokens_per_batch
+        self._policy: torch.nn.Module | None = None
+        self._version = -1
+
+    def sync(self, policy: torch.nn.Module, version: int) -> None:
+        self._policy, self._version = policy, version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
+        if self._policy is None:
+            raise RuntimeError("generate() was called before sync(): there is no policy to sample from.")
+        self.logprob_temperature = sampling.temperature
+        group_size = sampling.num_generations
+        rows = [
+            _Row(prompt, sample_seed(sampling.seed, step, prompt.index, sample))
+            for prompt in prompts
+            for sample in range(group_size)
+        ]
+        # LoRA layers live inside the base model, and PEFT's own `generate` would change its generation config.
+        model: Any = self._policy.get_base_model() if isinstance(self._policy, PeftModel) else self._policy
+        completions: list[Completion] = []
+        with _as_sampler(model, self._generation_config(sampling)), torch.no_grad():
+            for batch in _batches(rows, sampling.max_new_tokens, self._max_tokens_per_batch):
+                completions += self._sample(model, batch, sampling)
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                completions=tuple(completions[i * group_size : (i + 1) * group_size]),
+                policy_version=self._version,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def close(self) -> None:
+        self._policy = None
+
+    def _generation_config(self, sampling: SamplingSettings) -> GenerationConfig:
+        # What follows a completion's end is cut by position, so any token may pad.
+        pad_token_id = self._tokenizer.pad_token_id
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            eos_token_id=list(sampling.stop_token_ids) or None,
+            pad_token_id=0 if pad_token_id is None else pad_token_id,
+            do_sample=False,  # `_Sampler` leaves one token to choose from
+            use_cache=True,
+        )
+
+    def _sample(self, model: Any, batch: Sequence[_Row], sampling: SamplingSettings) -> list[Completion]:
+        longest = max(len(row.prompt.token_ids) for row in batch)
+        input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(batch):
+            start = longest - len(row.prompt.token_ids)
+            input_ids[i, start:] = torch.tensor(row.prompt.token_ids)
+            attention_mask[i, start:] = 1
+        sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device))
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        sampled = output[:, longest:].tolist()
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        return [self._completion(*row, sampling.stop_token_ids) for row in zip(sampled, logprobs, strict=True)]
+
+    def _completion(self, sampled: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...]) -> Completion:
+        end = next((i for i, token in enumerate(sampled) if token in stop_token_ids), None)
+        length = len(sampled) if end is None else end + 1
+        return Completion(
+            token_ids=tuple(sampled[:length]),
+            sampling_logprobs=tuple(logprobs[:length]),
+            finish_reason=FinishReason.LENGTH if end is None else FinishReason.STOP,
+            text=self._tokenizer.decode(sampled[:length], skip_special_tokens=True),
+        )
+
+
+class _Sampler(LogitsProcessor):
+    """Draws each row's token with the row's own generator, and leaves it as the only one to choose.
+
+    Adding Gumbel noise and taking the largest is an exact draw from the softmax. It is done here since `generate` itself
+    draws a whole batch from the global generator, which makes a completion depend on its neighbours.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: SamplingSettings, prompt_mask: torch.Tensor) -> None:
+        self.logprobs: list[torch.Tensor] = []
+        """[B] for each step: the policy's own at the sampling temperature, before top-k, top-p and penalty."""
+        self._generators = [torch.Generator(device=prompt_mask.device).manual_seed(seed) for seed in seeds]
+        self._temperature = sampling.temperature
+        self._prompt_mask = prompt_mask
+        self._penalty = (
+            None
+            if sampling.repetition_penalty == 1.0
+            else RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+        )
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+        if sampling.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        own = torch.log_softmax(scores / self._temperature, dim=-1)
+        warped = scores if self._penalty is None else self._penalize(input_ids, scores)
+        warped = self._warpers(input_ids, warped)
+        exponential = torch.empty_like(warped)
+        for row, generator in zip(exponential, self._generators, strict=True):
+            row.exponential_(generator=generator)
+        tokens = (warped - exponential.log()).argmax(dim=-1, keepdim=True)
+        self.logprobs.append(own.gather(-1, tokens).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
+
+    def _penalize(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Padding is no token that was seen: it is replaced with the row's last prompt token, which was."""
+        assert self._penalty is not None
+        width = self._prompt_mask.shape[1]
+        seen = input_ids.clone()
+        seen[:, :width] = torch.where(self._prompt_mask.bool(), seen[:, :width], seen[:, width - 1 : width])
+        return self._penalty(seen, scores)
+
+
+def _batches(rows: Sequence[_Row], max_new_tokens: int, max_tokens: int) -> Iterator[list[_Row]]:
+    """Consecutive rows whose padded size stays within `max_tokens`."""
+    batch: list[_Row] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.prompt.token_ids))
+        if batch and (longest + max_new_tokens) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch, longest = [], len(row.prompt.token_ids)
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _as_sampler(model: Any, generation_config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode and our generation config, then exactly what was there before.
+
+    The config is put in the place of the model's own because `generate` fills every option left open from there: a
+    checkpoint's top_p or repetition penalty would be applied silently.
+    """
+    training = {module: module.training for module in model.modules()}
+    own_config = model.generation_config
+    model.eval()
+    model.generation_config = generation_config
+    try:
+        yield
+    finally:
+        model.generation_config = own_config
+        for module, mode in training.items():
+            module.training = mode

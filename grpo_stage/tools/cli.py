@@ -1,0 +1,40 @@
+"""The console command `grpo-stage`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from . import quickstart_model
+
+
+SUBCOMMANDS = (quickstart_model,)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """A module of `SUBCOMMANDS` brings NAME, HELP, `add_arguments` and `run`, and imports nothing heavy by itself."""
+    parser = argparse.ArgumentParser(prog="grpo-stage", description="Tools beside LLaMA-Factory's `stage: grpo`.")
+    parser.add_argument("--version", action="version", version=__version__)
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for module in SUBCOMMANDS:
+        subparser = subparsers.add_parser(module.NAME, help=module.HELP, description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
+
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand; a `ValueError` is a user's mistake and is printed without a traceback."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ValueError as error:
+        print(f"grpo-stage: {error}", file=sys.stderr)
+        return 1
+
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

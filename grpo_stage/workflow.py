@@ -1,0 +1,189 @@
+"""run_grpo(): the composition root. Reads like the host's run_dpo."""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from .canary import DEFAULT_BOUNDS
+from .host import facade
+from .host.datasets import load_prompts
+from .host.recipe import recipe_record
+from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
+from .rewards import load_rewards
+from .rollout.hf import HFEngine
+from .trainer import GRPOTrainer
+from .types import RolloutEngine, SamplingSettings
+
+
+if TYPE_CHECKING:
+    from .host.parser import RunArguments
+
+
+logger = facade.get_logger(__name__)
+
+PLOTTED_METRICS = ("loss", "reward", "completions/mean_length", "entropy", "kl", "eval_reward")
+
+
+def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> None:
+    """Train with GRPO as the arguments say, and save what the host's chat and export load.
+
+    Raises:
+        ValueError: for what can only be told from the data or the model's files, before the weights are loaded.
+    """
+    model_args, data_args, training_args = arguments.model, arguments.data, arguments.training
+    finetuning_args = arguments.finetuning
+    rewards = load_rewards(
+        finetuning_args.reward_funcs,
+        finetuning_args.reward_weights,
+        finetuning_args.reward_kwargs,
+        max_new_tokens=arguments.generating.max_new_tokens,
+        timeout_s=finetuning_args.reward_timeout,
+    )
+    tokenizer_module = facade.load_tokenizer(model_args)
+    tokenizer = tokenizer_module["tokenizer"]
+    template = facade.get_template_and_fix_tokenizer(tokenizer, data_args)
+    prompts = load_prompts(
+        template, tokenizer, tokenizer_module["processor"], model_args, data_args, training_args, finetuning_args
+    )
+    rewards.check(prompts.train)
+    rewards.check(prompts.evaluation)
+
+    model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+    _warn_of_slow_precision(model)
+    sampling = _sampling_settings(arguments, model, template, tokenizer)
+    reference = _reference_policy(arguments, model)
+    engine = _rollout_engine(arguments, model, tokenizer, sampling)
+    try:
+        trainer = GRPOTrainer(
+            model=model,
+            args=training_args,
+            grpo_args=finetuning_args,
+            sampling=sampling,
+            prompts=prompts.train,
+            eval_prompts=prompts.evaluation,
+            engine=engine,
+            rewards=rewards,
+            reference=reference,
+            max_sampling_logprob_diff=finetuning_args.max_sampling_logprob_diff or _canary_bound(arguments, model),
+            recipe=recipe_record(arguments),
+            shuffle=not finetuning_args.disable_shuffling,
+            optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),
+            prepare_scheduler=facade.create_custom_scheduler,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        _run(trainer, arguments)
+    finally:
+        engine.close()
+        rewards.close()
+
+
+def _run(trainer: GRPOTrainer, arguments: "RunArguments") -> None:
+    training_args = arguments.training
+    if training_args.do_train:
+        logger.info_rank0(
+            f"GRPO: {trainer.prompts_per_step} prompts x {trainer.sampling.num_generations} completions an optimizer "
+            f"step, {trainer.steps_per_epoch} steps an epoch. A loss near 0 is expected: on-policy, the advantages of "
+            "a group cancel out in the loss, though not in its gradient. `reward` is the curve to watch."
+        )
+        result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+        trainer.save_model()
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+        if trainer.is_world_process_zero() and arguments.finetuning.plot_loss:
+            logged = {key for entry in trainer.state.log_history for key in entry}
+            facade.plot_loss(training_args.output_dir, keys=[key for key in PLOTTED_METRICS if key in logged])
+    if training_args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    facade.create_modelcard_and_push(
+        trainer, arguments.model, arguments.data, training_args, arguments.finetuning
+    )
+
+
+def _sampling_settings(
+    arguments: "RunArguments", model: Any, template: Any, tokenizer: PreTrainedTokenizerBase
+) -> SamplingSettings:
+    generating = arguments.generating
+    return SamplingSettings(
+        num_generations=arguments.finetuning.num_generations,
+        max_new_tokens=generating.max_new_tokens,
+        temperature=generating.temperature,
+        top_p=generating.top_p,
+        top_k=max(generating.top_k, 0),
+        repetition_penalty=generating.repetition_penalty,
+        stop_token_ids=stop_token_ids(model, template, tokenizer),
+        seed=arguments.training.seed,
+    )
+
+
+def stop_token_ids(model: Any, template: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a completion: the model's own EOS ids, the tokenizer's, and the template's stop words."""
+    configured = model.generation_config.eos_token_id
+    own = configured if isinstance(configured, list) else [configured]
+    known = {token_id for token_id in [*own, *template.get_stop_token_ids(tokenizer)] if token_id is not None}
+    return tuple(sorted(known - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}))
+
+
+def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy | None:
+    """What the KL term holds the policy to: the policy as it is before the first step, or `ref_model`."""
+    finetuning_args = arguments.finetuning
+    if finetuning_args.beta == 0.0:
+        return None
+    if finetuning_args.ref_model is not None:
+        return ModelReference(facade.create_ref_model(arguments.model, finetuning_args))
+    starts_at_base = arguments.model.adapter_name_or_path is None or finetuning_args.create_new_adapter
+    if finetuning_args.finetuning_type in ("lora", "oft") and starts_at_base and not finetuning_args.pissa_init:
+        return AdapterOffReference()
+    return InitialWeightsReference(model)
+
+
+def _rollout_engine(
+    arguments: "RunArguments", model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> RolloutEngine:
+    model_args = arguments.model
+    if arguments.finetuning.rollout_backend == "hf":
+        return HFEngine(tokenizer)
+    from .rollout.vllm_engine import VLLMEngine
+
+    on_cpu = arguments.training.device.type == "cpu"
+    return VLLMEngine(
+        model_name_or_path=model_args.model_name_or_path,
+        tokenizer=tokenizer,
+        adapter=True,
+        max_model_len=model_args.vllm_maxlen,
+        max_lora_rank=model_args.vllm_max_lora_rank,
+        gpu_memory_utilization=model_args.vllm_gpu_util,
+        enforce_eager=model_args.vllm_enforce_eager,
+        dtype="float32" if on_cpu else str(_compute_dtype(arguments, model)).removeprefix("torch."),
+        logprob_temperature=None if sampling.is_neutral else 1.0,
+        trust_remote_code=model_args.trust_remote_code,
+        seed=arguments.training.seed,
+        options=model_args.vllm_config,
+    )
+
+
+def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
+    if arguments.training.bf16:
+        return torch.bfloat16
+    if arguments.training.fp16:
+        return torch.float16
+    return model.get_input_embeddings().weight.dtype
+
+
+def _canary_bound(arguments: "RunArguments", model: Any) -> float:
+    return DEFAULT_BOUNDS[_compute_dtype(arguments, model)]
+
+
+def _warn_of_slow_precision(model: Any) -> None:
+    dtype = model.get_input_embeddings().weight.dtype
+    if model.device.type == "cpu" and dtype != torch.float32:
+        logger.warning_rank0(
+            f"The model is in {dtype} and trains on a CPU, where most processors compute that 8 to 25 times slower "
+            "than float32. Save it in float32 first: "
+            "`AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(new_path)`."
+        )

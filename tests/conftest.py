@@ -1,0 +1,66 @@
+"""What every test shares: an environment without a hub, a tokenizer, and a model small enough for any test."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+# Set before transformers, datasets or torch are imported, and inherited by the processes that tests start.
+_HF_HOME = tempfile.TemporaryDirectory(prefix="grpo-stage-hf-")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    HF_HOME=_HF_HOME.name,
+    HF_DATASETS_CACHE=os.path.join(_HF_HOME.name, "datasets"),
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
+    """A folder with SmolLM2-135M-Instruct's tokenizer alone; kept in pytest's cache, since converting it takes 8 s."""
+    from grpo_stage.tools import quickstart_model
+
+    source = hashlib.sha256(Path(quickstart_model.__file__).read_bytes()).hexdigest()[:12]
+    folder = Path(request.config.cache.mkdir("smollm2")) / source
+    if not folder.exists():
+        tokenizer = quickstart_model.load_tokenizer()
+        with quickstart_model.atomic_folder(folder) as unfinished:
+            tokenizer.save_pretrained(unfinished)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(smollm2_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialised two-layer Llama in float32 with SmolLM2's tokenizer: an ordinary checkpoint of 13 MB."""
+    import torch
+    from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_dir)
+    special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        dtype=torch.float32,
+        **special_ids,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+
+    model.generation_config = GenerationConfig(**special_ids)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

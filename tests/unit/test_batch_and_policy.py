@@ -1,0 +1,185 @@
+"""Micro-batches and log-probabilities against a plain pass over each sequence alone."""
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from grpo_stage.algorithm.losses import StepTotals
+from grpo_stage.batch import count_totals, dummy_batch, micro_batches
+from grpo_stage.buffer import RolloutBuffer, StepData
+from grpo_stage.policy import InitialWeightsReference, disable_dropout, token_logprobs
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
+
+
+VOCAB = 61
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def make_groups(lengths: list[list[int]], prompt_lengths: list[int]) -> list[ScoredGroup]:
+    generator = torch.Generator().manual_seed(1)
+
+    def ids(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(VOCAB, (count,), generator=generator).tolist())
+
+    groups = []
+    for index, (group_lengths, prompt_length) in enumerate(zip(lengths, prompt_lengths, strict=True)):
+        completions = tuple(
+            Completion(
+                token_ids=ids(length),
+                sampling_logprobs=tuple(-0.1 * i for i in range(length)),
+                finish_reason=FinishReason.LENGTH if length == 9 else FinishReason.STOP,
+                text=f"completion {index}",
+            )
+            for length in group_lengths
+        )
+        prompt = Prompt(index=index, token_ids=ids(prompt_length), messages=(), reference=None)
+        size = len(group_lengths)
+        groups.append(
+            ScoredGroup(
+                group=RolloutGroup(prompt=prompt, completions=completions, policy_version=3),
+                rewards=tuple((float(i), None) for i in range(size)),
+                total_rewards=tuple(1 / 3 + i for i in range(size)),
+                advantages=tuple(i - 0.7 for i in range(size)),
+            )
+        )
+    return groups
+
+
+GROUPS = make_groups([[3, 9, 1], [5, 2, 9]], [4, 11])
+
+
+def split(max_tokens: int, loss_type: str = "dapo", mask_truncated: bool = False):
+    return micro_batches(
+        GROUPS,
+        count_totals(GROUPS, 9, mask_truncated),
+        loss_type=loss_type,
+        mask_truncated_completions=mask_truncated,
+        max_tokens=max_tokens,
+        pad_token_id=0,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 60, 10_000])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_tokens, temperature):
+    completions = [(g.group.prompt, c) for g in GROUPS for c in g.group.completions]
+    seen = []
+    for batch in split(max_tokens):
+        with torch.no_grad():
+            logprobs, entropy = token_logprobs(model, batch, temperature, with_entropy=True)
+        for row, values, entropies in zip(batch.rows, logprobs, entropy, strict=True):
+            prompt, completion = completions[row]
+            sequence = torch.tensor([prompt.token_ids + completion.token_ids])
+            with torch.no_grad():
+                logits = model(sequence).logits[0].double() / temperature
+            for t, token in enumerate(completion.token_ids):
+                distribution = torch.log_softmax(logits[len(prompt.token_ids) + t - 1], dim=-1)
+                assert values[t].item() == pytest.approx(distribution[token].item(), abs=2e-5)
+                assert entropies[t].item() == pytest.approx(-(distribution.exp() * distribution).sum().item(), abs=2e-5)
+            assert (values[len(completion.token_ids) :] == 0).all()
+            assert (entropies[len(completion.token_ids) :] == 0).all()
+            seen.append(row)
+    assert sorted(seen) == list(range(6)), "every completion exactly once"
+
+
+@pytest.mark.parametrize("max_tokens", [1, 30, 60])
+def test_the_budget_holds_for_all_but_single_rows(max_tokens):
+    batches = split(max_tokens)
+    assert len(batches) > 1
+    for batch in batches:
+        assert batch.input_ids.numel() <= max_tokens or len(batch.rows) == 1
+
+
+@pytest.mark.parametrize(("loss_type", "expected"), [("grpo", 1.0), ("dapo", 1.0), ("bnpo", 1.0)])
+@pytest.mark.parametrize("mask_truncated", [False, True])
+def test_weights_of_a_step_sum_to_one_whatever_the_split(loss_type, expected, mask_truncated):
+    for max_tokens in (1, 40, 10_000):
+        total = sum(batch.loss_weights.sum().item() for batch in split(max_tokens, loss_type, mask_truncated))
+        assert total == pytest.approx(expected, abs=1e-6)
+
+
+def test_truncated_completions_have_no_weight_and_count_in_no_denominator():
+    assert count_totals(GROUPS, 9, True) == StepTotals(num_completions=4, num_tokens=11, max_completion_length=9)
+    assert count_totals(GROUPS, 9, False) == StepTotals(num_completions=6, num_tokens=29, max_completion_length=9)
+    for batch in split(10_000, "dr_grpo", mask_truncated=True):
+        for row, weights in zip(batch.rows, batch.loss_weights, strict=True):
+            length = [3, 9, 1, 5, 2, 9][row]
+            expected = [1 / (4 * 9)] * length if length < 9 else []
+            assert weights.tolist() == pytest.approx(expected + [0.0] * (9 - len(expected)))
+
+
+def test_a_dummy_adds_nothing_to_the_gradient(model):
+    logprobs, _ = token_logprobs(model, dummy_batch(0, CPU), 1.0)
+    (dummy_batch(0, CPU).loss_weights * logprobs).sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    assert all(g is not None and (g == 0).all() for g in gradients), "every parameter takes part, with zero gradient"
+
+
+def test_initial_weights_reference_is_the_start_and_gives_the_policy_back(model):
+    batch = split(10_000)[0]
+    with torch.no_grad():
+        before, _ = token_logprobs(model, batch, 1.0)
+        reference = InitialWeightsReference(model)
+        saved = {name: p.clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.add_(0.05)
+        trained, _ = token_logprobs(model, batch, 1.0)
+        with reference.activate(model) as ref:
+            inside, _ = token_logprobs(ref, batch, 1.0)
+        after, _ = token_logprobs(model, batch, 1.0)
+        for name, p in model.named_parameters():
+            p.copy_(saved[name])
+    assert torch.equal(inside, before)
+    assert torch.equal(after, trained)
+    assert not torch.allclose(before, trained, atol=1e-2)
+
+
+def test_disable_dropout_reaches_modules_and_attention():
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        attention_dropout=0.5,
+    )  # fmt: skip
+    noisy = LlamaForCausalLM(config).train()
+    noisy.model.extra = torch.nn.Dropout(0.5)
+    ids = torch.arange(12).unsqueeze(0)
+    assert not torch.equal(noisy(ids).logits, noisy(ids).logits), "the model is noisy to begin with"
+    disable_dropout(noisy)
+    assert torch.equal(noisy(ids).logits, noisy(ids).logits)
+    assert noisy.model.extra.p == 0.0
+
+
+def test_buffer_state_survives_json_exactly():
+    steps = [
+        StepData(
+            groups=tuple(GROUPS),
+            old_logprobs=tuple(torch.rand(length) for length in (3, 9, 1, 5, 2, 9)),
+            ref_logprobs=None,
+            is_fresh=True,
+        ),
+        StepData(groups=(), old_logprobs=(), ref_logprobs=(), is_fresh=False),
+    ]
+    buffer = RolloutBuffer()
+    buffer.extend(steps)
+    restored = RolloutBuffer()
+    restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())), [g.group.prompt for g in GROUPS])
+    assert len(restored) == 2
+    first = restored.next()
+    assert first.groups == steps[0].groups
+    assert all(torch.equal(a, b) for a, b in zip(first.old_logprobs, steps[0].old_logprobs, strict=True))
+    assert first.ref_logprobs is None
+    assert first.is_fresh
+    assert restored.next().groups == ()

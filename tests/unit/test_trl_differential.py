@@ -1,0 +1,211 @@
+"""Our loss beside TRL 0.24.0's own `GRPOTrainer._compute_loss`, on the same tensors.
+
+The method is called unbound on a stand-in that has only the attributes it reads. Where its denominator is known to be
+wrong (dapo when generation and accumulation differ or truncated completions are masked, grpo and dr_grpo with masked
+completions, bnpo over more than one micro-batch) it is given only what it gets right.
+"""
+
+import importlib
+import inspect
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_stage.algorithm.advantages import group_advantages
+from grpo_stage.algorithm.kl import k3
+from grpo_stage.algorithm.losses import StepTotals, clipped_surrogate, token_weights
+
+
+EPSILON, EPSILON_HIGH, MAX_LENGTH = 0.2, 0.28, 12
+
+
+@pytest.fixture(scope="module")
+def trl_grpo() -> Iterator[ModuleType]:
+    """TRL's module, in a private import of trl that leaves no trace.
+
+    TRL reads transformers' `(available, version)` tuples as flags, so under transformers 5 every optional package
+    counts as installed; and what it wants of vllm is gone from the vllm installed here.
+    """
+
+    def of_trl() -> list[str]:
+        return [name for name in sys.modules if name == "trl" or name.startswith("trl.")]
+
+    others = {name: sys.modules.pop(name) for name in of_trl()}
+    flags = importlib.import_module("trl.import_utils")
+    for name, value in list(vars(flags).items()):
+        if name.endswith("_available") and isinstance(value, tuple):
+            setattr(flags, name, value[0])
+    flags._vllm_available = flags._vllm_ascend_available = False
+    yield importlib.import_module("trl.trainer.grpo_trainer")
+    for name in of_trl():
+        del sys.modules[name]
+    sys.modules.update(others)
+
+
+class Batch:
+    """A micro-batch of ragged completions, off-policy on both sides of the bounds."""
+
+    def __init__(self, seed: int, num_completions: int = 6) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        shape = (num_completions, 10)
+        self.old = torch.randn(shape, generator=generator, dtype=torch.float64) - 2.0
+        self.policy = self.old + torch.randn(shape, generator=generator, dtype=torch.float64) * 0.4
+        self.ref = self.old + torch.randn(shape, generator=generator, dtype=torch.float64) * 0.4
+        self.advantages = torch.randn(num_completions, generator=generator, dtype=torch.float64)
+        self.lengths = torch.randint(1, shape[1] + 1, (num_completions,), generator=generator)
+        self.mask = (torch.arange(shape[1]) < self.lengths.unsqueeze(1)).double()
+
+
+def trl_losses(
+    trl_grpo: ModuleType, batches: list[Batch], loss_type: str, beta: float, on_policy: bool = False
+) -> tuple[float, list[torch.Tensor], dict[str, list[float]]]:
+    """The loss of a step, its gradients by micro-batch, and TRL's metrics."""
+    metrics: dict[str, list[float]] = defaultdict(list)
+    stand_in = SimpleNamespace(
+        beta=beta,
+        loss_type=loss_type,
+        epsilon_low=EPSILON,
+        epsilon_high=EPSILON_HIGH,
+        max_completion_length=MAX_LENGTH,
+        current_gradient_accumulation_steps=len(batches),
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+        args=SimpleNamespace(delta=None),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda tensor: tensor),
+        model=SimpleNamespace(training=True),
+        _metrics={"train": metrics},
+    )
+    total, gradients = 0.0, []
+    for batch in batches:
+        policy = batch.policy.clone().requires_grad_()
+        logprobs_and_entropies = policy, torch.zeros_like(policy)
+        stand_in._get_per_token_logps_and_entropies = lambda *_, given=logprobs_and_entropies, **__: given
+        ids = torch.zeros_like(batch.mask, dtype=torch.long)
+        inputs: dict[str, Any] = {
+            "prompt_ids": ids[:, :2],
+            "prompt_mask": ids[:, :2] + 1,
+            "completion_ids": ids,
+            "completion_mask": batch.mask,
+            "advantages": batch.advantages,
+            "ref_per_token_logps": batch.ref,
+            "num_items_in_batch": sum(other.mask.sum() for other in batches),
+        }
+        if not on_policy:
+            inputs["old_per_token_logps"] = batch.old
+        loss = trl_grpo.GRPOTrainer._compute_loss(stand_in, None, inputs)
+        loss.backward()
+        assert policy.grad is not None
+        total += loss.item()
+        gradients.append(policy.grad)
+    return total, gradients, metrics
+
+
+def our_losses(
+    batches: list[Batch], loss_type: str, beta: float, on_policy: bool = False
+) -> tuple[float, list[torch.Tensor], list[Any]]:
+    totals = StepTotals(
+        num_completions=sum(int(batch.mask.any(1).sum()) for batch in batches),
+        num_tokens=sum(int(batch.mask.sum()) for batch in batches),
+        max_completion_length=MAX_LENGTH,
+    )
+    total, gradients, outputs = 0.0, [], []
+    for batch in batches:
+        policy = batch.policy.clone().requires_grad_()
+        old = policy.detach() if on_policy else batch.old
+        output = clipped_surrogate(policy, old, batch.advantages, EPSILON, EPSILON_HIGH)
+        token_losses = output.token_losses + beta * k3(policy, batch.ref)
+        loss = (token_weights(batch.mask, totals, loss_type) * token_losses).sum()
+        loss.backward()
+        assert policy.grad is not None
+        total += loss.item()
+        gradients.append(policy.grad)
+        outputs.append(output)
+    return total, gradients, outputs
+
+
+def assert_same(ours: tuple[float, list[torch.Tensor], Any], theirs: tuple[float, list[torch.Tensor], Any]) -> None:
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-12)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-15)
+    assert all(gradient.abs().max() > 0 for gradient in ours[1])
+
+
+@pytest.mark.parametrize("on_policy", [False, True])
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_one_micro_batch(trl_grpo: ModuleType, loss_type: str, beta: float, on_policy: bool) -> None:
+    for seed in range(5):
+        batches = [Batch(seed)]
+        assert_same(
+            our_losses(batches, loss_type, beta, on_policy), trl_losses(trl_grpo, batches, loss_type, beta, on_policy)
+        )
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo", "dapo"])
+def test_accumulated_over_equal_micro_batches(trl_grpo: ModuleType, loss_type: str, beta: float) -> None:
+    batches = [Batch(seed) for seed in (10, 11, 12)]
+    assert_same(our_losses(batches, loss_type, beta), trl_losses(trl_grpo, batches, loss_type, beta))
+
+
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
+def test_masked_completions_where_trl_counts_the_tokens_left(trl_grpo: ModuleType, loss_type: str) -> None:
+    batch = Batch(20)
+    batch.mask[2] = 0.0
+    assert_same(our_losses([batch], loss_type, 0.04), trl_losses(trl_grpo, [batch], loss_type, 0.04))
+
+
+def test_bnpo_is_dapo_under_one_denominator_and_not_trls(trl_grpo: ModuleType) -> None:
+    # The documented difference: TRL weighs micro-batches alike, however many tokens they hold.
+    batches = [Batch(30), Batch(31)]
+    ours = our_losses(batches, "bnpo", 0.0)[0]
+    assert ours == pytest.approx(trl_losses(trl_grpo, batches, "dapo", 0.0)[0], rel=1e-12)
+    assert ours != pytest.approx(trl_losses(trl_grpo, batches, "bnpo", 0.0)[0], rel=1e-6)
+
+
+def test_kl_and_clip_metrics(trl_grpo: ModuleType) -> None:
+    batch = Batch(40, num_completions=30)
+    _, _, metrics = trl_losses(trl_grpo, [batch], "dapo", 0.04)
+    _, _, (output,) = our_losses([batch], "dapo", 0.04)
+
+    def token_mean(values: torch.Tensor) -> float:
+        return ((values * batch.mask).sum() / batch.mask.sum()).item()
+
+    low, high = token_mean(output.clipped_low), token_mean(output.clipped_high)
+    assert min(low, high) > 0.05
+    # TRL counts in float32.
+    assert metrics["clip_ratio/low_mean"] == [pytest.approx(low, rel=1e-6)]
+    assert metrics["clip_ratio/high_mean"] == [pytest.approx(high, rel=1e-6)]
+    assert metrics["clip_ratio/region_mean"] == [pytest.approx(low + high, rel=1e-6)]
+    assert metrics["kl"] == [pytest.approx(token_mean(k3(batch.policy, batch.ref)), rel=1e-12)]
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_advantages(trl_grpo: ModuleType, scale: str) -> None:
+    # TRL computes them in the middle of a method that generates too: those lines alone are run.
+    source = inspect.getsource(trl_grpo.GRPOTrainer._generate_and_score_completions)
+    start, end = "# Compute grouped-wise rewards", "# Slice to keep only the local part"
+    assert source.count(start) == source.count(end) == 1
+    lines = "        " + source[source.index(start) : source.index(end)]
+    for seed in range(10):
+        rewards = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).round(
+            decimals=1
+        )
+        rewards[2] = 0.5
+        names = {"self": SimpleNamespace(num_generations=4, scale_rewards=scale), "rewards": rewards.flatten()}
+        exec(textwrap.dedent(lines), {"torch": torch}, names)
+        theirs = names["advantages"].view(5, 4)
+        torch.testing.assert_close(group_advantages(rewards, scale), theirs, rtol=1e-12, atol=1e-14)
+
+
+def test_advantages_with_rewards_that_do_not_apply(trl_grpo: ModuleType) -> None:
+    # TRL counts them as 0 in the group; its own deviation without NaNs is what it logs.
+    rewards = torch.tensor([1.0, torch.nan, 0.25, 3.0, torch.nan], dtype=torch.float64)
+    expected = (rewards - rewards.nanmean()) / (trl_grpo.nanstd(rewards) + 1e-4)
+    torch.testing.assert_close(group_advantages(rewards.unsqueeze(0), "group")[0], expected.nan_to_num(nan=0.0))
