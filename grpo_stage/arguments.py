@@ -128,7 +128,11 @@ class GRPOArguments:
     )
     epsilon: float = field(
         default=0.2,
-        metadata={"group": OBJECTIVE, "above": 0.0, "help": "Lower clip range of the ratio: it is kept above 1 - epsilon."},
+        metadata={
+            "group": OBJECTIVE,
+            "above": 0.0,
+            "help": "Lower clip range of the ratio: it is kept above 1 - epsilon.",
+        },
     )
     epsilon_high: float | None = field(
         default=None,
@@ -164,7 +168,11 @@ class GRPOArguments:
     )
     num_iterations: int = field(
         default=1,
-        metadata={"group": OBJECTIVE, "min": 1, "help": "How many times each rollout is trained on (mu in the paper)."},
+        metadata={
+            "group": OBJECTIVE,
+            "min": 1,
+            "help": "How many times each rollout is trained on (mu in the paper).",
+        },
     )
     mask_truncated_completions: bool = field(
         default=False,
@@ -268,7 +276,9 @@ class GRPOArguments:
                 f"`reward_funcs: {', '.join(self.reward_funcs)}`. Give one weight for each, in the same order."
             )
         if not all(map(math.isfinite, weights)):
-            raise ValueError(f"`reward_weights: {shown}` must be finite numbers, since rewards are multiplied by them.")
+            raise ValueError(
+                f"`reward_weights: {shown}` must be finite numbers, since rewards are multiplied by them."
+            )
         if not any(weights):
             raise ValueError(
                 f"`reward_weights: {shown}` are all 0: every reward would be 0 and nothing would be learned. "
@@ -302,9 +312,13 @@ def _mapping(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"`reward_kwargs: {text}` is not valid JSON: {error}. Write a YAML mapping or mend it.") from error
+        raise ValueError(
+            f"`reward_kwargs: {text}` is not valid JSON: {error}. Write a YAML mapping or mend it."
+        ) from error
     if not isinstance(value, dict):
-        raise ValueError(f'`reward_kwargs: {text}` is not a mapping. Write for example {{"length": {{"max_length": 512}}}}.')
+        raise ValueError(
+            f'`reward_kwargs: {text}` is not a mapping. Write for example {{"length": {{"max_length": 512}}}}.'
+        )
     return value
 
 

@@ -1,6 +1,6 @@
 """Completions -> micro-batches under a token budget, with every token's weight in the step's loss.
 
-    B completions in a micro-batch    T completion tokens    L prompt + completion tokens
+B completions in a micro-batch    T completion tokens    L prompt + completion tokens
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,7 @@ from .algorithm.losses import StepTotals, token_weights
 from .types import FinishReason, PolicyBatch, Prompt, ScoredGroup
 
 
-def count_totals(
-    groups: Sequence[ScoredGroup], max_new_tokens: int, mask_truncated_completions: bool
-) -> StepTotals:
+def count_totals(groups: Sequence[ScoredGroup], max_new_tokens: int, mask_truncated_completions: bool) -> StepTotals:
     """What this rank adds to the step's denominators: the completions that the loss uses, and their tokens."""
     lengths = [
         len(completion.token_ids)

@@ -1,6 +1,6 @@
 """The policy's log-probabilities, and the reference it is held to.
 
-    B completions in a micro-batch    T completion tokens    V vocabulary
+B completions in a micro-batch    T completion tokens    V vocabulary
 """
 
 import inspect

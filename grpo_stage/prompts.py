@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from grpo_stage.types import Prompt
+from .types import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -116,9 +116,7 @@ class GRPOTrainer(Trainer):
         self._record_rollout(scored, seconds=timer())
 
         prompts_per_rank = self.prompts_per_step // self.args.world_size
-        chunks = [
-            tuple(scored[start : start + prompts_per_rank]) for start in range(0, len(scored), prompts_per_rank)
-        ]
+        chunks = [tuple(scored[start : start + prompts_per_rank]) for start in range(0, len(scored), prompts_per_rank)]
         num_chunks = max(all_gather(len(chunks)))  # the last prompts of an epoch may not reach every rank
         chunks += [()] * (num_chunks - len(chunks))
         uses_per_rollout = num_chunks * self.grpo_args.num_iterations
@@ -129,9 +127,7 @@ class GRPOTrainer(Trainer):
                 with self.reference.activate(policy) as reference:
                     ref = [self._frozen_logprobs(reference, chunk) for chunk in chunks]
         return [
-            StepData(
-                groups=chunk, old_logprobs=old[i], ref_logprobs=ref[i], is_fresh=iteration == 0 and i == 0
-            )
+            StepData(groups=chunk, old_logprobs=old[i], ref_logprobs=ref[i], is_fresh=iteration == 0 and i == 0)
             for iteration in range(self.grpo_args.num_iterations)
             for i, chunk in enumerate(chunks)
         ]
@@ -142,13 +138,17 @@ class GRPOTrainer(Trainer):
         totals = [[self.rewards.total(row) for row in group] for group in rewards]  # [P][G]
         totals_of_ranks = all_gather(totals)
         everyone = torch.tensor(
-            [[float("nan") if total is None else total for total in group] for rank in totals_of_ranks for group in rank],
+            [
+                [float("nan") if total is None else total for total in group]
+                for rank in totals_of_ranks
+                for group in rank
+            ],
             dtype=torch.float64,
         )
         if everyone.isnan().all():
             raise ValueError(
                 f"No reward function applied to any of the {everyone.numel()} completions of step "
-                f"{self.state.global_step} ({', '.join(self.rewards.names)} all returned None), so nothing can be "
+                f"{self.state.global_step + 1} ({', '.join(self.rewards.names)} all returned None), so nothing can be "
                 "learned from them. Check that the dataset's references are of the kind that the functions expect."
             )
         first = sum(len(rank) for rank in totals_of_ranks[: self.args.process_index])
@@ -179,17 +179,14 @@ class GRPOTrainer(Trainer):
                     micro_loss = self._micro_batch_loss(model, batch, data, check=data.is_fresh and index == 0)
                     self.accelerator.backward(micro_loss)
                 loss += micro_loss.detach()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of step {self.state.global_step + 1} is {loss.item()}. The run is stopped before the weights "
-                "are harmed. Lower `learning_rate`, or `max_grad_norm`, or train in bf16 or float32 instead of fp16."
-            )
+        self._refuse_non_finite(loss, "loss")
         return loss
 
     def _micro_batch_loss(self, model: nn.Module, batch: PolicyBatch, data: StepData, check: bool) -> torch.Tensor:
         with self.compute_loss_context_manager():
             logprobs, entropy = token_logprobs(model, batch, self.sampling.temperature, with_entropy=True)  # [B, T]
         assert entropy is not None
+        self._refuse_non_finite(logprobs, "policy's log-probabilities")
         if check:
             self._check_canary(model, batch, logprobs.detach())
         old = logprobs.detach() if data.old_logprobs is None else _padded(data.old_logprobs, batch)
@@ -214,9 +211,7 @@ class GRPOTrainer(Trainer):
                 policy = self.accelerator.unwrap_model(model)
                 logprobs, _ = token_logprobs(policy, batch, self.engine.logprob_temperature)
         difference = (logprobs - batch.sampling_logprobs).abs() * batch.completion_mask
-        self.tracker.add(
-            "sampling/sampling_logp_difference/mean", difference.sum(), batch.completion_mask.sum()
-        )
+        self.tracker.add("sampling/sampling_logp_difference/mean", difference.sum(), batch.completion_mask.sum())
         self.tracker.highest("sampling/sampling_logp_difference/max", difference.max().item())
         mean = (difference.sum() / batch.completion_mask.sum()).item()
         check_difference(mean, self.max_sampling_logprob_diff, self.grpo_args.rollout_backend)
@@ -342,12 +337,15 @@ class GRPOTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
-        if not torch.isfinite(torch.as_tensor(norm)):
-            raise FloatingPointError(
-                f"The gradient norm of step {self.state.global_step + 1} is {float(norm)} although the loss is finite. "
-                "The run is stopped before the weights are harmed. Lower `learning_rate`, or train in bf16 or float32."
-            )
+        self._refuse_non_finite(torch.as_tensor(norm), "gradient's norm")
         return norm
+
+    def _refuse_non_finite(self, values: torch.Tensor, what: str) -> None:
+        if not torch.isfinite(values).all():
+            raise FloatingPointError(
+                f"The {what} in step {self.state.global_step + 1} is not finite. The run is stopped before the weights "
+                "are harmed. Lower `learning_rate` or `max_grad_norm`, or train in bf16 or float32 instead of fp16."
+            )
 
     # Checkpoints
 

@@ -100,9 +100,7 @@ def _run(trainer: GRPOTrainer, arguments: "RunArguments") -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    facade.create_modelcard_and_push(
-        trainer, arguments.model, arguments.data, training_args, arguments.finetuning
-    )
+    facade.create_modelcard_and_push(trainer, arguments.model, arguments.data, training_args, arguments.finetuning)
 
 
 def _sampling_settings(

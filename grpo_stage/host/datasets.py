@@ -21,9 +21,9 @@ from llamafactory.data.parser import DatasetAttr
 from llamafactory.data.processor.processor_utils import DatasetProcessor
 from llamafactory.extras import logging
 
-from grpo_stage import __version__
-from grpo_stage.prompts import PromptSet, build_prompts
-from grpo_stage.types import Prompt
+from .. import __version__
+from ..prompts import PromptSet, build_prompts
+from ..types import Prompt
 
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from llamafactory.hparams import DataArguments, ModelArguments
     from transformers import PreTrainedTokenizer, ProcessorMixin, Seq2SeqTrainingArguments
 
-    from grpo_stage.arguments import GRPOArguments
+    from ..arguments import GRPOArguments
 
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,9 @@ def load_prompts(
                 template, model_args, data_args, training_args, stage="ppo", tokenizer=tokenizer, processor=processor
             )
         except StopIteration as error:
-            raise ValueError("The dataset that was loaded last has no rows.") from error
+            raise ValueError(
+                "The dataset that was loaded last has no rows: look at its file, and at `max_samples`."
+            ) from error
 
     evaluation = datasets.get("eval_dataset") or {}
     if not isinstance(evaluation, dict):  # a mapping where each evaluation set is kept apart

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,7 @@ _GENERATING = "max_new_tokens temperature top_p top_k repetition_penalty".split(
 _STAGE = [
     field.name
     for field in dataclasses.fields(GRPOArguments)
-    if field.metadata["group"] not in (MEMORY, MONITORING) and field.name != "reward_timeout"
+    if field.metadata["group"] not in (MEMORY, MONITORING)
 ]
 # Under these the learning rate of a step does not depend on how many steps follow, so a finished run may be extended.
 _OPEN_ENDED_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
@@ -74,7 +73,7 @@ def recipe_of(arguments: "RunArguments") -> dict[str, Any]:
         (arguments.finetuning, [*_FINETUNING, *_STAGE]),
         (arguments.generating, _GENERATING),
     )
-    recipe = {name: _plain(getattr(owner, name)) for owner, names in parts for name in names}
+    recipe = {name: getattr(owner, name) for owner, names in parts for name in names}
     return json.loads(json.dumps(recipe, default=str))
 
 
@@ -128,7 +127,3 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
 
 def _shown(recipe: dict[str, Any], name: str) -> str:
     return json.dumps(recipe[name]) if name in recipe else "absent"
-
-
-def _plain(value: Any) -> Any:
-    return value.value if isinstance(value, Enum) else value

@@ -109,11 +109,11 @@ def stage_of(arguments: RawArguments) -> str | None:
     if isinstance(arguments, dict):
         return arguments.get("stage")
     stage = None
-    for flag, value in zip(arguments, [*arguments[1:], None], strict=True):
-        if flag == "--stage":
-            stage = value
-        elif flag.startswith("--stage="):
+    for position, flag in enumerate(arguments):
+        if flag.startswith("--stage="):
             stage = flag.removeprefix("--stage=")
+        elif arguments[position - 1 : position] == ["--stage"]:
+            stage = flag
     return stage
 
 

@@ -14,7 +14,10 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _HASHES_AT_END = re.compile(r"####([^\n]*?)\s*\Z")
 _ANSWER_PHRASE = re.compile(r"\banswer\s*(?:is\b|:)\s*:?([^\n]*)", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
-_CJK_BEFORE_ANSWER = re.compile(r"(?<=[\u3000-\u303f\u3400-\u9fff\uff00-\uffef])(?=[-\d$\\.])")
+# math-verify sees a number only after white space: not in `answer:7`, nor after a Chinese character.
+_GLUED_ANSWER = re.compile(
+    r"(?<=answer:)(?=\S)|(?<=[\u3000-\u303f\u3400-\u9fff\uff00-\uffef])(?=[-\d$\\.])", re.IGNORECASE
+)
 _PLAIN_NUMBER = re.compile(r"[-+]?\$?\s*(?:\d[\d,]*(?:\.\d*)?|\.\d+)")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
@@ -26,20 +29,20 @@ def accuracy(context: "RewardContext") -> Callable[..., list[float | None]]:
     r"""1 where the completion's final answer equals the reference's, else 0; None where deciding took too long.
 
     Range {0, 1}. Needs references. The final answer of either side is, in this order: what stands in the last
-    `<answer>...</answer>`, in the last `\boxed{...}`, after GSM8K's `####`; failing these, what math-verify extracts from
-    the whole text (an "answer is ..." phrase first, then the last formula or number: `7 or 8` answers 8). In a reference
-    `####` may stand anywhere, in a completion only in the last line, since it also makes headings. Only what follows
-    `</think>` is looked at; a completion that never leaves `<think>`, or is empty, scores 0. So does one that was truncated
-    before its answer, unless the last number it had reached happens to be right.
+    `<answer>...</answer>`; in the last `\boxed{...}`; after GSM8K's `####`; failing these, what math-verify extracts
+    from the whole text (an "answer is ..." phrase first, then the last formula or number: `7 or 8` answers 8). In a
+    reference `####` may stand anywhere, in a completion only in the last line, since it also makes headings. Only what
+    follows `</think>` is looked at. A completion that is empty or never leaves `<think>` scores 0. So does one
+    truncated before its answer, unless the last number it had reached happens to be right.
 
-    The answers are compared by math-verify, so that `1/2`, `0.5` and `\frac{1}{2}` are equal. Two rules of our own: where the
-    reference is a plain number, a sum or product that was not worked out (`3 + 4` for 7) is not an answer and scores 0;
-    and **where math-verify reads no mathematics in the reference** (`Paris`, `B`), both answers are compared as text, without
-    regard to case, white space, surrounding punctuation and `\text{}`. A reference with a number in it is compared by that
-    number: `7 apples` is 7.
+    The answers are compared by math-verify: `1/2`, `0.5` and `\frac{1}{2}` are equal. Two rules are ours. Where the
+    reference is a plain number, a calculation that was not worked out (`3 + 4` for 7, `12 / 3` for 4) scores 0, or
+    repeating the question would be an answer. And where math-verify reads no mathematics in the reference (`Paris`,
+    `B`), both answers are compared as text, regardless of case, white space, surrounding punctuation and `\text{}`.
+    A reference with a number in it is compared by that number: `7 apples` is 7.
 
-    A completion on which math-verify takes longer than `reward_timeout` seconds is None, logged, and counted in the
-    counter `accuracy/timeouts`.
+    A completion on which math-verify takes longer than `reward_timeout` seconds is None, logged, and counted in
+    `accuracy/timeouts`.
     """
 
     def score(completions: Sequence[str], references: Sequence[str]) -> list[float | None]:
@@ -84,7 +87,8 @@ def is_correct(completion: str, reference: str) -> bool:
         phrases = _ANSWER_PHRASE.findall(answer)
         return bool(phrases) and _normalize(phrases[-1]) == _normalize(gold_text)
     predicted = _parse(answer)
-    if _PLAIN_NUMBER.fullmatch(gold_text.strip().rstrip(".")) and any(map(_is_unfinished, predicted)):
+    number = gold_text.strip().rstrip(".")
+    if _PLAIN_NUMBER.fullmatch(number) and any(_is_unfinished(expression, number) for expression in predicted):
         return False
     return verify(gold, predicted, timeout_seconds=None)
 
@@ -125,7 +129,7 @@ def _last_boxed(text: str) -> str | None:
 
 def _normalize(text: str) -> str:
     text = _TEXT_COMMAND.sub(r"\1", _BOLD.sub(r"\1", text))
-    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*$。，：；！？")  # noqa: RUF001
+    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*$()。，：；！？（）")  # noqa: RUF001
 
 
 @lru_cache(maxsize=256)
@@ -136,7 +140,7 @@ def _parse_reference(text: str) -> list[Any]:
 def _parse(text: str) -> list[Any]:
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
-    text = _CJK_BEFORE_ANSWER.sub(" ", _BOLD.sub(r"\1", text))
+    text = _GLUED_ANSWER.sub(" ", _BOLD.sub(r"\1", text).replace("\N{MINUS SIGN}", "-"))
     if _is_bare_formula(text):
         text = f"\\boxed{{{text}}}"
     return parse(
@@ -161,18 +165,21 @@ def _has_letter(text: str) -> bool:
     return any(c.isalpha() for c in text)
 
 
-def _is_unfinished(expression: Any) -> bool:
-    """True for arithmetic left undone, `3 + 4` or `3 * 4`; a fraction, a percentage or `3 * 10^8` is a number."""
+def _is_unfinished(expression: Any, reference: str) -> bool:
+    """True for arithmetic left undone; a percentage, `3 * 10^8` and a fraction for 0.75 are numbers."""
     import sympy  # type: ignore[import-untyped]
 
     if isinstance(expression, sympy.Eq):
         expression = expression.rhs
     if not isinstance(expression, sympy.Basic):
         return False
-    return any(map(_is_sum_or_product, sympy.preorder_traversal(expression)))
+    is_whole = "." not in reference
+    return any(_is_operation(node, is_whole) for node in sympy.preorder_traversal(expression))
 
 
-def _is_sum_or_product(node: Any) -> bool:
+def _is_operation(node: Any, with_division: bool) -> bool:
     if node.is_Mul:
         return len([factor for factor in node.args if factor.is_Number and abs(factor) > 1]) > 1
+    if node.is_Pow and node.base.is_Number and node.exp.is_Integer:
+        return node.base != 10 if node.exp > 0 else with_division
     return bool(node.is_Add)

@@ -32,7 +32,10 @@ BUILTIN_REWARDS: Mapping[str, Callable[..., Callable[..., Any]]] = MappingProxyT
 )
 """Name -> factory: called with a `RewardContext` and the settings out of `reward_kwargs`, it returns the function."""
 
-OWN_FUNCTIONS = "your own function is `path/file.py:function` or `package.module:function`"
+KNOWN = (
+    f"Built in are {', '.join(BUILTIN_REWARDS)}; "
+    "a function of your own is `path/file.py:function` or `package.module:function`"
+)
 
 
 def load_rewards(
@@ -57,15 +60,13 @@ def load_rewards(
         ValueError: on anything the user has to mend.
     """
     if not names:
-        raise ValueError(
-            f"reward_funcs is empty: name one at least; built in are {_listed(BUILTIN_REWARDS)}; {OWN_FUNCTIONS}"
-        )
+        raise ValueError(f"reward_funcs is empty: name one at least. {KNOWN}")
     display_names = [name.rpartition(":")[2].strip() for name in names]
     for display_name, spec in zip(display_names, names, strict=True):
         if display_names.count(display_name) > 1:
             raise ValueError(
-                f"reward_funcs: two functions are called {display_name!r} ({spec!r} is one of them): names head metrics and "
-                "reward_kwargs, and must differ; rename one"
+                f"reward_funcs: two functions are called {display_name!r} ({spec!r} is one): metrics and reward_kwargs "
+                "go by these names, so they must differ; rename one"
             )
     kwargs = kwargs or {}
     if not isinstance(kwargs, Mapping):
@@ -91,7 +92,8 @@ def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> lis
         return [1.0] * len(names)
     if len(weights) != len(names):
         raise ValueError(
-            f"reward_weights has {len(weights)} values for {len(names)} reward functions ({_listed(names)}): give one for each"
+            f"reward_weights has {len(weights)} values for {len(names)} reward functions ({_listed(names)}): give one "
+            "for each"
         )
     if not all(math.isfinite(weight) for weight in weights):
         raise ValueError(f"reward_weights {list(weights)}: weights must be finite")
@@ -107,7 +109,7 @@ def _load(spec: str, name: str, settings: Mapping[str, Any], context: RewardCont
     if not place:
         near = difflib.get_close_matches(spec, BUILTIN_REWARDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown reward {spec!r}: {hint}Built in are {_listed(BUILTIN_REWARDS)}; {OWN_FUNCTIONS}")
+        raise ValueError(f"unknown reward {spec!r}: {hint}{KNOWN}")
     module = _module_from_file(place, spec) if place.endswith(".py") else _module_by_name(place, spec)
     if not hasattr(module, attribute):
         raise ValueError(
@@ -162,8 +164,8 @@ def _module_by_name(place: str, spec: str) -> ModuleType:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise ValueError(f"reward {spec!r}: importing {place} failed, since it imports {error.name!r}") from error
         raise ValueError(
-            f"reward {spec!r}: there is no module {place!r}. It was looked for in the working directory {Path.cwd()} and "
-            f"then on sys.path: {_listed(path for path in sys.path if path)}"
+            f"reward {spec!r}: there is no module {place!r}. It was looked for in the working directory {Path.cwd()} "
+            f"and then on sys.path: {_listed(path for path in sys.path if path)}"
         ) from error
     except Exception as error:  # a user's module may raise anything
         raise ValueError(f"reward {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error

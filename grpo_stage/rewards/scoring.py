@@ -85,15 +85,15 @@ class RewardFunction:
             lacking = f"{len(missing)} of {len(prompts)} prompts lack (the first at index {missing[0]})"
             if name == "references":
                 raise ValueError(
-                    f"reward {self.name!r} needs a reference answer, which {lacking}: give each row a last assistant turn, "
-                    "or name the column that holds the answer with `reference_column`"
+                    f"reward {self.name!r} needs a reference answer, which {lacking}: give each row a last assistant "
+                    "turn, or name the column that holds the answer with `reference_column`"
                 )
             columns = sorted({column for p in prompts for column in p.columns})
             near = difflib.get_close_matches(name, [*BATCH_ARGUMENTS, *columns], n=1)
             raise ValueError(
                 f"reward {self.name!r} takes an argument {name!r}, a dataset column that {lacking}"
-                f"{f'; did you mean {near[0]!r}?' if near else '.'} The dataset's columns are {columns}; beside them a "
-                f"function can take {', '.join(BATCH_ARGUMENTS)}, and settings from `reward_kwargs`"
+                f"{f'; did you mean {near[0]!r}?' if near else '.'} The dataset's columns are {columns}; beside them "
+                f"a function can take {', '.join(BATCH_ARGUMENTS)}, and settings from `reward_kwargs`"
             )
 
     def __call__(self, batch: Mapping[str, list[Any]]) -> list[float | None]:
@@ -192,7 +192,7 @@ class RewardSuite:
 
 
 def _flatten(groups: Sequence[RolloutGroup]) -> dict[str, list[Any]]:
-    """Every argument a function can name, as a list over all completions, prompt-major. Ours win over dataset columns."""
+    """Every argument a function can name, a list over all completions, prompt-major. Ours win over dataset columns."""
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
     columns = sorted({column for group in groups for column in group.prompt.columns})
     return {column: [prompt.columns.get(column) for prompt, _ in rows] for column in columns} | {

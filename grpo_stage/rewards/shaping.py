@@ -21,9 +21,10 @@ def length(
 
         r = end + (start - end) * (1 + cos(pi * min(tokens / max_length, 1))) / 2
 
-    with (start, end) = (max_value_correct, min_value_correct) for a correct completion and (min_value_wrong, max_value_wrong)
-    for a wrong one: `start` is the reward of length 0, `end` that of `max_length` and beyond. Range: what the four values span.
-    Needs references; correct is what `accuracy` says, and None where it says None (counter `length/timeouts`).
+    with (start, end) = (max_value_correct, min_value_correct) for a correct completion and
+    (min_value_wrong, max_value_wrong) for a wrong one: `start` is the reward of length 0, `end` that of `max_length`
+    and beyond. Range: what the four values span. Needs references; correct is what `accuracy` says, and None where it
+    says None (counted in `length/timeouts`).
     Source: "Demystifying Long Chain-of-Thought Reasoning in LLMs" (arXiv:2502.03373), as open-r1's
     `get_cosine_scaled_reward`, which counts characters.
 
@@ -32,7 +33,7 @@ def length(
         max_value_wrong: reward of a wrong completion of `max_length` tokens.
         min_value_correct: reward of a correct completion of `max_length` tokens.
         max_value_correct: reward of the shortest correct completion.
-        max_length: tokens at which the cosine ends; `max_new_tokens` by default.
+        max_length: tokens at which the scale ends; `max_new_tokens` by default.
     """
     max_length = _positive_int("max_length", context.max_new_tokens if max_length is None else max_length)
     wrong = (_number("min_value_wrong", min_value_wrong), _number("max_value_wrong", max_value_wrong))
@@ -67,7 +68,8 @@ def overlong(
             (max_length - cache_length - tokens) / cache_length     up to max_length
             -1                                             beyond
 
-    Range [-1, 0]. A completion truncated at `max_new_tokens` gets -1 by default. Source: DAPO (arXiv:2503.14476), equation 13.
+    Range [-1, 0]. A completion truncated at `max_new_tokens` gets -1 by default. Source: DAPO (arXiv:2503.14476),
+    equation 13.
 
     Args:
         max_length: tokens from which the punishment is -1; `max_new_tokens` by default.
@@ -90,9 +92,8 @@ def repetition(context: "RewardContext", ngram_size: int = 3, max_penalty: float
 
         r = max_penalty * (1 - distinct n-grams / n-grams)
 
-    Range (max_penalty, 0]; 0 for a completion shorter than `ngram_size`. Tokens, not words, so that it works for languages
-    written without spaces. Source: Demystifying Long CoT (arXiv:2502.03373), as TRL's and open-r1's
-    `get_repetition_penalty_reward`.
+    Range (max_penalty, 0]; 0 for a completion shorter than `ngram_size`. Tokens, not words, so that it works for
+    languages written without spaces. Source: as open-r1's `get_repetition_penalty_reward`, which counts words.
 
     Args:
         ngram_size: tokens in an n-gram.

@@ -40,8 +40,9 @@ def think_answer_format(context: "RewardContext", think_prefilled: bool = False)
 def tag_count(context: "RewardContext") -> Callable[..., list[float]]:
     """0.25 for each of `<think>`, `</think>`, `<answer>`, `</answer>` that occurs exactly once.
 
-    Range [0, 1]; order does not matter, which makes it a gentler slope towards `format`. Where the template opens `<think>` in
-    the prompt, 0.75 is the most a completion can get. Source: open-r1's `tag_count_reward`, which also wants line breaks.
+    Range [0, 1]. Order does not matter, which makes it a gentler slope towards `format`. Where the template opens
+    `<think>` in the prompt, 0.75 is the most a completion can get. Source: open-r1's `tag_count_reward`, which also
+    wants line breaks around the tags.
     """
 
     def score(completions: Sequence[str]) -> list[float]:

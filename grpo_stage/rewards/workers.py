@@ -1,7 +1,7 @@
 """math-verify in worker processes that can be killed.
 
-Its own time limit is an alarm signal, which does nothing outside the main thread and cannot interrupt C code; ours ends
-the process.
+Its own time limit is an alarm signal, which fails outside the main thread and cannot interrupt C code; ours ends the
+process.
 """
 
 import logging
@@ -64,8 +64,8 @@ class AnswerChecker:
                 except TimeoutError:
                     verdicts[pair] = None
                     logger.warning(
-                        "math-verify took longer than %g s to compare the reference %.200r with the completion %.200r: "
-                        "its verdict is None (not applicable). `reward_timeout` is the limit.",
+                        "math-verify took longer than %g s (`reward_timeout`) over the reference %.200r and the "
+                        "completion %.200r: the reward is None, not applicable",
                         self.timeout_s,
                         pair[1],
                         pair[0],
@@ -73,8 +73,8 @@ class AnswerChecker:
                 except ProcessExpired as error:
                     raise CompletionError(
                         pairs.index(pair),
-                        f"the worker process that ran math-verify died with exit code {error.exitcode}; a negative code "
-                        "is the signal that ended it (-9: most often the system ran out of memory)",
+                        f"the worker process that ran math-verify died with exit code {error.exitcode} "
+                        "(negative: the signal that ended it; -9 is most often the system out of memory)",
                     ) from error
         self._known = verdicts
         return [verdicts[pair] for pair in pairs]
@@ -136,7 +136,7 @@ def _warm_up() -> None:
 
 
 def _judge(completion: str, reference: str, limit_s: float) -> bool:
-    # Where the trainer was killed nobody is left to end this process: the default action of SIGALRM does, even in C code.
+    # Where the trainer was killed, nobody else ends this process. SIGALRM's default action does, even in C code.
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     try:
         return is_correct(completion, reference)

@@ -4,14 +4,16 @@ import copy
 import json
 import pickle
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from datasets import Dataset, Features, Image, Value
 from llamafactory.data import converter, loader
 from llamafactory.data import template as host_template
 from llamafactory.hparams import DataArguments, ModelArguments, TrainingArguments
+from PIL import Image as PILImage
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -72,9 +74,11 @@ class Workspace:
         self.info: dict[str, dict[str, Any]] = {}
 
     def write(self, name: str, rows: list[dict[str, Any]], **info: Any) -> str:
-        file = self.folder / f"{name}.json"
-        file.write_text(json.dumps(rows))
-        self.info[name] = {"file_name": file.name, **info}
+        (self.folder / f"{name}.json").write_text(json.dumps(rows))
+        return self.register(name, f"{name}.json", **info)
+
+    def register(self, name: str, file_name: str, **info: Any) -> str:
+        self.info[name] = {"file_name": file_name, **info}
         (self.folder / "dataset_info.json").write_text(json.dumps(self.info))
         return name
 
@@ -100,7 +104,7 @@ class Workspace:
         dataset: str | None,
         template: str = "default",
         reference_column: str | None = None,
-        overlong_prompts: str = "drop",
+        overlong_prompts: Literal["drop", "truncate"] = "drop",
         **data: Any,
     ) -> PromptData:
         ours = GRPOArguments(reference_column=reference_column, overlong_prompts=overlong_prompts)
@@ -124,7 +128,7 @@ def warnings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def turn(role: str, content: str | None) -> dict[str, Any]:
+def turn(role: str, content: Any) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
@@ -199,7 +203,7 @@ def test_the_openai_format_is_the_hosts(workspace: Workspace):
 
 
 def test_alpaca_with_history_and_system(workspace: Workspace):
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"instruction": "Add.", "input": "1 and 2", "output": "3", "about": "Be brief.", "past": [["Hi", "Hello"]]},
         {"instruction": "Add.", "input": "", "output": "9", "about": "", "past": []},
     ]
@@ -256,17 +260,25 @@ def test_datasets_of_different_columns_and_formats_are_mixed(workspace: Workspac
     bare = workspace.write("bare", [{"question": "Two?", "meta": {"source": "x"}}], columns={"prompt": "question"})
     chat = workspace.chat("chat", [{"messages": [turn("user", "Three?"), turn("assistant", "3")], "level": "high"}])
     prompts = workspace.load(f"{alpaca},{bare},{chat}").train
-    assert [(p.index, p.text, p.reference) for p in prompts] == [
-        (0, "One?", "1"),
-        (1, "Two?", None),
-        (2, "Three?", "3"),
-    ]
+    assert [(p.text, p.reference) for p in prompts] == [("One?", "1"), ("Two?", None), ("Three?", "3")]
     assert [p.columns.get("level") for p in prompts] == [3, None, "high"]
     assert prompts[1].columns == {"question": "Two?", "meta": {"source": "x"}}
 
 
+def test_what_the_first_thousand_rows_lack_the_next_may_have(workspace: Workspace):
+    """Arrow takes the types of a file from its first thousand rows."""
+    bare = {"messages": [turn("user", "Q?")], "tools": None, "gold": None, "level": None}
+    broken = bare | {"messages": [turn("assistant", "1")]}
+    full = {"messages": conversations("42")[2]["messages"], "tools": TOOLS, "gold": 42, "level": {"of": "doubt"}}
+    dataset = workspace.chat("late", [broken] * 1001 + [bare] * 1001 + [full], tools="tools")
+    prompts = workspace.load(dataset, reference_column="gold").train
+    assert [p.reference for p in prompts] == [None] * 1001 + ["42"]
+    assert prompts[-1].messages[0] == turn("system", "Be brief.")
+    assert prompts[-1].columns == full
+
+
 def numbered(count: int, offset: int = 0) -> list[dict[str, Any]]:
-    return [{"instruction": f"Number {i + offset}?", "output": str(i + offset)} for i in range(count)]
+    return [{"instruction": f"Number {i + offset}?", "input": "", "output": str(i + offset)} for i in range(count)]
 
 
 def test_max_samples_and_worker_processes(workspace: Workspace):
@@ -338,16 +350,14 @@ def test_references_become_text(workspace: Workspace, value: Any, reference: str
 
 def test_a_missing_reference_column_names_those_there_are(workspace: Workspace):
     has, lacks = workspace.write("a", [{"instruction": "Q?", "gold": "1"}]), workspace.write("b", numbered(1))
-    with pytest.raises(ValueError, match=r"`reference_column: gold`.*`instruction`, `output`"):
+    with pytest.raises(ValueError, match=r"`reference_column: gold`.*`instruction`, `input`, `output`"):
         workspace.load(f"{has},{lacks}", reference_column="gold")
 
 
 def test_a_cached_dataset_does_not_answer_for_other_settings(workspace: Workspace):
     dataset = workspace.write("cached", [{"instruction": "Q?", "output": "1", "gold": "2"}])
-    references = [
-        workspace.load(dataset, reference_column=column).train[0].reference for column in (None, "gold", None)
-    ]
-    assert references == ["1", "2", "1"]
+    loads = [workspace.load(dataset, reference_column=column) for column in (None, "gold", None)]
+    assert [data.train[0].reference for data in loads] == ["1", "2", "1"]
     thinking, plain = (workspace.load(dataset, "qwen3", enable_thinking=on).train[0] for on in (True, False))
     assert thinking.token_ids != plain.token_ids
     assert workspace.load(dataset, cutoff_len=5, overlong_prompts="truncate").train[0].token_ids != thinking.token_ids
@@ -405,9 +415,8 @@ def test_turns_that_do_not_alternate_are_dropped_and_counted(workspace: Workspac
     ],
 )
 def test_an_empty_prompt_is_refused_by_its_row(workspace: Workspace, row: dict[str, Any]):
-    dataset = workspace.chat(
-        "blank", [{"messages": [turn("user", "Q?")], "id": "fine"}, row | {"id": "the blank one"}]
-    )
+    fine = {"messages": [turn("user", "Q?")], "id": "fine"}
+    dataset = workspace.chat("blank", [fine, row | {"id": "the blank one"}])
     with pytest.raises(ValueError, match=r"prompt of this row is empty.*the blank one"):
         workspace.load(dataset)
 
@@ -448,7 +457,7 @@ def test_messages_under_other_tags_are_refused(workspace: Workspace):
 
 def test_a_conversation_in_an_alpaca_column_is_refused(workspace: Workspace):
     dataset = workspace.write("trl", [{"prompt": [turn("user", "Q?")], "answer": "1"}], columns={"prompt": "prompt"})
-    with pytest.raises(ValueError, match="Column `prompt` of dataset trl.json must hold text.*sharegpt"):
+    with pytest.raises(ValueError, match=r"Column `prompt` of dataset trl.json must hold text.*sharegpt"):
         workspace.load(dataset)
 
 
@@ -478,30 +487,11 @@ def test_an_empty_media_column_is_no_reason_to_refuse(workspace: Workspace):
 
 def test_columns_that_json_cannot_hold(workspace: Workspace):
     """A parquet file with a picture, bytes and a date beside the text."""
-    rows = {
-        "instruction": ["Q?"],
-        "picture": [{"bytes": png(), "path": None}],
-        "raw": [b"\x00"],
-        "day": ["2026-01-02"],
-    }
-    features = Features(instruction=Value("string"), picture=Image(), raw=Value("binary"), day=Value("string"))
-    dataset = Dataset.from_dict(rows, features=features).cast_column("day", Value("date32"))
-    dataset.to_parquet(workspace.folder / "rows.parquet")
-    workspace.write("rows", [])
-    workspace.info["rows"]["file_name"] = "rows.parquet"
-    (workspace.folder / "dataset_info.json").write_text(json.dumps(workspace.info))
-    (prompt,) = workspace.load("rows").train
+    rows = {"instruction": ["Q?"], "picture": [PILImage.new("RGB", (1, 1))], "raw": [b"\0"], "day": [date(2026, 1, 2)]}
+    features = Features(instruction=Value("string"), picture=Image(), raw=Value("binary"), day=Value("date32"))
+    Dataset.from_dict(rows, features=features).to_parquet(workspace.folder / "rows.parquet")
+    (prompt,) = workspace.load(workspace.register("rows", "rows.parquet")).train
     assert prompt.columns == {"instruction": "Q?", "picture": None, "raw": None, "day": "2026-01-02"}
-
-
-def png() -> bytes:
-    import io
-
-    from PIL import Image as PILImage
-
-    buffer = io.BytesIO()
-    PILImage.new("RGB", (1, 1)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 def test_rated_rows_give_a_reference_where_the_answer_is_good(workspace: Workspace):
@@ -523,16 +513,8 @@ def test_the_hosts_own_errors_stay(workspace: Workspace):
 def test_no_dataset_and_no_rows_are_refused(workspace: Workspace):
     with pytest.raises(ValueError, match="`dataset`"):
         workspace.load(None)
-    empty = workspace.folder / "empty.jsonl"
-    empty.touch()
-    Dataset.from_dict({"instruction": []}, features=Features(instruction=Value("string"))).to_parquet(
-        workspace.folder / "empty.parquet"
-    )
-    dataset = workspace.write("empty", [])
-    workspace.info[dataset]["file_name"] = "empty.parquet"
-    (workspace.folder / "dataset_info.json").write_text(json.dumps(workspace.info))
-    with pytest.raises(ValueError, match="no rows"):
-        workspace.load(dataset)
+    with pytest.raises(ValueError, match=r"no rows.*max_samples"):
+        workspace.load(workspace.write("some", numbered(2)), max_samples=0)
 
 
 def test_the_first_example_is_printed_in_our_form(workspace: Workspace, capsys: pytest.CaptureFixture[str]):

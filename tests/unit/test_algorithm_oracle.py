@@ -13,7 +13,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,7 +24,8 @@ from grpo_stage.algorithm import advantages, kl, losses
 
 NAN = math.nan
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
-SCALES = ("group", "batch", "none")
+Scale = Literal["group", "batch", "none"]
+SCALES: tuple[Scale, ...] = ("group", "batch", "none")
 STD_EPS = 1e-4  # TRL's constant; verl has 1e-6
 
 
@@ -36,7 +37,7 @@ def sample_std(values: list[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-def oracle_advantages(rewards: list[list[float]], scale: str) -> list[list[float]]:
+def oracle_advantages(rewards: list[list[float]], scale: Scale) -> list[list[float]]:
     given = [r for group in rewards for r in group if not math.isnan(r)]
     result = []
     for group in rewards:
@@ -45,11 +46,7 @@ def oracle_advantages(rewards: list[list[float]], scale: str) -> list[list[float
             result.append([0.0] * len(group))
             continue
         mean = math.fsum(scored) / len(scored)
-        divisor = {
-            "group": lambda scored=scored: sample_std(scored) + STD_EPS,
-            "batch": lambda: sample_std(given) + STD_EPS,
-            "none": lambda: 1.0,
-        }[scale]()
+        divisor = {"group": sample_std(scored) + STD_EPS, "batch": sample_std(given) + STD_EPS, "none": 1.0}[scale]
         result.append([0.0 if math.isnan(r) else (r - mean) / divisor for r in group])
     return result
 
@@ -168,7 +165,7 @@ def random_rewards(rng: np.random.Generator, num_prompts: int, num_generations: 
     return rewards.tolist()
 
 
-def random_completions(rng: np.random.Generator, rewards: list[list[float]], scale: str) -> list[OracleCompletion]:
+def random_completions(rng: np.random.Generator, rewards: list[list[float]], scale: Scale) -> list[OracleCompletion]:
     """Ragged completions off-policy enough to reach both clip bounds, a quarter of them masked."""
     completions = []
     for advantage in itertools.chain.from_iterable(oracle_advantages(rewards, scale)):
@@ -261,7 +258,7 @@ def test_step_loss_and_gradient_are_the_papers() -> None:
         ("none", 0.5),
     ],
 )
-def test_advantages_by_hand(scale: str, expected: float) -> None:
+def test_advantages_by_hand(scale: Scale, expected: float) -> None:
     actual = advantages.group_advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0]], dtype=torch.float64), scale)
     assert actual.tolist() == [pytest.approx([expected, -expected, -expected, expected], rel=1e-14)]
     if scale != "none":
@@ -290,14 +287,14 @@ def test_not_applicable_is_excluded_and_not_zero() -> None:
 
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("rewards", [torch.zeros(4), torch.zeros(2, 1), torch.zeros(1, 2, 3)])
-def test_malformed_rewards_are_refused(rewards: torch.Tensor, scale: str) -> None:
+def test_malformed_rewards_are_refused(rewards: torch.Tensor, scale: Scale) -> None:
     with pytest.raises(ValueError, match="rewards"):
         advantages.group_advantages(rewards, scale)
 
 
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="std"):
-        advantages.group_advantages(torch.zeros(1, 2), "std")
+        advantages.group_advantages(torch.zeros(1, 2), "std")  # type: ignore[arg-type]
     totals = losses.StepTotals(num_completions=1, num_tokens=1, max_completion_length=1)
     with pytest.raises(ValueError, match="ppo"):
         losses.token_weights(torch.ones(1, 1), totals, "ppo")

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -16,8 +16,9 @@ from grpo_stage.algorithm.losses import StepTotals, clipped_surrogate, token_wei
 
 
 LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
-SCALES = ("group", "batch", "none")
 MAX_LENGTH = 9
+Scale = Literal["group", "batch", "none"]
+SCALES: tuple[Scale, ...] = ("group", "batch", "none")
 
 # Multiples of 1/8: sums and differences are exact, so that a shift loses no digit.
 EIGHTHS = st.integers(-80, 80).map(lambda n: n / 8)
@@ -42,7 +43,7 @@ def reward_tables(draw: Any, with_nan: bool = False) -> torch.Tensor:
 
 @reproducibly
 @given(reward_tables(with_nan=True), EIGHTHS, any_scale)
-def test_a_shift_of_all_rewards_changes_nothing(rewards: torch.Tensor, shift: float, scale: str) -> None:
+def test_a_shift_of_all_rewards_changes_nothing(rewards: torch.Tensor, shift: float, scale: Scale) -> None:
     torch.testing.assert_close(
         group_advantages(rewards + shift, scale), group_advantages(rewards, scale), rtol=1e-10, atol=1e-12
     )
@@ -50,7 +51,7 @@ def test_a_shift_of_all_rewards_changes_nothing(rewards: torch.Tensor, shift: fl
 
 @reproducibly
 @given(reward_tables(with_nan=True), st.lists(EIGHTHS, min_size=5, max_size=5), st.sampled_from(("group", "none")))
-def test_each_group_has_its_own_baseline(rewards: torch.Tensor, shifts: list[float], scale: str) -> None:
+def test_each_group_has_its_own_baseline(rewards: torch.Tensor, shifts: list[float], scale: Scale) -> None:
     shifted = rewards + torch.tensor(shifts[: len(rewards)], dtype=torch.float64).unsqueeze(1)
     torch.testing.assert_close(
         group_advantages(shifted, scale), group_advantages(rewards, scale), rtol=1e-10, atol=1e-12
@@ -60,7 +61,7 @@ def test_each_group_has_its_own_baseline(rewards: torch.Tensor, shifts: list[flo
 @reproducibly
 @given(reward_tables(with_nan=True), st.floats(0.1, 100.0), st.sampled_from(("group", "batch")))
 def test_the_unit_of_the_reward_matters_as_little_as_the_constant(
-    rewards: torch.Tensor, factor: float, scale: str
+    rewards: torch.Tensor, factor: float, scale: Scale
 ) -> None:
     # Of n = P G <= 40 rewards in eighths one at least differs: the deviation is over (1/8) / sqrt(n) > 0.01.
     plain, scaled = group_advantages(rewards, scale), group_advantages(rewards * factor, scale)
@@ -77,7 +78,7 @@ def test_without_division_advantages_keep_the_unit(rewards: torch.Tensor, factor
 
 @reproducibly
 @given(reward_tables(with_nan=True), any_scale, any_seed)
-def test_advantages_follow_their_completions(rewards: torch.Tensor, scale: str, seed: int) -> None:
+def test_advantages_follow_their_completions(rewards: torch.Tensor, scale: Scale, seed: int) -> None:
     rng = np.random.default_rng(seed)
     order = torch.tensor(np.stack([rng.permutation(rewards.shape[1]) for _ in range(len(rewards))]))
     torch.testing.assert_close(
@@ -90,7 +91,7 @@ def test_advantages_follow_their_completions(rewards: torch.Tensor, scale: str, 
 
 @reproducibly
 @given(reward_tables(with_nan=True), any_scale)
-def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(rewards: torch.Tensor, scale: str) -> None:
+def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(rewards: torch.Tensor, scale: Scale) -> None:
     result = group_advantages(rewards, scale)
     torch.testing.assert_close(result.sum(1), torch.zeros(len(rewards)).double(), rtol=0, atol=1e-10)
     for group, values in zip(rewards.tolist(), result.tolist(), strict=True):
@@ -107,7 +108,7 @@ def test_advantages_of_a_group_sum_to_zero_and_keep_the_order(rewards: torch.Ten
     st.booleans(),
 )
 def test_equal_rewards_teach_exactly_nothing(
-    value: float, size: int, scale: str, dtype: torch.dtype, with_nan: bool
+    value: float, size: int, scale: Scale, dtype: torch.dtype, with_nan: bool
 ) -> None:
     rewards = torch.full((2, size), value, dtype=dtype)
     rewards[1, 0] += abs(value) + 1.0  # a group that differs must not leak into the other
@@ -122,7 +123,7 @@ def test_equal_rewards_teach_exactly_nothing(
 
 @reproducibly
 @given(reward_tables(with_nan=True), st.sampled_from(("group", "none")))
-def test_not_applicable_is_as_if_it_had_not_been_sampled(rewards: torch.Tensor, scale: str) -> None:
+def test_not_applicable_is_as_if_it_had_not_been_sampled(rewards: torch.Tensor, scale: Scale) -> None:
     result = group_advantages(rewards, scale)
     assert torch.isfinite(result).all()
     for group, values in zip(rewards, result, strict=True):
@@ -137,7 +138,7 @@ def test_not_applicable_is_as_if_it_had_not_been_sampled(rewards: torch.Tensor, 
 
 @reproducibly
 @given(reward_tables(with_nan=True), any_scale, st.integers(0, 5))
-def test_ranks_agree_when_the_batch_is_gathered(rewards: torch.Tensor, scale: str, cut: int) -> None:
+def test_ranks_agree_when_the_batch_is_gathered(rewards: torch.Tensor, scale: Scale, cut: int) -> None:
     # The order in which ranks are gathered has no say, and what only looks at groups needs no gathering.
     cut = min(cut, len(rewards))
     first, second = rewards[:cut], rewards[cut:]
@@ -164,8 +165,19 @@ def test_k3_is_never_negative_and_zero_where_both_agree(pairs: list[tuple[float,
     policy, ref = torch.tensor(pairs, dtype=torch.float64).T
     value = k3(policy, ref)
     assert (value >= 0).all()
+    assert (k3(policy.float(), ref.float()) >= 0).all()
     assert (value[(policy - ref).abs() > 1e-3] > 1e-8).all()
     assert torch.equal(k3(policy, policy.clone()), torch.zeros_like(policy))
+
+
+def test_k3_keeps_its_sign_in_float32_where_the_policies_almost_agree() -> None:
+    # exp(x) - x - 1 as it is written falls to -6e-8 here, a KL below 0 in the log.
+    close = torch.logspace(-9, 0, 2000)
+    log_ratios = torch.cat([close, -close])
+    value = k3(torch.zeros_like(log_ratios), log_ratios)
+    assert (value >= 0).all()
+    exact = torch.expm1(log_ratios.double()) - log_ratios.double()
+    torch.testing.assert_close(value, exact.float(), rtol=1e-4, atol=1e-10)
 
 
 def test_k3_pulls_towards_the_reference() -> None:

@@ -88,7 +88,9 @@ def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_toke
             for t, token in enumerate(completion.token_ids):
                 distribution = torch.log_softmax(logits[len(prompt.token_ids) + t - 1], dim=-1)
                 assert values[t].item() == pytest.approx(distribution[token].item(), abs=2e-5)
-                assert entropies[t].item() == pytest.approx(-(distribution.exp() * distribution).sum().item(), abs=2e-5)
+                assert entropies[t].item() == pytest.approx(
+                    -(distribution.exp() * distribution).sum().item(), abs=2e-5
+                )
             assert (values[len(completion.token_ids) :] == 0).all()
             assert (entropies[len(completion.token_ids) :] == 0).all()
             seen.append(row)

@@ -12,7 +12,7 @@ import textwrap
 from collections import defaultdict
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def trl_grpo() -> Iterator[ModuleType]:
     for name, value in list(vars(flags).items()):
         if name.endswith("_available") and isinstance(value, tuple):
             setattr(flags, name, value[0])
-    flags._vllm_available = flags._vllm_ascend_available = False
+    vars(flags).update(_vllm_available=False, _vllm_ascend_available=False)
     yield importlib.import_module("trl.trainer.grpo_trainer")
     for name in of_trl():
         del sys.modules[name]
@@ -187,7 +187,7 @@ def test_kl_and_clip_metrics(trl_grpo: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_advantages(trl_grpo: ModuleType, scale: str) -> None:
+def test_advantages(trl_grpo: ModuleType, scale: Literal["group", "batch", "none"]) -> None:
     # TRL computes them in the middle of a method that generates too: those lines alone are run.
     source = inspect.getsource(trl_grpo.GRPOTrainer._generate_and_score_completions)
     start, end = "# Compute grouped-wise rewards", "# Slice to keep only the local part"
@@ -198,7 +198,10 @@ def test_advantages(trl_grpo: ModuleType, scale: str) -> None:
             decimals=1
         )
         rewards[2] = 0.5
-        names = {"self": SimpleNamespace(num_generations=4, scale_rewards=scale), "rewards": rewards.flatten()}
+        names: dict[str, Any] = {
+            "self": SimpleNamespace(num_generations=4, scale_rewards=scale),
+            "rewards": rewards.flatten(),
+        }
         exec(textwrap.dedent(lines), {"torch": torch}, names)
         theirs = names["advantages"].view(5, 4)
         torch.testing.assert_close(group_advantages(rewards, scale), theirs, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,307 @@
+"""The trainer with a fake engine: which prompts, when, and what gradient."""
+
+import dataclasses
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+
+from grpo_stage.arguments import GRPOArguments
+from grpo_stage.buffer import StepData
+from grpo_stage.canary import StaleRolloutError
+from grpo_stage.policy import InitialWeightsReference
+from grpo_stage.trainer import STATE_FILE, GRPOTrainer
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+
+
+VOCAB, MAX_NEW_TOKENS = 61, 6
+
+
+class FakeTokenizer:
+    pad_token_id = 0
+
+    def save_pretrained(self, folder):
+        pass
+
+
+class FakeEngine:
+    """Random completions that depend on (step, prompt, sample) alone; notes what it was asked for."""
+
+    logprob_temperature = 1.0
+
+    def __init__(self, version_offset: int = 0) -> None:
+        self.asked: list[tuple[int, list[int]]] = []
+        self.version_offset = version_offset
+        self.synced: list[int] = []
+
+    def sync(self, policy, version):
+        self.synced.append(version)
+
+    def generate(self, prompts, sampling, step):
+        self.asked.append((step, [prompt.index for prompt in prompts]))
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                completions=tuple(
+                    fake_completion(1000 * step + 100 * prompt.index + i) for i in range(sampling.num_generations)
+                ),
+                policy_version=self.synced[-1] + self.version_offset,
+            )
+            for prompt in prompts
+        ]
+
+    def close(self):
+        pass
+
+
+def fake_completion(seed: int) -> Completion:
+    generator = torch.Generator().manual_seed(seed)
+    length = int(torch.randint(1, MAX_NEW_TOKENS + 1, (), generator=generator))
+    return Completion(
+        token_ids=tuple(torch.randint(VOCAB, (length,), generator=generator).tolist()),
+        sampling_logprobs=(-4.0,) * length,
+        finish_reason=FinishReason.LENGTH if length == MAX_NEW_TOKENS else FinishReason.STOP,
+        text=f"{seed}",
+    )
+
+
+class LengthRewards:
+    """Rewards even token ids; `None` for every completion where `none` is set."""
+
+    names = ("even",)
+    weights = (1.0,)
+
+    def __init__(self, none: bool = False) -> None:
+        self.none = none
+
+    def score(self, groups):
+        return [
+            [[None if self.none else sum(t % 2 == 0 for t in c.token_ids) / len(c.token_ids)] for c in g.completions]
+            for g in groups
+        ]
+
+    def total(self, rewards):
+        return rewards[0]
+
+    def take_counters(self):
+        return {}
+
+
+def make_trainer(
+    tmp_path: Path, *, num_prompts=5, engine=None, rewards=None, reference=None, bound=1e9, training=None, **grpo
+):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    arguments = GRPOArguments(rollout_backend="hf", num_generations=4, **grpo)
+    training = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "save_strategy": "no"} | (training or {})
+    return GRPOTrainer(
+        model=model,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", logging_steps=1, disable_tqdm=True,
+            learning_rate=1e-2, lr_scheduler_type="constant", **training,
+        ),
+        grpo_args=arguments,
+        sampling=SamplingSettings(num_generations=4, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0),
+        prompts=[Prompt(index=i, token_ids=(i + 1, i + 2, i + 3)[: i % 3 + 1], messages=(), reference=None) for i in range(num_prompts)],
+        eval_prompts=[],
+        engine=engine or FakeEngine(),
+        rewards=rewards or LengthRewards(),
+        reference=reference(model) if reference else None,
+        max_sampling_logprob_diff=bound,
+        recipe={"recipe_hash": "x", "recipe": {}},
+        processing_class=FakeTokenizer(),
+    )  # fmt: skip
+
+
+def gradient_of(trainer: GRPOTrainer, data: StepData) -> torch.Tensor:
+    trainer.model.zero_grad()
+    trainer.update(trainer.model, data)
+    return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("mask_truncated_completions", [False, True])
+def test_gradient_does_not_depend_on_the_micro_batch_split(tmp_path, loss_type, mask_truncated_completions):
+    options = {"loss_type": loss_type, "mask_truncated_completions": mask_truncated_completions, "beta": 0.1}
+    trainer = make_trainer(tmp_path, num_iterations=2, reference=InitialWeightsReference, **options)
+    data = trainer.collect()[1]  # the second use: ratios differ from 1 once the weights have moved
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    gradients = []
+    for budget in (10_000, 1, 23):
+        trainer.grpo_args.max_tokens_per_micro_batch = budget
+        gradients.append(gradient_of(trainer, data))
+    assert gradients[0].norm() > 1e-3
+    assert relative(gradients[1], gradients[0]) < 1e-5
+    assert relative(gradients[2], gradients[0]) < 1e-5
+
+
+def test_per_device_batch_and_accumulation_are_the_same_thing(tmp_path):
+    whole = make_trainer(tmp_path, training={"per_device_train_batch_size": 4})
+    accumulated = make_trainer(tmp_path, training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    assert whole.prompts_per_step == accumulated.prompts_per_step == 4
+    first, second = whole.collect()[0], accumulated.collect()[0]
+    assert first.groups == second.groups
+    assert torch.equal(gradient_of(whole, first), gradient_of(accumulated, second))
+
+
+def test_on_policy_gradient_is_reinforce(tmp_path):
+    """At ratio 1 the surrogate's gradient is that of -advantage x log-probability, averaged over all tokens (dapo)."""
+    trainer = make_trainer(tmp_path)
+    data = trainer.collect()[0]
+    gradient = gradient_of(trainer, data)
+
+    trainer.model.zero_grad()
+    num_tokens = sum(len(c.token_ids) for s in data.groups for c in s.group.completions)
+    for scored in data.groups:
+        rewards = torch.tensor(scored.total_rewards, dtype=torch.float64)
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        for completion, advantage in zip(scored.group.completions, advantages.tolist(), strict=True):
+            prompt_ids = scored.group.prompt.token_ids
+            logits = trainer.model(torch.tensor([prompt_ids + completion.token_ids])).logits[0]
+            logprobs = torch.log_softmax(logits, dim=-1)
+            for t, token in enumerate(completion.token_ids):
+                (-advantage * logprobs[len(prompt_ids) + t - 1, token] / num_tokens).backward(retain_graph=True)
+    reinforce = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
+    assert relative(gradient, reinforce) < 1e-5
+
+
+def test_old_logprobs_at_the_first_use_change_nothing(tmp_path):
+    trainer = make_trainer(tmp_path, num_iterations=2)
+    data = trainer.collect()[0]
+    assert data.old_logprobs is not None
+    with_old = gradient_of(trainer, data)
+    without = gradient_of(trainer, dataclasses.replace(data, old_logprobs=None))
+    assert relative(with_old, without) < 1e-5
+
+
+def test_equal_rewards_give_exactly_no_gradient(tmp_path):
+    trainer = make_trainer(
+        tmp_path, rewards=type("Same", (LengthRewards,), {"score": lambda _, groups: [[[0.1]] * 4 for _ in groups]})()
+    )
+    assert (gradient_of(trainer, trainer.collect()[0]) == 0).all()
+
+
+def test_kl_is_zero_at_the_start_and_pulls_back_later(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        beta=0.5,
+        reference=InitialWeightsReference,
+        rewards=type("Same", (LengthRewards,), {"score": lambda _, groups: [[[0.1]] * 4 for _ in groups]})(),
+    )
+    start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    assert gradient_of(trainer, trainer.collect()[0]).abs().max() < 1e-6
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    gradient = gradient_of(trainer, trainer.collect()[0])
+    away = torch.cat([(p - start[name]).flatten() for name, p in trainer.model.named_parameters()])
+    assert torch.dot(gradient, away) > 0, "a gradient step leads back to the reference"
+    assert trainer.tracker.take()["kl"] > 0
+
+
+@pytest.mark.parametrize(
+    ("num_iterations", "steps_per_generation", "accumulation", "expected_steps"),
+    [(1, 1, 1, 3), (2, 1, 1, 6), (1, 2, 1, 3), (3, 2, 1, 9), (1, 1, 2, 2), (2, 4, 1, 6)],
+)
+def test_every_prompt_is_rolled_out_once_an_epoch(
+    tmp_path, num_iterations, steps_per_generation, accumulation, expected_steps
+):
+    trainer = make_trainer(
+        tmp_path,
+        num_iterations=num_iterations,
+        steps_per_generation=steps_per_generation,
+        training={"num_train_epochs": 2, "gradient_accumulation_steps": accumulation},
+    )
+    result = trainer.train()
+    assert result.global_step == 2 * expected_steps
+    assert Counter(i for _, indices in trainer.engine.asked for i in indices) == dict.fromkeys(range(5), 2)
+    assert len(trainer.buffer) == 0
+    in_first_epoch = [i for step, indices in trainer.engine.asked if step < expected_steps for i in indices]
+    assert sorted(in_first_epoch) == list(range(5))
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 4, 5, 7])
+def test_resume_continues_the_same_prompts_and_ends_at_the_same_weights(tmp_path, stop_at):
+    """Stopped between two uses of a rollout, at an epoch's end, or in the second epoch."""
+    settings = {"num_iterations": 2, "steps_per_generation": 2}
+    run = {"save_strategy": "steps", "save_steps": stop_at, "num_train_epochs": 2}
+    whole = make_trainer(tmp_path / "whole", training=run, **settings)
+    whole.train()
+
+    resumed = make_trainer(tmp_path / "resumed", training=run, **settings)
+    checkpoint = tmp_path / "whole" / f"checkpoint-{stop_at}"
+    assert json.loads((checkpoint / STATE_FILE).read_text())["recipe_hash"] == "x"
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+
+    assert resumed.state.global_step == whole.state.global_step == 12
+    assert resumed.engine.asked == [call for call in whole.engine.asked if call[0] >= stop_at]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_group_of_another_policy_version_stops_the_run(tmp_path):
+    with pytest.raises(StaleRolloutError, match="policy version -1, but the trainer is at version 0"):
+        make_trainer(tmp_path, engine=FakeEngine(version_offset=-1)).train()
+
+
+def test_engine_logprobs_far_from_the_trainers_stop_the_run(tmp_path):
+    with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
+        make_trainer(tmp_path, bound=0.05).train()
+
+
+def test_rewards_that_never_apply_stop_the_run(tmp_path):
+    with pytest.raises(ValueError, match=r"No reward function applied .* step 1 \(even all returned None"):
+        make_trainer(tmp_path, rewards=LengthRewards(none=True)).train()
+
+
+def test_a_non_finite_loss_stops_the_run_before_the_weights_are_harmed(tmp_path):
+    trainer = make_trainer(tmp_path)
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="log-probabilities in step 1 is not finite"):
+        trainer.train()
+    assert torch.isfinite(trainer.model.model.embed_tokens.weight).all()
+
+
+def test_a_non_finite_gradient_stops_the_run(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.model.lm_head.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = trainer.model.lm_head.weight.detach().clone()
+    with pytest.raises(FloatingPointError, match="gradient's norm in step 1"):
+        trainer.train()
+    assert torch.equal(trainer.model.lm_head.weight, before)
+
+
+def test_metrics_are_logged_under_their_names(tmp_path):
+    trainer = make_trainer(tmp_path, beta=0.1, reference=InitialWeightsReference, log_completions=True)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert {
+        "loss", "grad_norm", "reward", "reward_std", "frac_reward_zero_std", "rewards/even/mean", "rewards/even/std",
+        "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
+        "completions/mean_terminated_length", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean",
+        "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
+        "num_tokens", "rollout_tokens_per_second", "time/step", "time/sync", "time/rollout", "time/reward",
+        "time/logprobs", "time/update",
+    } <= first.keys()  # fmt: skip
+
+    lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 * 4
+    of_first_step = [line for line in lines if line["step"] == 1]
+    assert first["reward"] == pytest.approx(sum(line["reward"] for line in of_first_step) / 8)
+    assert first["completions/mean_length"] == pytest.approx(sum(line["num_tokens"] for line in of_first_step) / 8)
+    assert first["completions/clipped_ratio"] == sum(line["finish_reason"] == "length" for line in of_first_step) / 8
+    assert [line["advantage"] for line in of_first_step] != [0.0] * 8
