@@ -150,8 +150,8 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "help": (
-                "How token losses are averaged: `grpo` over each completion and then over completions, `dapo` over all "
-                "tokens of the step, `dr_grpo` over completions x max_new_tokens. `bnpo` is `dapo` here, since "
+                "How token losses are averaged: `grpo` over each completion and then over completions, `dapo` over "
+                "all tokens of the step, `dr_grpo` over completions x max_new_tokens. `bnpo` is `dapo` here, since "
                 "denominators are counted over the whole optimizer step."
             ),
         },
@@ -178,7 +178,9 @@ class GRPOArguments:
         default=False,
         metadata={
             "group": OBJECTIVE,
-            "help": "Leave completions that reached `max_new_tokens` out of the loss. They still count in the rewards.",
+            "help": (
+                "Leave completions that reached `max_new_tokens` out of the loss. They still count in the rewards."
+            ),
         },
     )
     # Memory
@@ -222,10 +224,10 @@ class GRPOArguments:
     )
 
     def __post_init__(self) -> None:
-        self.reward_funcs: list[str] = _split(self.reward_funcs)
-        self.reward_weights: list[float] | None = (
-            None if self.reward_weights is None else [_weight(item) for item in _split(self.reward_weights)]
-        )
+        self.reward_funcs: list[str] = _split(self.reward_funcs)  # type: ignore[assignment]
+        if self.reward_weights is not None:
+            weights = [_weight(item) for item in _split(self.reward_weights)]
+            self.reward_weights: list[float] | None = weights  # type: ignore[assignment]
         if isinstance(self.reward_kwargs, str):
             self.reward_kwargs = _mapping(self.reward_kwargs)
 
@@ -238,52 +240,8 @@ class GRPOArguments:
         for spec in dataclasses.fields(GRPOArguments):
             _check_bounds(spec, getattr(self, spec.name))
 
-        if not self.reward_funcs:
-            raise ValueError(
-                "`reward_funcs` is missing: without a reward there is nothing to learn from. Name one or more of "
-                f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`."
-            )
-        if len(set(self.reward_funcs)) < len(self.reward_funcs):
-            raise ValueError(
-                f"`reward_funcs: {', '.join(self.reward_funcs)}` names a function twice. "
-                "Name each once, and give it more weight in `reward_weights`."
-            )
-        if self.reward_weights is not None:
-            self._check_weights(self.reward_weights)
-        if self.reward_kwargs is not None:
-            for name, kwargs in self.reward_kwargs.items():
-                if not isinstance(kwargs, dict):
-                    raise ValueError(
-                        f"`reward_kwargs` maps a function's name to its keyword arguments, but {name!r} has {kwargs!r}. "
-                        'Write for example {"length": {"max_length": 512}}.'
-                    )
-        if self.epsilon >= 1.0:
-            raise ValueError(
-                f"`epsilon: {self.epsilon}` must be below 1: a ratio is never negative, so a lower clip at 1 - epsilon "
-                "<= 0 would never act. TRL and DAPO use 0.2; for a wider upper range set `epsilon_high`."
-            )
-        if self.epsilon_high is not None and self.epsilon_high < self.epsilon:
-            raise ValueError(
-                f"`epsilon_high: {self.epsilon_high}` is below `epsilon: {self.epsilon}`: the upper clip range is meant "
-                "to be the wider one (DAPO: 0.2 and 0.28). Raise `epsilon_high`, or leave it out to use `epsilon` for both."
-            )
-
-    def _check_weights(self, weights: list[float]) -> None:
-        shown = ", ".join(map(str, weights))
-        if len(weights) != len(self.reward_funcs):
-            raise ValueError(
-                f"`reward_weights: {shown}` has {len(weights)} values for the {len(self.reward_funcs)} functions of "
-                f"`reward_funcs: {', '.join(self.reward_funcs)}`. Give one weight for each, in the same order."
-            )
-        if not all(map(math.isfinite, weights)):
-            raise ValueError(
-                f"`reward_weights: {shown}` must be finite numbers, since rewards are multiplied by them."
-            )
-        if not any(weights):
-            raise ValueError(
-                f"`reward_weights: {shown}` are all 0: every reward would be 0 and nothing would be learned. "
-                "Give at least one function a weight other than 0."
-            )
+        _check_rewards(list(self.reward_funcs or ()), self.reward_weights, self.reward_kwargs or {})
+        _check_clip_range(self.epsilon, self.epsilon_high)
 
 
 def grpo_field_names() -> frozenset[str]:
@@ -306,6 +264,57 @@ def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:
     else:
         return
     raise ValueError(f"`{spec.name}: {value}` must be {broken} (default: {spec.default}). {spec.metadata['help']}")
+
+
+def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
+    """`weights` is None or a list, `kwargs` a mapping."""
+    listed = ", ".join(names)
+    if not names:
+        raise ValueError(
+            "`reward_funcs` is missing: without a reward there is nothing to learn from. Name one or more of "
+            f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`."
+        )
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"`reward_funcs: {listed}` names a function twice. Name each once, and give it more weight in "
+            "`reward_weights`."
+        )
+    for name, settings in kwargs.items():
+        if not isinstance(settings, dict):
+            raise ValueError(
+                f"`reward_kwargs` maps a function's name to its keyword arguments, but {name!r} has {settings!r}. "
+                'Write for example {"length": {"max_length": 512}}.'
+            )
+    if weights is None:
+        return
+    shown = ", ".join(map(str, weights))
+    if len(weights) != len(names):
+        raise ValueError(
+            f"`reward_weights: {shown}` has {len(weights)} values for the {len(names)} functions of "
+            f"`reward_funcs: {listed}`. Give one weight for each, in the same order."
+        )
+    if not all(map(math.isfinite, weights)):
+        raise ValueError(
+            f"`reward_weights: {shown}` must be finite, since rewards are multiplied by them. Write for example 0.5."
+        )
+    if not any(weights):
+        raise ValueError(
+            f"`reward_weights: {shown}`: every reward would be 0, and nothing would be learned. Give at least one "
+            "function a weight other than 0."
+        )
+
+
+def _check_clip_range(epsilon: float, epsilon_high: float | None) -> None:
+    if epsilon >= 1.0:
+        raise ValueError(
+            f"`epsilon: {epsilon}` must be below 1: a ratio is never negative, so that a lower clip at 1 - epsilon "
+            "<= 0 would never act. Write for example `epsilon: 0.2`; the upper range is `epsilon_high`."
+        )
+    if epsilon_high is not None and epsilon_high < epsilon:
+        raise ValueError(
+            f"`epsilon_high: {epsilon_high}` is below `epsilon: {epsilon}`: the upper clip range is meant to be the "
+            "wider one (DAPO: 0.2 and 0.28). Raise `epsilon_high`, or leave it out to use `epsilon` for both."
+        )
 
 
 def _mapping(text: str) -> dict[str, Any]:

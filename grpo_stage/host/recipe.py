@@ -15,43 +15,34 @@ from llamafactory.hparams.finetuning_args import (
 )
 
 from ..arguments import MEMORY, MONITORING, GRPOArguments
+from ..trainer import STATE_FILE
 
 
 if TYPE_CHECKING:
     from .parser import RunArguments
 
 
-STATE_FILE = "grpo_state.json"
-
-_MODEL = (
-    "model_name_or_path model_revision adapter_name_or_path adapter_folder train_from_scratch rope_scaling resize_vocab "
-    "add_tokens add_special_tokens new_special_tokens_config quantization_bit quantization_method quantization_type "
-    "double_quantization upcast_layernorm"
-).split()
-_DATA = (
-    "template tool_format default_system enable_thinking preserve_thinking dataset dataset_dir mix_strategy "
-    "interleave_probs max_samples val_size cutoff_len"
-).split()
-_TRAINING = (
-    "seed per_device_train_batch_size gradient_accumulation_steps world_size learning_rate lr_scheduler_type "
-    "lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm "
-    "bf16 fp16"
-).split()
-_LENGTH = ("num_train_epochs", "max_steps")
-_FINETUNING = (
-    "finetuning_type pure_bf16 use_llama_pro use_adam_mini use_muon disable_shuffling ref_model ref_model_adapters "
-    "ref_model_quantization_bit"
-).split() + [
-    field.name
-    for group in (FreezeArguments, LoraArguments, OFTArguments, GaloreArguments, ApolloArguments)
-    for field in dataclasses.fields(group)
-]
-_GENERATING = "max_new_tokens temperature top_p top_k repetition_penalty".split()
-_STAGE = [
-    field.name
-    for field in dataclasses.fields(GRPOArguments)
-    if field.metadata["group"] not in (MEMORY, MONITORING)
-]
+_MODEL = """
+    model_name_or_path model_revision adapter_name_or_path adapter_folder train_from_scratch rope_scaling resize_vocab
+    add_tokens add_special_tokens new_special_tokens_config quantization_bit quantization_method quantization_type
+    double_quantization upcast_layernorm
+"""
+_DATA = """
+    template tool_format default_system enable_thinking preserve_thinking dataset dataset_dir mix_strategy
+    interleave_probs max_samples val_size cutoff_len
+"""
+_TRAINING = """
+    seed per_device_train_batch_size gradient_accumulation_steps world_size learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    bf16 fp16
+"""
+_LENGTH = "num_train_epochs max_steps"
+_FINETUNING = """
+    finetuning_type pure_bf16 use_llama_pro use_adam_mini use_muon disable_shuffling ref_model ref_model_adapters
+    ref_model_quantization_bit
+"""
+_GENERATING = "max_new_tokens temperature top_p top_k repetition_penalty"
+_TUNING_METHODS = (FreezeArguments, LoraArguments, OFTArguments, GaloreArguments, ApolloArguments)
 # Under these the learning rate of a step does not depend on how many steps follow, so a finished run may be extended.
 _OPEN_ENDED_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -66,15 +57,17 @@ def recipe_of(arguments: "RunArguments") -> dict[str, Any]:
     training = arguments.training
     schedule = training.lr_scheduler_type
     open_ended = schedule in _OPEN_ENDED_SCHEDULES and (training.warmup_steps >= 1 or not training.warmup_steps)
+    methods = [spec.name for cls in _TUNING_METHODS for spec in dataclasses.fields(cls)]
+    stage = [f.name for f in dataclasses.fields(GRPOArguments) if f.metadata["group"] not in (MEMORY, MONITORING)]
     parts = (
-        (arguments.model, _MODEL),
-        (arguments.data, _DATA),
-        (training, _TRAINING if open_ended else [*_TRAINING, *_LENGTH]),
-        (arguments.finetuning, [*_FINETUNING, *_STAGE]),
-        (arguments.generating, _GENERATING),
+        (arguments.model, _MODEL.split()),
+        (arguments.data, _DATA.split()),
+        (training, _TRAINING.split() + ([] if open_ended else _LENGTH.split())),
+        (arguments.finetuning, _FINETUNING.split() + methods + stage),
+        (arguments.generating, _GENERATING.split()),
     )
     recipe = {name: getattr(owner, name) for owner, names in parts for name in names}
-    return json.loads(json.dumps(recipe, default=str))
+    return json.loads(json.dumps(recipe, default=str), parse_float=_number)
 
 
 def recipe_hash(recipe: dict[str, Any]) -> str:
@@ -123,6 +116,12 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
         f"Cannot resume from {folder}: it was trained by another recipe. "
         f"Differing: {', '.join(differing) or 'not recorded'}. Give those keys their old values to resume. {remedy}"
     )
+
+
+def _number(text: str) -> float:
+    """1.0 and 1 are the same setting."""
+    number = float(text)
+    return int(number) if number.is_integer() else number
 
 
 def _shown(recipe: dict[str, Any], name: str) -> str:

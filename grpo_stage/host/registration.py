@@ -130,7 +130,7 @@ def read_command_line(arguments: list[str]) -> RawArguments:
 def _add_grpo_arguments(argument_classes: list[type]) -> list[type]:
     from llamafactory.hparams.finetuning_args import FinetuningArguments
 
-    from grpo_stage.host.parser import GRPOFinetuningArguments
+    from grpo_stage.host.finetuning_args import GRPOFinetuningArguments
 
     return [GRPOFinetuningArguments if cls is FinetuningArguments else cls for cls in argument_classes]
 

@@ -146,7 +146,7 @@ def _parse(text: str) -> list[Any]:
     return parse(
         text,
         extraction_config=(LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()),
-        # The fallback is the matched string: `50` out of `50%`, which would equal the number 50.
+        # Not the matched string where parsing fails: text is compared by our own rule.
         fallback_mode="no_fallback",
         extraction_mode="first_match",
         parsing_timeout=None,

@@ -65,8 +65,8 @@ def load_rewards(
     for display_name, spec in zip(display_names, names, strict=True):
         if display_names.count(display_name) > 1:
             raise ValueError(
-                f"reward_funcs: two functions are called {display_name!r} ({spec!r} is one): metrics and reward_kwargs "
-                "go by these names, so they must differ; rename one"
+                f"reward_funcs: two functions are called {display_name!r} ({spec!r} is one): metrics and "
+                "reward_kwargs go by these names, so they must differ; rename one"
             )
     kwargs = kwargs or {}
     if not isinstance(kwargs, Mapping):

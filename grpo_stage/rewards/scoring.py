@@ -118,7 +118,7 @@ class RewardFunction:
             raise error(str(failure), failure.position, traceback.format_exc()) from failure
         except Exception as failure:  # a user's function may raise anything; all of it stops the run
             raise error(f"raised {type(failure).__name__} {where}", trace=traceback.format_exc()) from failure
-        if hasattr(scores, "tolist"):  # numpy, torch
+        if hasattr(scores, "tolist"):  # numpy's and torch's way to Python objects, here and for single elements
             scores = scores.tolist()
         if not isinstance(scores, list | tuple):
             raise error(f"returned {type(scores).__name__} {where}: it must return a list of numbers")
@@ -126,7 +126,7 @@ class RewardFunction:
             raise error(f"returned {len(scores)} scores {where}: it must return one for each")
         checked: list[float | None] = []
         for position, score in enumerate(scores):
-            value = score.item() if hasattr(score, "item") and getattr(score, "size", 1) == 1 else score
+            value = score.tolist() if hasattr(score, "tolist") else score
             if value is not None and not isinstance(value, Real):
                 raise error(f"returned {value!r} ({type(value).__name__}): a score is a number or None", position)
             if value is not None and not math.isfinite(value):

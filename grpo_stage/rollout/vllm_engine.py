@@ -5,7 +5,6 @@ process it starts in; `_process_unchanged` puts back what the trainer depends on
 """
 
 import contextlib
-import gc
 import logging
 import math
 import os
@@ -135,6 +134,7 @@ class VLLMEngine:
             "trust_remote_code": trust_remote_code,
             "seed": seed,
             "generation_config": "vllm",
+            "use_tqdm_on_load": False,
             # On a GPU only this executor puts each rank's engine on the rank's own device.
             "distributed_executor_backend": "external_launcher" if _num_ranks() > 1 else "uni",
         }
@@ -192,7 +192,7 @@ class VLLMEngine:
                     "lower `cutoff_len` or `max_new_tokens`."
                 )
         group_size = sampling.num_generations
-        with _random_states_unchanged():
+        with _random_states_unchanged(), _eager_on_cpu():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(group_size)],
                 [
@@ -300,9 +300,15 @@ def _start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
         "max_num_batched_tokens": max(arguments["max_model_len"], _CPU_TOKENS_PER_STEP),
         "enforce_eager": True,
     }
-    # The warm-up would compile a sampler for requests without seeds: 20 s and a C++ compiler, for what is never used.
-    with torch.compiler.set_stance("force_eager"):
+    with _eager_on_cpu():
         return LLM(**arguments | options)
+
+
+def _eager_on_cpu() -> contextlib.AbstractContextManager[None]:
+    """No torch.compile in vLLM on a CPU: 20 s each, and a C++ compiler, for an unused sampler and for tokens' ranks."""
+    from vllm.platforms import current_platform
+
+    return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else contextlib.nullcontext()
 
 
 def _patch_vllm_for_cpu() -> None:
@@ -352,18 +358,35 @@ def _process_unchanged() -> Iterator[None]:
 
 
 def _release(llm: Any, owns_process_group: bool) -> None:
-    """Shut the engine down and give back its memory and process groups, the trainer's own left as it is."""
+    """Shut the engine down and give back its memory and its process groups.
+
+    vLLM's shutdown also destroys torch's default group, which under torchrun is the trainer's and not vLLM's.
+    """
     from vllm.distributed import parallel_state
 
-    llm.llm_engine.engine_core.shutdown()
-    if owns_process_group or not torch.distributed.is_initialized():
-        parallel_state.destroy_model_parallel()
-        parallel_state.destroy_distributed_environment()
-    else:
-        parallel_state.destroy_model_parallel()
-        if (world := parallel_state._WORLD) is not None:
-            world.destroy()
-            parallel_state._WORLD = None
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    destroy_environment = parallel_state.destroy_distributed_environment
+    if not torch.distributed.is_initialized():  # the host has destroyed every group before, and vLLM's with them
+        _forget_process_groups()
+    elif not owns_process_group:
+        parallel_state.destroy_distributed_environment = _destroy_world_group
+    try:
+        llm.llm_engine.engine_core.shutdown()
+        parallel_state.cleanup_dist_env_and_memory()
+    finally:
+        parallel_state.destroy_distributed_environment = destroy_environment
+
+
+def _destroy_world_group() -> None:
+    from vllm.distributed import parallel_state
+
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = None
+    parallel_state._NODE_COUNT = None
+
+
+def _forget_process_groups() -> None:
+    from vllm.distributed import parallel_state
+
+    for name in ("_WORLD", "_TP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB"):
+        setattr(parallel_state, name, None)

@@ -118,9 +118,7 @@ def logprob_difference(policy: torch.nn.Module, groups: Sequence[RolloutGroup], 
     differences = [
         (torch.tensor(completion.sampling_logprobs) - expected).abs()
         for group in groups
-        for completion, expected in zip(
-            group.completions, policy_logprobs(policy, group, temperature), strict=True
-        )
+        for completion, expected in zip(group.completions, policy_logprobs(policy, group, temperature), strict=True)
     ]
     return torch.cat(differences).mean().item()
 

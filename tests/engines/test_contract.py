@@ -197,7 +197,7 @@ def test_new_weights_and_their_version_are_used_after_sync(
 
 
 def test_stops_are_those_of_the_call(engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingSettings) -> None:
-    assert STOPS == sampling.stop_token_ids
+    assert sampling.stop_token_ids == STOPS
     for group in engine.generate(prompts, replace(sampling, num_generations=64), step=9):
         ends = {c.token_ids[-1] for c in group.completions if c.finish_reason is FinishReason.STOP}
         assert ends <= set(STOPS)

@@ -6,19 +6,11 @@ engine's log-probabilities and transformers' own. Sound deliveries stay below SO
 
 import copy
 import json
-import logging
-import os
-import random
-import signal
-import subprocess
-import sys
 import tempfile
-import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -96,9 +88,7 @@ def test_three_versions_far_apart_are_each_delivered(
         assert difference < SOUND
 
 
-def test_an_update_that_was_not_delivered(
-    engine: VLLMEngine, policy: PeftModel, measure: Callable[[], float]
-) -> None:
+def test_an_update_that_was_not_delivered(engine: VLLMEngine, policy: PeftModel, measure: Callable[[], float]) -> None:
     engine.sync(policy, version=1)
     randomize_adapter(policy, seed=5)
     assert measure() > FAULTY
@@ -179,7 +169,9 @@ def test_completions_of_another_adapter_are_refused(
     engine.sync(policy, version=1)
     generate = engine._llm.generate
     with monkeypatch.context() as patch:
-        patch.setattr(engine._llm, "generate", lambda *args, **kwargs: generate(*args, **kwargs | {"lora_request": None}))
+        patch.setattr(
+            engine._llm, "generate", lambda *args, **kwargs: generate(*args, **kwargs | {"lora_request": None})
+        )
         with pytest.raises(RuntimeError, match="cannot be said to come from one policy"):
             engine.generate(prompts, sampling, step=1)
     with monkeypatch.context() as patch:
@@ -238,7 +230,11 @@ def test_the_same_requests_are_bit_equal(
 
 
 def test_nothing_of_an_adapter_stays_on_disk(
-    engine: VLLMEngine, policy: PeftModel, prompts: list[Prompt], sampling: SamplingSettings, tmp_path: Path,
+    engine: VLLMEngine,
+    policy: PeftModel,
+    prompts: list[Prompt],
+    sampling: SamplingSettings,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

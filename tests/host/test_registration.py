@@ -77,7 +77,6 @@ def trained_elsewhere(tuner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> lis
     return calls
 
 
-
 class TestInterpreterStart:
     def test_the_pth_reaches_children_and_their_children(self) -> None:
         child = "import sys; print('grpo_stage._autoload' in sys.modules, type(sys.meta_path[0]).__name__)"
@@ -427,7 +426,7 @@ class TestProcesses:
         assert seen == [False]
 
     def test_sft_losses_are_the_same_with_and_without_the_plugin(self, tiny_model_dir: Path, tmp_path: Path) -> None:
-        rows = [{"instruction": f"What is {n} + {n}?", "output": f"It is {2 * n}."} for n in range(12)]
+        rows = [{"instruction": f"What is {n} + {n}?", "input": "", "output": f"It is {2 * n}."} for n in range(12)]
         (tmp_path / "rows.json").write_text(json.dumps(rows))
         (tmp_path / "dataset_info.json").write_text(json.dumps({"rows": {"file_name": "rows.json"}}))
 

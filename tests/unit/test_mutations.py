@@ -63,7 +63,12 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "    centred = rewards - ",
         "    rewards = rewards.nan_to_num(nan=0.0)\n    centred = rewards - ",
     ),
-    ("advantage: not applicable stays NaN", advantages, "return centred.nan_to_num(nan=0.0)", "return centred"),
+    (
+        "advantage: not applicable stays NaN",
+        advantages,
+        "return torch.where(rewards.isnan(), torch.zeros_like(centred), centred)",
+        "return centred",
+    ),
     (
         "advantage: variance where not applicable",
         advantages,

@@ -1,0 +1,37 @@
+"""What can be told of a LoRA adapter from its folder."""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+
+def lora_rank(values: Any) -> int:
+    """The highest rank of the adapter that is trained: `lora_rank`, or the continued adapter's own."""
+    adapters = items(values.adapter_name_or_path)
+    if values.create_new_adapter or not adapters:
+        return values.lora_rank
+    config = adapter_config(adapters[-1], values.adapter_folder)
+    return values.lora_rank if config is None else max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
+
+
+def adapter_config(adapter: str, subfolder: str | None) -> dict[str, Any] | None:
+    file = adapter_folder(adapter, subfolder) / "adapter_config.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def adapter_folder(adapter: str, subfolder: str | None) -> Path:
+    return Path(adapter, subfolder or "")
+
+
+def looks_like_hub_id(name: str) -> bool:
+    """`owner/name`, where neither that path nor a folder `owner` is here: then it would be a mistyped path."""
+    owner, *_ = name.split("/")
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not os.path.exists(name) and not os.path.isdir(owner)
+
+
+def items(value: Any) -> list[str]:
+    if value is None:
+        return []
+    return [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value)

@@ -1,0 +1,129 @@
+"""The keys that were written: read from YAML or flags, and answered where nobody knows them."""
+
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from .coercion import shown
+from .registration import RawArguments
+
+
+@dataclass(frozen=True, slots=True)
+class TRLKey:
+    """What a key of TRL's GRPOConfig, or of its trainer, is here."""
+
+    ours: str | None
+    """None where the stage has no counterpart."""
+    convert: Callable[[Any], Any] = lambda value: value
+    note: str = ""
+
+
+def _of_bool(when_true: str, when_false: str) -> Callable[[Any], str]:
+    return lambda value: when_true if str(value).lower() in ("true", "1") else when_false
+
+
+_SERVER = (
+    "this version runs the engine in the training process and talks to no server; `rollout_backend: vllm` starts it"
+)
+_CORRECTION = "`max_sampling_logprob_diff` stops the run instead, when engine and trainer drift apart"
+TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
+    {
+        "max_completion_length": TRLKey("max_new_tokens"),
+        "max_prompt_length": TRLKey("cutoff_len"),
+        "use_vllm": TRLKey("rollout_backend", _of_bool("vllm", "hf")),
+        "vllm_gpu_memory_utilization": TRLKey("vllm_gpu_util"),
+        "vllm_max_model_length": TRLKey("vllm_maxlen"),
+        "shuffle_dataset": TRLKey("disable_shuffling", _of_bool("false", "true")),
+        "wandb_log_unique_prompts": TRLKey("log_completions"),
+        "log_unique_prompts": TRLKey("log_completions"),
+        "generation_batch_size": TRLKey(
+            None,
+            note="a batch is counted in prompts here: per_device_train_batch_size x gradient_accumulation_steps x "
+            "devices prompts a step, and `steps_per_generation` steps to a rollout",
+        ),
+        "model_init_kwargs": TRLKey(None, note="write the host's keys, such as `flash_attn` or `rope_scaling`"),
+        "disable_dropout": TRLKey(None, note="dropout is always off"),
+        "ds3_gather_for_generation": TRLKey(None, note="DeepSpeed is not supported by this version"),
+        "min_p": TRLKey(None, note="`temperature`, `top_p`, `top_k` and `repetition_penalty` set the sampling"),
+        "generation_kwargs": TRLKey(None, note="write the keys themselves, such as `temperature` or `top_p`"),
+        "use_transformers_paged": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),
+        "cache_implementation": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),
+        "vllm_mode": TRLKey(None, note=_SERVER),
+        "vllm_server_base_url": TRLKey(None, note=_SERVER),
+        "vllm_server_host": TRLKey(None, note=_SERVER),
+        "vllm_server_port": TRLKey(None, note=_SERVER),
+        "vllm_server_timeout": TRLKey(None, note=_SERVER),
+        "vllm_model_impl": TRLKey(None, note="vLLM's own options go into `vllm_config`, a mapping"),
+        "vllm_tensor_parallel_size": TRLKey(None, note="the engine runs on the device that trains"),
+        "vllm_enable_sleep_mode": TRLKey(None, note="`vllm_gpu_util` bounds the engine's memory"),
+        "vllm_guided_decoding_regex": TRLKey(None, note="the reward `regex` scores a form instead of forcing it"),
+        "vllm_importance_sampling_correction": TRLKey(None, note=_CORRECTION),
+        "vllm_importance_sampling_cap": TRLKey(None, note=_CORRECTION),
+        "delta": TRLKey(None, note="`epsilon` and `epsilon_high` clip the ratio"),
+        "importance_sampling_level": TRLKey(None, note="ratios are taken for each token, which TRL calls `token`"),
+        "sync_ref_model": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
+        "ref_model_mixup_alpha": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
+        "ref_model_sync_steps": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
+        "top_entropy_quantile": TRLKey(None, note="every token of a completion is in the loss, which TRL calls 1.0"),
+        "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
+        "reward_processing_classes": TRLKey(None, note="reward models are not supported by this version"),
+        "num_generations_eval": TRLKey(None, note="evaluation samples `num_generations` completions as well"),
+    }
+)
+
+
+def read(raw: RawArguments) -> dict[str, Any]:
+    """The mapping that YAML gives; flags become one. `--key` alone is True, and several values are a list."""
+    if isinstance(raw, Mapping):
+        return dict(raw)
+    values: dict[str, list[str]] = {}
+    key = ""
+    for token in raw:
+        if token.startswith("--"):
+            key, has_value, value = token[2:].partition("=")
+            key = key.replace("-", "_")
+            values[key] = [value] if has_value else []
+        else:
+            values.setdefault(key, []).append(token)
+    return {key: True if not items else items[0] if len(items) == 1 else items for key, items in values.items()}
+
+
+def known_keys(values: Mapping[str, Any], hints: Mapping[str, Any], allow_others: bool) -> dict[str, Any]:
+    """The values under keys that `hints` has.
+
+    Raises:
+        ValueError: for a key of TRL's, naming ours; and for another, naming the nearest, unless `allow_others`.
+    """
+    checked: dict[str, Any] = {}
+    for key, value in values.items():
+        if key in hints:
+            checked[key] = value
+        elif key.startswith("no_") and hints.get(key[3:]) is bool:  # argparse's complement of a flag
+            checked[key[3:]] = False
+        elif key in TRL_KEYS:
+            raise ValueError(_trl_answer(key, value))
+        elif not key:
+            raise ValueError(
+                f"{quoted([value] if isinstance(value, str) else value)} belongs to no key. Write `--key value`."
+            )
+        elif not allow_others:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"`{key}` is not a key of LLaMA-Factory or of `stage: grpo`. The nearest is `{near}`: write that, or "
+                f"leave `{key}` out."
+            )
+    return checked
+
+
+def _trl_answer(key: str, value: Any) -> str:
+    entry = TRL_KEYS[key]
+    if entry.ours is None:
+        return f"`{key}` is a key of TRL that `stage: grpo` does not have: {entry.note}. Leave it out."
+    ours = f"{entry.ours}: {shown(entry.convert(value))}"
+    return f"`{key}` is TRL's name: write `{ours}` instead of `{key}: {shown(value)}`."
+
+
+def quoted(keys: Iterable[Any]) -> str:
+    return ", ".join(f"`{key}`" for key in keys)

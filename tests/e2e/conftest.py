@@ -1,0 +1,86 @@
+"""Whole runs through the host's `run_exp`, on the tiny model."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten questions with answers, and a prompt-only twin of them."""
+    folder = tmp_path_factory.mktemp("data")
+    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(10)]
+    (folder / "sums.json").write_text(json.dumps(rows))
+    columns = {"prompt": "question", "response": "answer"}
+    info = {"sums": {"file_name": "sums.json", "columns": columns}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_reward(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A custom reward that a random model gets half of, and that one direction of its embedding teaches."""
+    file = tmp_path_factory.mktemp("rewards") / "toy.py"
+    file.write_text(
+        "from safetensors.torch import load_file\n\n"
+        f"LIKED = load_file({str(tiny_model_dir / 'model.safetensors')!r})['model.embed_tokens.weight'][:, 0] > 0\n\n\n"
+        "def liked(completion_ids):\n"
+        '    """The share of tokens whose embedding is positive in its first dimension."""\n'
+        "    return [LIKED[ids].float().mean().item() for ids in completion_ids]\n"
+    )
+    return f"{file}:liked"
+
+
+@pytest.fixture
+def recipe(tiny_model_dir: Path, dataset_dir: Path, toy_reward: str, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """A short run as a YAML file would give it; keyword arguments replace keys."""
+
+    def make(**changes: Any) -> dict[str, Any]:
+        return {
+            "stage": "grpo",
+            "do_train": True,
+            "model_name_or_path": str(tiny_model_dir),
+            "finetuning_type": "lora",
+            "lora_rank": 4,
+            "lora_target": "all",
+            "template": "smollm2",
+            "dataset": "sums",
+            "dataset_dir": str(dataset_dir),
+            "cutoff_len": 64,
+            "rollout_backend": "hf",
+            "num_generations": 4,
+            "max_new_tokens": 8,
+            "reward_funcs": toy_reward,
+            "per_device_train_batch_size": 2,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "max_steps": 2,
+            "save_strategy": "no",
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "report_to": "none",
+            "disable_gradient_checkpointing": True,
+            "dataloader_pin_memory": False,
+            "seed": 7,
+            **changes,
+        }
+
+    return make
+
+
+@pytest.fixture
+def run_exp() -> Callable[[dict[str, Any]], None]:
+    from llamafactory.train.tuner import run_exp
+
+    return run_exp
+
+
+def trainer_log(output_dir: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(output_dir) / "trainer_log.jsonl").read_text().splitlines()]
+
+
+def completions(output_dir: str | Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(output_dir) / "completions.jsonl").read_text().splitlines()]

@@ -1,0 +1,186 @@
+"""What an engine does to the process it starts in, and how it ends. Each test is a fresh interpreter."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+
+PREAMBLE = """
+import logging, os, random, signal, sys
+import numpy as np, psutil, torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaForCausalLM
+from grpo_stage.rollout.vllm_engine import VLLMEngine
+from grpo_stage.types import Prompt, SamplingSettings
+
+class Decoder:
+    def decode(self, ids, **options):
+        return " ".join(map(str, ids))
+
+checkpoint = sys.argv[1]
+torch.manual_seed(0)
+policy = get_peft_model(LlamaForCausalLM.from_pretrained(checkpoint), LoraConfig(r=4, target_modules="all-linear"))
+sampling = SamplingSettings(num_generations=2, max_new_tokens=8, temperature=1.0)
+
+def prompt(index, length=10):
+    return Prompt(index=index, token_ids=tuple(range(20, 20 + length)), messages=(), reference=None)
+
+def start():
+    return VLLMEngine(
+        model_name_or_path=checkpoint, tokenizer=Decoder(), adapter=True, max_model_len=256, max_lora_rank=4,
+        gpu_memory_utilization=0.5, enforce_eager=False, dtype="auto", logprob_temperature=None,
+    )
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> dict[str, str]:
+    """A machine where vLLM never ran: nothing cached, and no C++ compiler."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TORCHINDUCTOR"))}
+    return kept | {
+        "VLLM_CACHE_ROOT": str(tmp_path / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"),
+        "CXX": "no-compiler-here",
+        "TMPDIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def run(
+    script: str, checkpoint: Path, environment: dict[str, str], *launcher: str
+) -> subprocess.CompletedProcess[str]:
+    file = Path(environment["TMPDIR"]) / "script.py"
+    file.write_text(PREAMBLE + textwrap.dedent(script))
+    return subprocess.run(
+        [sys.executable, *launcher, str(file), str(checkpoint)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
+def test_a_start_changes_nothing_that_the_trainer_depends_on(checkpoint: Path, environment: dict[str, str]) -> None:
+    result = run(
+        """
+        os.environ["LOCAL_WORLD_SIZE"] = "4"
+        logging.getLogger().setLevel(logging.INFO)
+
+        def state():
+            return {
+                "environment": dict(os.environ),
+                "python": random.getstate(),
+                "numpy": str(np.random.get_state()),
+                "torch": torch.get_rng_state().tolist(),
+                "set_num_threads": torch.set_num_threads,
+                "num_threads": torch.get_num_threads(),
+                "default_dtype": torch.get_default_dtype(),
+                "grad": torch.is_grad_enabled(),
+                "matmul_precision": torch.get_float32_matmul_precision(),
+                "affinity": os.sched_getaffinity(0),
+                "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
+                "logging": (logging.getLogger().level, list(logging.getLogger().handlers), logging.root.manager.disable),
+                "children": psutil.Process().children(recursive=True),
+            }
+
+        def changed(before):
+            after = state()
+            return [key for key in before if before[key] != after[key]]
+
+        before = state()
+        engine = start()
+        print("start changed", changed(before))
+        engine.sync(policy, 1)
+        (group,) = engine.generate([prompt(0)], sampling, 1)
+        print("rollout changed", changed(before), len(group.completions))
+        engine.close()
+        print("close changed", changed(before), torch.distributed.is_initialized())
+        second = start()
+        second.sync(policy, 2)
+        (again,) = second.generate([prompt(0)], sampling, 1)
+        print("second", again.policy_version, again.completions == group.completions)
+        torch.distributed.destroy_process_group()  # as the host does at a run's end
+        second.close()
+        print("closed")
+        """,
+        checkpoint,
+        environment,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "start changed []",
+        "rollout changed [] 2",
+        "close changed [] False",
+        "second 2 True",
+        "closed",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [("raise SystemExit(3)", 3), ("os.kill(os.getpid(), signal.SIGABRT)", -6)],
+    ids=["without-close", "SIGABRT"],
+)
+def test_however_the_process_ends_nothing_is_left(
+    end: str, code: int, checkpoint: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    result = run(
+        f"""
+        engine = start()
+        engine.sync(policy, 1)
+        engine.generate([prompt(0)], sampling, 1)
+        assert not psutil.Process().children(recursive=True)
+        print("ready", flush=True)
+        {end}
+        """,
+        checkpoint,
+        environment,
+    )
+    assert result.stdout.splitlines() == ["ready"], result.stderr
+    assert result.returncode == code, result.stderr
+    assert not list(tmp_path.glob("grpo-stage-adapter-*"))
+
+
+def test_two_ranks_roll_out_their_own_prompts(checkpoint: Path, environment: dict[str, str]) -> None:
+    """Different prompts, lengths and numbers of calls on each; the trainer's process group serves before and after."""
+    result = run(
+        """
+        import torch.distributed as dist
+
+        def total(value):
+            tensor = torch.tensor([float(value)])
+            dist.all_reduce(tensor)
+            return tensor.item()
+
+        dist.init_process_group("gloo")
+        rank = dist.get_rank()
+        engine = start()
+        sampled = []
+        for version in range(2):
+            engine.sync(policy, version)
+            for _ in range(1 + rank):
+                groups = engine.generate([prompt(10 * rank + i, 10 + i) for i in range(1 + 2 * rank)], sampling, 1)
+                sampled.append((version, [(g.prompt.index, g.policy_version) for g in groups]))
+            assert total(1) == 2
+        engine.close()
+        assert total(rank) == 1
+        everyone = [None, None]
+        dist.all_gather_object(everyone, sampled)
+        if rank == 0:
+            print(everyone)
+        dist.destroy_process_group()
+        """,
+        checkpoint,
+        environment,
+        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+    )
+    assert result.returncode == 0, result.stderr
+    first = [(version, [(0, version)]) for version in (0, 1)]
+    second = [(version, [(10, version), (11, version), (12, version)]) for version in (0, 0, 1, 1)]
+    assert result.stdout.splitlines() == [str([first, second])]

@@ -1,0 +1,426 @@
+"""Everything that a run is refused for before a model is loaded: one table, and the subtle ones after it."""
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llamafactory.model import loader
+
+from grpo_stage.host import rules
+from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
+from grpo_stage.host.recipe import STATE_FILE, recipe_hash, recipe_of, recipe_record
+
+
+def refusal(raw: dict[str, Any]) -> str:
+    with pytest.raises(ValueError, match="`") as error:
+        parse(raw)
+    return str(error.value)
+
+
+@pytest.fixture(autouse=True)
+def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    for name in ("AutoModelForCausalLM", "AutoTokenizer"):
+        monkeypatch.setattr(getattr(loader, name), "from_pretrained", load)
+
+
+VLLM = {"rollout_backend": "vllm"}
+# What is written over a recipe that is accepted; what the refusal has to say.
+REFUSED: list[tuple[dict[str, Any], list[str]]] = [
+    # what is missing
+    ({"dataset": None}, ["`dataset` is missing", "dataset_info.json"]),
+    ({"reward_funcs": None}, ["`reward_funcs` is missing", "accuracy", "path/file.py:function"]),
+    ({"do_train": False}, ["`do_train: true`"]),
+    ({"dataset": "sumz"}, ["dataset: sumz", "Did you mean `sums`"]),
+    ({"dataset": "unheard"}, ["dataset: unheard", "sums, gsm8k"]),
+    ({"dataset": "sums,sumz"}, ["dataset: sumz"]),
+    ({"eval_dataset": "sumz"}, ["dataset: sumz"]),
+    ({"dataset_dir": "nowhere"}, ["dataset_dir: nowhere", "dataset_info.json", "Give the folder"]),
+    ({"dataset": "pictures"}, ["dataset: pictures", "images", "text"]),
+    ({"dataset": "pairs"}, ["dataset: pairs", "ranking", "reference answers"]),
+    # numbers
+    ({"num_generations": 1}, ["num_generations: 1", "at least 2"]),
+    ({"beta": -0.1}, ["beta: -0.1", "at least 0"]),
+    ({"epsilon_high": 0.1}, ["epsilon_high: 0.1", "epsilon: 0.2", "leave it out"]),
+    ({"reward_weights": "1,2"}, ["reward_weights: 1.0, 2.0", "one weight for each"]),
+    ({"temperature": 0}, ["temperature: 0", "equal", "temperature: 1.0"]),
+    ({"temperature": -1.0}, ["temperature: -1.0", "above 0"]),
+    ({"do_sample": False}, ["do_sample: false", "equal", "do_sample: true"]),
+    ({"top_p": 0.0}, ["top_p: 0.0", "Leave it out"]),
+    ({"top_p": 1.1}, ["top_p: 1.1", "Leave it out"]),
+    ({"top_k": -2}, ["top_k: -2", "Leave it out"]),
+    ({"repetition_penalty": 0}, ["repetition_penalty: 0", "Leave it out"]),
+    ({"max_new_tokens": 0}, ["max_new_tokens: 0", "at least 1"]),
+    ({"cutoff_len": 0}, ["cutoff_len: 0", "at least 1"]),
+    ({"max_new_tokens": 449}, ["max_new_tokens: 449", "cutoff_len: 64", "513", "512", "Lower `cutoff_len`"]),
+    ({"per_device_train_batch_size": 0}, ["per_device_train_batch_size: 0", "at least 1"]),
+    ({"gradient_accumulation_steps": 0}, ["gradient_accumulation_steps: 0", "at least 1"]),
+    ({"learning_rate": 0}, ["learning_rate: 0", "above 0"]),
+    ({"num_train_epochs": 0}, ["num_train_epochs: 0", "above 0"]),
+    # other stages' keys
+    ({"pref_beta": 0.1}, ["pref_beta: 0.1", "no effect", "`beta`"]),
+    ({"ppo_epochs": 4}, ["ppo_epochs: 4", "no effect", "Leave it out"]),
+    ({"dpo_label_smoothing": 0.1}, ["dpo_label_smoothing: 0.1", "no effect", "Leave it out"]),
+    ({"kto_chosen_weight": 1.0}, ["kto_chosen_weight: 1.0", "no effect", "Leave it out"]),
+    ({"reward_model": "rm"}, ["reward_model: rm", "this version", "`reward_funcs`"]),
+    ({"reward_model_type": "api"}, ["reward_model_type: api", "this version", "`reward_funcs`"]),
+    ({"use_dft_loss": True}, ["use_dft_loss: true", "`loss_type`"]),
+    ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor: 0.1", "Leave it out"]),
+    ({"moe_aux_loss_coef": 0.01}, ["moe_aux_loss_coef: 0.01", "Leave it out"]),
+    ({"train_on_prompt": True}, ["train_on_prompt: true", "Leave it out"]),
+    ({"mask_history": True}, ["mask_history: true", "Leave it out"]),
+    ({"predict_with_generate": True}, ["predict_with_generate: true", "val_size"]),
+    ({"do_predict": True}, ["do_predict: true", "val_size"]),
+    ({"compute_accuracy": True}, ["compute_accuracy: true", "reward_funcs: accuracy"]),
+    ({"asft_alpha": 0.1}, ["asft_alpha: 0.1", "`loss_type`"]),
+    # data
+    ({"packing": True}, ["packing: true", "max_tokens_per_micro_batch"]),
+    ({"neat_packing": True}, ["neat_packing: true", "max_tokens_per_micro_batch"]),
+    ({"streaming": True, "max_steps": 5}, ["streaming: true", "max_samples"]),
+    ({"tokenized_path": "cache"}, ["tokenized_path: cache", "`dataset`"]),
+    (
+        {"train_sampling_strategy": "group_by_length"},
+        ["train_sampling_strategy: group_by_length", "disable_shuffling"],
+    ),
+    ({"sortish_sampler": True}, ["sortish_sampler: true", "Leave it out"]),
+    ({"data_seed": 1}, ["data_seed: 1", "`seed`"]),
+    # sampling
+    ({"infer_backend": "vllm"}, ["infer_backend: vllm", "rollout_backend: vllm"]),
+    ({"num_beams": 2}, ["num_beams: 2", "num_generations"]),
+    ({"eval_num_beams": 2}, ["eval_num_beams: 2", "num_generations"]),
+    ({"length_penalty": 2.0}, ["length_penalty: 2.0", "Leave it out"]),
+    ({"max_length": 100}, ["max_length: 100", "max_new_tokens"]),
+    ({"generation_max_length": 100}, ["generation_max_length: 100", "max_new_tokens"]),
+    ({"generation_config": "folder"}, ["generation_config: folder", "`temperature`"]),
+    ({"skip_special_tokens": False}, ["skip_special_tokens: false", "Leave it out"]),
+    # the model
+    ({"lora_dropout": 0.1}, ["lora_dropout: 0.1", "ratio", "write 0"]),
+    ({"neftune_noise_alpha": 5}, ["neftune_noise_alpha: 5", "Leave it out"]),
+    ({"shift_attn": True}, ["shift_attn: true", "Leave it out"]),
+    ({"mixture_of_depths": "convert"}, ["mixture_of_depths: convert", "Leave it out"]),
+    ({"use_unsloth": True}, ["use_unsloth: true", "Leave it out"]),
+    ({"use_unsloth_gc": True}, ["use_unsloth_gc: true", "Leave it out"]),
+    ({"use_kt": True}, ["use_kt: true", "Leave it out"]),
+    ({"use_hyper_parallel": True}, ["use_hyper_parallel: true", "torchrun"]),
+    ({"hyper_parallel_args": "a.json"}, ["hyper_parallel_args: a.json", "Leave it out"]),
+    ({"use_mca": True}, ["use_mca: true", "torchrun"]),
+    ({"quantization_bit": 4, "finetuning_type": "full"}, ["quantization_bit: 4", "full", "finetuning_type: lora"]),
+    ({"quantization_bit": 8, "finetuning_type": "freeze"}, ["quantization_bit: 8", "freeze", "finetuning_type: lora"]),
+    (
+        {"adapter_name_or_path": "a/b", "finetuning_type": "full"},
+        ["adapter_name_or_path: a/b", "finetuning_type: lora"],
+    ),
+    ({"ref_model": "other"}, ["ref_model: other", "beta: 0", "beta: 0.04"]),
+    ({"beta": 0.1, "ref_model_adapters": "other"}, ["ref_model_adapters", "Write `ref_model`"]),
+    # optimisation
+    ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "DDP"]),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed: {", "DDP"]),
+    ({"fsdp": "full_shard"}, ["fsdp: full_shard", "DDP"]),
+    ({"fp8": True}, ["fp8: true", "bf16: true"]),
+    ({"use_galore": True, "galore_layerwise": True}, ["galore_layerwise: true", "use_galore"]),
+    ({"use_apollo": True, "apollo_layerwise": True}, ["apollo_layerwise: true", "use_apollo"]),
+    ({"use_badam": True, "finetuning_type": "full"}, ["use_badam: true", "backward"]),
+    ({"optim": "lomo"}, ["optim: lomo", "backward", "adamw_torch"]),
+    ({"optim": "galore_adamw_layerwise"}, ["optim: galore_adamw_layerwise", "backward", "adamw_torch"]),
+    ({"auto_find_batch_size": True}, ["auto_find_batch_size: true", "max_tokens_per_micro_batch"]),
+    ({"torch_compile": True}, ["torch_compile: true", "Leave it out"]),
+    ({"torch_compile_mode": "default"}, ["torch_compile_mode: default", "Leave it out"]),
+    # evaluation
+    ({"eval_on_each_dataset": True}, ["eval_on_each_dataset: true", "mean reward"]),
+    ({"bf16_full_eval": True}, ["bf16_full_eval: true", "Leave it out"]),
+    ({"prediction_loss_only": True}, ["prediction_loss_only: true", "Leave it out"]),
+    ({"include_for_metrics": ["loss"]}, ['include_for_metrics: ["loss"]', "mean reward"]),
+    ({"load_best_model_at_end": True}, ["metric_for_best_model: null", "metric_for_best_model: eval_reward"]),
+    ({"metric_for_best_model": "loss"}, ["metric_for_best_model: loss", "metric_for_best_model: eval_reward"]),
+    ({"early_stopping_steps": 3}, ["early_stopping_steps", "metric_for_best_model: eval_reward"]),
+    ({"save_strategy": "best"}, ["save_strategy: best", "metric_for_best_model: eval_reward"]),
+    (
+        {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": False},
+        ["more of it is better", "leave `greater_is_better` out"],
+    ),
+    # what vLLM does not serve
+    (VLLM | {"use_dora": True}, ["use_dora: true", "rollout_backend: hf"]),
+    (VLLM | {"additional_target": "lm_head"}, ["additional_target: lm_head", "rollout_backend: hf"]),
+    (VLLM | {"additional_target": ["lm_head"]}, ["additional_target: lm_head", "rollout_backend: hf"]),
+    (VLLM | {"finetuning_type": "full"}, ["finetuning_type: full", "rollout_backend: hf"]),
+    (VLLM | {"finetuning_type": "freeze"}, ["finetuning_type: freeze", "rollout_backend: hf"]),
+    (VLLM | {"finetuning_type": "oft"}, ["finetuning_type: oft", "rollout_backend: hf"]),
+    (VLLM | {"pissa_init": True}, ["pissa_init: true", "rollout_backend: hf"]),
+    (VLLM | {"quantization_bit": 4}, ["quantization_bit: 4", "rollout_backend: hf"]),
+    (VLLM | {"adapter_name_or_path": "a/b,c/d"}, ["adapter_name_or_path: a/b,c/d", "rollout_backend: hf"]),
+    (
+        VLLM | {"adapter_name_or_path": "a/b", "create_new_adapter": True},
+        ["create_new_adapter", "rollout_backend: hf"],
+    ),
+    (VLLM | {"resize_vocab": True}, ["resize_vocab", "rollout_backend: hf"]),
+    (VLLM | {"add_special_tokens": "<a>"}, ["add_special_tokens", "rollout_backend: hf"]),
+    (VLLM | {"use_llama_pro": True}, ["use_llama_pro: true", "rollout_backend: hf"]),
+    (VLLM | {"train_from_scratch": True}, ["train_from_scratch: true", "rollout_backend: hf"]),
+    (VLLM | {"rope_scaling": "yarn"}, ["rope_scaling: yarn", "rollout_backend: hf"]),
+    (VLLM | {"lora_rank": 513}, ["lora_rank: 513", "512", "lower `lora_rank`"]),
+    (VLLM | {"lora_rank": 16, "vllm_max_lora_rank": 8}, ["vllm_max_lora_rank: 8", "Leave it out"]),
+    (VLLM | {"vllm_max_lora_rank": 48}, ["vllm_max_lora_rank: 48", "64", "Leave it out"]),
+    (VLLM | {"vllm_maxlen": 95}, ["vllm_maxlen: 95", "cutoff_len: 64", "max_new_tokens: 32", "Leave it out"]),
+    (VLLM | {"vllm_gpu_util": 1.5}, ["vllm_gpu_util: 1.5", "at most 1"]),
+    (VLLM | {"vllm_config": "max_num_seqs"}, ["vllm_config: max_num_seqs", '{"max_num_seqs": 64}']),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), REFUSED, ids=lambda value: ",".join(value) if isinstance(value, dict) else ""
+)
+def test_refused(recipe, changes, said):
+    message = refusal(recipe | changes)
+    assert [part for part in said if part not in message] == []
+    assert re.search(r"\{\w+\}", message) is None, "a field of the message was not filled in"
+
+
+def test_the_recipe_itself_is_accepted(recipe):
+    parse(recipe)
+    parse(recipe | VLLM)
+
+
+def test_every_unsupported_key_is_the_hosts_and_refused_once():
+    known = {name for cls in ARGUMENT_CLASSES for name in cls.__dataclass_fields__}
+    keys = [key for entry in rules.UNSUPPORTED for key in entry.keys.split()]
+    assert set(keys) - known == set()
+    assert len(keys) == len(set(keys))
+
+
+def test_every_entry_has_a_case_above():
+    shown = {key for changes, _ in REFUSED for key in changes}
+    assert [entry.keys for entry in rules.UNSUPPORTED if not shown & set(entry.keys.split())] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [(key, value) for entry in rules.UNSUPPORTED for key in entry.keys.split() for value in entry.harmless],
+)
+def test_harmless_values_are_accepted(recipe, key, value):
+    """LLaMA Board writes some of them out."""
+    assert key in parse(recipe | {key: value}).given
+
+
+def test_a_rule_of_vllm_does_not_bind_the_hf_engine(recipe):
+    hf = recipe | {"use_dora": True, "additional_target": "lm_head", "lora_rank": 600, "vllm_maxlen": 5}
+    assert parse(hf).finetuning.use_dora
+    assert parse(recipe | {"finetuning_type": "full"}).finetuning.finetuning_type == "full"
+
+
+def test_vllm_that_is_not_installed_names_both_ways_out(recipe, monkeypatch):
+    monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "vllm" else importlib.util.find_spec(name))
+    default = {key: value for key, value in recipe.items() if key != "rollout_backend"}
+    message = refusal(default)
+    assert 'pip install "grpo-stage[vllm]"' in message
+    assert "rollout_backend: hf" in message
+    parse(recipe)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_accelerate_launch_with_sharding_is_refused(recipe, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    message = refusal(recipe)
+    assert variable in message
+    assert "llamafactory-cli train" in message
+
+
+def test_best_checkpoint_by_reward_is_allowed(recipe):
+    wanted = {
+        "val_size": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 5,
+        "save_steps": 5,
+        "load_best_model_at_end": True,
+    }
+    training = parse(recipe | wanted | {"metric_for_best_model": "reward"}).training
+    assert training.load_best_model_at_end
+    assert training.greater_is_better
+
+
+# The model
+
+
+def test_positions_that_rope_scaling_adds_count(recipe):
+    assert parse(recipe | {"max_new_tokens": 600, "rope_scaling": "linear"}).model.model_max_length == 664
+
+
+def test_positions_that_the_config_scales_count(recipe):
+    file = Path(recipe["model_name_or_path"], "config.json")
+    config = json.loads(file.read_text())
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "rope_theta": 1e4}
+    file.write_text(json.dumps(config | {"rope_parameters": yarn}))
+    parse(recipe | {"max_new_tokens": 4 * 512 - 64})
+    assert "2048 positions" in refusal(recipe | {"max_new_tokens": 4 * 512 - 63})
+
+
+def test_a_quantized_checkpoint_is_refused_under_vllm(recipe):
+    file = Path(recipe["model_name_or_path"], "config.json")
+    quantized = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    file.write_text(json.dumps(quantized))
+    parse(recipe)
+    assert "rollout_backend: hf" in refusal(recipe | VLLM)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize(
+    "path", ["nowhere", "./nowhere/at/all", "/nowhere", "model", "data/dataset_info.json", "out/lora"]
+)
+def test_a_path_that_is_no_adapter(recipe, path):
+    Path("out").mkdir()  # so that `out/lora` is a mistyped path and no hub id
+    message = refusal(recipe | {"adapter_name_or_path": path})
+    assert f"adapter_name_or_path: {path}" in message
+    assert "adapter_config.json" in message
+    assert "output_dir" in message
+
+
+def test_a_hub_id_may_be_an_adapter(recipe):
+    assert parse(recipe | {"adapter_name_or_path": "owner/lora"}).model.adapter_name_or_path == ["owner/lora"]
+
+
+def test_an_adapter_in_a_subfolder(recipe, adapter):
+    own = {"adapter_name_or_path": str(adapter.parent), "adapter_folder": adapter.name}
+    assert parse(recipe | VLLM | own).model.vllm_max_lora_rank == 64
+    assert "adapter_config.json" in refusal(recipe | {"adapter_name_or_path": str(adapter.parent)})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_dora", True), ("bias", "lora_only"), ("modules_to_save", ["lm_head"]), ("peft_type", "OFT")],
+)
+def test_an_adapter_that_vllm_does_not_serve(recipe, adapter, key, value):
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    message = refusal(recipe | VLLM | {"adapter_name_or_path": str(adapter)})
+    assert f"`{key}: " in message
+    assert "rollout_backend: hf" in message
+    parse(recipe | {"adapter_name_or_path": str(adapter)})
+
+
+def test_the_continued_adapters_rank_bounds_vllms(recipe, adapter):
+    own = VLLM | {"adapter_name_or_path": str(adapter), "vllm_max_lora_rank": 32}
+    assert "vllm_max_lora_rank: 32" in refusal(recipe | own)
+
+
+# Resuming
+
+
+def _checkpoint(recipe: dict[str, Any], step: int = 2) -> Path:
+    folder = Path(recipe["output_dir"], f"checkpoint-{step}")
+    folder.mkdir(parents=True)
+    (folder / STATE_FILE).write_text(json.dumps(recipe_record(parse(recipe | {"resume_from_checkpoint": False}))))
+    return folder
+
+
+def test_the_same_recipe_resumes_by_itself(recipe):
+    folder = _checkpoint(recipe)
+    assert parse(recipe).training.resume_from_checkpoint == str(folder)
+
+
+def test_resume_true_finds_the_last_checkpoint(recipe):
+    assert "no checkpoint" in refusal(recipe | {"resume_from_checkpoint": True})
+    _checkpoint(recipe, 2)
+    last = _checkpoint(recipe, 10)
+    assert parse(recipe | {"resume_from_checkpoint": True}).training.resume_from_checkpoint == str(last)
+    assert not parse(recipe | {"resume_from_checkpoint": False}).training.resume_from_checkpoint
+
+
+def test_another_stages_checkpoint_is_refused(recipe):
+    folder = _checkpoint(recipe)
+    (folder / STATE_FILE).unlink()
+    message = refusal(recipe)
+    assert str(folder) in message
+    assert "another stage" in message
+    assert "`output_dir`" in message
+    assert "overwrite_output_dir: true" in message
+    assert parse(recipe | {"overwrite_output_dir": True}).training.resume_from_checkpoint is None
+
+
+def test_a_named_checkpoint_must_exist(recipe):
+    assert "resume_from_checkpoint: gone" in refusal(recipe | {"resume_from_checkpoint": "gone"})
+
+
+@pytest.mark.parametrize("state", ["", "[]", "{}"])
+def test_a_damaged_state_is_refused(recipe, state):
+    folder = _checkpoint(recipe)
+    (folder / STATE_FILE).write_text(state)
+    assert "damaged" in refusal(recipe)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("beta", 0.04),
+        ("num_generations", 4),
+        ("temperature", 0.9),
+        ("learning_rate", 1e-3),
+        ("lora_rank", 4),
+        ("seed", 1),
+        ("dataset", "gsm8k"),
+        ("cutoff_len", 65),
+        ("per_device_train_batch_size", 3),
+        ("finetuning_type", "full"),
+        ("reward_weights", 2),
+        ("reward_kwargs", {"accuracy": {"a": 1}}),
+        ("enable_thinking", False),
+        ("max_steps", 50),
+    ],
+)
+def test_another_recipes_checkpoint_is_refused_and_the_difference_named(recipe, key, value):
+    folder = _checkpoint(recipe)
+    message = refusal(recipe | {key: value})
+    assert str(folder) in message
+    assert f"`{key}` (" in message
+    assert "overwrite_output_dir: true" in message
+
+
+def test_a_moved_model_is_another_recipe(recipe, tmp_path):
+    _checkpoint(recipe)
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    assert "`model_name_or_path` (" in refusal(recipe | {"model_name_or_path": str(tmp_path / "other")})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"logging_steps": 5, "save_steps": 7, "plot_loss": True, "log_completions": True},
+        {"max_tokens_per_micro_batch": 64, "num_completions_to_print": 1},
+        {"reward_funcs": ["accuracy"], "beta": 0, "warmup_steps": 0.0, "cutoff_len": "64"},
+    ],
+)
+def test_what_does_not_change_the_training_may_change(recipe, changes):
+    folder = _checkpoint(recipe)
+    assert parse(recipe | changes).training.resume_from_checkpoint == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "may_grow"),
+    [
+        ({"lr_scheduler_type": "constant"}, True),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 5}, True),
+        ({"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 0.1}, False),
+        ({"lr_scheduler_type": "linear"}, False),
+        ({"lr_scheduler_type": "cosine"}, False),
+    ],
+)
+def test_a_run_may_grow_where_the_schedule_does_not_depend_on_its_length(recipe, schedule, may_grow):
+    folder = _checkpoint(recipe | schedule)
+    longer = recipe | schedule | {"num_train_epochs": 6}
+    if may_grow:
+        assert parse(longer).training.resume_from_checkpoint == str(folder)
+    else:
+        assert "`num_train_epochs` (3 there, 6 here)" in refusal(longer)
+
+
+def test_a_recipe_is_plain_json_and_its_hash_stable(recipe):
+    stored = recipe_of(parse(recipe))
+    assert json.loads(json.dumps(stored)) == stored
+    assert recipe_hash(stored) == recipe_hash(dict(reversed(stored.items())))
+    assert recipe_hash(stored) != recipe_hash(stored | {"beta": 1})

@@ -1,0 +1,111 @@
+"""Every shipped recipe is one that the stage accepts, and its data are what it says they are."""
+
+import dataclasses
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from llamafactory import hparams
+
+from grpo_stage.arguments import GRPOArguments, grpo_field_names
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+EXAMPLES = REPOSITORY / "yaml_examples"
+RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+HOST_CLASSES = (
+    hparams.ModelArguments,
+    hparams.DataArguments,
+    hparams.TrainingArguments,
+    hparams.FinetuningArguments,
+    hparams.GeneratingArguments,
+)
+TRAINING_ONLY = {field.name for field in dataclasses.fields(hparams.TrainingArguments)} | grpo_field_names()
+
+every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+every_training_recipe = pytest.mark.parametrize(
+    "path", [path for path in RECIPES if "\nstage:" in path.read_text()], ids=lambda path: path.stem
+)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys and says nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        assert len(keys) == len(set(keys)), f"a key stands twice: {sorted(key for key in keys if keys.count(key) > 1)}"
+        return super().construct_mapping(node, deep)
+
+
+def load(path: Path) -> dict[str, Any]:
+    return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
+
+
+def test_the_recipes_of_the_readme_are_the_recipes_there_are() -> None:
+    listed = set(re.findall(r"^\| `(\S+\.yaml)`", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert listed == {path.name for path in RECIPES}
+    assert "quickstart.yaml" in listed
+
+
+@every_recipe
+def test_every_key_is_known(path: Path) -> None:
+    known = {field.name for host_class in HOST_CLASSES for field in dataclasses.fields(host_class)}
+    assert set(load(path)) - known - grpo_field_names() == set()
+
+
+@every_training_recipe
+def test_the_stage_accepts_its_own_keys(path: Path) -> None:
+    recipe = load(path)
+    assert recipe["stage"] == "grpo"
+    GRPOArguments(**{key: value for key, value in recipe.items() if key in grpo_field_names()}).validate()
+
+
+@every_training_recipe
+def test_the_parser_accepts_it(path: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    from grpo_stage.host.parser import parse
+
+    recipe = load(path)
+    config = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}), encoding="utf-8")
+    here = {"model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False}
+    parsed = parse({**recipe, **here})
+    assert parsed.finetuning.num_generations == recipe["num_generations"]
+    assert parsed.generating.max_new_tokens == recipe["max_new_tokens"]
+    assert parsed.training.learning_rate == recipe["learning_rate"]
+
+
+@every_training_recipe
+def test_the_dataset_is_listed(path: Path) -> None:
+    recipe = load(path)
+    listed = json.loads((REPOSITORY / recipe["dataset_dir"] / "dataset_info.json").read_text(encoding="utf-8"))
+    for name in recipe["dataset"].split(","):
+        entry = listed[name]
+        assert "hf_hub_url" in entry or (REPOSITORY / recipe["dataset_dir"] / entry["file_name"]).is_file()
+
+
+@every_recipe
+def test_a_chat_recipe_has_no_training_keys(path: Path) -> None:
+    recipe = load(path)
+    assert "stage" in recipe or TRAINING_ONLY.isdisjoint(recipe)
+
+
+def test_the_chat_loads_what_the_quick_start_writes() -> None:
+    training, chat = load(EXAMPLES / "quickstart.yaml"), load(EXAMPLES / "quickstart_chat.yaml")
+    assert chat["adapter_name_or_path"] == training["output_dir"]
+    assert (chat["model_name_or_path"], chat["template"]) == (training["model_name_or_path"], training["template"])
+
+
+def test_addition_is_what_its_script_writes() -> None:
+    lines = (EXAMPLES / "data" / "addition.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    script = runpy.run_path(str(EXAMPLES / "data" / "make_addition.py"))
+    assert rows == list(script["rows"]())
+    assert len({row["question"] for row in rows}) == 441
+    for row in rows:
+        numbers = re.fullmatch(r"What is (\d+) \+ (\d+)\? Answer with the number only\.", row["question"])
+        assert numbers is not None
+        assert int(row["answer"]) == sum(map(int, numbers.groups()))

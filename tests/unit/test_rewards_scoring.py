@@ -1,0 +1,410 @@
+"""Reward functions loaded by name, called with what they ask for, and stopped by what is not a score."""
+
+import inspect
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo_stage.rewards import BUILTIN_REWARDS, RewardError, RewardSuite, load_rewards
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
+
+
+def load(*names: str, weights: list[float] | None = None, **kwargs: dict[str, Any]) -> RewardSuite:
+    return load_rewards(list(names), weights, kwargs or None, max_new_tokens=10, timeout_s=5.0)
+
+
+def prompt(index: int = 0, reference: str | None = "7", **columns: Any) -> Prompt:
+    messages = ({"role": "system", "content": "Be brief."}, {"role": "user", "content": f"question {index}"})
+    return Prompt(index=index, token_ids=(1, 2), messages=messages, reference=reference, columns=columns)
+
+
+def group(prompt: Prompt, *texts: str) -> RolloutGroup:
+    completions = tuple(
+        Completion(
+            token_ids=tuple(text.encode()) or (0,),
+            sampling_logprobs=(0.0,) * max(1, len(text.encode())),
+            finish_reason=FinishReason.STOP,
+            text=text,
+        )
+        for text in texts
+    )
+    return RolloutGroup(prompt=prompt, completions=completions, policy_version=0)
+
+
+GROUPS = [group(prompt(3, color="red"), "a", "bb"), group(prompt(5, color="blue"), "ccc", "dddd")]
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Write a file of reward functions into the working directory; returns its name."""
+    monkeypatch.chdir(tmp_path)
+
+    def write(source: str, name: str = "own_rewards.py") -> str:
+        (tmp_path / name).write_text(source)
+        return name
+
+    return write
+
+
+# What a function receives
+
+
+def test_each_argument_is_a_list_over_all_completions_prompt_major(own: Callable[[str], str]) -> None:
+    file = own(
+        "seen = {}\n"
+        "def names(prompts, completions, completion_ids, messages, references, color):\n"
+        "    seen.update(locals())\n"
+        "    return [float(len(c)) for c in completions]\n"
+    )
+    suite = load(f"{file}:names")
+    assert suite.names == ("names",)
+    assert suite.score(GROUPS) == [[[1.0], [2.0]], [[3.0], [4.0]]]
+    seen = suite._functions[0].function.__globals__["seen"]
+    assert seen["prompts"] == ["question 3", "question 3", "question 5", "question 5"]
+    assert seen["completions"] == ["a", "bb", "ccc", "dddd"]
+    assert seen["completion_ids"] == [list(text.encode()) for text in seen["completions"]]
+    assert [messages[-1]["content"] for messages in seen["messages"]] == seen["prompts"]
+    assert [messages[0]["role"] for messages in seen["messages"]] == ["system"] * 4
+    assert seen["references"] == ["7"] * 4
+    assert seen["color"] == ["red", "red", "blue", "blue"]
+
+
+def test_kwargs_gets_everything_and_ours_win_over_columns_of_the_same_name(own: Callable[[str], str]) -> None:
+    file = own(
+        "def all_of_it(**kwargs):\n"
+        "    assert sorted(kwargs) == ['color', 'completion_ids', 'completions', 'factor', 'messages', 'prompts',\n"
+        "                              'references'], sorted(kwargs)\n"
+        "    assert kwargs['completions'] == ['x'] and kwargs['color'] == ['red']\n"
+        "    return [kwargs['factor']]\n"
+    )
+    suite = load(f"{file}:all_of_it", all_of_it={"factor": 0.5})
+    assert suite.score([group(prompt(color="red", completions="a column"), "x")]) == [[[0.5]]]
+
+
+def test_defaults_columns_that_are_optional_and_settings(own: Callable[[str], str]) -> None:
+    file = own(
+        "def f(completions, color='none', scale=1.0, bonus=0.0):\n"
+        "    assert color in ('none', ['red', None]), color\n"
+        "    return [scale * len(c) + bonus for c in completions]\n"
+    )
+    suite = load(f"{file}:f", f={"scale": 2})
+    assert suite.score([group(prompt(0), "a")]) == [[[2.0]]]
+    assert suite.score([group(prompt(0, color="red"), "a"), group(prompt(1), "bb")]) == [[[2.0]], [[4.0]]]
+
+
+def test_a_setting_is_not_overwritten_by_a_column_of_its_name(own: Callable[[str], str]) -> None:
+    file = own("def f(completions, scale=1.0):\n    return [scale] * len(completions)\n")
+    assert load(f"{file}:f", f={"scale": 2.0}).score([group(prompt(scale=9.0), "a")]) == [[[2.0]]]
+    assert load("overlong").score([group(prompt(max_length=1), "abcdefghi")]) == [[[-0.5]]]
+
+
+def test_what_one_function_does_to_its_lists_is_not_seen_by_the_next(own: Callable[[str], str]) -> None:
+    file = own(
+        "def spoil(completions, completion_ids):\n"
+        "    n = len(completions); completions.clear(); completion_ids.clear(); return [0.0] * n\n"
+    )
+    scores = load(f"{file}:spoil", "regex", "overlong", regex={"pattern": "a"}).score([group(prompt(), "a", "b")])
+    assert scores == [[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]
+
+
+# What a function may return
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        [1, 2.5, None, True],
+        (1, 2.5, None, True),
+        [np.float32(1), np.float64(2.5), None, np.bool_(True)],
+        [torch.tensor(1), torch.tensor(2.5), None, torch.tensor(True)],
+        np.array([1, 2.5, None, True], dtype=object),
+    ],
+)
+def test_numbers_and_none_are_scores(
+    monkeypatch: pytest.MonkeyPatch, own: Callable[[str], str], returned: Any
+) -> None:
+    suite = load(f"{own('def f(completions): return RETURNED')}:f")
+    monkeypatch.setitem(suite._functions[0].function.__globals__, "RETURNED", returned)
+    scores = suite.score(GROUPS)
+    assert scores == [[[1.0], [2.5]], [[None], [1.0]]]
+    assert {type(score) for row in scores for scored in row for score in scored} == {float, type(None)}
+
+
+@pytest.mark.parametrize("array", [np.arange(4, dtype=np.float32), torch.arange(4), torch.arange(4.0).bfloat16()])
+def test_arrays_and_tensors_are_scores(monkeypatch: pytest.MonkeyPatch, own: Callable[[str], str], array: Any) -> None:
+    suite = load(f"{own('def f(completions): return RETURNED')}:f")
+    monkeypatch.setitem(suite._functions[0].function.__globals__, "RETURNED", array)
+    assert suite.score(GROUPS) == [[[0.0], [1.0]], [[2.0], [3.0]]]
+
+
+@pytest.mark.parametrize(
+    ("returned", "problem", "completion"),
+    [
+        ("[0.0, 1.0, float('nan'), 0.0]", "returned nan", "ccc"),
+        ("[0.0, 1.0, 2.0, float('-inf')]", "returned -inf", "dddd"),
+        ("[0.0, '1', 2.0, 3.0]", "returned '1' (str)", "bb"),
+        ("[[0.0], [1.0], [2.0], [3.0]]", "returned [0.0] (list)", "a"),
+        ("[{}, 0, 0, 0]", "returned {} (dict)", "a"),
+        ("[0.0, 1.0, 2.0]", "returned 3 scores in a batch of 4", "a"),
+        ("[0.0] * 5", "returned 5 scores in a batch of 4", "a"),
+        ("[]", "returned 0 scores", "a"),
+        ("1.0", "returned float", "a"),
+        ("None", "returned NoneType", "a"),
+        ("'1234'", "returned str", "a"),
+        ("{'a': 1}", "returned dict", "a"),
+        ("(float(len(c)) for c in completions)", "returned generator", "a"),
+    ],
+)
+def test_what_is_not_a_score_stops_the_run(
+    own: Callable[[str], str], returned: str, problem: str, completion: str
+) -> None:
+    suite = load("overlong", f"{own(f'def broken(completions): return {returned}')}:broken")
+    with pytest.raises(RewardError, match=re.escape(problem)) as caught:
+        suite.score(GROUPS)
+    index = 3 if completion in ("a", "bb") else 5
+    assert (caught.value.function, caught.value.completion) == ("broken", completion)
+    for part in ("'broken'", f"prompt: question {index}", f"completion: {completion}"):
+        assert part in str(caught.value)
+
+
+def test_a_function_that_raises_stops_the_run_with_its_traceback(own: Callable[[str], str]) -> None:
+    suite = load(f"{own('def broken(completions):' + chr(10) + '    return [1 / 0]  # the culprit')}:broken")
+    with pytest.raises(RewardError) as caught:
+        suite.score(GROUPS)
+    message = str(caught.value)
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+    for part in (
+        "'broken'",
+        "raised ZeroDivisionError",
+        "question 3",
+        "completion: a",
+        "# the culprit",
+        "own_rewards.py",
+    ):
+        assert part in message
+
+
+def test_a_long_completion_is_cut_in_the_message(own: Callable[[str], str]) -> None:
+    with pytest.raises(RewardError) as caught:
+        load(f"{own('def f(completions): return 0')}:f").score([group(prompt(), "x" * 50_000)])
+    assert len(str(caught.value)) < 5_000
+    assert "(50000 characters)" in str(caught.value)
+
+
+# Shapes and totals
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 4), max_size=5))
+def test_score_keeps_order_and_shape(sizes: list[int]) -> None:
+    groups = [group(prompt(i), *("x" * (i + g + 1) for g in range(size))) for i, size in enumerate(sizes)]
+    suite = load("overlong", "repetition", overlong={"max_length": 10, "cache_length": 10})
+    expected = [[-min(i + g + 1, 10) / 10 for g in range(size)] for i, size in enumerate(sizes)]
+    scores = suite.score(groups)
+    assert [[scored[0] for scored in row] for row in scores] == expected
+    assert all(len(scored) == 2 for row in scores for scored in row)
+
+
+@pytest.mark.parametrize(
+    ("weights", "rewards", "total"),
+    [
+        ([2, 3], (None, 1.0), 3.0),
+        ([2, 3], (0.5, 1.0), 4.0),
+        ([2, 3], (None, None), None),
+        ([2, 3], (0.0, None), 0.0),
+        ([2, -1], (1.0, 0.5), 1.5),
+        ([0, 1], (5.0, 1.0), 1.0),
+        ([0, 1], (5.0, None), None),
+        (None, (0.25, 0.5), 0.75),
+    ],
+)
+def test_total(weights: list[float] | None, rewards: tuple[float | None, ...], total: float | None) -> None:
+    assert load("overlong", "repetition", weights=weights).total(rewards) == total
+
+
+def test_total_wants_one_reward_for_each_function() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        load("overlong", "repetition").total([1.0])
+
+
+# What is asked of the dataset
+
+
+def test_references_are_checked_before_anything_is_scored() -> None:
+    suite = load("exact_match")
+    suite.check([prompt(0), prompt(1)])
+    with pytest.raises(ValueError, match=r"'exact_match' needs a reference.* 2 of 3 prompts lack .*at index 1"):
+        suite.check([prompt(0), prompt(1, reference=None), prompt(2, reference=" ")])
+    with pytest.raises(ValueError, match="reference_column"):
+        suite.score([group(prompt(reference=None), "a")])
+
+
+@pytest.mark.parametrize("name", ["accuracy", "exact_match", "length"])
+def test_these_built_ins_need_references(name: str) -> None:
+    with pytest.raises(ValueError, match="1 of 1 prompts lack"):
+        load(name).check([prompt(reference=None)])
+
+
+@pytest.mark.parametrize("name", sorted({*BUILTIN_REWARDS} - {"accuracy", "exact_match", "length"}))
+def test_the_others_do_not(name: str) -> None:
+    suite = load(name, regex={"pattern": "a"}) if name == "regex" else load(name)
+    suite.check([prompt(reference=None)])
+
+
+def test_a_column_the_dataset_lacks_is_named_with_those_it_has(own: Callable[[str], str]) -> None:
+    suite = load(f"{own('def f(completions, colour): return [0.0] * len(completions)')}:f")
+    with pytest.raises(
+        ValueError, match=r"'colour'.* 2 of 2 .*did you mean 'color'\?.*columns are \['color', 'size'\]"
+    ):
+        suite.check([prompt(0, color="red"), prompt(1, size=3)])
+    with pytest.raises(ValueError, match=r"1 of 2 prompts lack \(the first at index 8\)"):
+        suite.check([prompt(4, colour="red"), prompt(8)])
+
+
+def test_a_misspelt_batch_argument_is_answered_with_the_right_one(own: Callable[[str], str]) -> None:
+    suite = load(f"{own('def f(completion): return [0.0] * len(completion)')}:f")
+    with pytest.raises(ValueError, match="did you mean 'completions'"):
+        suite.check([prompt()])
+
+
+# Loading
+
+
+@pytest.mark.parametrize(
+    ("name", "messages"),
+    [
+        (
+            "acuracy",
+            ["unknown reward 'acuracy'", "did you mean 'accuracy'?", *BUILTIN_REWARDS, "path/file.py:function"],
+        ),
+        ("xyzzy", ["unknown reward 'xyzzy'", *BUILTIN_REWARDS]),
+        ("nowhere/file.py:f", ["there is no file", "nowhere/file.py", "working directory"]),
+        ("no_such_package.sub:f", ["no module 'no_such_package.sub'", "working directory", "sys.path"]),
+        ("math:cosh2", ["math has no 'cosh2'"]),
+        ("math:pi", ["'pi'", "callable"]),
+        ("own_rewards.py:missing", ["has no 'missing'", "its functions are first, second"]),
+        ("own_rewards.py:CONSTANT", ["it must be a function"]),
+        ("own_rewards.py:Class", ["it must be a function or a callable object"]),
+        ("own_rewards.py:later", ["async"]),
+        ("own_rewards.py:by_position", ["by position only"]),
+        ("fails.py:f", ["loading", "fails.py failed with ZeroDivisionError"]),
+        ("imports_nothing.py:f", ["ModuleNotFoundError", "no_such_thing"]),
+        ("imports_nothing:f", ["importing imports_nothing failed", "'no_such_thing'"]),
+        ("fails:f", ["importing fails failed with ZeroDivisionError"]),
+    ],
+)
+def test_a_reward_that_cannot_be_loaded(own: Callable[..., str], name: str, messages: Sequence[str]) -> None:
+    own(
+        "from math import sqrt\nCONSTANT = 1\nclass Class: pass\ndef first(): pass\ndef second(): pass\n"
+        "def _hidden(): pass\n"
+    )
+    own(
+        (Path("own_rewards.py").read_text() + "async def later(completions): pass\ndef by_position(a, /): pass\n")
+        if name.endswith((":later", ":by_position"))
+        else Path("own_rewards.py").read_text()
+    )
+    own("1 / 0", "fails.py")
+    own("import no_such_thing", "imports_nothing.py")
+    with pytest.raises(ValueError) as caught:  # noqa: PT011  # the messages are compared below
+        load(name)
+    for message in messages:
+        assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("names", "weights", "kwargs", "message"),
+    [
+        ([], None, {}, "reward_funcs is empty"),
+        (["overlong", "overlong"], None, {}, "two functions are called 'overlong'"),
+        (["overlong", "a.py:overlong"], None, {}, "two functions are called 'overlong'"),
+        (["overlong", "format"], [1.0], {}, "1 values for 2 reward functions (overlong, format)"),
+        (["overlong"], [math.nan], {}, "finite"),
+        (["overlong", "format"], [0, 0], {}, "nothing could be learned"),
+        (["overlong"], None, {"format": {}}, "'format', which is not in reward_funcs"),
+        (["overlong"], None, {"overlong": {"cash_length": 3}}, "its settings are max_length, cache_length"),
+        (["tag_count"], None, {"tag_count": {"tags": []}}, "its settings are none"),
+        (["overlong"], None, {"overlong": 3}, "must map settings to values"),
+        (["overlong"], None, {"overlong": {"max_length": -1}}, "reward_kwargs of 'overlong': max_length is -1"),
+        (["regex"], None, {}, "'regex' needs the setting 'pattern'"),
+        (["regex"], None, {"regex": {"pattern": "["}}, "is not a regular expression"),
+    ],
+)
+def test_a_recipe_that_cannot_be_right(
+    names: list[str], weights: list[float] | None, kwargs: dict[str, dict[str, Any]], message: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_rewards(names, weights, kwargs, max_new_tokens=10, timeout_s=5.0)
+
+
+def test_settings_of_an_own_function_must_be_named_by_it(own: Callable[[str], str]) -> None:
+    file = own("def f(completions, scale=1.0): return [scale] * len(completions)")
+    with pytest.raises(ValueError, match=r"sets 'scael'.*it names \['completions', 'scale'\]"):
+        load(f"{file}:f", f={"scael": 2})
+    with pytest.raises(ValueError, match="sets 'completions', which every batch brings"):
+        load(f"{file}:f", f={"completions": []})
+
+
+def test_files_of_one_name_do_not_clash_and_are_loaded_once(own: Callable[[str], str], tmp_path: Path) -> None:
+    source = (
+        "import helper\nloads = globals().get('loads', 0) + 1\ndef {0}(completions): return [helper.VALUE + loads]\n"
+    )
+    for folder, value in (("one", 10), ("two", 20)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"helper_{folder}.py").write_text(f"VALUE = {value}\n")
+        text = source.format(folder).replace("import helper", f"import helper_{folder} as helper")
+        (tmp_path / folder / "math.py").write_text(text)
+    names = ("one/math.py:one", "two/math.py:two")
+    before = list(sys.path)
+    first, again = load(*names), load(*names)
+    assert first.score([group(prompt(), "a")]) == [[[11.0, 21.0]]]
+    assert again._functions[0].function is first._functions[0].function
+    assert sys.path == before
+    assert sys.modules["math"] is math
+
+
+def test_modules_are_looked_for_in_the_working_directory(own: Callable[[str], str], tmp_path: Path) -> None:
+    (tmp_path / "rewards_of_mine").mkdir()
+    (tmp_path / "rewards_of_mine" / "short.py").write_text(
+        "class F:\n def __call__(self, completions): return [3]\nf = F()"
+    )
+    assert load("rewards_of_mine.short:f").score([group(prompt(), "a")]) == [[[3.0]]]
+
+
+def test_loading_rewards_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\n"
+        "from grpo_stage.rewards import load_rewards\n"
+        "load_rewards(['accuracy', 'length'], None, None, max_new_tokens=9, timeout_s=1.0).close()\n"
+        "print(sorted({'torch', 'numpy', 'sympy', 'math_verify', 'llamafactory'} & sys.modules.keys()))\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# The user's page
+
+
+DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+
+
+def test_the_documented_example_runs(own: Callable[..., str]) -> None:
+    [source] = re.findall(r"```python\n(.*?)```", DOCUMENTATION, re.DOTALL)
+    suite = load(f"{own(source, 'my_rewards.py')}:brevity", brevity={"target": 2})
+    scores = suite.score([group(prompt(difficulty="easy"), "ab", "abc"), group(prompt(difficulty="hard"), "ab")])
+    assert scores == [[[1.0], [0.0]], [[None]]]
+
+
+@pytest.mark.parametrize("name", BUILTIN_REWARDS)
+def test_each_built_in_and_its_settings_are_documented(name: str) -> None:
+    [row] = re.findall(rf"^\| `{name}` \|.*$", DOCUMENTATION, re.MULTILINE)
+    settings = list(inspect.signature(BUILTIN_REWARDS[name]).parameters)[1:]
+    assert re.findall(r"`([a-z_]+)` \(", row) == settings

@@ -1,0 +1,170 @@
+"""math-verify in processes: right answers, time limits, deaths, and nothing left behind."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_stage.rewards import RewardError, load_rewards, workers
+from grpo_stage.rewards.workers import AnswerChecker
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
+
+
+# An integer of hundreds of millions of digits, computed in C code that no Python signal handler interrupts.
+HANGS = ("$9^{9^{9^{9}}}+x$", "$x+1$")
+
+
+@pytest.fixture(scope="module")
+def checker() -> Iterator[AnswerChecker]:
+    checker = AnswerChecker(timeout_s=60.0)
+    yield checker
+    checker.close()
+
+
+def children() -> list[int]:
+    """Process ids of the workers: the children of this process's fork server that multiprocessing knows."""
+    import multiprocessing
+
+    return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def groups(*texts: str, reference: str = "7") -> list[RolloutGroup]:
+    completions = tuple(
+        Completion(token_ids=(1,), sampling_logprobs=(0.0,), finish_reason=FinishReason.STOP, text=text)
+        for text in texts
+    )
+    prompt = Prompt(index=0, token_ids=(1,), messages=({"role": "user", "content": "How many?"},), reference=reference)
+    return [RolloutGroup(prompt=prompt, completions=completions, policy_version=0)]
+
+
+def test_verdicts_come_back_in_order(checker: AnswerChecker) -> None:
+    pairs = [(f"It is {n}.", str(7 * (n % 2))) for n in range(64)]
+    assert checker.check(pairs) == [n == 7 * (n % 2) for n in range(64)]
+
+
+def test_equal_pairs_are_decided_once(checker: AnswerChecker, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = checker._ready_pool()
+    scheduled = []
+    schedule = pool.schedule
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        scheduled.append(kwargs["args"])
+        return schedule(*args, **kwargs)
+
+    monkeypatch.setattr(pool, "schedule", recorded)
+    pairs = [("It is 3.", "3"), ("It is 4.", "3"), ("It is 3.", "3")] * 3
+    assert checker.check(pairs) == [True, False, True] * 3
+    assert checker.check(pairs) == [True, False, True] * 3
+    assert [args[:2] for args in scheduled] == [("It is 3.", "3"), ("It is 4.", "3")]
+
+
+def test_the_same_words_need_no_worker() -> None:
+    checker = AnswerChecker(timeout_s=5.0)
+    assert checker.check([(r"so \boxed{72}", "#### 72"), ("Paris.", "paris")]) == [True, True]
+    assert checker._pool is None
+
+
+def test_a_time_out_is_none_counted_and_logged_and_the_others_are_scored(caplog: pytest.LogCaptureFixture) -> None:
+    suite = load_rewards(["accuracy", "length"], None, None, max_new_tokens=10, timeout_s=2.0)
+    try:
+        with caplog.at_level(logging.WARNING):
+            scores = suite.score(groups("It is $1+x$", HANGS[0], "It is $x+2$", reference=HANGS[1]))
+        assert [scored[0] for scored in scores[0]] == [1.0, None, 0.0]
+        assert scores[0][1] == [None, None]
+        assert suite.total(scores[0][1]) is None
+        assert suite.counters == {"accuracy/timeouts": 1, "length/timeouts": 1}
+        assert suite.take_counters() == {"accuracy/timeouts": 1, "length/timeouts": 1}
+        assert suite.take_counters() == {}
+        [record] = [record for record in caplog.records if "math-verify took longer" in record.message]
+        assert "longer than 2 s" in record.message
+        assert HANGS[0] in record.message
+        # The worker was replaced.
+        assert suite.score(groups("It is 7.", "It is 8."))[0][0][0] == 1.0
+        assert suite.counters == {"accuracy/timeouts": 1, "length/timeouts": 1}
+    finally:
+        suite.close()
+
+
+def test_a_worker_that_dies_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The worker's own alarm, which is for orphans, made to ring first: a death that is not the time limit's.
+    monkeypatch.setattr(workers, "ORPHAN_GRACE_S", -59.0)
+    suite = load_rewards(["accuracy"], None, None, max_new_tokens=10, timeout_s=60.0)
+    try:
+        with pytest.raises(RewardError, match=f"'accuracy'.*died with exit code -{signal.SIGALRM.value}") as caught:
+            suite.score(groups("It is $x$", HANGS[0], reference=HANGS[1]))
+        assert caught.value.completion == HANGS[0]
+        assert caught.value.prompt == "How many?"
+    finally:
+        suite.close()
+
+
+def test_close_ends_the_workers_and_may_be_called_twice() -> None:
+    before = set(children())
+    checker = AnswerChecker(timeout_s=5.0)
+    assert checker.check([("It is 3.", "4")]) == [False]
+    started = set(children()) - before
+    assert len(started) >= 2
+    checker.close()
+    checker.close()
+    assert not started & set(children())
+
+
+SCRIPT = """
+import sys
+print("main script", flush=True)
+from grpo_stage.rewards.workers import AnswerChecker
+checker = AnswerChecker(timeout_s=60.0)
+print(checker.check([("It is 3.", "3"), ("It is 4.", "3")]), flush=True)
+import multiprocessing
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+print(sorted({"math_verify", "sympy", "torch"} & sys.modules.keys()), flush=True)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    deadline = time.monotonic() + seconds
+    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def test_a_script_without_a_main_guard_runs_once_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = tmp_path / "unguarded.py"
+    script.write_text(SCRIPT)
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    main, verdicts, pids, modules = result.stdout.splitlines()
+    assert (main, verdicts, modules) == ("main script", "[True, False]", "[]")
+    assert len(pids.split()) >= 2
+    assert wait_until_gone([int(pid) for pid in pids.split()], seconds=10) == []
+
+
+def test_workers_outlive_a_killed_trainer_by_their_alarm_at_most(tmp_path: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(
+        SCRIPT + "import grpo_stage.rewards.workers as workers\n"
+        "checker.timeout_s, workers.ORPHAN_GRACE_S = 3600.0, -3595.0\n"
+        f"checker.check([{HANGS!r}])\n"
+    )
+    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = [process.stdout.readline() for _ in range(4)]
+    pids = [int(pid) for pid in lines[2].split()]
+    time.sleep(1.0)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=30)
+    assert wait_until_gone(pids, seconds=30) == []
