@@ -120,8 +120,8 @@ class HFEngine:
 class _Sampler(LogitsProcessor):
     """Draws each row's token with the row's own generator, and leaves it as the only one to choose.
 
-    Adding Gumbel noise and taking the largest is an exact draw from the softmax. It is done here since `generate` itself
-    draws a whole batch from the global generator, which makes a completion depend on its neighbours.
+    Adding Gumbel noise and taking the largest is an exact draw from the softmax. It is done here since `generate`
+    itself draws a whole batch from the global generator, which makes a completion depend on its neighbours.
     """
 
     def __init__(self, seeds: Sequence[int], sampling: SamplingSettings, prompt_mask: torch.Tensor) -> None:

@@ -99,7 +99,8 @@ class VLLMEngine:
         """
         if not adapter:
             raise ValueError(
-                "vLLM takes the policy as a LoRA adapter for now: use `finetuning_type: lora`, or `rollout_backend: hf`."
+                "vLLM takes the policy as a LoRA adapter for now: use `finetuning_type: lora`, or "
+                "`rollout_backend: hf`."
             )
         if logprob_temperature not in (None, 1.0):
             raise ValueError(f"logprob_temperature is {logprob_temperature}: vLLM gives None (as sampled) or 1.0.")
@@ -305,7 +306,7 @@ def _start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
 
 
 def _eager_on_cpu() -> contextlib.AbstractContextManager[None]:
-    """No torch.compile in vLLM on a CPU: 20 s each, and a C++ compiler, for an unused sampler and for tokens' ranks."""
+    """No torch.compile there: 20 s each, and a C++ compiler, for a sampler that is not used and for tokens' ranks."""
     from vllm.platforms import current_platform
 
     return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else contextlib.nullcontext()

@@ -33,16 +33,16 @@ def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
 def servable_config(policy: torch.nn.Module) -> LoraConfig:
     """The configuration of the policy's adapter, checked against what vLLM serves.
 
-    vLLM refuses some of these by itself, but rank and alpha patterns it ignores: every module would then be scaled with
-    the adapter's own alpha / rank, and completions would come from another policy.
+    vLLM refuses some of these by itself, but rank and alpha patterns it ignores: every module would then be scaled
+    with the adapter's own alpha / rank, and completions would come from another policy.
 
     Raises:
         ValueError: naming each thing that vLLM cannot serve.
     """
     if not isinstance(policy, PeftModel):
         raise ValueError(
-            f"The policy is a {type(policy).__name__} without an adapter, and vLLM takes its weights as a LoRA adapter "
-            "here: use `finetuning_type: lora`, or `rollout_backend: hf`."
+            f"The policy is a {type(policy).__name__} without an adapter, and vLLM takes its weights as a LoRA "
+            "adapter here: use `finetuning_type: lora`, or `rollout_backend: hf`."
         )
     config = policy.peft_config.get(ADAPTER)
     if config is None or not isinstance(config, LoraConfig):

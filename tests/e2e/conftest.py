@@ -1,11 +1,14 @@
 """Whole runs through the host's `run_exp`, on the tiny model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 
 @pytest.fixture(scope="session")
@@ -21,14 +24,28 @@ def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def toy_reward(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A custom reward that a random model gets half of, and that one direction of its embedding teaches."""
+def decided_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with an output layer of its own and wide enough logits for LoRA to prefer some tokens."""
+    folder = tmp_path_factory.mktemp("decided") / "model"
+    shutil.copytree(tiny_model_dir, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    weights = load_file(folder / "model.safetensors")
+    shape = weights["model.embed_tokens.weight"].shape
+    weights["lm_head.weight"] = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def toy_reward(decided_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A custom reward that half of the tokens get, and that one direction of the output layer teaches."""
     file = tmp_path_factory.mktemp("rewards") / "toy.py"
     file.write_text(
         "from safetensors.torch import load_file\n\n"
-        f"LIKED = load_file({str(tiny_model_dir / 'model.safetensors')!r})['model.embed_tokens.weight'][:, 0] > 0\n\n\n"
+        f"LIKED = load_file({str(decided_model_dir / 'model.safetensors')!r})['lm_head.weight'][:, 0] > 0\n\n\n"
         "def liked(completion_ids):\n"
-        '    """The share of tokens whose embedding is positive in its first dimension."""\n'
+        '    """The share of tokens whose output embedding is positive in its first dimension."""\n'
         "    return [LIKED[ids].float().mean().item() for ids in completion_ids]\n"
     )
     return f"{file}:liked"

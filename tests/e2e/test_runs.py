@@ -86,18 +86,18 @@ def test_continued_adapter_is_held_to_where_it_started_not_to_the_base(recipe, r
     assert trainer_log(to_base["output_dir"])[0]["kl"] > 1e-3
 
 
-def test_a_rewarded_behaviour_is_learned(recipe, run_exp):
-    """Half of the tokens are liked at first, nearly all of them after 25 steps."""
+def test_a_rewarded_behaviour_is_learned(recipe, run_exp, decided_model_dir):
+    """Half of the tokens are liked at first, most of them after 14 steps."""
     arguments = recipe(
-        finetuning_type="full",
+        model_name_or_path=str(decided_model_dir),
         learning_rate=1e-2,
         per_device_train_batch_size=4,
         num_generations=8,
-        max_steps=25,
+        max_steps=14,
     )
     run_exp(arguments)
     rewards = [line["rewards/liked/mean"] for line in trainer_log(arguments["output_dir"]) if "loss" in line]
-    assert sum(rewards[:3]) / 3 < 0.65
+    assert sum(rewards[:2]) / 2 < 0.65
     assert sum(rewards[-3:]) / 3 > 0.85
 
 

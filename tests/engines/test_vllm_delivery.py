@@ -265,7 +265,7 @@ def test_a_cut_distribution_needs_the_policys_own_logprobs(
     engine: VLLMEngine, policy: PeftModel, prompts: list[Prompt], sampling: SamplingSettings
 ) -> None:
     engine.sync(policy, version=1)
-    with pytest.raises(ValueError, match="logprob_temperature=1.0"):
+    with pytest.raises(ValueError, match=r"logprob_temperature=1\.0"):
         engine.generate(prompts, replace(sampling, top_k=3), step=1)
 
 

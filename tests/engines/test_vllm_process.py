@@ -85,7 +85,7 @@ def test_a_start_changes_nothing_that_the_trainer_depends_on(checkpoint: Path, e
                 "matmul_precision": torch.get_float32_matmul_precision(),
                 "affinity": os.sched_getaffinity(0),
                 "signals": {number: signal.getsignal(number) for number in signal.valid_signals()},
-                "logging": (logging.getLogger().level, list(logging.getLogger().handlers), logging.root.manager.disable),
+                "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
                 "children": psutil.Process().children(recursive=True),
             }
 

@@ -106,7 +106,8 @@ def test_without_a_stage_the_hosts_default_is_named():
 @pytest.mark.parametrize("module", ["parser", "recipe"])
 def test_any_module_may_be_imported_first(module):
     """The host's parser, once imported, calls for our class while our own import is still under way."""
-    code = f"import grpo_stage.host.{module}; from llamafactory.hparams import parser; print(parser._TRAIN_ARGS[3].__name__)"
+    show = "from llamafactory.hparams import parser; print(parser._TRAIN_ARGS[3].__name__)"
+    code = f"import grpo_stage.host.{module}; {show}"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ended.stdout.splitlines()[-1:] == ["GRPOFinetuningArguments"], ended.stderr
 
