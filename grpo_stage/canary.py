@@ -44,9 +44,9 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
     if mean <= bound:  # a NaN is not
         return
     raise StaleRolloutError(
-        f"The log-probabilities of the sampled tokens differ by {mean:.2g} nats on average between the {backend} engine "
-        f"and the trainer; the bound is {bound:.2g} (`max_sampling_logprob_diff`). The completions come from another "
-        "policy than the one that is trained: an adapter that was not delivered, or not as it is, another precision, "
+        f"The log-probabilities of the sampled tokens differ by {mean:.2g} nats on average between the {backend} "
+        f"engine and the trainer; the bound is {bound:.2g} (`max_sampling_logprob_diff`). The completions come "
+        "from another policy than the one that is trained: an adapter that was not delivered, or not as it is, another precision, "
         "or another temperature. Training on them would teach the wrong thing, so the run is stopped. "
         "Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version. Raise the bound "
         "only if you know why the two engines differ, for example a quantised engine."

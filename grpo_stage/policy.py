@@ -6,7 +6,7 @@ B completions in a micro-batch    T completion tokens    V vocabulary
 import inspect
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -57,6 +57,7 @@ def token_logprobs(
 
 def disable_dropout(model: nn.Module) -> None:
     """Turn dropout off for good: the ratio compares two passes through the same network."""
+    module: Any
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
@@ -75,7 +76,7 @@ class AdapterOffReference:
     """The base model: right where training starts from a new adapter, which changes nothing at first."""
 
     @contextmanager
-    def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
+    def activate(self, policy: Any) -> Iterator[nn.Module]:
         with policy.disable_adapter():
             yield policy
 
@@ -114,7 +115,7 @@ class ModelReference:
         yield self._model
 
 
-def _takes_logits_to_keep(model: nn.Module) -> bool:
+def _takes_logits_to_keep(model: Any) -> bool:
     while hasattr(model, "module"):  # DDP
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

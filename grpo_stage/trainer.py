@@ -2,7 +2,7 @@
 
 One Trainer step is one optimizer step:
 
-    slot -> [buffer empty?] -> prompts -> sync -> rollout -> rewards -> advantages -> old / reference log-probs -> buffer
+    slot -> [buffer empty?] -> prompts -> sync -> rollout -> rewards -> advantages -> old / ref log-probs -> buffer
          -> next of buffer -> micro-batches -> policy log-probs -> loss -> backward -> (Trainer) clip, step, log, save
 
     P prompts    G completions a prompt    B completions in a micro-batch    T completion tokens
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .algorithm.advantages import group_advantages
@@ -50,6 +50,9 @@ class GRPOTrainer(Trainer):
     Trainer's own accumulation is 1; `per_device_train_batch_size` x `gradient_accumulation_steps` x world size is the
     number of prompts of an optimizer step, and the micro-batches follow from a token budget.
     """
+
+    control: TrainerControl
+    optimizer: torch.optim.Optimizer | None
 
     def __init__(
         self,
@@ -166,7 +169,7 @@ class GRPOTrainer(Trainer):
         ]
 
     def update(self, model: nn.Module, data: StepData) -> torch.Tensor:
-        """Accumulate the gradient of one optimizer step; returns its loss (summed over ranks, on every rank's mean)."""
+        """Accumulate the gradient of one optimizer step. The loss is the mean of what the ranks return."""
         with self._timed("update"):
             model.train()
             totals = self._global_totals(data.groups)
@@ -318,7 +321,8 @@ class GRPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """One empty slot an optimizer step: the prompts come from `stream`, whatever a step needs of them."""
-        return DataLoader([{} for _ in range(self.steps_per_epoch)], batch_size=1, collate_fn=lambda slots: slots[0])
+        slots: Any = [{} for _ in range(self.steps_per_epoch)]
+        return DataLoader(slots, batch_size=1, collate_fn=lambda batch: batch[0])
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.prompts)
@@ -343,8 +347,9 @@ class GRPOTrainer(Trainer):
     def _refuse_non_finite(self, values: torch.Tensor, what: str) -> None:
         if not torch.isfinite(values).all():
             raise FloatingPointError(
-                f"The {what} in step {self.state.global_step + 1} is not finite. The run is stopped before the weights "
-                "are harmed. Lower `learning_rate` or `max_grad_norm`, or train in bf16 or float32 instead of fp16."
+                f"The {what} in step {self.state.global_step + 1} is not finite. The run is stopped before the "
+                "weights are harmed. Lower `learning_rate` or `max_grad_norm`, or train in bf16 or float32 instead of "
+                "fp16."
             )
 
     # Checkpoints

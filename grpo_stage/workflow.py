@@ -1,7 +1,7 @@
 """run_grpo(): the composition root. Reads like the host's run_dpo."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -34,10 +34,11 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     """
     model_args, data_args, training_args = arguments.model, arguments.data, arguments.training
     finetuning_args = arguments.finetuning
+    recipe = recipe_record(arguments)  # before the host's loaders change the arguments
     rewards = load_rewards(
-        finetuning_args.reward_funcs,
-        finetuning_args.reward_weights,
-        finetuning_args.reward_kwargs,
+        cast(list[str], finetuning_args.reward_funcs),
+        cast(list[float] | None, finetuning_args.reward_weights),
+        cast(dict[str, Any] | None, finetuning_args.reward_kwargs),
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=finetuning_args.reward_timeout,
     )
@@ -67,7 +68,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
             rewards=rewards,
             reference=reference,
             max_sampling_logprob_diff=finetuning_args.max_sampling_logprob_diff or _canary_bound(arguments, model),
-            recipe=recipe_record(arguments),
+            recipe=recipe,
             shuffle=not finetuning_args.disable_shuffling,
             optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),
             prepare_scheduler=facade.create_custom_scheduler,

@@ -1,7 +1,7 @@
 """The clipped surrogate, and how token losses are averaged.
 
-A loss is `sum(weights * token_losses)` over every micro-batch of the optimizer step, on every rank. All averaging is in
-the weights, whose denominators are counted over the whole step, so the gradient cannot depend on how the same
+A loss is `sum(weights * token_losses)` over every micro-batch of the optimizer step, on every rank. All averaging is
+in the weights, whose denominators are counted over the whole step, so the gradient cannot depend on how the same
 completions are split over micro-batches, accumulation steps or ranks.
 
     B completions    T completion tokens, right-padded

@@ -5,6 +5,7 @@ process it starts in; `_process_unchanged` puts back what the trainer depends on
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -325,6 +326,38 @@ def _patch_vllm_for_cpu() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and hasattr(module, "async_tensor_h2d"):
             module.async_tensor_h2d = torch_utils.async_tensor_h2d  # type: ignore[attr-defined]
+    _add_one_adapter_at_once()
+
+
+def _add_one_adapter_at_once() -> None:
+    """With one adapter, its share of a linear layer is two matrix products.
+
+    vLLM's CPU path copies the adapter's weights out for every token, since tokens may use different adapters, which
+    takes longer than the model itself. Its own methods are kept for an engine of several adapters.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    shrink, expand = PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand
+    if hasattr(shrink, "__wrapped__"):
+        return
+
+    @functools.wraps(shrink)
+    def apply_shrink(self: Any, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, scale: float) -> None:
+        if weights.shape[0] > 1:  # [adapters, 1, rank, in]
+            return shrink(self, y, x, weights, scale)
+        y.view(-1, y.shape[-1]).copy_(x.view(-1, x.shape[-1]).to(weights.dtype) @ weights[0, 0].T).mul_(scale)
+
+    @functools.wraps(expand)
+    def apply_expand(
+        self: Any, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, start: int, width: int, add_inputs: bool
+    ) -> None:
+        if weights.shape[0] > 1:  # [adapters, 1, out, rank]
+            return expand(self, y, x, weights, start, width, add_inputs)
+        part = y[:, start : start + width]
+        product = x.to(y.dtype) @ weights[0, 0].T
+        part.add_(product) if add_inputs else part.copy_(product)
+
+    PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = apply_shrink, apply_expand
 
 
 @contextlib.contextmanager

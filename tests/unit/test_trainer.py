@@ -109,7 +109,10 @@ def make_trainer(
         ),
         grpo_args=arguments,
         sampling=SamplingSettings(num_generations=4, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0),
-        prompts=[Prompt(index=i, token_ids=(i + 1, i + 2, i + 3)[: i % 3 + 1], messages=(), reference=None) for i in range(num_prompts)],
+        prompts=[
+            Prompt(index=i, token_ids=(i + 1, i + 2, i + 3)[: i % 3 + 1], messages=(), reference=None)
+            for i in range(num_prompts)
+        ],
         eval_prompts=[],
         engine=engine or FakeEngine(),
         rewards=rewards or LengthRewards(),
