@@ -175,11 +175,12 @@ class GRPOTrainer(Trainer):
             totals = self._global_totals(data.groups)
             batches = self._micro_batches(data.groups, totals)
             loss = torch.zeros((), device=self.args.device)
+            is_checked = data.is_fresh and len(data.groups) > 0
             for index, batch in enumerate(batches):
                 is_last = index == len(batches) - 1
                 # DDP reduces gradients in the last backward alone.
                 with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    micro_loss = self._micro_batch_loss(model, batch, data, check=data.is_fresh and index == 0)
+                    micro_loss = self._micro_batch_loss(model, batch, data, check=is_checked and index == 0)
                     self.accelerator.backward(micro_loss)
                 loss += micro_loss.detach()
         self._refuse_non_finite(loss, "loss")

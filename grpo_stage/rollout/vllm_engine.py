@@ -35,7 +35,7 @@ _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _CPU_KV_CACHE_BYTES = 1 << 30
 """`gpu_memory_utilization` would reserve its share of the machine's whole memory there."""
 
-_CPU_TOKENS_PER_STEP = 512
+_CPU_TOKENS_PER_STEP = 256
 """At least vLLM's own number of concurrent sequences; more only makes the warm-up slower."""
 
 _OWNED_OPTIONS = {
@@ -298,6 +298,7 @@ def _start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
         # Half precision is emulated on most processors: 8 times slower.
         "dtype": "float32" if arguments["dtype"] == "auto" else arguments["dtype"],
         "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES,
+        "block_size": 32,  # only whole blocks are shared, and vLLM's 128 is longer than many prompts
         "enable_chunked_prefill": False,
         "max_num_batched_tokens": max(arguments["max_model_len"], _CPU_TOKENS_PER_STEP),
         "enforce_eager": True,

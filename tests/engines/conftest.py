@@ -83,7 +83,7 @@ def make_policy(checkpoint: Path) -> Callable[..., PeftModel]:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[Prompt]:
-    """Of 3 to 300 tokens: the longest fills two of the CPU's blocks of 128."""
+    """Of 3 to 300 tokens: the longest fills nine of the engine's blocks of 32."""
     generator = torch.Generator().manual_seed(3)
     return [
         Prompt(

@@ -79,7 +79,7 @@ def edit_tensors(change: Callable[[str, torch.Tensor], torch.Tensor]) -> Corrupt
 def test_three_versions_far_apart_are_each_delivered(
     engine: VLLMEngine, policy: PeftModel, measure: Callable[[], float]
 ) -> None:
-    """With the same prompts each time, one of them two cache blocks long."""
+    """With the same prompts each time, one of them nine cache blocks long."""
     for version in (3, 4, 9):
         randomize_adapter(policy, seed=version)
         engine.sync(policy, version)
