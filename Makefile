@@ -14,7 +14,7 @@ unexport VIRTUAL_ENV CONDA_PREFIX PYTHONHOME PYTHONPATH
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test check build bench lock
+.PHONY: help install quickstart test check build bench docs lock
 
 help:
 	@echo "make quickstart   teach a 135M model addition with stage: grpo, on this machine's CPU"
@@ -22,6 +22,7 @@ help:
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make bench        compare with TRL's GRPOTrainer"
+	@echo "make docs         write docs/configuration.md anew from the help texts"
 	@echo "make lock         write requirements/cpu.txt anew from pyproject.toml"
 	@echo "make install      only the environment, in $(VENV)"
 
@@ -64,6 +65,9 @@ build: $(STAMP)
 bench: $(STAMP)
 	grpo-stage quickstart-model quickstart/model
 	$(VENV)/bin/python benchmarks/compare_trl.py
+
+docs: $(STAMP)
+	grpo-stage configuration-docs --output docs/configuration.md
 
 # Pins stay where they can; `make lock LOCK_FLAGS=--upgrade` renews them.
 lock: $(STAMP)

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import quickstart_model
+from . import configuration_docs, quickstart_model
 
 
-SUBCOMMANDS = (quickstart_model,)
+SUBCOMMANDS = (quickstart_model, configuration_docs)
 
 
 def build_parser() -> argparse.ArgumentParser:
