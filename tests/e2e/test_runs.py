@@ -52,6 +52,7 @@ def test_lora_run_logs_plots_and_saves_an_adapter_that_the_host_chats_with_and_e
         {"use_dora": True},
         {"disable_gradient_checkpointing": False},
         {"additional_target": "embed_tokens"},
+        {"loraplus_lr_ratio": 4.0},
     ],
     ids=lambda tuning: next(iter(tuning.items())),
 )
