@@ -167,7 +167,7 @@ def train_with_trl(args: argparse.Namespace) -> None:
             started, self.rollout_s = time.perf_counter(), 0.0
             loss = super().training_step(*args, **kwargs)
             step_s = time.perf_counter() - started
-            self.times = {"time/step": step_s, "time/rollout": self.rollout_s, "time/update": step_s - self.rollout_s}
+            self.times = {"step_time": step_s, "time/rollout": self.rollout_s, "time/update": step_s - self.rollout_s}
             return loss
 
         def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
@@ -253,10 +253,10 @@ def summary(records: list[dict[str, Any]]) -> dict[str, float]:
         return sum(record.get(name, 0.0) for record in steady for name in names) / len(steady)
 
     return {
-        "step_s": mean("time/step"),
+        "step_s": mean("step_time"),
         "rollout_s": mean("time/sync", "time/rollout", "time/reward"),
         "update_s": mean("time/update"),
-        "first_step_s": records[0]["time/step"],
+        "first_step_s": records[0]["step_time"],
         "mean_length": mean("completions/mean_length"),
         "reward_first": records[0]["reward"],
         "reward_last": records[-1]["reward"],

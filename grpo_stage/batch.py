@@ -85,13 +85,13 @@ def micro_batches(
 
 
 def dummy_batch(pad_token_id: int, device: torch.device) -> PolicyBatch:
-    """One token of weight 0: for a rank that has run out of micro-batches while the others have not."""
-    one, zero = torch.ones(1, 1, device=device), torch.zeros(1, 1, device=device)
+    """No completion at all: for a rank that has run out of micro-batches while the others have not."""
+    zero = torch.zeros(1, 1, device=device)
     return PolicyBatch(
         input_ids=torch.full((1, 2), pad_token_id, device=device),
         attention_mask=torch.ones(1, 2, dtype=torch.long, device=device),
         completion_ids=torch.full((1, 1), pad_token_id, device=device),
-        completion_mask=one,
+        completion_mask=zero,
         loss_weights=zero,
         advantages=torch.zeros(1, device=device),
         sampling_logprobs=zero,

@@ -12,10 +12,10 @@ import torch
 from .types import RolloutGroup
 
 
-# Measured in float32 with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on average
-# (SmolLM2-135M; 2e-6 on a tiny model), a base model that answers in place of the adapter by 2e-3 after a single update,
-# and each fault injected in tests/engines by 0.4 and more. Half precision rounds logits in both engines: its bounds have
-# not been measured on a GPU (docs/gpu.md).
+# Measured in float32 with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on
+# average (SmolLM2-135M; 2e-6 on a tiny model), a base model that answers in place of the adapter by 2e-3 after a
+# single update, and each fault injected in tests/engines by 0.4 and more. Half precision rounds logits in both
+# engines: its bounds have not been measured on a GPU (docs/gpu.md).
 DEFAULT_BOUNDS = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
 
 
@@ -46,9 +46,9 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
         return
     raise StaleRolloutError(
         f"The log-probabilities of the sampled tokens differ by {mean:.2g} nats on average between the {backend} "
-        f"engine and the trainer; the bound is {bound:.2g} (`max_sampling_logprob_diff`). The completions come "
-        "from another policy than the one that is trained: an adapter that was not delivered, or not as it is, another precision, "
-        "or another temperature. Training on them would teach the wrong thing, so the run is stopped. "
+        f"engine and the trainer; the bound is {bound:.2g} (`max_sampling_logprob_diff`). The completions come from "
+        "another policy than the one that is trained: an adapter that was not delivered, or not as it is, another "
+        "precision, or another temperature. Training on them would teach the wrong thing, so the run is stopped. "
         "Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version. Raise the bound "
         "only if you know why the two engines differ, for example a quantised engine."
     )

@@ -24,6 +24,15 @@ class CompletionsLog:
         self._num_to_print = num_to_print
         self._latest: list[dict[str, Any]] = []
 
+    def drop_after(self, step: int) -> None:
+        """Forget lines past `step`: a resumed run replays those steps, and a fresh run (step 0) has none yet."""
+        if not os.path.exists(self._path):
+            return
+        with open(self._path, encoding="utf-8") as file:
+            kept = [line for line in file if json.loads(line)["step"] <= step]
+        with open(self._path, "w", encoding="utf-8") as file:
+            file.writelines(kept)
+
     def record(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Append a line a completion. `step` is the optimizer step that trains on it first."""
         self._latest = [

@@ -23,6 +23,7 @@ class MetricTracker:
     """Collects metrics between two log lines."""
 
     _means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _sums: dict[str, float] = field(default_factory=dict)
     _minima: dict[str, float] = field(default_factory=dict)
     _maxima: dict[str, float] = field(default_factory=dict)
 
@@ -30,6 +31,10 @@ class MetricTracker:
         """Add to a metric that is logged as (sum of totals) / (sum of counts)."""
         old_total, old_count = self._means.get(name, (0.0, 0.0))
         self._means[name] = (old_total + float(total), old_count + float(count))
+
+    def count(self, name: str, number: float) -> None:
+        """Add to a metric that is logged as a sum."""
+        self._sums[name] = self._sums.get(name, 0.0) + number
 
     def lowest(self, name: str, value: float) -> None:
         self._minima[name] = min(value, self._minima.get(name, value))
@@ -39,18 +44,20 @@ class MetricTracker:
 
     def take(self) -> dict[str, float]:
         """The metrics over all ranks since the last call. Every rank must call it."""
-        mine = (self._means, self._minima, self._maxima)
-        self._means, self._minima, self._maxima = {}, {}, {}
+        mine = (self._means, self._sums, self._minima, self._maxima)
+        self._means, self._sums, self._minima, self._maxima = {}, {}, {}, {}
         merged = MetricTracker()
-        for means, minima, maxima in all_gather(mine):
+        for means, sums, minima, maxima in all_gather(mine):
             for name, (total, count) in means.items():
                 merged.add(name, total, count)
+            for name, number in sums.items():
+                merged.count(name, number)
             for name, value in minima.items():
                 merged.lowest(name, value)
             for name, value in maxima.items():
                 merged.highest(name, value)
         averages = {name: total / count for name, (total, count) in merged._means.items() if count > 0}
-        return {**averages, **merged._minima, **merged._maxima}
+        return {**averages, **merged._sums, **merged._minima, **merged._maxima}
 
 
 def all_gather(value: T) -> list[T]:
@@ -72,7 +79,7 @@ def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward
     rewards/{function}/mean, .../std        mean over completions; mean over groups of the sample standard deviation
     rewards/{function}/frac_not_applicable  share of completions for which the function returned None
     completions/mean_length (min, max)      tokens, the end token included
-    completions/mean_terminated_length      of those that ended by themselves
+    completions/mean_terminated_length      of those that ended by themselves (min and max as well)
     completions/clipped_ratio               share that reached `max_new_tokens`
     ======================================  ==========================================================================
     """
@@ -87,8 +94,7 @@ def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward
             tracker.add(f"rewards/{name}/mean", sum(applicable), len(applicable))
             if len(applicable) > 1:
                 tracker.add(f"rewards/{name}/std", stdev(applicable))
-            if len(applicable) < len(column):
-                tracker.add(f"rewards/{name}/frac_not_applicable", len(column) - len(applicable), len(column))
+            tracker.add(f"rewards/{name}/frac_not_applicable", len(column) - len(applicable), len(column))
         for completion in scored.group.completions:
             length = len(completion.token_ids)
             truncated = completion.finish_reason is FinishReason.LENGTH
@@ -96,7 +102,10 @@ def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward
             tracker.lowest("completions/min_length", length)
             tracker.highest("completions/max_length", length)
             tracker.add("completions/clipped_ratio", float(truncated))
-            tracker.add("completions/mean_terminated_length", 0 if truncated else length, float(not truncated))
+            if not truncated:
+                tracker.add("completions/mean_terminated_length", length)
+                tracker.lowest("completions/min_terminated_length", length)
+                tracker.highest("completions/max_terminated_length", length)
 
 
 def record_update(

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerControl, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .algorithm.advantages import group_advantages
@@ -77,6 +79,8 @@ class GRPOTrainer(Trainer):
         self.prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.gradient_accumulation_steps = 1
         super().__init__(model=model, args=args, train_dataset=prompts, eval_dataset=eval_prompts or None, **kwargs)
+        # `accelerator_config` can set it as well, and several of our steps would then make one optimizer step.
+        assert self.args.gradient_accumulation_steps == 1, "accumulation is folded into the number of prompts"
         disable_dropout(model)
         self.grpo_args = grpo_args
         self.sampling = sampling
@@ -101,7 +105,7 @@ class GRPOTrainer(Trainer):
         if not self.buffer:
             self.buffer.extend(self.collect())
         loss = self.update(model, self.buffer.next())
-        self.tracker.add("time/step", time.perf_counter() - started)
+        self.tracker.add("step_time", time.perf_counter() - started)
         return loss
 
     def collect(self) -> list[StepData]:
@@ -278,6 +282,8 @@ class GRPOTrainer(Trainer):
         check_versions(groups, version)
         tracker = MetricTracker()
         record_rollout(tracker, self.score(groups), self.rewards.names)
+        for name, count in self.rewards.take_counters().items():
+            tracker.count(f"rewards/{name}", count)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in tracker.take().items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -288,7 +294,7 @@ class GRPOTrainer(Trainer):
     def _record_rollout(self, scored: Sequence[ScoredGroup], seconds: float) -> None:
         record_rollout(self.tracker, scored, self.rewards.names)
         for name, count in self.rewards.take_counters().items():
-            self.tracker.add(f"rewards/{name}", count)
+            self.tracker.count(f"rewards/{name}", count)
         tokens = sum(len(c.token_ids) for s in scored for c in s.group.completions)
         self.tracker.add("rollout_tokens_per_second", sum(all_gather(tokens)), seconds)
         prompt_tokens = sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored)
@@ -342,6 +348,8 @@ class GRPOTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is not None:  # fp16: a step that overflows is skipped, and the scale lowered
+            return norm
         self._refuse_non_finite(torch.as_tensor(norm), "gradient's norm")
         return norm
 
@@ -349,32 +357,55 @@ class GRPOTrainer(Trainer):
         if not torch.isfinite(values).all():
             raise FloatingPointError(
                 f"The {what} in step {self.state.global_step + 1} is not finite. The run is stopped before the "
-                "weights are harmed. Lower `learning_rate` or `max_grad_norm`, or train in bf16 or float32 instead of "
-                "fp16."
+                "weights are harmed. Start anew with a lower `learning_rate` or `max_grad_norm`, or in bf16 or "
+                "float32 instead of fp16; `adapter_name_or_path` can name the last checkpoint of a LoRA run."
             )
 
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        os.makedirs(folder, exist_ok=True)
-        _write_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)), self.buffer.state_dict())
-        if self.args.should_save:
-            state = {**self.recipe, "prompts": self.stream.state_dict(), "num_tokens": self._num_tokens}
-            _write_json(os.path.join(folder, STATE_FILE), state)
+        if not self.args.save_only_model:  # without optimizer and schedule nothing could be continued
+            os.makedirs(folder, exist_ok=True)
+            rollout_file = os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
+            _write_json(rollout_file, self.buffer.state_dict())
+            if self.args.should_save:
+                state = {**self.recipe, "prompts": self.stream.state_dict(), "num_tokens": self._num_tokens}
+                _write_json(os.path.join(folder, STATE_FILE), state)
         super()._save_checkpoint(model, trial)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint folder of this recipe.
+
+        Raises:
+            ValueError: if the checkpoint's run is finished: Trainer would train a step more each time.
+        """
+        step = 0
         if resume_from_checkpoint:
             assert isinstance(resume_from_checkpoint, str)
-            with open(os.path.join(resume_from_checkpoint, STATE_FILE), encoding="utf-8") as file:
-                state = json.load(file)
-            self.stream.load_state_dict(state["prompts"])
-            self._num_tokens = state["num_tokens"]
-            rollout_file = os.path.join(resume_from_checkpoint, ROLLOUT_FILE.format(rank=self.args.process_index))
-            with open(rollout_file, encoding="utf-8") as file:
-                self.buffer.load_state_dict(json.load(file), self.prompts)
+            step = self._load_progress(resume_from_checkpoint)
+        if self.is_world_process_zero():
+            self.completions_log.drop_after(step)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _load_progress(self, folder: str) -> int:
+        """Restore prompts and rollouts; returns the optimizer step that the checkpoint was taken at."""
+        step = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
+        num_steps = self.args.max_steps
+        if num_steps <= 0:
+            num_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+        if step >= num_steps:
+            raise ValueError(
+                f"The run in {folder} is finished: it is at step {step} of {num_steps}. Train longer by raising "
+                "`max_steps` or `num_train_epochs` (under a constant schedule), continue its adapter in another "
+                "`output_dir` with `adapter_name_or_path`, or write `overwrite_output_dir: true` to start afresh."
+            )
+        state = _read_json(os.path.join(folder, STATE_FILE))
+        self.stream.load_state_dict(state["prompts"])
+        self._num_tokens = state["num_tokens"]
+        rollout_file = os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
+        self.buffer.load_state_dict(_read_json(rollout_file), self.prompts)
+        return step
 
 
 def _padded(logprobs: tuple[torch.Tensor, ...], batch: PolicyBatch) -> torch.Tensor:
@@ -389,3 +420,8 @@ def _padded(logprobs: tuple[torch.Tensor, ...], batch: PolicyBatch) -> torch.Ten
 def _write_json(path: str, value: Any) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(value, file)
+
+
+def _read_json(path: str) -> Any:
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)

@@ -4,7 +4,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from .canary import DEFAULT_BOUNDS
 from .host import facade
@@ -54,7 +54,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     _warn_of_slow_precision(model)
     sampling = _sampling_settings(arguments, model, template, tokenizer)
-    reference = _reference_policy(arguments, model)
+    reference = _reference_policy(arguments, model, tokenizer)
     engine = _rollout_engine(arguments, model, tokenizer, sampling)
     try:
         trainer = GRPOTrainer(
@@ -75,6 +75,8 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
             processing_class=tokenizer,
             callbacks=callbacks,
         )
+        if tokenizer_module["processor"] is not None:
+            trainer.add_callback(facade.SaveProcessorCallback(tokenizer_module["processor"]))
         _run(trainer, arguments)
     finally:
         engine.close()
@@ -128,17 +130,33 @@ def stop_token_ids(model: Any, template: Any, tokenizer: PreTrainedTokenizerBase
     return tuple(sorted(known - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}))
 
 
-def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy | None:
+def _reference_policy(
+    arguments: "RunArguments", model: Any, tokenizer: PreTrainedTokenizerBase
+) -> ReferencePolicy | None:
     """What the KL term holds the policy to: the policy as it is before the first step, or `ref_model`."""
     finetuning_args = arguments.finetuning
     if finetuning_args.beta == 0.0:
         return None
     if finetuning_args.ref_model is not None:
-        return ModelReference(facade.create_ref_model(arguments.model, finetuning_args))
+        reference = facade.create_ref_model(arguments.model, finetuning_args)
+        _check_reference_vocabulary(reference, model, finetuning_args.ref_model, tokenizer)
+        return ModelReference(reference)
     starts_at_base = arguments.model.adapter_name_or_path is None or finetuning_args.create_new_adapter
     if finetuning_args.finetuning_type in ("lora", "oft") and starts_at_base and not finetuning_args.pissa_init:
         return AdapterOffReference()
     return InitialWeightsReference(model)
+
+
+def _check_reference_vocabulary(reference: Any, model: Any, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    sizes = [m.get_input_embeddings().weight.shape[0] for m in (reference, model)]
+    own_vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
+    differing = [token for token, index in tokenizer.get_vocab().items() if own_vocabulary.get(token, index) != index]
+    if sizes[0] < len(tokenizer) or differing:
+        raise ValueError(
+            f"`ref_model: {path}` has another vocabulary than the trained model ({sizes[0]} and {sizes[1]} "
+            f"embeddings, {len(differing)} tokens of another id), so the two cannot be compared token by token. Name "
+            "a model of the same family, or leave `ref_model` out: the reference is then the policy as it starts."
+        )
 
 
 def _rollout_engine(
@@ -146,7 +164,7 @@ def _rollout_engine(
 ) -> RolloutEngine:
     model_args = arguments.model
     if arguments.finetuning.rollout_backend == "hf":
-        return HFEngine(tokenizer)
+        return HFEngine(tokenizer, autocast_dtype=_autocast_dtype(arguments))
     from .rollout.vllm_engine import VLLMEngine
 
     on_cpu = arguments.training.device.type == "cpu"
@@ -160,18 +178,22 @@ def _rollout_engine(
         enforce_eager=model_args.vllm_enforce_eager,
         dtype="float32" if on_cpu else str(_compute_dtype(arguments, model)).removeprefix("torch."),
         logprob_temperature=None if sampling.is_neutral else 1.0,
+        model_revision=model_args.model_revision,
         trust_remote_code=model_args.trust_remote_code,
         seed=arguments.training.seed,
         options=model_args.vllm_config,
     )
 
 
-def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
+def _autocast_dtype(arguments: "RunArguments") -> torch.dtype | None:
+    """The precision of mixed-precision passes; None where the model computes in its own."""
     if arguments.training.bf16:
         return torch.bfloat16
-    if arguments.training.fp16:
-        return torch.float16
-    return model.get_input_embeddings().weight.dtype
+    return torch.float16 if arguments.training.fp16 else None
+
+
+def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
+    return _autocast_dtype(arguments) or model.get_input_embeddings().weight.dtype
 
 
 def _canary_bound(arguments: "RunArguments", model: Any) -> float:

@@ -15,6 +15,7 @@ from llamafactory.train.callbacks import (
     ModuleProfilerCallback,
     PissaConvertCallback,
     ReporterCallback,
+    SaveProcessorCallback,
     TorchProfilerCallback,
 )
 from llamafactory.train.trainer_utils import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MetricsLogCallback",
+    "SaveProcessorCallback",
     "create_custom_optimizer",
     "create_custom_scheduler",
     "create_modelcard_and_push",

@@ -58,7 +58,12 @@ def recipe_of(arguments: "RunArguments") -> dict[str, Any]:
     schedule = training.lr_scheduler_type
     open_ended = schedule in _OPEN_ENDED_SCHEDULES and (training.warmup_steps >= 1 or not training.warmup_steps)
     methods = [spec.name for cls in _TUNING_METHODS for spec in dataclasses.fields(cls)]
-    stage = [f.name for f in dataclasses.fields(GRPOArguments) if f.metadata["group"] not in (MEMORY, MONITORING)]
+    stage = [
+        f.name
+        for f in dataclasses.fields(GRPOArguments)
+        # Another engine samples from the same policy: the canary's own advice is to try one.
+        if f.metadata["group"] not in (MEMORY, MONITORING) and f.name not in ("rollout_backend", "reward_timeout")
+    ]
     parts = (
         (arguments.model, _MODEL.split()),
         (arguments.data, _DATA.split()),

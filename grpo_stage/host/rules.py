@@ -194,7 +194,19 @@ UNSUPPORTED = (
         "it switches on `torch_compile`, which is not possible",
         harmless=(),
     ),
+    Unsupported("torch_empty_cache_steps", "this stage does not empty the device's cache", harmless=()),
+    Unsupported(
+        "dataloader_drop_last",
+        "every prompt is rolled out once an epoch, so the last step of an epoch may hold fewer prompts",
+    ),
+    Unsupported(
+        "accelerator_config",
+        "gradients are accumulated by the stage itself, over micro-batches of `max_tokens_per_micro_batch`",
+        "Leave it out; `gradient_accumulation_steps` multiplies the prompts of a step.",
+        harmless=(),
+    ),
     # Evaluation
+    Unsupported("eval_accumulation_steps", "evaluation gives the mean reward, and keeps no predictions", harmless=()),
     Unsupported(
         "eval_on_each_dataset",
         "evaluation gives one mean reward over all held-out prompts",
@@ -227,6 +239,12 @@ def _wants_best_of_other_metric(v: SimpleNamespace) -> bool:
 
 def _asks_for_new_tokens(v: SimpleNamespace) -> bool:
     return bool(v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config)
+
+
+def _vllm_keys(v: SimpleNamespace) -> list[str]:
+    """Those that the user wrote: the ones with a default of this stage's own are None otherwise."""
+    keys = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config")
+    return [key for key in keys if getattr(v, key)]
 
 
 RULES = (
@@ -293,6 +311,27 @@ RULES = (
         lambda v: bool(_LAYERWISE_OPTIMIZERS.search(str(v.optim))),
         "`optim: {optim}` updates weights during the backward pass, while the later micro-batches of the step still "
         "need the old ones. Write for example `optim: adamw_torch`.",
+    ),
+    Rule(
+        lambda v: v.max_steps == 0,
+        "`max_steps: 0` would train nothing. Write the number of optimizer steps, or leave it out and write "
+        "`num_train_epochs`.",
+    ),
+    Rule(
+        lambda v: str(v.optim).startswith("schedule_free"),
+        "`optim: {optim}` samples and saves from other weights than it trains, which was not verified in this stage. "
+        "Write for example `optim: adamw_torch`.",
+    ),
+    Rule(
+        lambda v: str(v.lr_scheduler_type) in ("reduce_lr_on_plateau", "greedy"),
+        "`lr_scheduler_type: {lr_scheduler_type}` watches a loss that falls, and in this stage the reward rises and "
+        "the loss means nothing: it would lower the rate because the run learns. Write for example "
+        "`lr_scheduler_type: cosine`.",
+    ),
+    Rule(
+        lambda v: v.rollout_backend == "hf" and bool(_vllm_keys(v)),
+        "`rollout_backend: hf` samples without vLLM, so that the `vllm_*` keys of this run would have no effect. "
+        "Leave them out, or write `rollout_backend: vllm`.",
     ),
     Rule(
         lambda v: v.quantization_bit is not None and v.finetuning_type not in ("lora", "oft"),

@@ -32,16 +32,25 @@ class _Row:
 class HFEngine:
     """Samples from the live policy, so `sync` only notes which version that is."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_tokens_per_batch: int = 16384) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        max_tokens_per_batch: int = 16384,
+    ) -> None:
         """
         Args:
             tokenizer: decodes completions.
+            autocast_dtype: the precision of the trainer's mixed-precision passes, so that both compute alike; None
+                where it has none.
             max_tokens_per_batch: how many tokens, padding included, are in the KV cache at once. A single completion
                 that is longer is sampled alone.
         """
         self.logprob_temperature = math.nan
         """Set by `generate`: log-probabilities are the policy's own at the sampling temperature, before any cut."""
         self._tokenizer = tokenizer
+        self._autocast_dtype = autocast_dtype
         self._max_tokens_per_batch = max_tokens_per_batch
         self._policy: torch.nn.Module | None = None
         self._version = -1
@@ -62,7 +71,8 @@ class HFEngine:
         # LoRA layers live inside the base model, and PEFT's own `generate` would change its generation config.
         model: Any = self._policy.get_base_model() if isinstance(self._policy, PeftModel) else self._policy
         completions: list[Completion] = []
-        with _as_sampler(model, self._generation_config(sampling)), torch.no_grad():
+        autocast = torch.autocast(model.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
+        with _as_sampler(model, self._generation_config(sampling)), torch.no_grad(), autocast:
             for batch in _batches(rows, sampling.max_new_tokens, self._max_tokens_per_batch):
                 completions += self._sample(model, batch, sampling)
         return [

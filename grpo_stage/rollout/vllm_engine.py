@@ -40,6 +40,7 @@ _CPU_TOKENS_PER_STEP = 256
 
 _OWNED_OPTIONS = {
     "model": "`model_name_or_path` names the model that is trained",
+    "revision": "`model_revision` names the one that is trained",
     "dtype": "it follows the trained model and the device",
     "max_model_len": "`vllm_maxlen` sets it",
     "seed": "each completion has its own seed",
@@ -73,6 +74,7 @@ class VLLMEngine:
         enforce_eager: bool,
         dtype: str,
         logprob_temperature: float | None,
+        model_revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
         options: dict[str, Any] | None = None,
@@ -80,6 +82,7 @@ class VLLMEngine:
         """
         Args:
             model_name_or_path: the base model's checkpoint.
+            model_revision: its branch, tag or commit on a hub.
             tokenizer: decodes completions.
             adapter: whether the policy is that base with a LoRA adapter. Anything else is refused for now.
             max_model_len: the longest prompt and completion together.
@@ -122,6 +125,7 @@ class VLLMEngine:
 
         arguments: dict[str, Any] = {
             "model": model_name_or_path,
+            "revision": model_revision,
             "skip_tokenizer_init": True,
             "dtype": dtype,
             "max_model_len": max_model_len,

@@ -18,14 +18,14 @@ _INTRODUCTION = """\
 
 Made from the help texts in `grpo_stage/arguments.py` by `grpo-stage configuration-docs`; do not edit.
 
-These keys exist for `stage: grpo` alone. All others are LLaMA-Factory's, under their own names: `cutoff_len` is the room
-for the prompt, `max_new_tokens` the room for a completion; `temperature`, `top_p`, `top_k` and `repetition_penalty`
-control sampling and are neutral (1.0, 1.0, 0, 1.0) unless you write them; `vllm_maxlen` (by default `cutoff_len` +
-`max_new_tokens`), `vllm_gpu_util` (0.3), `vllm_enforce_eager`, `vllm_max_lora_rank` (from `lora_rank`) and `vllm_config`
-configure the engine; `ref_model`, `ref_model_adapters` and `ref_model_quantization_bit` name another reference;
-`per_device_train_batch_size` and `gradient_accumulation_steps` count prompts; `disable_shuffling`, `plot_loss`, `val_size`
-and `eval_dataset` are as everywhere. `logging_steps` is 1 unless you write it. A host key that would have no effect in
-this stage is refused with the reason.
+These keys exist for `stage: grpo` alone. All others are LLaMA-Factory's, under their own names: `cutoff_len` is the
+room for the prompt, `max_new_tokens` the room for a completion; `temperature`, `top_p`, `top_k` and
+`repetition_penalty` control sampling and are neutral (1.0, 1.0, 0, 1.0) unless you write them; `vllm_maxlen` (by
+default `cutoff_len` + `max_new_tokens`), `vllm_gpu_util` (0.3), `vllm_enforce_eager`, `vllm_max_lora_rank` (from
+`lora_rank`) and `vllm_config` configure the engine; `ref_model`, `ref_model_adapters` and
+`ref_model_quantization_bit` name another reference; `per_device_train_batch_size` and `gradient_accumulation_steps`
+count prompts; `disable_shuffling`, `plot_loss`, `val_size` and `eval_dataset` are as everywhere. `logging_steps` is
+1 unless you write it. A host key that would have no effect in this stage is refused with the reason.
 """
 
 

@@ -118,6 +118,10 @@ def test_resume_replays_the_lost_steps_exactly(recipe, run_exp, tmp_path):
 
     expected = [line for line in completions(whole["output_dir"]) if line["step"] > 2]
     assert completions(killed["output_dir"]) == expected
+    shutil.rmtree(tmp_path / "killed")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed", ignore=shutil.ignore_patterns("checkpoint-[46]"))
+    run_exp(killed)
+    assert completions(killed["output_dir"]) == completions(whole["output_dir"]), "replayed steps do not stand twice"
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():
         assert torch.equal(tensor, load_file(tmp_path / "killed" / "adapter_model.safetensors")[name])
 
@@ -127,6 +131,8 @@ def test_a_checkpoint_of_another_recipe_or_stage_is_refused(recipe, run_exp, tmp
     run_exp(arguments)
     with pytest.raises(ValueError, match=r"another recipe.*`learning_rate`"):
         run_exp({**arguments, "learning_rate": 5e-4})
+    with pytest.raises(ValueError, match=r"is finished: it is at step 1 of 1"):
+        run_exp(arguments)
     state_file = Path(arguments["output_dir"]) / "checkpoint-1" / "grpo_state.json"
     state_file.unlink()
     with pytest.raises(ValueError, match="not a checkpoint of `stage: grpo`"):

@@ -126,6 +126,15 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"use_galore": True, "galore_layerwise": True}, ["galore_layerwise: true", "use_galore"]),
     ({"use_apollo": True, "apollo_layerwise": True}, ["apollo_layerwise: true", "use_apollo"]),
     ({"use_badam": True, "finetuning_type": "full"}, ["use_badam: true", "backward"]),
+    ({"max_steps": 0}, ["max_steps: 0", "num_train_epochs"]),
+    ({"optim": "schedule_free_adamw"}, ["optim: schedule_free_adamw", "adamw_torch"]),
+    ({"lr_scheduler_type": "reduce_lr_on_plateau"}, ["lr_scheduler_type: reduce_lr_on_plateau", "cosine"]),
+    ({"vllm_maxlen": 256}, ["rollout_backend: hf", "vllm_*", "no effect"]),
+    ({"vllm_enforce_eager": True}, ["rollout_backend: hf", "vllm_*", "no effect"]),
+    ({"torch_empty_cache_steps": 2}, ["torch_empty_cache_steps: 2"]),
+    ({"dataloader_drop_last": True}, ["dataloader_drop_last: true", "once an epoch"]),
+    ({"accelerator_config": {"split_batches": True}}, ["accelerator_config", "gradient_accumulation_steps"]),
+    ({"eval_accumulation_steps": 2}, ["eval_accumulation_steps: 2", "mean reward"]),
     ({"optim": "lomo"}, ["optim: lomo", "backward", "adamw_torch"]),
     ({"optim": "galore_adamw_layerwise"}, ["optim: galore_adamw_layerwise", "backward", "adamw_torch"]),
     ({"auto_find_batch_size": True}, ["auto_find_batch_size: true", "max_tokens_per_micro_batch"]),
@@ -208,7 +217,7 @@ def test_harmless_values_are_accepted(recipe, key, value):
 
 
 def test_a_rule_of_vllm_does_not_bind_the_hf_engine(recipe):
-    hf = recipe | {"use_dora": True, "additional_target": "lm_head", "lora_rank": 600, "vllm_maxlen": 5}
+    hf = recipe | {"use_dora": True, "additional_target": "lm_head", "lora_rank": 600}
     assert parse(hf).finetuning.use_dora
     assert parse(recipe | {"finetuning_type": "full"}).finetuning.finetuning_type == "full"
 

@@ -297,7 +297,7 @@ def test_metrics_are_logged_under_their_names(tmp_path):
         "completions/mean_length", "completions/min_length", "completions/max_length", "completions/clipped_ratio",
         "completions/mean_terminated_length", "entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean",
         "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
-        "num_tokens", "rollout_tokens_per_second", "time/step", "time/sync", "time/rollout", "time/reward",
+        "num_tokens", "rollout_tokens_per_second", "step_time", "time/sync", "time/rollout", "time/reward",
         "time/logprobs", "time/update",
     } <= first.keys()  # fmt: skip
 
