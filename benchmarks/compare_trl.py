@@ -21,6 +21,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 ADDITION = REPOSITORY / "yaml_examples" / "data" / "addition.jsonl"
 PROMPT_LENGTH = 64
+MICRO_BATCH = 8
+"""Completions that go through the model at once, on both sides."""
 
 
 def equals_answer(completions: Sequence[str], answer: Sequence[str]) -> list[float]:
@@ -119,6 +121,7 @@ def our_command(args: argparse.Namespace, work_dir: Path) -> list[str]:
         "temperature": 1.0,
         "reward_funcs": f"{Path(__file__).resolve()}:{equals_answer.__name__}",
         "loss_type": "dapo",
+        "max_tokens_per_micro_batch": MICRO_BATCH * (PROMPT_LENGTH + args.max_new_tokens),
         "output_dir": str(work_dir / "output"),
         "per_device_train_batch_size": args.prompts,
         "learning_rate": args.learning_rate,
@@ -163,24 +166,35 @@ def train_with_trl(args: argparse.Namespace) -> None:
         return {"prompt": tokenizer.decode(template.encode_oneturn(tokenizer, messages)[0])}
 
     class TimedTrainer(GRPOTrainer):
+        step_s = rollout_s = 0.0
+
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
-            started, self.rollout_s = time.perf_counter(), 0.0
+            started = time.perf_counter()
             loss = super().training_step(*args, **kwargs)
-            step_s = time.perf_counter() - started
-            self.times = {"step_time": step_s, "time/rollout": self.rollout_s, "time/update": step_s - self.rollout_s}
+            self.step_s += time.perf_counter() - started
             return loss
+
+        def take_times(self) -> dict[str, float]:
+            """Of the micro-steps since the last call, which make one optimizer step."""
+            times = {
+                "step_time": self.step_s,
+                "time/rollout": self.rollout_s,
+                "time/update": self.step_s - self.rollout_s,
+            }
+            self.step_s = self.rollout_s = 0.0
+            return times
 
         def _generate_and_score_completions(self, *args: Any, **kwargs: Any) -> Any:
             started = time.perf_counter()
             outputs = super()._generate_and_score_completions(*args, **kwargs)
-            self.rollout_s = time.perf_counter() - started
+            self.rollout_s += time.perf_counter() - started
             return outputs
 
     class LogWriter(TrainerCallback):
         def on_log(self, _args: Any, state: Any, _control: Any, logs: dict[str, float], **kwargs: Any) -> None:
             if "reward" in logs:
                 with log_path(args.worker_dir).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(logs | trainer.times) + "\n")
+                    file.write(json.dumps(logs | trainer.take_times()) + "\n")
 
     log_path(args.worker_dir).parent.mkdir()
     dataset = load_dataset(
@@ -191,7 +205,8 @@ def train_with_trl(args: argparse.Namespace) -> None:
         reward_funcs=lambda completions, answer, **kwargs: equals_answer(completions, answer),
         args=GRPOConfig(
             output_dir=str(args.worker_dir / "output"),
-            per_device_train_batch_size=args.prompts * args.num_generations,
+            per_device_train_batch_size=MICRO_BATCH,  # completions; one optimizer step trains on all
+            gradient_accumulation_steps=args.prompts * args.num_generations // MICRO_BATCH,
             num_generations=args.num_generations,
             max_prompt_length=PROMPT_LENGTH,
             max_completion_length=args.max_new_tokens,
