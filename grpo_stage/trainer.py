@@ -384,7 +384,7 @@ class GRPOTrainer(Trainer):
         if resume_from_checkpoint:
             assert isinstance(resume_from_checkpoint, str)
             step = self._load_progress(resume_from_checkpoint)
-        if self.is_world_process_zero():
+        if self.grpo_args.log_completions and self.is_world_process_zero():
             self.completions_log.drop_after(step)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 

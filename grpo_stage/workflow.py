@@ -1,5 +1,6 @@
 """run_grpo(): the composition root. Reads like the host's run_dpo."""
 
+import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -167,8 +168,10 @@ def _rollout_engine(
         return HFEngine(tokenizer, autocast_dtype=_autocast_dtype(arguments))
     from .rollout.vllm_engine import VLLMEngine
 
+    logger.info_rank0(f"Starting vLLM with {model_args.model_name_or_path}.")
+    started = time.perf_counter()
     on_cpu = arguments.training.device.type == "cpu"
-    return VLLMEngine(
+    engine = VLLMEngine(
         model_name_or_path=model_args.model_name_or_path,
         tokenizer=tokenizer,
         adapter=True,
@@ -183,6 +186,8 @@ def _rollout_engine(
         seed=arguments.training.seed,
         options=model_args.vllm_config,
     )
+    logger.info_rank0(f"vLLM started in {time.perf_counter() - started:.1f} s.")
+    return engine
 
 
 def _autocast_dtype(arguments: "RunArguments") -> torch.dtype | None:

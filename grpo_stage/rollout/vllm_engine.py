@@ -6,13 +6,11 @@ process it starts in; `_process_unchanged` puts back what the trainer depends on
 
 import contextlib
 import functools
-import logging
 import math
 import os
 import random
 import sys
 import tempfile
-import time
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,8 +24,6 @@ from grpo_stage.rollout.seeds import sample_seed
 from grpo_stage.rollout.weights import servable_config, write_adapter
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
 
-
-logger = logging.getLogger(__name__)
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for `max_lora_rank`."""
@@ -144,13 +140,10 @@ class VLLMEngine:
             # On a GPU only this executor puts each rank's engine on the rank's own device.
             "distributed_executor_backend": "external_launcher" if _num_ranks() > 1 else "uni",
         }
-        started = time.perf_counter()
-        logger.info("Starting vLLM with %s.", model_name_or_path)
         owns_process_group = not torch.distributed.is_initialized()
         with _process_unchanged():
             self._llm: Any = _start(arguments, options)
         self._release = weakref.finalize(self, _release, self._llm, owns_process_group)
-        logger.info("vLLM started in %.1f s.", time.perf_counter() - started)
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
         """Load the policy's adapter, and nothing else, into the engine.

@@ -51,6 +51,15 @@ def test_the_recipes_of_the_readme_are_the_recipes_there_are() -> None:
     assert "quickstart.yaml" in listed
 
 
+def test_the_recipe_in_the_readme_has_known_keys() -> None:
+    block = re.search(r"```yaml\n(.*?)```", (REPOSITORY / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    known = {field.name for host_class in HOST_CLASSES for field in dataclasses.fields(host_class)}
+    recipe = yaml.load(block[1], _UniqueKeyLoader)
+    assert recipe["stage"] == "grpo"
+    assert set(recipe) - known - grpo_field_names() == set()
+
+
 @every_recipe
 def test_every_key_is_known(path: Path) -> None:
     known = {field.name for host_class in HOST_CLASSES for field in dataclasses.fields(host_class)}
