@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory.data.parser import get_dataset_list
 from llamafactory.extras.constants import DATA_CONFIG
-from llamafactory.extras.logging import get_logger
 from llamafactory.model.loader import load_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
+from .log import get_logger
 from .recipe import check_checkpoint, recipe_of
 from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES
 

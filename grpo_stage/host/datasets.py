@@ -19,11 +19,11 @@ from llamafactory.data.converter import DatasetConverter
 from llamafactory.data.data_utils import Role
 from llamafactory.data.parser import DatasetAttr
 from llamafactory.data.processor.processor_utils import DatasetProcessor
-from llamafactory.extras import logging
 
 from .. import __version__
 from ..prompts import PromptSet, build_prompts
 from ..types import Prompt
+from .log import get_logger
 
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ..arguments import GRPOArguments
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 ROW = "_grpo_row"
 """The one column of a converted and of a processed dataset."""

@@ -7,7 +7,6 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from llamafactory.data import get_template_and_fix_tokenizer
-from llamafactory.extras.logging import get_logger
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.callbacks import (
@@ -26,6 +25,8 @@ from llamafactory.train.trainer_utils import (
     get_swanlab_callback,
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
+
+from .log import get_logger
 
 
 if TYPE_CHECKING:

@@ -200,7 +200,8 @@ def _wrong_mode(switch: str, trainers: str) -> UnsupportedHostError:
 def _leave_process_group() -> None:
     """End the run as the host ends its own stages."""
     import torch.distributed as dist
-    from llamafactory.extras.logging import get_logger
+
+    from grpo_stage.host.log import get_logger
 
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():

@@ -1,6 +1,8 @@
 """What the facade mirrors of the host, compared with the host itself."""
 
+import importlib
 import json
+import logging
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +42,21 @@ def test_callbacks_are_those_the_host_gives_every_stage(monkeypatch, finetuning,
         LogCallback if type(c) is facade.MetricsLogCallback else type(c) for c in facade.stage_callbacks(arguments)
     ]
     assert [type(callback) for callback in given_to_stage] == expected
+
+
+@pytest.mark.parametrize("module", ["grpo_stage.workflow", "grpo_stage.host.datasets", "grpo_stage.host.checks"])
+def test_messages_go_where_the_hosts_go(module):
+    """To the console and to LLaMA Board, from INFO on."""
+    seen = []
+    handler = logging.Handler()
+    handler.emit = seen.append
+    host_logger = logging.getLogger("llamafactory")
+    host_logger.addHandler(handler)
+    try:
+        importlib.import_module(module).logger.info_rank0("a word to the user")
+    finally:
+        host_logger.removeHandler(handler)
+    assert [record.getMessage() for record in seen] == ["a word to the user"]
 
 
 def test_log_lines_hold_every_metric_and_the_hosts_keys_win(tmp_path):

@@ -333,7 +333,10 @@ def test_every_answer_says_what_to_do(recipe, key):
     ],
 )
 def test_accepted_values(recipe, key, written, part, read):
-    value = getattr(getattr(parse(recipe | {key: written}), part), key)
+    value = getattr(
+        getattr(parse(recipe | {key: written, "rollout_backend": "vllm" if key.startswith("vllm_") else "hf"}), part),
+        key,
+    )
     assert value == read
     assert isinstance(value, bool) is isinstance(read, bool)
 
