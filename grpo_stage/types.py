@@ -41,7 +41,7 @@ class Prompt:
     reference: str | None
     """The whole reference answer, never cut to `cutoff_len`; None where the row has none."""
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Every other column of the raw row, by its own name."""
+    """Every column of the raw row, by its own name."""
     images: tuple[Any, ...] = ()
     """Reserved for image prompts, which are refused for now."""
 
