@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .jsonl import keep_lines
 from .types import ScoredGroup
 
 
@@ -26,12 +27,7 @@ class CompletionsLog:
 
     def drop_after(self, step: int) -> None:
         """Forget lines past `step`: a resumed run replays those steps, and a fresh run (step 0) has none yet."""
-        if not os.path.exists(self._path):
-            return
-        with open(self._path, encoding="utf-8") as file:
-            kept = [line for line in file if json.loads(line)["step"] <= step]
-        with open(self._path, "w", encoding="utf-8") as file:
-            file.writelines(kept)
+        keep_lines(self._path, lambda record: record["step"] <= step)
 
     def record(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Append a line a completion. `step` is the optimizer step that trains on it first."""
