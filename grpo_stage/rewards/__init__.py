@@ -1,8 +1,8 @@
 """Rewards: what a completion is worth. docs/rewards.md is the user's page."""
 
-from grpo_stage.rewards.errors import RewardError
+from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
 from grpo_stage.rewards.registry import BUILTIN_REWARDS, load_rewards
 from grpo_stage.rewards.scoring import RewardSuite
 
 
-__all__ = ["BUILTIN_REWARDS", "RewardError", "RewardSuite", "load_rewards"]
+__all__ = ["BUILTIN_REWARDS", "RewardError", "RewardSuite", "RewardTimeoutError", "load_rewards"]

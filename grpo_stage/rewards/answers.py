@@ -1,7 +1,9 @@
 """Rewards that compare a completion with the reference: `accuracy` and `exact_match`."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +13,6 @@ if TYPE_CHECKING:
 
 
 _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_HASHES_AT_END = re.compile(r"####([^\n]*?)\s*\Z")
 _ANSWER_PHRASE = re.compile(r"\banswer\s*(?:is\b|:)\s*:?([^\n]*)", re.IGNORECASE)
 _BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
 # math-verify sees a number only after white space: not in `answer:7`, nor after a Chinese character.
@@ -19,13 +20,15 @@ _GLUED_ANSWER = re.compile(
     r"(?<=answer:)(?=\S)|(?<=[\u3000-\u303f\u3400-\u9fff\uff00-\uffef])(?=[-\d$\\.])", re.IGNORECASE
 )
 _PLAIN_NUMBER = re.compile(r"[-+]?\$?\s*(?:\d[\d,]*(?:\.\d*)?|\.\d+)")
+_GROUPED_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|\s*/\s*0*[1-9]\d*)?")
+_BARE_POINT = re.compile(r"(?<!\d)\.(?=\d)")
 _TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _DELIMITER = re.compile(r"\$|\\\(|\\\[|\\boxed")
 
 
-def accuracy(context: "RewardContext") -> Callable[..., list[float | None]]:
+def accuracy(context: "RewardContext", timeout: float = 5.0) -> Callable[..., list[float | None]]:
     r"""1 where the completion's final answer equals the reference's, else 0; None where deciding took too long.
 
     Range {0, 1}. Needs references. The final answer of either side is, in this order: what stands in the last
@@ -41,12 +44,15 @@ def accuracy(context: "RewardContext") -> Callable[..., list[float | None]]:
     `B`), both answers are compared as text, regardless of case, white space, surrounding punctuation and `\text{}`.
     A reference with a number in it is compared by that number: `7 apples` is 7.
 
-    A completion on which math-verify takes longer than `reward_timeout` seconds is None, logged, and counted in
-    `accuracy/timeouts`.
+    A completion on which math-verify takes longer than `timeout` is None, logged, and counted in `accuracy/timeouts`.
+
+    Args:
+        timeout: seconds for one completion.
     """
+    timeout = seconds("timeout", timeout)
 
     def score(completions: Sequence[str], references: Sequence[str]) -> list[float | None]:
-        return context.judge("accuracy", completions, references)
+        return context.judge("accuracy", completions, references, timeout)
 
     return score
 
@@ -65,6 +71,13 @@ def exact_match(context: "RewardContext") -> Callable[..., list[float]]:
         ]
 
     return score
+
+
+def seconds(name: str, value: Any) -> float:
+    """`value` as a time limit, or ValueError."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value!r}: it must be a number of seconds above 0")
+    return float(value)
 
 
 def is_same_text(completion: str, reference: str) -> bool:
@@ -104,13 +117,33 @@ def final_answer(text: str, *, is_reference: bool = False) -> str:
         return boxed
     if is_reference and "####" in text:
         return text.rpartition("####")[2].strip().partition("\n")[0]
-    if match := _HASHES_AT_END.search(text):
-        return match[1].strip()
-    return text.strip()
+    text = text.strip()
+    _, hashes, answer = text.rpartition("\n")[2].partition("####")
+    return answer.strip() if hashes else text
+
+
+def voted_answer(completion: str) -> str | None:
+    r"""What `completion` votes for in maj@k: the same text for the same answer; None where it is empty or unfinished.
+
+    The final answer as `accuracy` finds it, or failing marks and an "answer is ..." phrase the last number of a
+    sentence, or all of it. Regardless of case, white space and surrounding punctuation, and of how a number is written
+    (`1,000.0`, `3/6`). Formulas are compared as text: deciding which are equal may take arbitrarily long.
+    """
+    answer = _BARE_POINT.sub("0.", final_answer(completion))
+    if phrases := _ANSWER_PHRASE.findall(answer):
+        answer = phrases[-1]
+    is_sentence = "\\" not in answer and _WORD.search(answer)
+    if is_sentence and (numbers := _GROUPED_NUMBER.findall(answer)):
+        answer = numbers[-1]
+    text = _normalize(answer)
+    if len(text) > 100 or not _GROUPED_NUMBER.fullmatch(text):
+        return text or None
+    return str(Fraction(text.replace(",", "").replace(" ", "")))
 
 
 def _answer_tag(text: str) -> str:
-    tags = _ANSWER_TAG.findall(text)
+    # Not beyond the last closing tag: each opening one would be followed to the end of the text.
+    tags = _ANSWER_TAG.findall(text, 0, text.rfind("</answer>") + len("</answer>"))
     return tags[-1] if tags else text
 
 

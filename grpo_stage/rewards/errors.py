@@ -1,6 +1,7 @@
 """What stops a run because of a reward."""
 
 SHOWN_CHARACTERS = 2000
+SHOWN_TRACEBACK = 10_000
 
 
 class RewardError(RuntimeError):
@@ -13,21 +14,34 @@ class RewardError(RuntimeError):
         self.function, self.problem, self.prompt, self.completion = function, problem, prompt, completion
         parts = [
             f"reward function {function!r}: {problem}",
-            f"prompt: {_shorten(prompt)}",
-            f"completion: {_shorten(completion)}",
+            f"prompt: {shorten(prompt)}",
+            f"completion: {shorten(completion)}",
         ]
-        super().__init__("\n".join([*parts, traceback.rstrip()] if traceback else parts))
+        super().__init__("\n".join([*parts, traceback.rstrip()[-SHOWN_TRACEBACK:]] if traceback else parts))
+
+
+class RewardTimeoutError(RewardError):
+    """A reward function took longer than `reward_timeout` over the completions of one rollout."""
 
 
 class CompletionError(RuntimeError):
-    """Raised inside a reward function to say which completion it failed on, by its position in the batch."""
+    """Raised while a reward is computed, to say on which completion it failed, by its position in the batch."""
 
-    def __init__(self, position: int, problem: str) -> None:
+    error_type = RewardError
+
+    def __init__(self, position: int, problem: str, traceback: str = "") -> None:
         super().__init__(problem)
-        self.position = position
+        self.position, self.problem, self.traceback = position, problem, traceback
 
 
-def _shorten(text: str) -> str:
+class CompletionTimeoutError(CompletionError):
+    """A `CompletionError` for `reward_timeout`."""
+
+    error_type = RewardTimeoutError
+
+
+def shorten(text: str) -> str:
+    """The beginning of `text`, for a message."""
     if len(text) <= SHOWN_CHARACTERS:
         return text
     return f"{text[:SHOWN_CHARACTERS]}... ({len(text)} characters)"

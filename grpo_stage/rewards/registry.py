@@ -9,11 +9,14 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
 from grpo_stage.rewards import answers, shaping, structure
+from grpo_stage.rewards.function_worker import FunctionWorker
+from grpo_stage.rewards.processes import start_fork_server
 from grpo_stage.rewards.scoring import RewardFunction, RewardSuite
 from grpo_stage.rewards.workers import AnswerChecker, RewardContext
 
@@ -32,6 +35,11 @@ BUILTIN_REWARDS: Mapping[str, Callable[..., Callable[..., Any]]] = MappingProxyT
 )
 """Name -> factory: called with a `RewardContext` and the settings out of `reward_kwargs`, it returns the function."""
 
+OPEN_ENDED = frozenset({"regex"})
+"""Built-ins that may take for ever: a pattern can backtrack for hours."""
+CHECKED = frozenset({"accuracy", "length"})
+"""Built-ins that ask the `AnswerChecker`."""
+
 KNOWN = (
     f"Built in are {', '.join(BUILTIN_REWARDS)}; "
     "a function of your own is `path/file.py:function` or `package.module:function`"
@@ -45,6 +53,7 @@ def load_rewards(
     *,
     max_new_tokens: int,
     timeout_s: float,
+    dump_dir: str | None = None,
 ) -> RewardSuite:
     """The suite that `reward_funcs`, `reward_weights` and `reward_kwargs` describe.
 
@@ -54,7 +63,8 @@ def load_rewards(
         weights: one for each name; 1 each where None.
         kwargs: settings, by the function's display name: `fn` for `file.py:fn`.
         max_new_tokens: the default length of `length` and `overlong`.
-        timeout_s: seconds that math-verify may take for one completion.
+        timeout_s: seconds that one function may take for the completions of one rollout.
+        dump_dir: the folder that the stacks of a function that took longer are written to.
 
     Raises:
         ValueError: on anything the user has to mend.
@@ -78,13 +88,24 @@ def load_rewards(
             )
         if not isinstance(settings, Mapping):
             raise ValueError(f"reward_kwargs[{key!r}] is {settings!r}: it must map settings to values")
-    context = RewardContext(max_new_tokens, AnswerChecker(timeout_s))
     checked_weights = _check_weights(weights, names)
-    functions = [
-        _load(spec.strip(), display_name, kwargs.get(display_name, {}), context)
-        for spec, display_name in zip(names, display_names, strict=True)
-    ]
-    return RewardSuite(functions, checked_weights, context)
+    context = RewardContext(max_new_tokens, AnswerChecker(timeout_s))
+    functions, workers = [], {}
+    for spec, name in zip(names, display_names, strict=True):
+        load = partial(_load, spec.strip(), name, dict(kwargs.get(name, {})), Path.cwd())
+        function = load(context)
+        functions.append(function)
+        if _runs_in_worker(spec.strip(), function.function):
+            source_file = getattr(sys.modules.get(function.function.__module__), "__file__", None)
+            workers[name] = FunctionWorker(name, load, source_file, timeout_s, dump_dir)
+    if workers or not CHECKED.isdisjoint(display_names):
+        start_fork_server()  # it gets ready while the model is loaded
+    return RewardSuite(functions, checked_weights, context, workers)
+
+
+def _runs_in_worker(spec: str, function: Callable[..., Any]) -> bool:
+    """True for what may never end and needs nothing of this process: a callable object is how to say that it does."""
+    return spec in OPEN_ENDED if spec in BUILTIN_REWARDS else inspect.isroutine(function)
 
 
 def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> list[float]:
@@ -102,7 +123,14 @@ def _check_weights(weights: Sequence[float] | None, names: Sequence[str]) -> lis
     return [float(weight) for weight in weights]
 
 
-def _load(spec: str, name: str, settings: Mapping[str, Any], context: RewardContext) -> RewardFunction:
+def _load(
+    spec: str,
+    name: str,
+    settings: Mapping[str, Any],
+    folder: Path,
+    context: RewardContext | None = None,
+) -> RewardFunction:
+    """The function that `spec` names, looked for in `folder`. In a worker there is no context."""
     if spec in BUILTIN_REWARDS:
         return RewardFunction.bind(name, _configure(spec, settings, context), {})
     place, _, attribute = spec.rpartition(":")
@@ -110,7 +138,7 @@ def _load(spec: str, name: str, settings: Mapping[str, Any], context: RewardCont
         near = difflib.get_close_matches(spec, BUILTIN_REWARDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown reward {spec!r}: {hint}{KNOWN}")
-    module = _module_from_file(place, spec) if place.endswith(".py") else _module_by_name(place, spec)
+    module = (_module_from_file if place.endswith(".py") else _module_by_name)(place, spec, folder)
     if not hasattr(module, attribute):
         raise ValueError(
             f"reward {spec!r}: {place} has no {attribute!r}; its functions are {_listed(_functions(module))}"
@@ -118,7 +146,7 @@ def _load(spec: str, name: str, settings: Mapping[str, Any], context: RewardCont
     return RewardFunction.bind(name, getattr(module, attribute), settings)
 
 
-def _configure(name: str, settings: Mapping[str, Any], context: RewardContext) -> Callable[..., Any]:
+def _configure(name: str, settings: Mapping[str, Any], context: RewardContext | None) -> Callable[..., Any]:
     factory = BUILTIN_REWARDS[name]
     parameters = list(inspect.signature(factory).parameters.values())[1:]
     known = [parameter.name for parameter in parameters]
@@ -134,8 +162,8 @@ def _configure(name: str, settings: Mapping[str, Any], context: RewardContext) -
         raise ValueError(f"reward_kwargs of {name!r}: {error}") from error
 
 
-def _module_from_file(place: str, spec: str) -> ModuleType:
-    path = Path(place).expanduser().resolve()
+def _module_from_file(place: str, spec: str, folder: Path) -> ModuleType:
+    path = (folder / Path(place).expanduser()).resolve()
     if not path.is_file():
         raise ValueError(f"reward {spec!r}: there is no file {path}; a relative path starts at the working directory")
     # Named by its path: two files of one name do not clash, nor does a file called like a package.
@@ -150,24 +178,24 @@ def _module_from_file(place: str, spec: str) -> ModuleType:
     try:
         with _first_on_path(path.parent):
             module_spec.loader.exec_module(module)
-    except Exception as error:  # a user's file may raise anything
+    except (Exception, SystemExit) as error:  # a user's file may raise anything
         del sys.modules[module_name]
         raise ValueError(f"reward {spec!r}: loading {path} failed with {type(error).__name__}: {error}") from error
     return module
 
 
-def _module_by_name(place: str, spec: str) -> ModuleType:
+def _module_by_name(place: str, spec: str, folder: Path) -> ModuleType:
     try:
-        with _first_on_path(Path.cwd()):
+        with _first_on_path(folder):
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
             raise ValueError(f"reward {spec!r}: importing {place} failed, since it imports {error.name!r}") from error
         raise ValueError(
-            f"reward {spec!r}: there is no module {place!r}. It was looked for in the working directory {Path.cwd()} "
+            f"reward {spec!r}: there is no module {place!r}. It was looked for in the working directory {folder} "
             f"and then on sys.path: {_listed(path for path in sys.path if path)}"
         ) from error
-    except Exception as error:  # a user's module may raise anything
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(f"reward {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
 
 

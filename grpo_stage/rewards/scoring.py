@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from grpo_stage.rewards.errors import CompletionError, RewardError
+from grpo_stage.rewards.errors import CompletionError, RewardError, shorten
+from grpo_stage.rewards.function_worker import FunctionWorker, batch_seed
 from grpo_stage.rewards.workers import RewardContext
 from grpo_stage.types import Prompt, RolloutGroup
 
@@ -96,50 +97,84 @@ class RewardFunction:
                 f"a function can take {', '.join(BATCH_ARGUMENTS)}, and settings from `reward_kwargs`"
             )
 
-    def __call__(self, batch: Mapping[str, list[Any]]) -> list[float | None]:
-        """One score for each completion of the batch.
+    def wanted(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+        """What of the batch the function is called with."""
+        names = batch.keys() if self.takes_everything else (*self.required, *self.optional)
+        return {name: batch[name] for name in names if name in batch}
+
+    def evaluate(self, arguments: Mapping[str, list[Any]], count: int) -> list[float | None]:
+        """One score for each of `count` completions.
 
         Raises:
-            RewardError: if the function raises, or returns anything but one finite number or None per completion.
+            CompletionError: if the function raises, or returns anything but one finite number or None per completion.
         """
-        wanted = batch.keys() if self.takes_everything else (*self.required, *self.optional)
-        # A copy for each function: what one does to its lists is not another's concern.
-        arguments = {name: list(batch[name]) for name in wanted if name in batch} | dict(self.settings)
-
-        def error(problem: str, position: int = 0, trace: str = "") -> RewardError:
-            prompt, completion = batch["prompts"][position], batch["completions"][position]
-            return RewardError(self.name, problem, prompt=prompt, completion=completion, traceback=trace)
-
-        count = len(batch["completions"])
         where = f"in a batch of {count} completions, the first of which is shown"
         try:
-            scores = self.function(**arguments)
-        except CompletionError as failure:
-            raise error(str(failure), failure.position, traceback.format_exc()) from failure
-        except Exception as failure:  # a user's function may raise anything; all of it stops the run
-            raise error(f"raised {type(failure).__name__} {where}", trace=traceback.format_exc()) from failure
+            # A copy for each function: what one does to its lists is not another's concern.
+            scores = self.function(**{name: list(values) for name, values in arguments.items()}, **self.settings)
+        except (CompletionError, KeyboardInterrupt):
+            raise
+        except (
+            BaseException
+        ) as failure:  # a user's function may raise anything, SystemExit too; all of it stops the run
+            problem = f"raised {type(failure).__name__} {where}"
+            raise CompletionError(0, problem, traceback.format_exc()) from failure
         if hasattr(scores, "tolist"):  # numpy's and torch's way to Python objects, here and for single elements
             scores = scores.tolist()
         if not isinstance(scores, list | tuple):
-            raise error(f"returned {type(scores).__name__} {where}: it must return a list of numbers")
+            raise CompletionError(0, f"returned {type(scores).__name__} {where}: it must return a list of numbers")
         if len(scores) != count:
-            raise error(f"returned {len(scores)} scores {where}: it must return one for each")
-        checked: list[float | None] = []
-        for position, score in enumerate(scores):
-            value = score.tolist() if hasattr(score, "tolist") else score
-            if value is not None and not isinstance(value, Real):
-                raise error(f"returned {value!r} ({type(value).__name__}): a score is a number or None", position)
-            if value is not None and not math.isfinite(value):
-                raise error(f"returned {float(value)}: a score is finite; None says that none applies", position)
-            checked.append(None if value is None else float(value))
-        return checked
+            raise CompletionError(0, f"returned {len(scores)} scores {where}: it must return one for each")
+        return [_checked(score, position) for position, score in enumerate(scores)]
+
+    def error(self, failure: CompletionError, batch: Mapping[str, list[Any]]) -> RewardError:
+        """`failure` with what the user needs to find it."""
+        return failure.error_type(
+            self.name,
+            failure.problem,
+            prompt=batch["prompts"][failure.position],
+            completion=batch["completions"][failure.position],
+            traceback=failure.traceback,
+        )
+
+
+def _checked(score: Any, position: int) -> float | None:
+    if hasattr(score, "tolist"):
+        score = score.tolist()
+    if score is None:
+        return None
+    if not isinstance(score, Real):
+        raise CompletionError(
+            position, f"returned {shorten(repr(score))} ({type(score).__name__}): a score is a number or None"
+        )
+    try:
+        value = float(score)
+    except OverflowError:
+        value = math.inf
+    if not math.isfinite(value):
+        raise CompletionError(position, f"returned {value}: a score is finite; None says that none applies")
+    return value
 
 
 class RewardSuite:
-    """The reward functions of a run."""
+    """The reward functions of a run.
 
-    def __init__(self, functions: Sequence[RewardFunction], weights: Sequence[float], context: RewardContext) -> None:
+    Args:
+        functions: all of them.
+        weights: one for each.
+        context: what the built-in ones share.
+        workers: of the functions that run in processes of their own, by name.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardFunction],
+        weights: Sequence[float],
+        context: RewardContext,
+        workers: Mapping[str, FunctionWorker],
+    ) -> None:
         self._functions = tuple(functions)
+        self._workers = dict(workers)
         self._context = context
         self._taken: Counter[str] = Counter()
         self.names = tuple(function.name for function in functions)
@@ -167,15 +202,38 @@ class RewardSuite:
 
         Raises:
             ValueError: as `check`.
-            RewardError: if a function fails or returns what is not a score.
+            RewardTimeoutError: if a function takes longer than the limit.
+            RewardError: if a function fails otherwise, or returns what is not a score.
         """
         self.check([group.prompt for group in groups])
         batch = _flatten(groups)
         if not batch["completions"]:
             return [[] for _ in groups]
-        by_function = [function(batch) for function in self._functions]
-        flat = iter([list(scores) for scores in zip(*by_function, strict=True)])
+        by_name = self._score(batch)
+        flat = iter([list(scores) for scores in zip(*(by_name[name] for name in self.names), strict=True)])
         return [[next(flat) for _ in group.completions] for group in groups]
+
+    def _score(self, batch: Mapping[str, list[Any]]) -> dict[str, list[float | None]]:
+        """The scores of each function. Those with a process of their own are at it all at the same time."""
+        count, seed = len(batch["completions"]), batch_seed(batch["completion_ids"])
+        scores = {}
+        in_workers = [function for function in self._functions if function.name in self._workers]
+        here = [function for function in self._functions if function.name not in self._workers]
+        try:
+            for function in in_workers:
+                self._workers[function.name].start(function.wanted(batch), count, seed)
+            for function in (*here, *in_workers):
+                try:
+                    if function.name in self._workers:
+                        scores[function.name] = self._workers[function.name].result()
+                    else:
+                        scores[function.name] = function.evaluate(function.wanted(batch), count)
+                except CompletionError as failure:
+                    raise function.error(failure, batch) from (failure.__cause__ or failure)
+        finally:
+            for worker in self._workers.values():
+                worker.end_if_busy()
+        return scores
 
     def total(self, rewards: Sequence[float | None]) -> float | None:
         """The weighted sum of one completion's rewards over the functions that applied; None where none did.
@@ -189,6 +247,8 @@ class RewardSuite:
     def close(self) -> None:
         """End the worker processes. May be called twice."""
         self._context.checker.close()
+        for worker in self._workers.values():
+            worker.close()
 
 
 def _flatten(groups: Sequence[RolloutGroup]) -> dict[str, list[Any]]:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grpo_stage.rewards.answers import seconds
+
 
 if TYPE_CHECKING:
     from grpo_stage.rewards.workers import RewardContext
@@ -16,6 +18,7 @@ def length(
     min_value_correct: float = 0.5,
     max_value_correct: float = 1.0,
     max_length: int | None = None,
+    timeout: float = 5.0,
 ) -> Callable[..., list[float | None]]:
     r"""Cosine-scaled length: a correct answer earns more the shorter it is, a wrong one loses less the longer it is.
 
@@ -34,7 +37,9 @@ def length(
         min_value_correct: reward of a correct completion of `max_length` tokens.
         max_value_correct: reward of the shortest correct completion.
         max_length: tokens at which the scale ends; `max_new_tokens` by default.
+        timeout: seconds in which one completion has to be found correct or wrong.
     """
+    timeout = seconds("timeout", timeout)
     max_length = _positive_int("max_length", context.max_new_tokens if max_length is None else max_length)
     wrong = (_number("min_value_wrong", min_value_wrong), _number("max_value_wrong", max_value_wrong))
     correct = (_number("max_value_correct", max_value_correct), _number("min_value_correct", min_value_correct))
@@ -53,7 +58,7 @@ def length(
     def score(
         completions: Sequence[str], references: Sequence[str], completion_ids: Sequence[Sequence[int]]
     ) -> list[float | None]:
-        verdicts = context.judge("length", completions, references)
+        verdicts = context.judge("length", completions, references, timeout)
         return [scaled(verdict, len(ids)) for verdict, ids in zip(verdicts, completion_ids, strict=True)]
 
     return score

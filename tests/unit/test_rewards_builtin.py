@@ -1,6 +1,7 @@
 """The built-in rewards, each on its own: values worked by hand from the docstring's formula."""
 
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -18,7 +19,8 @@ from grpo_stage.rewards.workers import RewardContext
 class InProcessChecker:
     """The verdicts of the workers, without workers; a completion that says `hang` times out."""
 
-    def check(self, pairs: list[tuple[str, str]]) -> list[bool | None]:
+    def check(self, pairs: list[tuple[str, str]], pair_timeout_s: float) -> list[bool | None]:
+        assert pair_timeout_s == 5.0
         return [None if pair[0] == "hang" else is_correct(*pair) for pair in pairs]
 
 
@@ -145,6 +147,18 @@ def test_accuracy_is_none_where_it_took_too_long_and_counts_it(make: Any, contex
     score = make("accuracy")
     assert score(completions=["7", "hang", "8", "hang"], references=["7"] * 4) == [1.0, None, 0.0, None]
     assert context.counters == {"accuracy/timeouts": 2}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["#### " + " " * 200_000 + "x\nso", "<answer>" * 40_000, "<answer>7</answer>" + "<answer>" * 40_000],
+    ids=["hashes", "tags", "tags-after-an-answer"],
+)
+def test_final_answer_takes_time_in_proportion_to_the_text(text: str) -> None:
+    """It is looked for in the trainer's process, where nothing could end it."""
+    started = time.monotonic()
+    final_answer(text)
+    assert time.monotonic() - started < 1.0
 
 
 @settings(deadline=None)

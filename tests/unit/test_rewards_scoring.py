@@ -1,6 +1,7 @@
 """Reward functions loaded by name, called with what they ask for, and stopped by what is not a score."""
 
 import inspect
+import json
 import math
 import re
 import subprocess
@@ -61,15 +62,15 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]
 
 def test_each_argument_is_a_list_over_all_completions_prompt_major(own: Callable[[str], str]) -> None:
     file = own(
-        "seen = {}\n"
+        "import json, pathlib\n"
         "def names(prompts, completions, completion_ids, messages, references, color):\n"
-        "    seen.update(locals())\n"
+        "    pathlib.Path('seen.json').write_text(json.dumps(locals()))\n"
         "    return [float(len(c)) for c in completions]\n"
     )
     suite = load(f"{file}:names")
     assert suite.names == ("names",)
     assert suite.score(GROUPS) == [[[1.0], [2.0]], [[3.0], [4.0]]]
-    seen = suite._functions[0].function.__globals__["seen"]
+    seen = json.loads(Path("seen.json").read_text())
     assert seen["prompts"] == ["question 3", "question 3", "question 5", "question 5"]
     assert seen["completions"] == ["a", "bb", "ccc", "dddd"]
     assert seen["completion_ids"] == [list(text.encode()) for text in seen["completions"]]
@@ -120,6 +121,9 @@ def test_what_one_function_does_to_its_lists_is_not_seen_by_the_next(own: Callab
 # What a function may return
 
 
+IN_THIS_PROCESS = "class F:\n    def __call__(self, completions): return RETURNED\nf = F()\n"
+
+
 @pytest.mark.parametrize(
     "returned",
     [
@@ -133,8 +137,8 @@ def test_what_one_function_does_to_its_lists_is_not_seen_by_the_next(own: Callab
 def test_numbers_and_none_are_scores(
     monkeypatch: pytest.MonkeyPatch, own: Callable[[str], str], returned: Any
 ) -> None:
-    suite = load(f"{own('def f(completions): return RETURNED')}:f")
-    monkeypatch.setitem(suite._functions[0].function.__globals__, "RETURNED", returned)
+    suite = load(f"{own(IN_THIS_PROCESS)}:f")
+    monkeypatch.setitem(type(suite._functions[0].function).__call__.__globals__, "RETURNED", returned)
     scores = suite.score(GROUPS)
     assert scores == [[[1.0], [2.5]], [[None], [1.0]]]
     assert {type(score) for row in scores for scored in row for score in scored} == {float, type(None)}
@@ -142,8 +146,8 @@ def test_numbers_and_none_are_scores(
 
 @pytest.mark.parametrize("array", [np.arange(4, dtype=np.float32), torch.arange(4), torch.arange(4.0).bfloat16()])
 def test_arrays_and_tensors_are_scores(monkeypatch: pytest.MonkeyPatch, own: Callable[[str], str], array: Any) -> None:
-    suite = load(f"{own('def f(completions): return RETURNED')}:f")
-    monkeypatch.setitem(suite._functions[0].function.__globals__, "RETURNED", array)
+    suite = load(f"{own(IN_THIS_PROCESS)}:f")
+    monkeypatch.setitem(type(suite._functions[0].function).__call__.__globals__, "RETURNED", array)
     assert suite.score(GROUPS) == [[[0.0], [1.0]], [[2.0], [3.0]]]
 
 
@@ -162,6 +166,9 @@ def test_arrays_and_tensors_are_scores(monkeypatch: pytest.MonkeyPatch, own: Cal
         ("None", "returned NoneType", "a"),
         ("'1234'", "returned str", "a"),
         ("{'a': 1}", "returned dict", "a"),
+        ("[0.0, 10 ** 400, 2.0, 3.0]", "returned inf", "bb"),
+        ("[0.0, 'x' * 1_000_000, 2.0, 3.0]", "(1000002 characters) (str)", "bb"),
+        ("[0.0] * 5_000_000", "returned 5000000 scores in a batch of 4", "a"),
         ("(float(len(c)) for c in completions)", "returned generator", "a"),
     ],
 )
@@ -177,12 +184,19 @@ def test_what_is_not_a_score_stops_the_run(
         assert part in str(caught.value)
 
 
-def test_a_function_that_raises_stops_the_run_with_its_traceback(own: Callable[[str], str]) -> None:
-    suite = load(f"{own('def broken(completions):' + chr(10) + '    return [1 / 0]  # the culprit')}:broken")
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def broken(completions):\n    return [1 / 0]  # the culprit\n",
+        "class Broken:\n    def __call__(self, completions): return [1 / 0]  # the culprit\nbroken = Broken()\n",
+    ],
+    ids=["function", "object"],
+)
+def test_a_function_that_raises_stops_the_run_with_its_traceback(own: Callable[[str], str], source: str) -> None:
+    suite = load(f"{own(source)}:broken")
     with pytest.raises(RewardError) as caught:
         suite.score(GROUPS)
     message = str(caught.value)
-    assert isinstance(caught.value.__cause__, ZeroDivisionError)
     for part in (
         "'broken'",
         "raised ZeroDivisionError",
@@ -297,6 +311,7 @@ def test_a_misspelt_batch_argument_is_answered_with_the_right_one(own: Callable[
         ("own_rewards.py:Class", ["it must be a function or a callable object"]),
         ("own_rewards.py:later", ["async"]),
         ("own_rewards.py:by_position", ["by position only"]),
+        ("exits.py:f", ["loading", "exits.py failed with SystemExit: 3"]),
         ("fails.py:f", ["loading", "fails.py failed with ZeroDivisionError"]),
         ("imports_nothing.py:f", ["ModuleNotFoundError", "no_such_thing"]),
         ("imports_nothing:f", ["importing imports_nothing failed", "'no_such_thing'"]),
@@ -314,6 +329,7 @@ def test_a_reward_that_cannot_be_loaded(own: Callable[..., str], name: str, mess
         else Path("own_rewards.py").read_text()
     )
     own("1 / 0", "fails.py")
+    own("import sys\nsys.exit(3)", "exits.py")
     own("import no_such_thing", "imports_nothing.py")
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the messages are compared below
         load(name)
@@ -335,6 +351,8 @@ def test_a_reward_that_cannot_be_loaded(own: Callable[..., str], name: str, mess
         (["tag_count"], None, {"tag_count": {"tags": []}}, "its settings are none"),
         (["overlong"], None, {"overlong": 3}, "must map settings to values"),
         (["overlong"], None, {"overlong": {"max_length": -1}}, "reward_kwargs of 'overlong': max_length is -1"),
+        (["accuracy"], None, {"accuracy": {"timeout": 0}}, "timeout is 0: it must be a number of seconds above 0"),
+        (["length"], None, {"length": {"timeout": "5"}}, "timeout is '5'"),
         (["regex"], None, {}, "'regex' needs the setting 'pattern'"),
         (["regex"], None, {"regex": {"pattern": "["}}, "is not a regular expression"),
     ],
@@ -397,7 +415,7 @@ DOCUMENTATION = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(en
 
 
 def test_the_documented_example_runs(own: Callable[..., str]) -> None:
-    [source] = re.findall(r"```python\n(.*?)```", DOCUMENTATION, re.DOTALL)
+    [source, *_] = re.findall(r"^```python\n(.*?)```", DOCUMENTATION, re.DOTALL | re.MULTILINE)
     suite = load(f"{own(source, 'my_rewards.py')}:brevity", brevity={"target": 2})
     scores = suite.score([group(prompt(difficulty="easy"), "ab", "abc"), group(prompt(difficulty="hard"), "ab")])
     assert scores == [[[1.0], [0.0]], [[None]]]

@@ -5,14 +5,16 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from grpo_stage.rewards import RewardError, load_rewards, workers
+from grpo_stage.rewards import RewardError, RewardTimeoutError, load_rewards
 from grpo_stage.rewards.workers import AnswerChecker
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
@@ -46,7 +48,7 @@ def groups(*texts: str, reference: str = "7") -> list[RolloutGroup]:
 
 def test_verdicts_come_back_in_order(checker: AnswerChecker) -> None:
     pairs = [(f"It is {n}.", str(7 * (n % 2))) for n in range(64)]
-    assert checker.check(pairs) == [n == 7 * (n % 2) for n in range(64)]
+    assert checker.check(pairs, 60.0) == [n == 7 * (n % 2) for n in range(64)]
 
 
 def test_equal_pairs_are_decided_once(checker: AnswerChecker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,19 +62,22 @@ def test_equal_pairs_are_decided_once(checker: AnswerChecker, monkeypatch: pytes
 
     monkeypatch.setattr(pool, "schedule", recorded)
     pairs = [("It is 3.", "3"), ("It is 4.", "3"), ("It is 3.", "3")] * 3
-    assert checker.check(pairs) == [True, False, True] * 3
-    assert checker.check(pairs) == [True, False, True] * 3
-    assert [args[:2] for args in scheduled] == [("It is 3.", "3"), ("It is 4.", "3")]
+    assert checker.check(pairs, 60.0) == [True, False, True] * 3
+    assert checker.check(pairs, 60.0) == [True, False, True] * 3
+    assert scheduled == [("It is 3.", "3"), ("It is 4.", "3")]
+    assert checker.check(pairs, 30.0) == [True, False, True] * 3
+    assert len(scheduled) == 4, "a verdict under one limit says nothing about another"
 
 
 def test_the_same_words_need_no_worker() -> None:
     checker = AnswerChecker(timeout_s=5.0)
-    assert checker.check([(r"so \boxed{72}", "#### 72"), ("Paris.", "paris")]) == [True, True]
+    assert checker.check([(r"so \boxed{72}", "#### 72"), ("Paris.", "paris")], 5.0) == [True, True]
     assert checker._pool is None
 
 
 def test_a_time_out_is_none_counted_and_logged_and_the_others_are_scored(caplog: pytest.LogCaptureFixture) -> None:
-    suite = load_rewards(["accuracy", "length"], None, None, max_new_tokens=10, timeout_s=2.0)
+    settings = {"accuracy": {"timeout": 2}, "length": {"timeout": 2}}
+    suite = load_rewards(["accuracy", "length"], None, settings, max_new_tokens=10, timeout_s=60.0)
     try:
         with caplog.at_level(logging.WARNING):
             scores = suite.score(groups("It is $1+x$", HANGS[0], "It is $x+2$", reference=HANGS[1]))
@@ -92,15 +97,44 @@ def test_a_time_out_is_none_counted_and_logged_and_the_others_are_scored(caplog:
         suite.close()
 
 
-def test_a_worker_that_dies_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The worker's own alarm, which is for orphans, made to ring first: a death that is not the time limit's.
-    monkeypatch.setattr(workers, "ORPHAN_GRACE_S", -59.0)
-    suite = load_rewards(["accuracy"], None, None, max_new_tokens=10, timeout_s=60.0)
+def test_a_worker_that_dies_stops_the_run() -> None:
+    settings = {"accuracy": {"timeout": 60}}
+    suite = load_rewards(["accuracy"], None, settings, max_new_tokens=10, timeout_s=60.0)
+    before = set(children())
+    assert suite.score(groups("It is 6."))[0][0] == [0.0]
+    pool = set(children()) - before
+
+    def kill_the_busy_one() -> None:
+        deadline = time.monotonic() + 20.0
+        busy: list[int] = []
+        while not busy and time.monotonic() < deadline:
+            time.sleep(0.5)
+            busy = [pid for pid in pool if psutil.Process(pid).cpu_percent(0.3) > 10]
+        os.kill(busy[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_busy_one)
+    killer.start()
     try:
-        with pytest.raises(RewardError, match=f"'accuracy'.*died with exit code -{signal.SIGALRM.value}") as caught:
+        with pytest.raises(RewardError, match=f"'accuracy'.*died with exit code -{signal.SIGKILL.value}") as caught:
             suite.score(groups("It is $x$", HANGS[0], reference=HANGS[1]))
         assert caught.value.completion == HANGS[0]
         assert caught.value.prompt == "How many?"
+    finally:
+        killer.join()
+        suite.close()
+
+
+def test_all_completions_together_have_a_limit_too() -> None:
+    settings = {"accuracy": {"timeout": 60}}
+    suite = load_rewards(["accuracy"], None, settings, max_new_tokens=10, timeout_s=60.0)
+    try:
+        suite.score(groups("It is 6.", "It is 8."))  # the workers have started
+        suite._context.checker.timeout_s = 1.0
+        started = time.monotonic()
+        with pytest.raises(RewardTimeoutError, match=r"math-verify had not decided 1.*`timeout` .*60 s") as caught:
+            suite.score(groups("It is $x$", HANGS[0], reference=HANGS[1]))
+        assert time.monotonic() - started < 6
+        assert caught.value.completion == HANGS[0]
     finally:
         suite.close()
 
@@ -108,7 +142,7 @@ def test_a_worker_that_dies_stops_the_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_close_ends_the_workers_and_may_be_called_twice() -> None:
     before = set(children())
     checker = AnswerChecker(timeout_s=5.0)
-    assert checker.check([("It is 3.", "4")]) == [False]
+    assert checker.check([("It is 3.", "4")], 5.0) == [False]
     started = set(children()) - before
     assert len(started) >= 2
     checker.close()
@@ -121,7 +155,7 @@ import sys
 print("main script", flush=True)
 from grpo_stage.rewards.workers import AnswerChecker
 checker = AnswerChecker(timeout_s=60.0)
-print(checker.check([("It is 3.", "3"), ("It is 4.", "3")]), flush=True)
+print(checker.check([("It is 3.", "3"), ("It is 4.", "3")], 60.0), flush=True)
 import multiprocessing
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 print(sorted({"math_verify", "sympy", "torch"} & sys.modules.keys()), flush=True)
@@ -151,20 +185,3 @@ def test_a_script_without_a_main_guard_runs_once_and_leaves_nothing_behind(tmp_p
     assert (main, verdicts, modules) == ("main script", "[True, False]", "[]")
     assert len(pids.split()) >= 2
     assert wait_until_gone([int(pid) for pid in pids.split()], seconds=10) == []
-
-
-def test_workers_outlive_a_killed_trainer_by_their_alarm_at_most(tmp_path: Path) -> None:
-    script = tmp_path / "killed.py"
-    script.write_text(
-        SCRIPT + "import grpo_stage.rewards.workers as workers\n"
-        "checker.timeout_s, workers.ORPHAN_GRACE_S = 3600.0, -3595.0\n"
-        f"checker.check([{HANGS!r}])\n"
-    )
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines = [process.stdout.readline() for _ in range(4)]
-    pids = [int(pid) for pid in lines[2].split()]
-    time.sleep(1.0)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert wait_until_gone(pids, seconds=30) == []

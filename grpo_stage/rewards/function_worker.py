@@ -1,0 +1,273 @@
+"""A user's reward function in a process of its own, which can be killed whatever the function does."""
+
+import faulthandler
+import hashlib
+import io
+import linecache
+import os
+import pickle
+import random
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from multiprocessing.util import Finalize
+from pathlib import Path
+from typing import Any, Protocol
+
+from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
+from grpo_stage.rewards.processes import WorkerProcess, settle_in_worker, start_fork_server
+
+
+CLOSE_GRACE_S = 2.0
+_FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
+
+# What a worker answers with: the scores, or position, problem and traceback of a failure.
+Reply = list[float | None] | tuple[int, str, str]
+
+
+class Evaluable(Protocol):
+    """What runs in the worker: see `scoring.RewardFunction`."""
+
+    def evaluate(self, arguments: Mapping[str, list[Any]], count: int) -> list[float | None]: ...
+
+
+class FunctionWorker:
+    """One reward function in its own process, which starts at the first call and lives as long as the run.
+
+    Module-level caches of the function therefore live on from call to call. The process knows nothing of the
+    trainer's: it loads the function anew.
+
+    Args:
+        name: the function's display name.
+        load: returns the function; called in the worker, and so picklable.
+        source_file: the file that the function is written in, whose frames are quoted where it takes too long.
+        timeout_s: seconds for one call; loading counts towards the first.
+        dump_dir: the folder for the stacks of a process that took too long.
+    """
+
+    def __init__(
+        self, name: str, load: Callable[[], Evaluable], source_file: str | None, timeout_s: float, dump_dir: str | None
+    ) -> None:
+        self.name, self.timeout_s = name, timeout_s
+        self._load, self._source_file, self._dump_dir = load, source_file, dump_dir
+        self._process: WorkerProcess | None = None
+        self._is_busy = False
+
+    def start(self, arguments: Mapping[str, list[Any]], count: int, seed: int) -> None:
+        """Begin a call; `result` waits for its end. The worker's random generators start at `seed`."""
+        call = pickle.dumps((dict(arguments), count, seed))
+        if self._process is None:
+            self._start_process()
+        self._read_stacks()  # of a call that ended just before it would have been ended
+        self._count = count
+        self._deadline = time.monotonic() + self.timeout_s
+        self._is_busy = True
+        # In a thread, since a worker in which a thread of the function's keeps the GIL leaves the pipe full.
+        threading.Thread(target=_send, args=(self._connection, call), daemon=True).start()
+
+    def result(self) -> list[float | None]:
+        """The scores of the call begun last.
+
+        Raises:
+            CompletionError: if the function failed, took too long, or its process died.
+        """
+        assert self._process is not None
+        if not wait([self._connection, self._process.sentinel], max(0.0, self._deadline - time.monotonic())):
+            raise self._expired()
+        try:
+            reply: Reply | None = self._connection.recv() if self._connection.poll() else None
+        except (EOFError, OSError):
+            reply = None
+        if reply is None:
+            raise self._died()
+        self._is_busy = False
+        if isinstance(reply, tuple):
+            raise CompletionError(*reply)
+        return reply
+
+    def end_if_busy(self) -> None:
+        """End the process of a call whose result nobody waited for."""
+        if self._is_busy:
+            self.close()
+
+    def close(self) -> None:
+        """End the process: at once if it is busy. May be called twice; a later `start` starts a new one."""
+        if self._process is None:
+            return
+        if self._is_busy:
+            _kill(self._process)
+        self._end()
+        self._process, self._is_busy = None, False
+
+    def _start_process(self) -> None:
+        start_fork_server()
+        self._connection, theirs = Pipe()
+        self._stacks, stacks = Pipe(duplex=False)
+        args = (theirs, stacks, self._load, self.timeout_s, dict(os.environ))
+        # No daemon: those may not have children, and the function may want some.
+        process = WorkerProcess(target=_serve, args=args, name=f"reward {self.name}", daemon=False)
+        process.start()
+        # Also when nobody calls `close`: multiprocessing waits for its children at exit, for ever if need be.
+        self._end = Finalize(self, _end, args=(process, self._connection), exitpriority=0)
+        self._process = process
+        theirs.close()
+        stacks.close()
+
+    def _expired(self) -> CompletionError:
+        stacks = self._read_stacks()
+        self.close()
+        problem = [
+            f"took longer than {self.timeout_s:g} s (`reward_timeout`) over a batch of {self._count} completions, the "
+            "first of which is shown, and was ended."
+        ]
+        if frame := _innermost_frame(stacks, self._source_file):
+            problem.append(f"It was at {frame}.")
+        if stacks and self._dump_dir is not None:
+            path = Path(self._dump_dir, f"stacks_reward_{self.name}.txt")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(stacks, encoding="utf-8")
+                problem.append(f"The stacks of all its threads are in {path}.")
+            except OSError as error:
+                problem.append(f"The stacks of its threads could not be written to {path}: {error}.")
+        problem.append("Make the function faster or raise `reward_timeout`.")
+        return CompletionTimeoutError(0, " ".join(problem))
+
+    def _died(self) -> CompletionError:
+        assert self._process is not None
+        self._process.join(CLOSE_GRACE_S)
+        exitcode, stacks = self._process.exitcode, self._read_stacks()
+        self.close()
+        if exitcode is None:
+            how = "closed the pipe to the trainer"
+        elif exitcode >= 0:
+            how = f"died with exit code {exitcode}"
+        else:
+            how = f"was ended by signal {-exitcode} ({signal.strsignal(-exitcode)})"
+            if exitcode == -signal.SIGKILL:
+                how += ", which is most often the system out of memory"
+        where = f"in a batch of {self._count} completions, the first of which is shown"
+        return CompletionError(0, f"its process {how}, {where}", stacks)
+
+    def _read_stacks(self) -> str:
+        read = b""
+        while self._stacks.poll() and (part := os.read(self._stacks.fileno(), 65536)):
+            read += part
+        return read.decode("ascii", errors="replace")
+
+
+def batch_seed(completion_ids: Sequence[Sequence[int]]) -> int:
+    """A seed that depends on the completions alone: what a random reward draws is then the same in a resumed run."""
+    digest = hashlib.sha256()
+    for ids in completion_ids:
+        digest.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+    return int.from_bytes(digest.digest()[:8], "little")
+
+
+def _send(connection: Connection, call: bytes) -> None:
+    with suppress(OSError):  # the worker died or was ended: whoever waits for the result says so
+        connection.send_bytes(call)
+
+
+def _end(process: WorkerProcess, connection: Connection) -> None:
+    connection.close()
+    process.join(CLOSE_GRACE_S)
+    _kill(process)
+
+
+def _kill(process: WorkerProcess) -> None:
+    assert process.pid is not None
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)  # with what the function has started
+    process.kill()
+    process.join()
+
+
+def _innermost_frame(stacks: str, source_file: str | None) -> str:
+    """Where the thread that runs the function is: the last line of the function's own file, if it is in there."""
+    own_file = _as_dumped(__file__)
+    for thread in stacks.split("\n\n"):
+        frames = list(_FRAME.finditer(thread))
+        if not any(frame["file"] == own_file for frame in frames):
+            continue
+        wanted = _as_dumped(source_file) if source_file else ""
+        frame = next((frame for frame in frames if frame["file"] == wanted), frames[0])
+        path = source_file if source_file and frame["file"] == wanted else frame["file"]
+        line = linecache.getline(path, int(frame["line"])).strip()
+        return f"line {frame['line']} of {path}, in {frame['function']}" + (f": `{line}`" if line else "")
+    return ""
+
+
+def _as_dumped(path: str) -> str:
+    return path.encode("ascii", "backslashreplace").decode()
+
+
+# In the worker
+
+
+def _serve(
+    connection: Connection,
+    stacks: Connection,
+    load: Callable[[], Evaluable],
+    timeout_s: float,
+    environment: Mapping[str, str],
+) -> None:
+    settle_in_worker()
+    os.setsid()  # a group of its own, to be killed with all that the function starts
+    # What the function starts has to hear SIGTERM, which many programs are ended with; the worker has not.
+    signal.signal(signal.SIGTERM, _ignore)
+    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)  # what is printed before the end by a signal is seen
+    faulthandler.enable(stacks.fileno())
+
+    # A little before the trainer ends this process: the stacks of all threads, even where C code keeps the GIL.
+    dump_after_s = timeout_s - min(1.0, timeout_s / 5)
+    function: Evaluable | None = None
+    while True:
+        try:
+            arguments, count, seed = connection.recv()
+        except (EOFError, OSError):  # closed, or the trainer is gone
+            return
+        faulthandler.dump_traceback_later(dump_after_s, file=stacks.fileno())
+        reply: Reply
+        try:
+            function = function or _seeded_load(load)
+            _seed(seed)
+            reply = function.evaluate(arguments, count)
+        except CompletionError as failure:
+            reply = (failure.position, failure.problem, failure.traceback)
+        faulthandler.cancel_dump_traceback_later()
+        connection.send(reply)
+
+
+def _seeded_load(load: Callable[[], Evaluable]) -> Evaluable:
+    _seed(0)
+    try:
+        return load()
+    except Exception as error:  # a user's file may raise anything
+        raise CompletionError(0, f"could not be loaded in its process: {error}", traceback.format_exc()) from error
+
+
+def _ignore(*_: Any) -> None: ...
+
+
+def _seed(seed: int) -> None:
+    """Seed the generators that a reward may draw from, of the modules that are loaded."""
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed % 2**32)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)
