@@ -21,13 +21,21 @@ class PromptSet:
     """Prompts of more than `max_length` tokens: dropped or cut."""
 
 
-def build_prompts(records: Iterable[str], max_length: int, overlong: Literal["drop", "truncate"]) -> PromptSet:
+def build_prompts(
+    records: Iterable[str],
+    max_length: int,
+    overlong: Literal["drop", "truncate"],
+    dataset: str | None = None,
+    first_index: int = 0,
+) -> PromptSet:
     """Turn records, one JSON string a row, into prompts.
 
     Args:
         records: `{"token_ids", "messages", "reference", "columns"}` of each row, or `null` for an unreadable one.
         max_length: the most tokens that a prompt may have.
         overlong: `drop` leaves a longer prompt out, `truncate` keeps its last `max_length` tokens.
+        dataset: the evaluation dataset that the records are.
+        first_index: where the prompts' indices start: those of several evaluation datasets must differ.
     """
     prompts: list[Prompt] = []
     num_rows = num_unreadable = num_overlong = 0
@@ -46,11 +54,12 @@ def build_prompts(records: Iterable[str], max_length: int, overlong: Literal["dr
                 continue
         prompts.append(
             Prompt(
-                index=len(prompts),
+                index=first_index + len(prompts),
                 token_ids=tuple(shared_ids.setdefault(token, token) for token in token_ids[-max_length:]),
                 messages=tuple(row["messages"]),
                 reference=row["reference"],
                 columns=row["columns"],
+                dataset=dataset,
             )
         )
     return PromptSet(prompts=prompts, num_rows=num_rows, num_unreadable=num_unreadable, num_overlong=num_overlong)

@@ -9,7 +9,7 @@ Shapes are written with one letter an axis, here and in the whole package:
 Imports nothing of ours and nothing heavy at run time.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -33,7 +33,8 @@ class Prompt:
     """One row of the dataset, ready to be sampled from."""
 
     index: int
-    """Position in the prepared dataset: stable over epochs and resumes, and part of every sampling seed."""
+    """Position among the run's training or evaluation prompts: stable over epochs and resumes, and part of every
+    sampling seed."""
     token_ids: tuple[int, ...]
     """The prompt as the host's template encodes it, generation header included."""
     messages: tuple[Mapping[str, str], ...]
@@ -42,6 +43,8 @@ class Prompt:
     """The whole reference answer, never cut to `cutoff_len`; None where the row has none."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """Every column of the raw row, by its own name."""
+    dataset: str | None = None
+    """The evaluation dataset that it belongs to; None for a prompt of `dataset`, `val_size` included."""
     images: tuple[Any, ...] = ()
     """Reserved for image prompts, which are refused for now."""
 
@@ -102,6 +105,8 @@ class RolloutEngine(Protocol):
 
     logprob_temperature: float
     """The temperature of the distribution that `Completion.sampling_logprobs` refer to."""
+    on_step: Callable[[], None]
+    """Called in `generate` for each token position or so; what it raises ends the rollout."""
 
     def sync(self, policy: "torch.nn.Module", version: int) -> None:
         """Make `policy`'s present weights the ones sampled from, under `version` (an optimizer step; increases)."""
@@ -115,6 +120,9 @@ class RolloutEngine(Protocol):
         Raises:
             RuntimeError: if `sync` was never called.
         """
+
+    def sleep(self) -> None:
+        """Free what the engine does not need until the next `sync`; may be a no-op."""
 
     def close(self) -> None:
         """Free what the engine holds. May be called twice."""

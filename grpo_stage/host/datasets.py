@@ -5,13 +5,13 @@ looks up for each dataset are replaced: the converter, which alone sees the raw 
 Between them, and in what comes out, a row is one JSON string, so that datasets of any columns can be mixed.
 """
 
+import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from llamafactory.data import converter, loader
@@ -72,6 +72,8 @@ def load_prompts(
     """
     if data_args.dataset is None:
         raise ValueError("No prompts to train on: name a dataset of dataset_info.json in `dataset`.")
+    data_args = copy.copy(data_args)
+    data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt cannot tell its dataset
     with _prompt_pipeline(finetuning_args.reference_column):
         try:
             datasets = loader.get_dataset(
@@ -82,17 +84,18 @@ def load_prompts(
                 "The dataset that was loaded last has no rows: look at its file, and at `max_samples`."
             ) from error
 
-    evaluation = datasets.get("eval_dataset") or {}
-    if not isinstance(evaluation, dict):  # a mapping where each evaluation set is kept apart
-        evaluation = {"validation": evaluation}
+    held_out = datasets.get("eval_dataset") or {}
+    if not isinstance(held_out, dict):  # what `val_size` splits off
+        held_out = {None: held_out}
     cutoff_len, overlong = data_args.cutoff_len, finetuning_args.overlong_prompts
     train = build_prompts(datasets["train_dataset"][ROW], cutoff_len, overlong)
     _report_rows(train, "training", cutoff_len, overlong)
-    if not evaluation:
-        return PromptData(train=train.prompts, evaluation=[])
-    held_out = build_prompts(chain.from_iterable(d[ROW] for d in evaluation.values()), cutoff_len, overlong)
-    _report_rows(held_out, "evaluation", cutoff_len, overlong)
-    return PromptData(train=train.prompts, evaluation=held_out.prompts)
+    evaluation: list[Prompt] = []
+    for name, dataset in held_out.items():
+        prompt_set = build_prompts(dataset[ROW], cutoff_len, overlong, dataset=name, first_index=len(evaluation))
+        _report_rows(prompt_set, f"evaluation ({name})" if name else "evaluation", cutoff_len, overlong)
+        evaluation += prompt_set.prompts
+    return PromptData(train=train.prompts, evaluation=evaluation)
 
 
 @contextmanager

@@ -298,7 +298,7 @@ def test_val_size_splits_as_the_host_does(workspace: Workspace):
     dataset = workspace.write("many", numbered(20))
     data = workspace.load(dataset, val_size=4)
     assert (len(data.train), len(data.evaluation)) == (16, 4)
-    assert [p.index for p in data.evaluation] == list(range(4))
+    assert [(p.index, p.dataset) for p in data.evaluation] == [(i, None) for i in range(4)]
     assert {p.reference for p in data.train} | {p.reference for p in data.evaluation} == {str(i) for i in range(20)}
     host = loader.get_dataset(**workspace.arguments(dataset, val_size=4), stage="ppo")
     assert [p.token_ids for p in data.evaluation] == [tuple(ids) for ids in host["eval_dataset"]["input_ids"]]
@@ -310,6 +310,15 @@ def test_evaluation_datasets(workspace: Workspace, apart: bool):
     data = workspace.load(train, eval_dataset=f"{one},{two}", eval_on_each_dataset=apart)
     assert [p.reference for p in data.train] == ["0"]
     assert [(p.index, p.reference) for p in data.evaluation] == list(enumerate(["10", "11", "20", "21", "22"]))
+    assert [p.dataset for p in data.evaluation] == [one] * 2 + [two] * 3, "whether asked for apart or not"
+    assert [p.dataset for p in data.train] == [None]
+
+
+def test_an_evaluation_dataset_of_which_no_prompt_is_left_is_named(workspace: Workspace):
+    train, whole = workspace.write("train", numbered(2)), workspace.write("whole", numbered(2, 10))
+    overlong = workspace.write("overlong", [{"instruction": "long " * 60, "output": "x"}])
+    with pytest.raises(ValueError, match=r"No evaluation \(overlong\) prompt is left.*cutoff_len"):
+        workspace.load(train, eval_dataset=f"{whole},{overlong}", cutoff_len=40)
 
 
 def test_no_evaluation_by_default(workspace: Workspace):
@@ -394,7 +403,7 @@ def test_overlong_prompts_keep_their_end_when_asked(workspace: Workspace, warnin
 def test_no_evaluation_prompt_left_is_refused(workspace: Workspace):
     train = workspace.write("train", numbered(2))
     held_out = workspace.write("eval", [{"instruction": "long " * 60, "output": "x"}])
-    with pytest.raises(ValueError, match=r"No evaluation prompt is left.*cutoff_len"):
+    with pytest.raises(ValueError, match=r"No evaluation \(eval\) prompt is left.*cutoff_len"):
         workspace.load(train, eval_dataset=held_out, cutoff_len=40)
 
 
