@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 
-ROLLOUT, REWARDS, OBJECTIVE, MEMORY, MONITORING = "Rollout", "Rewards", "Objective", "Memory", "Monitoring"
+ROLLOUT, REWARDS, OBJECTIVE, EVALUATION = "Rollout", "Rewards", "Objective", "Evaluation"
+MEMORY, LIMITS, MONITORING = "Memory", "Limits", "Monitoring"
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
 
 
@@ -103,17 +104,6 @@ class GRPOArguments:
             ),
         },
     )
-    reward_timeout: float = field(
-        default=5.0,
-        metadata={
-            "group": REWARDS,
-            "above": 0.0,
-            "help": (
-                "Seconds that `accuracy` may spend on one completion. One that takes longer counts as not applicable "
-                "and is counted in the log."
-            ),
-        },
-    )
     # Objective
     beta: float = field(
         default=0.0,
@@ -183,6 +173,29 @@ class GRPOArguments:
             ),
         },
     )
+    # Evaluation
+    eval_num_generations: int | None = field(
+        default=None,
+        metadata={
+            "group": EVALUATION,
+            "min": 1,
+            "help": (
+                "Completions sampled for each prompt in an evaluation: the k of mean@k, pass@k and maj@k. "
+                "`num_generations` by default."
+            ),
+        },
+    )
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={
+            "group": EVALUATION,
+            "min": 0.0,
+            "help": (
+                "Sampling temperature of evaluations; 0 takes the most probable token each time, and goes with "
+                "`eval_num_generations: 1`. `temperature` by default."
+            ),
+        },
+    )
     # Memory
     max_tokens_per_micro_batch: int = field(
         default=4096,
@@ -191,7 +204,71 @@ class GRPOArguments:
             "min": 1,
             "help": (
                 "How many tokens (prompts, completions and padding) go through the model at once in the update. "
-                "It changes memory and speed, never the gradient. Lower it when memory runs out."
+                "It changes memory and speed, never the gradient. Where memory runs out in an update it is halved and "
+                "the update done again."
+            ),
+        },
+    )
+    vllm_base: Literal["auto", "trainer"] = field(
+        default="auto",
+        metadata={
+            "group": MEMORY,
+            "help": (
+                "Where vLLM gets the model that an adapter stands on: `auto` reads `model_name_or_path` where that is "
+                "the model that is trained (on a GPU a 4-bit base stays in 4 bits), and otherwise has the trainer's "
+                "written out once, dequantized; `trainer` always has it written out."
+            ),
+        },
+    )
+    vllm_sleep: int = field(
+        default=0,
+        metadata={
+            "group": MEMORY,
+            "min": 0,
+            "max": 2,
+            "help": (
+                "What vLLM gives up on the GPU during the update: 0 nothing, 1 its KV cache and, into main memory, "
+                "its weights, 2 both for good, since full and freeze tuning deliver all weights anew. "
+                "A CPU has nothing to give up."
+            ),
+        },
+    )
+    # Limits
+    sync_timeout: float = field(
+        default=600.0,
+        metadata={
+            "group": LIMITS,
+            "above": 0.0,
+            "help": "Seconds that the delivery of the weights to the engine may take before the run is ended.",
+        },
+    )
+    rollout_timeout: float = field(
+        default=3600.0,
+        metadata={
+            "group": LIMITS,
+            "above": 0.0,
+            "help": "Seconds that sampling one rollout may take before the run is ended.",
+        },
+    )
+    reward_timeout: float = field(
+        default=600.0,
+        metadata={
+            "group": LIMITS,
+            "above": 0.0,
+            "help": (
+                "Seconds that a reward function may take for the completions of one rollout before the run is ended. "
+                "`accuracy` has a limit for each completion too, `timeout` in its `reward_kwargs`."
+            ),
+        },
+    )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "group": LIMITS,
+            "min": 0,
+            "help": (
+                "How many steps in a row may be skipped for a loss or gradient that is not finite; one more ends the "
+                "run. The batch of each is written to the output folder."
             ),
         },
     )

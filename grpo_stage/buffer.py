@@ -24,6 +24,8 @@ class StepData:
     None where that is the policy of this very step: the ratio is then 1 by definition."""
     ref_logprobs: tuple[torch.Tensor, ...] | None
     """Per completion, of the reference; None without a KL term."""
+    logprob_temperature: float
+    """The temperature that `sampling_logprobs` refer to."""
     is_fresh: bool
     """True at the first use right after sampling, when the engine's log-probabilities must equal the trainer's."""
 
@@ -40,20 +42,15 @@ class RolloutBuffer:
     def extend(self, steps: Sequence[StepData]) -> None:
         self._steps.extend(steps)
 
-    def next(self) -> StepData:
-        return self._steps.popleft()
+    def first(self) -> StepData:
+        return self._steps[0]
+
+    def drop_first(self) -> None:
+        self._steps.popleft()
 
     def state_dict(self) -> list[dict[str, Any]]:
         """JSON-serialisable and exact: floats survive, prompts are kept as their index in the dataset."""
-        return [
-            {
-                "groups": [_group_state(scored) for scored in step.groups],
-                "old_logprobs": _tensors_state(step.old_logprobs),
-                "ref_logprobs": _tensors_state(step.ref_logprobs),
-                "is_fresh": step.is_fresh,
-            }
-            for step in self._steps
-        ]
+        return [step_state(step) for step in self._steps]
 
     def load_state_dict(self, state: Sequence[dict[str, Any]], prompts: Sequence[Prompt]) -> None:
         """Restore what `state_dict` gave. `prompts` is the dataset that the indices point into."""
@@ -62,10 +59,22 @@ class RolloutBuffer:
                 groups=tuple(_load_group(group, prompts) for group in step["groups"]),
                 old_logprobs=_load_tensors(step["old_logprobs"]),
                 ref_logprobs=_load_tensors(step["ref_logprobs"]),
+                logprob_temperature=step["logprob_temperature"],
                 is_fresh=step["is_fresh"],
             )
             for step in state
         )
+
+
+def step_state(step: StepData) -> dict[str, Any]:
+    """One element of `RolloutBuffer.state_dict`."""
+    return {
+        "groups": [_group_state(scored) for scored in step.groups],
+        "old_logprobs": _tensors_state(step.old_logprobs),
+        "ref_logprobs": _tensors_state(step.ref_logprobs),
+        "logprob_temperature": step.logprob_temperature,
+        "is_fresh": step.is_fresh,
+    }
 
 
 def _group_state(scored: ScoredGroup) -> dict[str, Any]:

@@ -6,16 +6,13 @@ A mean of ranks' means would weigh a rank with two completions like one with twe
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import stdev
-from typing import TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from .algorithm.losses import SurrogateOutput
-from .types import FinishReason, PolicyBatch, ScoredGroup
-
-
-T = TypeVar("T")
+from .distributed import all_gather
+from .types import Completion, FinishReason, PolicyBatch, ScoredGroup
 
 
 @dataclass
@@ -44,29 +41,38 @@ class MetricTracker:
 
     def take(self) -> dict[str, float]:
         """The metrics over all ranks since the last call. Every rank must call it."""
-        mine = (self._means, self._sums, self._minima, self._maxima)
-        self._means, self._sums, self._minima, self._maxima = {}, {}, {}, {}
         merged = MetricTracker()
-        for means, sums, minima, maxima in all_gather(mine):
-            for name, (total, count) in means.items():
-                merged.add(name, total, count)
-            for name, number in sums.items():
-                merged.count(name, number)
-            for name, value in minima.items():
-                merged.lowest(name, value)
-            for name, value in maxima.items():
-                merged.highest(name, value)
+        for state in all_gather(self.state_dict()):
+            merged.merge(state)
+        self.load_state_dict({})
         averages = {name: total / count for name, (total, count) in merged._means.items() if count > 0}
         return {**averages, **merged._sums, **merged._minima, **merged._maxima}
 
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add what another tracker collected, its `state_dict`."""
+        for name, (total, count) in state["means"].items():
+            self.add(name, total, count)
+        for name, number in state["sums"].items():
+            self.count(name, number)
+        for name, value in state["minima"].items():
+            self.lowest(name, value)
+        for name, value in state["maxima"].items():
+            self.highest(name, value)
 
-def all_gather(value: T) -> list[T]:
-    """The values of all ranks, in order; `[value]` where there is one process."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return [value]
-    values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected since the last `take`, ready for JSON."""
+        return {
+            "means": dict(self._means),
+            "sums": dict(self._sums),
+            "minima": dict(self._minima),
+            "maxima": dict(self._maxima),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put `state` in the place of what was collected."""
+        self._means, self._sums, self._minima, self._maxima = {}, {}, {}, {}
+        if state:
+            self.merge(state)
 
 
 def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward_names: Sequence[str]) -> None:
@@ -95,17 +101,22 @@ def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward
             if len(applicable) > 1:
                 tracker.add(f"rewards/{name}/std", stdev(applicable))
             tracker.add(f"rewards/{name}/frac_not_applicable", len(column) - len(applicable), len(column))
-        for completion in scored.group.completions:
-            length = len(completion.token_ids)
-            truncated = completion.finish_reason is FinishReason.LENGTH
-            tracker.add("completions/mean_length", length)
-            tracker.lowest("completions/min_length", length)
-            tracker.highest("completions/max_length", length)
-            tracker.add("completions/clipped_ratio", float(truncated))
-            if not truncated:
-                tracker.add("completions/mean_terminated_length", length)
-                tracker.lowest("completions/min_terminated_length", length)
-                tracker.highest("completions/max_terminated_length", length)
+        record_completions(tracker, scored.group.completions)
+
+
+def record_completions(tracker: MetricTracker, completions: Sequence[Completion]) -> None:
+    """The `completions/...` metrics of a rollout."""
+    for completion in completions:
+        length = len(completion.token_ids)
+        truncated = completion.finish_reason is FinishReason.LENGTH
+        tracker.add("completions/mean_length", length)
+        tracker.lowest("completions/min_length", length)
+        tracker.highest("completions/max_length", length)
+        tracker.add("completions/clipped_ratio", float(truncated))
+        if not truncated:
+            tracker.add("completions/mean_terminated_length", length)
+            tracker.lowest("completions/min_terminated_length", length)
+            tracker.highest("completions/max_terminated_length", length)
 
 
 def record_update(

@@ -12,10 +12,14 @@ import contextlib
 import copy
 import dataclasses
 import json
+import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,27 +27,36 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from . import checkpoints
 from .algorithm.advantages import group_advantages
-from .algorithm.kl import k3
-from .algorithm.losses import StepTotals, clipped_surrogate
 from .arguments import GRPOArguments
-from .batch import count_totals, dummy_batch, micro_batches
-from .buffer import RolloutBuffer, StepData
-from .canary import check_difference, check_versions
+from .buffer import RolloutBuffer, StepData, step_state
+from .canary import check_versions
+from .checkpoints import ROLLOUT_FILE
 from .completions_log import CompletionsLog
-from .metrics import MetricTracker, all_gather, record_rollout, record_update
-from .policy import ReferencePolicy, disable_dropout, token_logprobs
+from .distributed import all_gather
+from .evaluation import record_evaluation
+from .gradient import PolicyGradient
+from .metrics import MetricTracker, record_rollout
+from .policy import ReferencePolicy, disable_dropout
 from .prompts import PromptStream
-from .rewards import RewardSuite
-from .types import PolicyBatch, Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
+from .rewards import RewardError, RewardSuite
+from .stop import SafeStop, StopRequested
+from .types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
+from .watchdog import HangError, Watchdog
 
 
-STATE_FILE = "grpo_state.json"
-"""In every checkpoint: the recipe, and where the prompts are."""
-ROLLOUT_FILE = "grpo_rollout_{rank}.json"
-"""In every checkpoint: what is left of the last rollout on that rank."""
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
+NON_FINITE_REMEDY = (
+    "Start anew with a lower `learning_rate` or `max_grad_norm`, or in bf16 or float32 instead of fp16; a checkpoint "
+    "from before the first such step can be continued with `resume_from_checkpoint`."
+)
+FP16_SCALES = 16
+"""How often fp16's loss scale can be halved before it is hopeless; every time costs a step."""
 
 
 class GRPOTrainer(Trainer):
@@ -88,36 +101,55 @@ class GRPOTrainer(Trainer):
         self.engine = engine
         self.rewards = rewards
         self.reference = reference
-        self.max_sampling_logprob_diff = max_sampling_logprob_diff
         self.recipe = recipe
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.buffer = RolloutBuffer()
         self.tracker = MetricTracker()
         self.completions_log = CompletionsLog(args.output_dir, rewards.names, grpo_args.num_completions_to_print)
+        self.stop = SafeStop(args.process_index)
+        engine.on_step = self.stop.check
+        self.watchdog = Watchdog(args.output_dir, args.process_index, self.stop.interrupt, self._end_hanging)
+        self.gradient = PolicyGradient(
+            grpo_args=grpo_args,
+            sampling=sampling,
+            max_sampling_logprob_diff=max_sampling_logprob_diff,
+            pad_token_id=self.processing_class.pad_token_id or 0,
+            accelerator=self.accelerator,
+            autocast=self.compute_loss_context_manager,
+            safe_point=self.stop.check_together,
+        )
         self._optimizer_factory = optimizer_factory
         self._prepare_scheduler = prepare_scheduler
         self._num_tokens = 0
+        self._num_skipped = 0  # in a row
+        self._saved_step = 0
+        self._evaluation_due = False
+        self._undo_rollout: Callable[[], None] | None = None
 
     # One optimizer step
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         started = time.perf_counter()
+        self.stop.check_together()
+        if self._evaluation_due:  # the run was stopped in it
+            self._determine_best_metric(self._evaluate(None, None), None)
         if not self.buffer:
-            self.buffer.extend(self.collect())
-        loss = self.update(model, self.buffer.next())
+            with self._undone_unless_finished():
+                self.buffer.extend(self.collect())
+        loss = self.update(model, self.buffer.first())
+        self.buffer.drop_first()
         self.tracker.add("step_time", time.perf_counter() - started)
         return loss
 
     def collect(self) -> list[StepData]:
         """Sample, score and prepare one rollout: the data of its optimizer steps, in the order of use."""
-        version = self.state.global_step
         policy = self.accelerator.unwrap_model(self.model)
         indices = self.stream.take(self.prompts_per_step * self.grpo_args.steps_per_generation)
-        with self._timed("sync"):
-            self.engine.sync(policy, version)
-        with self._timed("rollout") as timer:
-            groups = self.engine.generate([self.prompts[i] for i in indices], self.sampling, step=version)
-        check_versions(groups, version)
+        with self.stop.together():
+            with self._timed("sync"):
+                self._sync()
+            with self._timed("rollout") as timer:
+                groups = self._generate([self.prompts[i] for i in indices], self.sampling, self.state.global_step)
         with self._timed("reward"):
             scored = self.score(groups)
         self._record_rollout(scored, seconds=timer())
@@ -128,20 +160,42 @@ class GRPOTrainer(Trainer):
         chunks += [()] * (num_chunks - len(chunks))
         uses_per_rollout = num_chunks * self.grpo_args.num_iterations
         with self._timed("logprobs"):
-            old = [self._frozen_logprobs(policy, chunk) if uses_per_rollout > 1 else None for chunk in chunks]
+            old = [self.gradient.frozen_logprobs(policy, chunk) if uses_per_rollout > 1 else None for chunk in chunks]
             ref: list[tuple[torch.Tensor, ...] | None] = [None] * num_chunks
             if self.reference is not None:
                 with self.reference.activate(policy) as reference:
-                    ref = [self._frozen_logprobs(reference, chunk) for chunk in chunks]
+                    ref = [self.gradient.frozen_logprobs(reference, chunk) for chunk in chunks]
         return [
-            StepData(groups=chunk, old_logprobs=old[i], ref_logprobs=ref[i], is_fresh=iteration == 0 and i == 0)
+            StepData(
+                groups=chunk,
+                old_logprobs=old[i],
+                ref_logprobs=ref[i],
+                logprob_temperature=self.engine.logprob_temperature,
+                is_fresh=iteration == 0 and i == 0,
+            )
             for iteration in range(self.grpo_args.num_iterations)
             for i, chunk in enumerate(chunks)
         ]
 
+    def _sync(self) -> None:
+        with self.watchdog.limit("sync", self.grpo_args.sync_timeout, "sync_timeout"):
+            self.engine.sync(self.accelerator.unwrap_model(self.model), self.state.global_step)
+
+    def _generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
+        with self.watchdog.limit("rollout", self.grpo_args.rollout_timeout, "rollout_timeout"):
+            groups = self.engine.generate(prompts, sampling, step)
+        check_versions(groups, self.state.global_step)
+        return groups
+
+    def _reward(self, groups: Sequence[RolloutGroup]) -> list[list[list[float | None]]]:
+        # A function in a worker process has a limit of its own; this one is for those in this process, together.
+        limit = self.grpo_args.reward_timeout * (len(self.rewards.names) + 1)
+        with self.stop.together(), self.watchdog.limit("reward", limit, "reward_timeout"), self.stop.interruptible():
+            return self.rewards.score(groups)
+
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
         """Rewards and advantages. Statistics of a batch are taken over all ranks of the generation."""
-        rewards = self.rewards.score(groups)  # [P][G][F]
+        rewards = self._reward(groups)  # [P][G][F]
         totals = [[self.rewards.total(row) for row in group] for group in rewards]  # [P][G]
         totals_of_ranks = all_gather(totals)
         everyone = torch.tensor(
@@ -176,118 +230,90 @@ class GRPOTrainer(Trainer):
         """Accumulate the gradient of one optimizer step. The loss is the mean of what the ranks return."""
         with self._timed("update"):
             model.train()
-            totals = self._global_totals(data.groups)
-            batches = self._micro_batches(data.groups, totals)
-            loss = torch.zeros((), device=self.args.device)
-            is_checked = data.is_fresh and len(data.groups) > 0
-            for index, batch in enumerate(batches):
-                is_last = index == len(batches) - 1
-                # DDP reduces gradients in the last backward alone.
-                with contextlib.nullcontext() if is_last else self.accelerator.no_sync(model):
-                    micro_loss = self._micro_batch_loss(model, batch, data, check=is_checked and index == 0)
-                    self.accelerator.backward(micro_loss)
-                loss += micro_loss.detach()
-        self._refuse_non_finite(loss, "loss")
+            loss, metrics = self.gradient.accumulate(model, data)
+            is_finite = self._is_finite(model, loss)
+        loss = loss * self.args.world_size
+        self.tracker.count("skipped_steps", 0.0 if is_finite or self.args.process_index > 0 else 1.0)
+        if is_finite:
+            self._num_skipped = 0
+            self.tracker.merge(metrics.state_dict())
+            # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.
+            self.tracker.add("loss", loss)
+        else:
+            self._skip_step(model, data, loss)
         return loss
 
-    def _micro_batch_loss(self, model: nn.Module, batch: PolicyBatch, data: StepData, check: bool) -> torch.Tensor:
-        with self.compute_loss_context_manager():
-            logprobs, entropy = token_logprobs(model, batch, self.sampling.temperature, with_entropy=True)  # [B, T]
-        assert entropy is not None
-        self._refuse_non_finite(logprobs, "policy's log-probabilities")
-        if check:
-            self._check_canary(model, batch, logprobs.detach())
-        old = logprobs.detach() if data.old_logprobs is None else _padded(data.old_logprobs, batch)
-        surrogate = clipped_surrogate(
-            logprobs,
-            old,
-            batch.advantages,
-            self.grpo_args.epsilon,
-            self.grpo_args.epsilon if self.grpo_args.epsilon_high is None else self.grpo_args.epsilon_high,
-        )
-        token_losses, kl = surrogate.token_losses, None
-        if data.ref_logprobs is not None:
-            kl = k3(logprobs, _padded(data.ref_logprobs, batch))
-            token_losses = token_losses + self.grpo_args.beta * kl
-        record_update(self.tracker, batch, surrogate, entropy, kl)
-        # DDP averages gradients over ranks; the weights already divide by the counts of all ranks.
-        return (batch.loss_weights * token_losses).sum() * self.args.world_size
+    def _is_finite(self, model: nn.Module, loss: torch.Tensor) -> bool:
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        return all(all_gather(bool(torch.isfinite(loss)) and bool(torch.isfinite(norm))))
 
-    def _check_canary(self, model: nn.Module, batch: PolicyBatch, logprobs: torch.Tensor) -> None:
-        if self.engine.logprob_temperature != self.sampling.temperature:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                policy = self.accelerator.unwrap_model(model)
-                logprobs, _ = token_logprobs(policy, batch, self.engine.logprob_temperature)
-        difference = (logprobs - batch.sampling_logprobs).abs() * batch.completion_mask
-        self.tracker.add("sampling/sampling_logp_difference/mean", difference.sum(), batch.completion_mask.sum())
-        self.tracker.highest("sampling/sampling_logp_difference/max", difference.max().item())
-        mean = (difference.sum() / batch.completion_mask.sum()).item()
-        check_difference(mean, self.max_sampling_logprob_diff, self.grpo_args.rollout_backend)
-
-    @torch.no_grad()
-    def _frozen_logprobs(self, model: nn.Module, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities under `model` as it is now: one tensor a completion, prompt-major, on the CPU."""
-        totals = count_totals(groups, self.sampling.max_new_tokens, mask_truncated_completions=False)
-        result: dict[int, torch.Tensor] = {}
-        for batch in self._split(groups, totals):
-            with self.compute_loss_context_manager():
-                logprobs, _ = token_logprobs(model, batch, self.sampling.temperature)
-            for row, values, length in zip(batch.rows, logprobs, batch.completion_mask.sum(dim=1).int(), strict=True):
-                result[row] = values[:length].cpu()
-        return tuple(result[row] for row in range(len(result)))
-
-    def _global_totals(self, groups: Sequence[ScoredGroup]) -> StepTotals:
-        mine = count_totals(groups, self.sampling.max_new_tokens, self.grpo_args.mask_truncated_completions)
-        ranks = all_gather(mine)
-        return dataclasses.replace(
-            mine,
-            num_completions=sum(totals.num_completions for totals in ranks),
-            num_tokens=sum(totals.num_tokens for totals in ranks),
-        )
-
-    def _micro_batches(self, groups: Sequence[ScoredGroup], totals: StepTotals) -> list[PolicyBatch]:
-        """This rank's micro-batches; every rank gets as many, since each backward may be a collective."""
-        batches = self._split(groups, totals)
-        missing = max(1, *all_gather(len(batches))) - len(batches)
-        return batches + [dummy_batch(self._pad_token_id, self.args.device)] * missing
-
-    def _split(self, groups: Sequence[ScoredGroup], totals: StepTotals) -> list[PolicyBatch]:
-        return micro_batches(
-            groups,
-            totals,
-            loss_type=self.grpo_args.loss_type,
-            mask_truncated_completions=self.grpo_args.mask_truncated_completions,
-            max_tokens=self.grpo_args.max_tokens_per_micro_batch,
-            pad_token_id=self._pad_token_id,
-            device=self.args.device,
-        )
-
-    @property
-    def _pad_token_id(self) -> int:
-        return self.processing_class.pad_token_id or 0
+    def _skip_step(self, model: nn.Module, data: StepData, loss: torch.Tensor) -> None:
+        """Leave the weights as they are: optimizers pass by a parameter without a gradient."""
+        limit = self.grpo_args.max_skipped_steps
+        if self.accelerator.scaler is None:
+            model.zero_grad()
+        else:
+            limit += FP16_SCALES  # the scaler skips the step by itself, and lowers its scale
+        self._num_skipped += 1
+        step, rank = self.state.global_step + 1, self.args.process_index
+        os.makedirs(self.args.output_dir, exist_ok=True)
+        file = os.path.join(self.args.output_dir, f"skipped_step_{step}_rank{rank}.json")
+        _write_json(file, {"step": step, "loss": str(loss.item()), **step_state(data)})
+        problem = f"The loss or its gradient in step {step} is not finite"
+        if self._num_skipped > limit:
+            raise FloatingPointError(
+                f"{problem}, and so were those of the {self._num_skipped - 1} steps before (`max_skipped_steps: "
+                f"{self.grpo_args.max_skipped_steps}`): the run is stopped. The batch is in {file}. "
+                f"{NON_FINITE_REMEDY}"
+            )
+        logger.warning(f"{problem}: the step is skipped, and the weights stay as they are. The batch is in {file}.")
 
     # Evaluation
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Mean rewards of the present policy on the evaluation prompts, sampled as in training."""
+        """Metrics of the present policy on the evaluation prompts, as `evaluation.record_evaluation` defines them."""
         prompts = self.eval_dataset if eval_dataset is None else eval_dataset
-        version = self.state.global_step
-        self.engine.sync(self.accelerator.unwrap_model(self.model), version)
         mine = prompts[self.args.process_index :: self.args.world_size]
-        # Another seed than training's, and the same at every evaluation: the curve then shows the policy alone.
-        sampling = dataclasses.replace(self.sampling, seed=self.sampling.seed + 1)
-        groups = self.engine.generate(mine, sampling, step=0)
-        check_versions(groups, version)
+        with self.stop.together():
+            self._sync()
+            groups = self._generate(mine, self._eval_sampling, step=0)
+        rewards = self._reward(groups)  # [P][G][F]
+        totals = [[self.rewards.total(row) for row in group] for group in rewards]  # [P][G]
         tracker = MetricTracker()
-        record_rollout(tracker, self.score(groups), self.rewards.names)
+        by_dataset = len({prompt.dataset for prompt in prompts}) > 1
+        record_evaluation(tracker, groups, rewards, totals, self.rewards.names, by_dataset)
         for name, count in self.rewards.take_counters().items():
             tracker.count(f"rewards/{name}", count)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in tracker.take().items()}
+        if f"{metric_key_prefix}_reward" not in metrics:
+            raise ValueError(
+                f"No reward function applied to any completion of the {len(prompts)} evaluation prompts "
+                f"({', '.join(self.rewards.names)} all returned None), so the evaluation says nothing. Check that the "
+                "evaluation data's references are of the kind that the functions expect."
+            )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        self._evaluation_due = True
+        metrics = super()._evaluate(*args, **kwargs)
+        self._evaluation_due = False
+        return metrics
+
+    @property
+    def _eval_sampling(self) -> SamplingSettings:
+        """Another seed than training's, and the same at every evaluation: the curve then shows the policy alone."""
+        num_generations, temperature = self.grpo_args.eval_num_generations, self.grpo_args.eval_temperature
+        return dataclasses.replace(
+            self.sampling,
+            seed=self.sampling.seed + 1,
+            num_generations=num_generations or self.sampling.num_generations,
+            temperature=self.sampling.temperature if temperature is None else temperature,
+        )
 
     # Logs
 
@@ -310,6 +336,25 @@ class GRPOTrainer(Trainer):
             if self.grpo_args.log_completions and self.is_world_process_zero():
                 self.completions_log.print_table()
         super().log(logs, start_time)
+
+    @contextlib.contextmanager
+    def _undone_unless_finished(self) -> Iterator[None]:
+        """A rollout that is left by an error was never begun: its prompts are due again."""
+        stream, metrics, num_tokens = self.stream.state_dict(), self.tracker.state_dict(), self._num_tokens
+
+        def undo() -> None:
+            self.stream.load_state_dict(stream)
+            self.tracker.load_state_dict(metrics)
+            self._num_tokens = num_tokens
+
+        self._undo_rollout = undo
+        try:
+            yield
+        except BaseException:
+            undo()
+            raise
+        finally:
+            self._undo_rollout = None
 
     @contextlib.contextmanager
     def _timed(self, name: str) -> Iterator[Callable[[], float]]:
@@ -346,51 +391,124 @@ class GRPOTrainer(Trainer):
         self._prepare_scheduler(self.args, num_training_steps, optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        norm = super()._get_grad_norm(model, grad_norm)
-        if self.accelerator.scaler is not None:  # fp16: a step that overflows is skipped, and the scale lowered
-            return norm
-        self._refuse_non_finite(torch.as_tensor(norm), "gradient's norm")
-        return norm
-
-    def _refuse_non_finite(self, values: torch.Tensor, what: str) -> None:
-        if not torch.isfinite(values).all():
-            raise FloatingPointError(
-                f"The {what} in step {self.state.global_step + 1} is not finite. The run is stopped before the "
-                "weights are harmed. Start anew with a lower `learning_rate` or `max_grad_norm`, or in bf16 or "
-                "float32 instead of fp16; `adapter_name_or_path` can name the last checkpoint of a LoRA run."
-            )
-
     # Checkpoints
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        """As Trainer saves, but whole or not at all (`checkpoints.save`)."""
+        self.store_flos()
+        output_dir = Path(self._get_output_dir(trial))
+        folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        best = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if best == folder or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        parts: dict[str, checkpoints.Part] = {"the model": partial(self.save_model, _internal_call=True)}
+        state = None
         if not self.args.save_only_model:  # without optimizer and schedule nothing could be continued
-            os.makedirs(folder, exist_ok=True)
-            rollout_file = os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
-            _write_json(rollout_file, self.buffer.state_dict())
-            if self.args.should_save:
-                state = {**self.recipe, "prompts": self.stream.state_dict(), "num_tokens": self._num_tokens}
-                _write_json(os.path.join(folder, STATE_FILE), state)
-        super()._save_checkpoint(model, trial)
+            state = {
+                **self.recipe,
+                "prompts": self.stream.state_dict(),
+                "num_tokens": self._num_tokens,
+                "evaluation_due": self._evaluation_due,
+            }
+            parts |= {
+                "the optimizer and the schedule": self._save_optimizer_and_scheduler,
+                "the loss scale": self._save_scaler,
+                "the random states": self._save_rng_state,
+                "the rollouts": self._save_rank_state,
+            }
+        parts["the trainer's state"] = self._save_trainer_state
+        checkpoints.save(folder, parts, state, is_saver=self.args.should_save)
+        self._saved_step = 0 if state is None else self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _save_rank_state(self, folder: str) -> None:
+        state = {
+            "steps": self.buffer.state_dict(),
+            "metrics": self.tracker.state_dict(),
+            "num_skipped": self._num_skipped,
+            "token_budget": self.gradient.token_budget,
+        }
+        _write_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)), state)
+
+    def _save_trainer_state(self, folder: str) -> None:
+        """What Trainer keeps in `trainer_state.json`, the states of the callbacks included."""
+        if not self.args.should_save:
+            return
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states = self.state.stateful_callbacks
+                name = type(callback).__name__
+                if isinstance(states[name], list):
+                    states[name].append(callback.state())
+                else:
+                    states[name] = callback.state()
+        self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, or go on from a checkpoint folder of this recipe.
 
         Raises:
             ValueError: if the checkpoint's run is finished: Trainer would train a step more each time.
+            StopRequested: where a signal asked for it, after a checkpoint was saved.
         """
         step = 0
         if resume_from_checkpoint:
             assert isinstance(resume_from_checkpoint, str)
             step = self._load_progress(resume_from_checkpoint)
+            self.args.eval_on_start = False
+        elif self.args.should_save:
+            checkpoints.discard_earlier_run(self.args.output_dir)
         if self.grpo_args.log_completions and self.is_world_process_zero():
-            self.completions_log.drop_after(step)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            # A rollout that waits for its first use is not sampled again, and was logged as of the next step.
+            self.completions_log.drop_after(step + 1 if self.buffer else step)
+        with self.stop.listening():
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except StopRequested as request:
+                request.checkpoint = self.save_progress()
+                raise
+            except (HangError, RewardError) as error:
+                # One rank alone cannot save what all have. The weights are those of the last finished step.
+                if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
+                    error.add_note(f"What was trained until then is in {checkpoint}.")
+                raise
+        if self._num_skipped >= output.global_step - step:
+            raise FloatingPointError(
+                f"No step from {step + 1} to {output.global_step} had a finite loss and gradient, so that all were "
+                f"skipped and nothing was learned. {NON_FINITE_REMEDY}"
+            )
+        return output
+
+    def save_progress(self) -> str | None:
+        """The folder of a checkpoint of the last finished step, written if it is not yet; None before the first."""
+        step = self.state.global_step
+        if step == 0:
+            return None
+        folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        if self._saved_step != step:
+            self.args.save_only_model = False
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return folder
+
+    def _end_hanging(self, error: HangError) -> None:
+        """End the process from the watchdog's thread: the main one hangs in native code and cannot be reached."""
+        try:
+            if self._undo_rollout is not None:
+                self._undo_rollout()
+            checkpoint = self.save_progress() if self.args.world_size == 1 else None
+            print(f"{error} Saved: {checkpoint or 'nothing; resume from the last checkpoint'}.", file=sys.stderr)
+        finally:
+            sys.stderr.flush()
+            os._exit(1)
 
     def _load_progress(self, folder: str) -> int:
         """Restore prompts and rollouts; returns the optimizer step that the checkpoint was taken at."""
-        step = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME)).global_step
+        trainer_state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
+        step = trainer_state.global_step
         num_steps = self.args.max_steps
         if num_steps <= 0:
             num_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
@@ -400,21 +518,24 @@ class GRPOTrainer(Trainer):
                 "`max_steps` or `num_train_epochs` (under a constant schedule), continue its adapter in another "
                 "`output_dir` with `adapter_name_or_path`, or write `overwrite_output_dir: true` to start afresh."
             )
-        state = _read_json(os.path.join(folder, STATE_FILE))
+        if self.args.device.type == "cpu":  # of several processes it is `cpu:<rank>`, no place that torch.load knows
+            self.args._setup_devices = torch.device("cpu")
+        if self.args.should_save:
+            checkpoints.remove_unfinished(self.args.output_dir)
+        for callback in self.callback_handler.callbacks:  # the patience of early stopping
+            if isinstance(callback, ExportableState):
+                vars(callback).update(trainer_state.stateful_callbacks[type(callback).__name__]["attributes"])
+        state = checkpoints.read_state(Path(folder))
         self.stream.load_state_dict(state["prompts"])
-        self._num_tokens = state["num_tokens"]
-        rollout_file = os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
-        self.buffer.load_state_dict(_read_json(rollout_file), self.prompts)
+        self._num_tokens, self._evaluation_due = state["num_tokens"], state["evaluation_due"]
+        of_rank = _read_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
+        self.buffer.load_state_dict(of_rank["steps"], self.prompts)
+        self.tracker.load_state_dict(of_rank["metrics"])
+        self._num_skipped = of_rank["num_skipped"]
+        self.gradient.token_budget = min(
+            self.gradient.token_budget, of_rank["token_budget"]
+        )  # either may have been lowered
         return step
-
-
-def _padded(logprobs: tuple[torch.Tensor, ...], batch: PolicyBatch) -> torch.Tensor:
-    """[B, T] of the batch's rows, 0 outside the completions."""
-    padded = torch.zeros_like(batch.completion_mask)
-    for position, row in enumerate(batch.rows):
-        if row >= 0:  # a dummy has none
-            padded[position, : len(logprobs[row])] = logprobs[row].to(padded.device)
-    return padded
 
 
 def _write_json(path: str, value: Any) -> None:

@@ -95,6 +95,7 @@ CONTRACT: tuple[HostSymbol, ...] = (
     HostSymbol("llamafactory.train.callbacks", "ModuleProfilerCallback", ("profile_modules",)),
     HostSymbol("llamafactory.extras.ploting", "plot_loss", ("save_dictionary", "keys")),
     HostSymbol("llamafactory.extras.logging", "get_logger", ("name",)),
+    HostSymbol("llamafactory.extras.constants", "TRAINER_LOG"),
 )
 
 

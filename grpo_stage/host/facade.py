@@ -3,10 +3,14 @@
 Importing this module imports the host.
 """
 
+import os
+import time
 from collections import deque
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from llamafactory.data import get_template_and_fix_tokenizer
+from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_model, load_tokenizer
 from llamafactory.train.callbacks import (
@@ -26,6 +30,7 @@ from llamafactory.train.trainer_utils import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
 
+from ..jsonl import keep_lines
 from .log import get_logger
 
 
@@ -52,12 +57,28 @@ __all__ = [
 class MetricsLogCallback(LogCallback):
     """The host's LogCallback, which writes a fixed set of keys to trainer_log.jsonl, with every metric added.
 
-    LLaMA Board reads that file, so the host's own keys stay as they are and win over a metric of the same name.
+    LLaMA Board reads that file, so the host's own keys stay as they are and win over a metric of the same name. A
+    resumed run takes the file up at its checkpoint's step, and estimates its end from its own steps.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._metrics: deque[dict[str, Any]] = deque()
+        self._first_step = 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._first_step = state.global_step
+        if args.should_save:
+            log = os.path.join(args.output_dir, TRAINER_LOG)
+            # From the start, even the evaluation before the first step is done again.
+            keep_lines(log, lambda line: self._first_step > 0 and line["current_steps"] <= self._first_step)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def _timing(self, cur_steps: int) -> None:
+        super()._timing(cur_steps)
+        num_steps = cur_steps - self._first_step
+        seconds_per_step = (time.time() - self.start_time) / num_steps if num_steps > 0 else 0.0
+        self.remaining_time = str(timedelta(seconds=int((self.max_steps - cur_steps) * seconds_per_step)))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.should_save and self.thread_pool is not None:  # then the host writes exactly one line

@@ -14,8 +14,8 @@ from llamafactory.hparams.finetuning_args import (
     OFTArguments,
 )
 
-from ..arguments import MEMORY, MONITORING, GRPOArguments
-from ..trainer import STATE_FILE
+from ..arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArguments
+from ..checkpoints import STATE_FILE, read_state, verify
 
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def recipe_of(arguments: "RunArguments") -> dict[str, Any]:
         f.name
         for f in dataclasses.fields(GRPOArguments)
         # Another engine samples from the same policy: the canary's own advice is to try one.
-        if f.metadata["group"] not in (MEMORY, MONITORING) and f.name not in ("rollout_backend", "reward_timeout")
+        if f.metadata["group"] not in (EVALUATION, LIMITS, MEMORY, MONITORING) and f.name != "rollout_backend"
     ]
     parts = (
         (arguments.model, _MODEL.split()),
@@ -87,30 +87,27 @@ def recipe_record(arguments: "RunArguments") -> dict[str, Any]:
 
 
 def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
-    """Refuse to resume from `folder` unless `recipe` wrote it.
+    """Refuse to resume from `folder` unless `recipe` wrote it and it is whole.
 
     Raises:
+        DamagedCheckpointError: if a file of it is missing or has changed.
         ValueError: if the checkpoint is another stage's or another recipe's.
     """
     remedy = (
         "Choose another `output_dir`, or write `overwrite_output_dir: true` to start afresh"
         " (and leave `resume_from_checkpoint` out)."
     )
-    file = folder / STATE_FILE
-    if not file.is_file():
+    if not (folder / STATE_FILE).is_file():
         raise ValueError(
             f"Cannot resume from {folder}: it has no {STATE_FILE}, so it is not a checkpoint of `stage: grpo` "
             f"but of another stage, or was saved without the trainer's state. {remedy}"
         )
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        stored_hash = state["recipe_hash"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"Cannot resume from {folder}: its {STATE_FILE} is damaged ({error!r}). {remedy}") from error
-    if stored_hash == recipe_hash(recipe):
+    state = read_state(folder)
+    if state["recipe_hash"] == recipe_hash(recipe):
+        verify(folder)
         return
 
-    stored = state.get("recipe") or {}
+    stored = state["recipe"]
     missing = object()
     differing = [
         f"`{name}` ({_shown(stored, name)} there, {_shown(recipe, name)} here)"

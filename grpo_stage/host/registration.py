@@ -162,7 +162,11 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     from grpo_stage.host.launch import run
 
-    run(parser.parse(config["args"]), config["callbacks"])
+    try:
+        run(parser.parse(config["args"]), config["callbacks"])
+    except SystemExit:  # the run was stopped, and all ranks leave
+        _leave_process_group()
+        raise
     _leave_process_group()
 
 

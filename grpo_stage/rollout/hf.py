@@ -2,7 +2,7 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,7 +48,9 @@ class HFEngine:
                 that is longer is sampled alone.
         """
         self.logprob_temperature = math.nan
-        """Set by `generate`: log-probabilities are the policy's own at the sampling temperature, before any cut."""
+        """Set by `generate`: log-probabilities are the policy's own at the sampling temperature, before any cut; at 1
+        where that is 0."""
+        self.on_step: Callable[[], None] = lambda: None
         self._tokenizer = tokenizer
         self._autocast_dtype = autocast_dtype
         self._max_tokens_per_batch = max_tokens_per_batch
@@ -61,7 +63,7 @@ class HFEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         if self._policy is None:
             raise RuntimeError("generate() was called before sync(): there is no policy to sample from.")
-        self.logprob_temperature = sampling.temperature
+        self.logprob_temperature = sampling.temperature or 1.0
         group_size = sampling.num_generations
         rows = [
             _Row(prompt, sample_seed(sampling.seed, step, prompt.index, sample))
@@ -83,6 +85,9 @@ class HFEngine:
             )
             for i, prompt in enumerate(prompts)
         ]
+
+    def sleep(self) -> None:
+        """There is nothing to free: the trainer's own model samples."""
 
     def close(self) -> None:
         self._policy = None
@@ -106,7 +111,7 @@ class HFEngine:
             start = longest - len(row.prompt.token_ids)
             input_ids[i, start:] = torch.tensor(row.prompt.token_ids)
             attention_mask[i, start:] = 1
-        sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device))
+        sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device), self.on_step)
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
@@ -130,35 +135,47 @@ class HFEngine:
 class _Sampler(LogitsProcessor):
     """Draws each row's token with the row's own generator, and leaves it as the only one to choose.
 
-    Adding Gumbel noise and taking the largest is an exact draw from the softmax. It is done here since `generate`
-    itself draws a whole batch from the global generator, which makes a completion depend on its neighbours.
+    Adding Gumbel noise and taking the largest is an exact draw from the softmax; temperature 0 adds none. It is done
+    here since `generate` itself draws a whole batch from the global generator, which makes a completion depend on its
+    neighbours.
     """
 
-    def __init__(self, seeds: Sequence[int], sampling: SamplingSettings, prompt_mask: torch.Tensor) -> None:
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        prompt_mask: torch.Tensor,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
         self.logprobs: list[torch.Tensor] = []
         """[B] for each step: the policy's own at the sampling temperature, before top-k, top-p and penalty."""
         self._generators = [torch.Generator(device=prompt_mask.device).manual_seed(seed) for seed in seeds]
-        self._temperature = sampling.temperature
+        self._is_greedy = sampling.temperature == 0
+        self._temperature = float(sampling.temperature) or 1.0
         self._prompt_mask = prompt_mask
+        self._on_step = on_step
         self._penalty = (
             None
             if sampling.repetition_penalty == 1.0
             else RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
         )
-        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(self._temperature)])
         if sampling.top_k > 0:
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._on_step()
         own = torch.log_softmax(scores / self._temperature, dim=-1)
         warped = scores if self._penalty is None else self._penalize(input_ids, scores)
         warped = self._warpers(input_ids, warped)
-        exponential = torch.empty_like(warped)
-        for row, generator in zip(exponential, self._generators, strict=True):
-            row.exponential_(generator=generator)
-        tokens = (warped - exponential.log()).argmax(dim=-1, keepdim=True)
+        if not self._is_greedy:
+            exponential = torch.empty_like(warped)
+            for row, generator in zip(exponential, self._generators, strict=True):
+                row.exponential_(generator=generator)
+            warped = warped - exponential.log()
+        tokens = warped.argmax(dim=-1, keepdim=True)
         self.logprobs.append(own.gather(-1, tokens).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
 

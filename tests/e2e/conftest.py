@@ -13,12 +13,14 @@ from safetensors.torch import load_file, save_file
 
 @pytest.fixture(scope="session")
 def dataset_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten questions with answers, and a prompt-only twin of them."""
+    """Questions with answers: ten to train on, and two sets of three and one for evaluation."""
     folder = tmp_path_factory.mktemp("data")
-    rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(10)]
-    (folder / "sums.json").write_text(json.dumps(rows))
     columns = {"prompt": "question", "response": "answer"}
-    info = {"sums": {"file_name": "sums.json", "columns": columns}}
+    info = {}
+    for name, numbers in (("sums", range(10)), ("tens", range(20, 50, 10)), ("thousand", [1000])):
+        rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in numbers]
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+        info[name] = {"file_name": f"{name}.json", "columns": columns}
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
 
@@ -41,12 +43,13 @@ def decided_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFac
 def toy_reward(decided_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A custom reward that half of the tokens get, and that one direction of the output layer teaches."""
     file = tmp_path_factory.mktemp("rewards") / "toy.py"
+    # As text: importing torch would cost each run's worker process seconds.
+    liked = load_file(decided_model_dir / "model.safetensors")["lm_head.weight"][:, 0] > 0
     file.write_text(
-        "from safetensors.torch import load_file\n\n"
-        f"LIKED = load_file({str(decided_model_dir / 'model.safetensors')!r})['lm_head.weight'][:, 0] > 0\n\n\n"
+        f"LIKED = {''.join('01'[one] for one in liked.tolist())!r}\n\n\n"
         "def liked(completion_ids):\n"
         '    """The share of tokens whose output embedding is positive in its first dimension."""\n'
-        "    return [LIKED[ids].float().mean().item() for ids in completion_ids]\n"
+        "    return [sum(LIKED[token] == '1' for token in ids) / len(ids) for ids in completion_ids]\n"
     )
     return f"{file}:liked"
 

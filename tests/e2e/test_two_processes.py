@@ -34,6 +34,9 @@ def test_two_processes_train_as_one_does(recipe, tmp_path):
         "log_completions": True,
         "max_grad_norm": 0.0,
         "beta": 0.05,
+        "eval_dataset": "tens,thousand",
+        "eval_strategy": "epoch",
+        "eval_num_generations": 3,
     }
     one = recipe(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **settings)
     two = recipe(output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, **settings)
@@ -56,6 +59,12 @@ def test_two_processes_train_as_one_does(recipe, tmp_path):
     for theirs, ours in zip(*logs, strict=True):
         for name in ("loss", "reward", "reward_std", "entropy", "kl", "completions/mean_length", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
+    evaluations = [[line for line in trainer_log(run["output_dir"]) if "eval_reward" in line] for run in (one, two)]
+    assert len(evaluations[0]) == 1
+    assert "eval_thousand_rewards/liked/pass@2" in evaluations[0][0], "a dataset that reaches one rank only"
+    for theirs, ours in zip(*evaluations, strict=True):
+        measured = {key: value for key, value in theirs.items() if key.startswith("eval_") and "time" not in key}
+        assert measured == pytest.approx({key: ours[key] for key in measured}, rel=2e-3, abs=1e-6)
     reference = load_file(tmp_path / "one" / "adapter_model.safetensors")
     for name, tensor in load_file(tmp_path / "two" / "adapter_model.safetensors").items():
         assert (tensor - reference[name]).norm() <= 1e-4 * reference[name].norm() + 1e-6, name

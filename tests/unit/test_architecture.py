@@ -17,7 +17,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("host.registration", "host.launch"),
     ("workflow",),
     ("trainer",),
+    ("evaluation", "gradient"),
     ("policy", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "prompts", "rewards", "rollout"),
+    ("stop",),
+    ("checkpoints", "distributed", "jsonl", "watchdog"),
     ("algorithm",),
     ("types",),
 )

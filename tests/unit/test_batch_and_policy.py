@@ -170,18 +170,21 @@ def test_buffer_state_survives_json_exactly():
             groups=tuple(GROUPS),
             old_logprobs=tuple(torch.rand(length) for length in (3, 9, 1, 5, 2, 9)),
             ref_logprobs=None,
+            logprob_temperature=0.7,
             is_fresh=True,
         ),
-        StepData(groups=(), old_logprobs=(), ref_logprobs=(), is_fresh=False),
+        StepData(groups=(), old_logprobs=(), ref_logprobs=(), logprob_temperature=1.0, is_fresh=False),
     ]
     buffer = RolloutBuffer()
     buffer.extend(steps)
     restored = RolloutBuffer()
     restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())), [g.group.prompt for g in GROUPS])
     assert len(restored) == 2
-    first = restored.next()
+    first = restored.first()
     assert first.groups == steps[0].groups
     assert all(torch.equal(a, b) for a, b in zip(first.old_logprobs, steps[0].old_logprobs, strict=True))
     assert first.ref_logprobs is None
     assert first.is_fresh
-    assert restored.next().groups == ()
+    assert first.logprob_temperature == 0.7
+    restored.drop_first()
+    assert restored.first().groups == ()

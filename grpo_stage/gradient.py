@@ -1,0 +1,223 @@
+"""The gradient of an optimizer step: micro-batches -> policy log-probs -> loss -> backward.
+
+B completions in a micro-batch    T completion tokens
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import nn
+
+from .algorithm.kl import k3
+from .algorithm.losses import StepTotals, clipped_surrogate
+from .arguments import GRPOArguments
+from .batch import count_totals, dummy_batch, micro_batches
+from .buffer import StepData
+from .canary import check_difference
+from .distributed import all_gather, sum_gradients
+from .metrics import MetricTracker, record_update
+from .policy import token_logprobs
+from .types import PolicyBatch, SamplingSettings, ScoredGroup
+
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
+
+class PolicyGradient:
+    """Computes gradients in micro-batches under a token budget, which gives way where memory runs out."""
+
+    def __init__(
+        self,
+        *,
+        grpo_args: GRPOArguments,
+        sampling: SamplingSettings,
+        max_sampling_logprob_diff: float,
+        pad_token_id: int,
+        accelerator: Accelerator,
+        autocast: Callable[[], AbstractContextManager],
+        safe_point: Callable[[], None],
+    ) -> None:
+        """
+        Args:
+            grpo_args: the objective.
+            sampling: how completions are drawn: the policy is the distribution at its temperature.
+            max_sampling_logprob_diff: the canary's bound, in nats.
+            pad_token_id: fills micro-batches.
+            accelerator: for backward, device and rank.
+            autocast: the precision of a forward pass.
+            safe_point: called on all ranks before each micro-batch; what it raises ends the pass.
+        """
+        self.token_budget = grpo_args.max_tokens_per_micro_batch
+        self._grpo_args = grpo_args
+        self._sampling = sampling
+        self._max_sampling_logprob_diff = max_sampling_logprob_diff
+        self._pad_token_id = pad_token_id
+        self._accelerator = accelerator
+        self._autocast = autocast
+        self._safe_point = safe_point
+
+    def accumulate(self, model: nn.Module, data: StepData) -> tuple[torch.Tensor, MetricTracker]:
+        """Leave the gradient of one optimizer step, summed over ranks, in the parameters.
+
+        Returns:
+            This rank's share of the loss, and the metrics of the pass.
+
+        Raises:
+            StaleRolloutError: if fresh completions do not come from `model` (the canary).
+            RuntimeError: if not even a single completion fits into memory.
+        """
+        totals = self._global_totals(data.groups)
+        outcome = None
+        while outcome is None:
+            outcome = self._try_to_accumulate(model, data, totals)
+        sum_gradients(model)
+        return outcome
+
+    def _try_to_accumulate(
+        self, model: nn.Module, data: StepData, totals: StepTotals
+    ) -> tuple[torch.Tensor, MetricTracker] | None:
+        """This rank's loss and gradient; None, and no gradient, where memory ran out on some rank."""
+        metrics = MetricTracker()
+        loss = torch.zeros((), device=self._accelerator.device)
+        # Gradients are summed over ranks after the last backward: a rank can run out of memory in any.
+        with self._accelerator.no_sync(model):
+            for index, batch in enumerate(self._micro_batches(data.groups, totals)):
+                self._safe_point()
+                memory_error = None
+                try:
+                    is_checked = data.is_fresh and index == 0 and len(data.groups) > 0
+                    micro_loss = self._micro_batch_loss(model, batch, data, metrics, check=is_checked)
+                    self._accelerator.backward(micro_loss)
+                    loss += micro_loss.detach()
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    memory_error = error.with_traceback(None)  # its frames hold tensors
+                if any(all_gather(memory_error is not None)):
+                    model.zero_grad()
+                    if memory_error is not None:
+                        self._halve_token_budget(batch, memory_error)
+                    return None
+        return loss, metrics
+
+    def _micro_batch_loss(
+        self, model: nn.Module, batch: PolicyBatch, data: StepData, metrics: MetricTracker, check: bool
+    ) -> torch.Tensor:
+        with self._autocast():
+            logprobs, entropy = token_logprobs(model, batch, self._sampling.temperature, with_entropy=True)  # [B, T]
+        assert entropy is not None
+        if check and torch.isfinite(logprobs).all():
+            self._check_canary(model, batch, logprobs.detach(), data.logprob_temperature, metrics)
+        old = logprobs.detach() if data.old_logprobs is None else _padded(data.old_logprobs, batch)
+        surrogate = clipped_surrogate(
+            logprobs,
+            old,
+            batch.advantages,
+            self._grpo_args.epsilon,
+            self._grpo_args.epsilon if self._grpo_args.epsilon_high is None else self._grpo_args.epsilon_high,
+        )
+        token_losses, kl = surrogate.token_losses, None
+        if data.ref_logprobs is not None:
+            kl = k3(logprobs, _padded(data.ref_logprobs, batch))
+            token_losses = token_losses + self._grpo_args.beta * kl
+        record_update(metrics, batch, surrogate, entropy, kl)
+        return (batch.loss_weights * token_losses).sum()
+
+    def _check_canary(
+        self,
+        model: nn.Module,
+        batch: PolicyBatch,
+        logprobs: torch.Tensor,
+        temperature: float,
+        metrics: MetricTracker,
+    ) -> None:
+        if temperature != self._sampling.temperature:
+            with torch.no_grad(), self._autocast():
+                policy = self._accelerator.unwrap_model(model)
+                logprobs, _ = token_logprobs(policy, batch, temperature)
+        difference = (logprobs - batch.sampling_logprobs).abs() * batch.completion_mask
+        metrics.add("sampling/sampling_logp_difference/mean", difference.sum(), batch.completion_mask.sum())
+        metrics.highest("sampling/sampling_logp_difference/max", difference.max().item())
+        mean = (difference.sum() / batch.completion_mask.sum()).item()
+        check_difference(mean, self._max_sampling_logprob_diff, self._grpo_args.rollout_backend)
+
+    @torch.no_grad()
+    def frozen_logprobs(self, model: nn.Module, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities under `model` as it is now: one tensor a completion, prompt-major, on the CPU."""
+        totals = count_totals(groups, self._sampling.max_new_tokens, mask_truncated_completions=False)
+        result: dict[int, torch.Tensor] = {}
+        while len(result) < totals.num_completions:
+            for batch in self._split(groups, totals):
+                try:
+                    with self._autocast():
+                        logprobs, _ = token_logprobs(model, batch, self._sampling.temperature)
+                except RuntimeError as error:
+                    if not should_reduce_batch_size(error):
+                        raise
+                    memory_error = error.with_traceback(None)
+                else:
+                    lengths = batch.completion_mask.sum(dim=1).int()
+                    for row, values, length in zip(batch.rows, logprobs, lengths, strict=True):
+                        result[row] = values[:length].cpu()
+                    continue
+                self._halve_token_budget(batch, memory_error)
+                break
+        return tuple(result[row] for row in range(len(result)))
+
+    def _halve_token_budget(self, batch: PolicyBatch, error: RuntimeError) -> None:
+        """Make micro-batches of this rank smaller than `batch`, which did not fit into memory."""
+        rows, length = batch.input_ids.shape
+        if rows == 1:
+            raise RuntimeError(
+                f"Out of memory with a single completion of {length} tokens, "
+                "prompt included, in the micro-batch: there is nothing left to split. Lower `max_new_tokens` or "
+                "`cutoff_len`, leave gradient checkpointing on, give vLLM less (`vllm_gpu_util`, `vllm_sleep`), or "
+                "train fewer weights (LoRA, `quantization_bit`)."
+            ) from error
+        budget, self.token_budget = self.token_budget, min(self.token_budget, rows * length) // 2
+        clear_device_cache(garbage_collection=True)
+        logger.warning(
+            f"Out of memory on rank {self._accelerator.process_index}: the pass is done again with "
+            f"micro-batches of {self.token_budget} tokens instead of {budget}, which changes nothing but "
+            f"the speed. Write `max_tokens_per_micro_batch: {self.token_budget}` to start with that."
+        )
+
+    def _global_totals(self, groups: Sequence[ScoredGroup]) -> StepTotals:
+        mine = count_totals(groups, self._sampling.max_new_tokens, self._grpo_args.mask_truncated_completions)
+        ranks = all_gather(mine)
+        return dataclasses.replace(
+            mine,
+            num_completions=sum(totals.num_completions for totals in ranks),
+            num_tokens=sum(totals.num_tokens for totals in ranks),
+        )
+
+    def _micro_batches(self, groups: Sequence[ScoredGroup], totals: StepTotals) -> list[PolicyBatch]:
+        """This rank's micro-batches; every rank gets as many, since each backward may be a collective."""
+        batches = self._split(groups, totals)
+        missing = max(1, *all_gather(len(batches))) - len(batches)
+        return batches + [dummy_batch(self._pad_token_id, self._accelerator.device)] * missing
+
+    def _split(self, groups: Sequence[ScoredGroup], totals: StepTotals) -> list[PolicyBatch]:
+        return micro_batches(
+            groups,
+            totals,
+            loss_type=self._grpo_args.loss_type,
+            mask_truncated_completions=self._grpo_args.mask_truncated_completions,
+            max_tokens=self.token_budget,
+            pad_token_id=self._pad_token_id,
+            device=self._accelerator.device,
+        )
+
+
+def _padded(logprobs: tuple[torch.Tensor, ...], batch: PolicyBatch) -> torch.Tensor:
+    """[B, T] of the batch's rows, 0 outside the completions."""
+    padded = torch.zeros_like(batch.completion_mask)
+    for position, row in enumerate(batch.rows):
+        if row >= 0:  # a dummy has none
+            padded[position, : len(logprobs[row])] = logprobs[row].to(padded.device)
+    return padded

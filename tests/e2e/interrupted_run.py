@@ -1,0 +1,81 @@
+"""`llamafactory-cli train` that gets a signal at a point: `interrupted_run.py SIGNAL POINT STEP recipe.yaml`."""
+
+import os
+import signal
+import sys
+from typing import Any
+
+from grpo_stage.trainer import GRPOTrainer
+
+
+SIGNAL, POINT, STEP = signal.Signals[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+
+
+def strike() -> None:
+    print(f"striking at {POINT} of step {STEP}", flush=True)
+    os.kill(os.getpid(), SIGNAL)
+
+
+class InterruptedTrainer(GRPOTrainer):
+    """The trainer, with a strike before, in or after the optimizer step that follows `STEP` finished ones."""
+
+    calls = 0
+
+    @property
+    def is_due(self) -> bool:
+        return self.state.global_step == STEP
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        if POINT == "between" and self.is_due:
+            assert self.buffer, "a rollout is waiting for its next use"
+            strike()
+        return super().training_step(*args, **kwargs)
+
+    def _generate(self, prompts: Any, sampling: Any, step: int) -> Any:
+        on_step = self.engine.on_step
+
+        def count() -> None:
+            self.calls += 1
+            place = "rollout" if sampling is self.sampling else "evaluation"
+            if place == POINT and self.is_due and self.calls > 3:
+                self.calls = -1000
+                strike()
+            on_step()
+
+        self.calls, self.engine.on_step = 0, count
+        try:
+            return super()._generate(prompts, sampling, step)
+        finally:
+            self.engine.on_step = on_step
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        safe_point, self.calls = self.gradient._safe_point, 0
+
+        def count() -> None:
+            self.calls += 1
+            if POINT == "update" and self.is_due and self.calls == 2:
+                strike()
+            safe_point()
+
+        self.gradient._safe_point = count
+        try:
+            return super().update(*args, **kwargs)
+        finally:
+            self.gradient._safe_point = safe_point
+
+    def _save_rank_state(self, folder: str) -> None:
+        if POINT == "save" and self.is_due:
+            with open(os.path.join(folder, "grpo_rollout_0.json"), "w") as file:
+                file.write('{"steps": [')
+            strike()
+        super()._save_rank_state(folder)
+
+
+if __name__ == "__main__":
+    from grpo_stage import workflow
+
+    workflow.GRPOTrainer = InterruptedTrainer  # type: ignore[misc]
+    from llamafactory.cli import main
+
+    sys.argv = ["llamafactory-cli", "train", *sys.argv[4:]]
+    main()

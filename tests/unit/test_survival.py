@@ -1,0 +1,413 @@
+"""What may befall a run and must not harm it: stop signals, hangs, too little memory, losses that are not finite."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_stage import stop as stop_module
+from grpo_stage.rewards import RewardError
+from grpo_stage.stop import SafeStop, StopRequested
+from grpo_stage.watchdog import HangError, Watchdog
+
+from .trainer_on_fakes import FakeEngine, LengthRewards, gradient_of, make_trainer, relative
+
+
+# Losses and gradients that are not finite
+
+
+class SpoiltSteps:
+    """Makes the gradient of the given optimizer steps (from 0) infinite, or their loss nan."""
+
+    def __init__(self, trainer, steps, what):
+        self.trainer, self.steps, self.what = trainer, steps, what
+        if what == "gradient":
+            trainer.model.lm_head.weight.register_hook(lambda g: g * float("inf") if self.now else None)
+        else:
+            trainer.model.lm_head.register_forward_hook(lambda *call: call[2] * float("nan") if self.now else None)
+
+    @property
+    def now(self):
+        return self.trainer.state.global_step in self.steps
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(tmp_path, what):
+    trainer = make_trainer(tmp_path)
+    SpoiltSteps(trainer, {1}, what)
+    weights = []
+    trainer.add_callback(snapshots(weights))
+    trainer.train()
+
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["skipped_steps"] for line in log] == [0, 1, 0]
+    assert torch.equal(weights[1], weights[0]), "weight decay and momentum leave them alone, too"
+    assert not torch.equal(weights[2], weights[1])
+    assert all(torch.isfinite(each).all() for each in weights)
+    assert log[1]["reward"] == log[1]["rewards/even/mean"], "the rollout was sound, and is logged"
+    kept = json.loads((tmp_path / "skipped_step_2_rank0.json").read_text())
+    assert kept["step"] == 2
+    assert [group["prompt"] for group in kept["groups"]] == trainer.engine.asked[1][1]
+    assert len(kept["groups"][0]["completions"]) == len(kept["groups"][0]["advantages"]) == 4
+    assert not list(tmp_path.glob("skipped_step_[13]*"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_that_are_not_finite_in_a_row_end_the_run(tmp_path, what):
+    trainer = make_trainer(tmp_path, num_prompts=12, max_skipped_steps=2)
+    SpoiltSteps(trainer, {0, 2, 3, 4}, what)  # the first is followed by a sound one: the row starts anew
+    with pytest.raises(FloatingPointError, match=r"step 5 is not finite.*2 steps before \(`max_skipped_steps: 2`\)"):
+        trainer.train()
+    assert torch.isfinite(trainer.model.lm_head.weight).all()
+
+
+def test_a_run_whose_every_step_was_skipped_is_no_success(tmp_path):
+    trainer = make_trainer(tmp_path)  # three steps, and five may be skipped
+    SpoiltSteps(trainer, {0, 1, 2}, "loss")
+    with pytest.raises(FloatingPointError, match=r"from 1 to 3 .* nothing was learned.*learning_rate"):
+        trainer.train()
+
+
+def snapshots(weights):
+    from transformers import TrainerCallback
+
+    class Snapshots(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            weights.append(model.lm_head.weight.detach().clone())
+
+    return Snapshots()
+
+
+# Memory that runs out
+
+
+class SmallMemory:
+    """Raises what CUDA raises for a pass of more than `limit` tokens."""
+
+    def __init__(self, model, limit):
+        self.limit, self.refused = limit, 0
+        model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        if kwargs["input_ids"].numel() > self.limit:
+            self.refused += 1
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_out_of_memory_in_the_update_halves_the_budget_and_gives_the_same_gradient(tmp_path, caplog):
+    ample, scarce = make_trainer(tmp_path / "ample"), make_trainer(tmp_path / "scarce")
+    memory = SmallMemory(scarce.model, limit=20)
+    data = ample.collect()[0]
+    assert relative(gradient_of(scarce, data), gradient_of(ample, data)) < 1e-5
+    assert memory.refused >= 1
+    assert scarce.gradient.token_budget <= 20
+    said = [record for record in caplog.records if record.name.endswith("gradient")]
+    assert len(said) == memory.refused
+    assert "on rank 0" in caplog.text
+    assert f"max_tokens_per_micro_batch: {scarce.gradient.token_budget}" in caplog.text
+
+    once = [trainer.tracker.take() for trainer in (ample, scarce)]
+    assert once[1]["entropy"] == pytest.approx(once[0]["entropy"], rel=1e-5), "what failed is not counted"
+    gradient_of(scarce, data)
+    assert memory.refused == len(said), "the budget stays"
+
+
+def test_out_of_memory_in_old_and_reference_passes_halves_the_budget(tmp_path):
+    from grpo_stage.policy import InitialWeightsReference
+
+    settings = {"num_iterations": 2, "beta": 0.1, "reference": InitialWeightsReference}
+    ample, scarce = (make_trainer(tmp_path / name, **settings) for name in ("ample", "scarce"))
+    memory = SmallMemory(scarce.model, limit=20)
+    for theirs, ours in zip(ample.collect(), scarce.collect(), strict=True):
+        for name in ("old_logprobs", "ref_logprobs"):
+            for a, b in zip(getattr(theirs, name), getattr(ours, name), strict=True):
+                assert torch.allclose(a, b, atol=1e-6)
+    assert memory.refused >= 1
+
+
+def test_a_single_completion_that_does_not_fit_ends_the_run_with_the_remedies(tmp_path):
+    trainer = make_trainer(tmp_path)
+    SmallMemory(trainer.model, limit=1)
+    with pytest.raises(RuntimeError, match=r"single completion of \d+ tokens.*`max_new_tokens`.*`vllm_gpu_util`"):
+        trainer.train()
+
+
+def test_an_error_that_is_not_about_memory_is_not_taken_for_one(tmp_path):
+    trainer = make_trainer(tmp_path)
+
+    def fail(*call):
+        raise RuntimeError("shapes do not match")
+
+    trainer.model.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        trainer.train()
+
+
+# Stops
+
+
+def strike(trainer, where, at_step):
+    """Send this process SIGTERM once, at the given place of a step (from 0)."""
+    sent = []
+
+    def send():
+        if trainer.state.global_step == at_step and not sent:
+            sent.append(True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    if where == "rollout":
+        plain = trainer.engine.generate
+
+        def generate(prompts, sampling, step):
+            groups = plain(prompts, sampling, step)
+            send()
+            trainer.engine.on_step()
+            assert not (sent and trainer.state.global_step == at_step), "the rollout is left"
+            return groups
+
+        trainer.engine.generate = generate
+    elif where == "reward":
+        score = trainer.rewards.score
+
+        def slow_score(groups):
+            send()
+            return score(groups)
+
+        trainer.rewards.score = slow_score
+    else:
+        trainer.model.register_forward_hook(lambda *call: send() if call[0].training else None)
+
+
+RUN = {"num_iterations": 2, "steps_per_generation": 2, "max_tokens_per_micro_batch": 20}
+UNTIMED = re.compile(r"time|seconds?|per_second|runtime")
+
+
+def untimed(history):
+    return [{key: value for key, value in line.items() if not UNTIMED.search(key)} for line in history]
+
+
+@pytest.mark.parametrize("logging_steps", [1, 3])
+@pytest.mark.parametrize(
+    ("where", "at_step"),
+    [("rollout", 0), ("rollout", 4), ("reward", 0), ("reward", 4), ("update", 0), ("update", 4), ("update", 5)],
+)
+def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(tmp_path, where, at_step, logging_steps):
+    """Steps 0 and 4 begin with a rollout; the data of step 5 waits in the buffer."""
+    training = {"num_train_epochs": 1.5, "logging_steps": logging_steps}
+    whole = make_trainer(tmp_path / "whole", training=training, **RUN)
+    whole.train()
+
+    stopped = make_trainer(tmp_path / "stopped", training=training, **RUN)
+    strike(stopped, where, at_step)
+    before = {each: signal.getsignal(each) for each in stop_module.STOP_SIGNALS}
+    with pytest.raises(StopRequested, match="stopped by SIGTERM") as request:
+        stopped.train()
+    assert {each: signal.getsignal(each) for each in stop_module.STOP_SIGNALS} == before
+    assert stopped.state.global_step == at_step
+
+    resumed = make_trainer(tmp_path / "stopped", training=training, **RUN)
+    if at_step == 0:
+        assert request.value.checkpoint is None
+        resumed.train()
+    else:
+        assert request.value.checkpoint == str(tmp_path / "stopped" / f"checkpoint-{at_step}")
+        resumed.train(resume_from_checkpoint=request.value.checkpoint)
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    mine, reference = untimed(resumed.state.log_history), untimed(whole.state.log_history)
+    for line in (*mine, *reference):
+        line.pop("train_loss", None)  # Trainer's own: over the steps since the resume
+    assert mine == reference
+
+
+def test_a_stop_needs_no_second_checkpoint_where_one_was_just_saved(tmp_path):
+    trainer = make_trainer(tmp_path, training={"save_strategy": "steps", "save_steps": 1})
+    strike(trainer, "rollout", 1)
+    with pytest.raises(StopRequested) as request:
+        trainer.train()
+    assert request.value.checkpoint == str(tmp_path / "checkpoint-1")
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_a_stop_saves_what_is_needed_to_go_on_under_save_only_model_too(tmp_path):
+    training = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trainer = make_trainer(tmp_path, training=training)
+    strike(trainer, "update", 1)
+    with pytest.raises(StopRequested) as request:
+        trainer.train()
+    resumed = make_trainer(tmp_path, training=training)
+    resumed.train(resume_from_checkpoint=request.value.checkpoint)
+    assert resumed.state.global_step == 3
+
+
+@pytest.mark.parametrize("first", stop_module.STOP_SIGNALS)
+def test_the_first_signal_asks_and_the_second_acts(first):
+    code = f"""
+import os, signal, time
+from grpo_stage import stop
+safe_stop = stop.SafeStop()
+stop.SAME_REQUEST_S = 0.3
+with safe_stop.listening():
+    os.kill(os.getpid(), {int(first)})
+    os.kill(os.getpid(), {int(first)})  # the same request, passed on twice
+    assert safe_stop.signal == {int(first)}
+    try:
+        safe_stop.check()
+    except stop.StopRequested:
+        print("asked", flush=True)
+    time.sleep(0.4)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+    print("still here", flush=True)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert result.stdout == "asked\n", result.stderr
+    assert result.returncode == -signal.SIGINT
+    assert "Once more stops at once" in result.stderr
+
+
+def test_a_request_in_an_interruptible_block_does_not_wait_for_its_end():
+    safe_stop = SafeStop()
+
+    def wait():
+        with safe_stop.interruptible():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with safe_stop.listening():
+        started = time.monotonic()
+        with pytest.raises(StopRequested):
+            wait()
+        with pytest.raises(StopRequested):  # one that came before is honoured at the start
+            wait()
+        assert time.monotonic() - started < 2
+
+
+# Hangs
+
+
+class HangingEngine(FakeEngine):
+    def __init__(self, where, step):
+        super().__init__()
+        self.where, self.step = where, step
+
+    def sync(self, policy, version):
+        super().sync(policy, version)
+        if (self.where, self.step) == ("sync", version):
+            time.sleep(60)
+
+    def generate(self, prompts, sampling, step):
+        if (self.where, self.step) == ("rollout", step):
+            while True:
+                pass
+        return super().generate(prompts, sampling, step)
+
+
+class HangingRewards(LengthRewards):
+    calls = 0
+
+    def score(self, groups):
+        self.calls += 1
+        if self.calls == 3:
+            time.sleep(60)
+        return super().score(groups)
+
+
+@pytest.mark.parametrize("where", ["sync", "rollout", "reward"])
+def test_a_hang_ends_the_run_with_the_stacks_and_a_checkpoint_that_goes_on(tmp_path, where):
+    whole = make_trainer(tmp_path / "whole", training={"num_train_epochs": 2})
+    whole.train()
+
+    limits = {"sync_timeout": 30.0, "rollout_timeout": 30.0, "reward_timeout": 30.0, f"{where}_timeout": 0.2}
+    hanging = make_trainer(
+        tmp_path / "hanging",
+        training={"num_train_epochs": 2},
+        engine=HangingEngine(where, 2),
+        rewards=HangingRewards() if where == "reward" else None,
+        **limits,
+    )
+    started = time.monotonic()
+    with pytest.raises(HangError, match=rf"{where} took .*`{where}_timeout`.*stacks_{where}_rank0") as error:
+        hanging.train()
+    assert time.monotonic() - started < 20
+    checkpoint = tmp_path / "hanging" / "checkpoint-2"
+    assert str(checkpoint) in error.value.__notes__[0]
+    stacks = (tmp_path / "hanging" / f"stacks_{where}_rank0.txt").read_text()
+    assert "test_survival.py" in stacks
+
+    resumed = make_trainer(tmp_path / "hanging", training={"num_train_epochs": 2})
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_hang_in_native_code_ends_the_process_from_outside(tmp_path):
+    """A mutex that is locked twice: no signal and no exception gets through to that thread."""
+    code = f"""
+import ctypes, sys
+from pathlib import Path
+from grpo_stage import watchdog
+from trainer_on_fakes import FakeEngine, make_trainer
+
+class Engine(FakeEngine):
+    def generate(self, prompts, sampling, step):
+        if step == 2:
+            mutex, libc = (ctypes.c_char * 64)(), ctypes.CDLL(None)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)
+        return super().generate(prompts, sampling, step)
+
+watchdog.GRACE_S = 0.5
+make_trainer(Path({str(tmp_path)!r}), engine=Engine(), rollout_timeout=0.5).train()
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+    )  # fmt: skip
+    assert result.returncode == 1, result.stderr
+    assert "The rollout took longer than 0.5 s (`rollout_timeout`)" in result.stderr
+    assert f"Saved: {tmp_path / 'checkpoint-2'}" in result.stderr
+    assert (
+        "pthread" in (tmp_path / "stacks_rollout_rank0.txt").read_text()
+        or "generate" in (tmp_path / "stacks_rollout_rank0.txt").read_text()
+    )
+
+    whole, resumed = make_trainer(tmp_path / "whole"), make_trainer(tmp_path)
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_stays_within_its_limit_is_left_alone(tmp_path):
+    interrupted = []
+    watchdog = Watchdog(str(tmp_path), 0, interrupted.append, interrupted.append)
+    for _ in range(3):
+        with watchdog.limit("rollout", 0.2, "rollout_timeout"):
+            pass
+    time.sleep(0.4)
+    assert interrupted == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_reward_leaves_a_checkpoint(tmp_path):
+    class Failing(HangingRewards):
+        def score(self, groups):
+            self.calls += 1
+            if self.calls == 3:
+                raise RewardError("even", "raised ZeroDivisionError", prompt="p", completion="c", traceback="")
+            return LengthRewards.score(self, groups)
+
+    with pytest.raises(RewardError) as error:
+        make_trainer(tmp_path, rewards=Failing()).train()
+    assert str(tmp_path / "checkpoint-2") in error.value.__notes__[0]
+    resumed = make_trainer(tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 3
