@@ -184,6 +184,7 @@ class GRPOTrainer(Trainer):
     def _generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         with self.watchdog.limit("rollout", self.grpo_args.rollout_timeout, "rollout_timeout"):
             groups = self.engine.generate(prompts, sampling, step)
+        self.engine.sleep()
         check_versions(groups, self.state.global_step)
         return groups
 

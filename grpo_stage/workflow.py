@@ -1,19 +1,25 @@
 """run_grpo(): the composition root. Reads like the host's run_dpo."""
 
+import contextlib
+import tempfile
 import time
+from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
-from .canary import DEFAULT_BOUNDS
+from .canary import BOUND_IN_8_BITS, DEFAULT_BOUNDS
+from .distributed import all_gather
 from .host import facade
 from .host.datasets import load_prompts
 from .host.recipe import recipe_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 from .rewards import load_rewards
 from .rollout.hf import HFEngine
+from .rollout.weights import write_base
 from .trainer import GRPOTrainer
 from .types import RolloutEngine, SamplingSettings
 
@@ -42,6 +48,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
         cast(dict[str, Any] | None, finetuning_args.reward_kwargs),
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=finetuning_args.reward_timeout,
+        dump_dir=training_args.output_dir,
     )
     tokenizer_module = facade.load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
@@ -168,26 +175,87 @@ def _rollout_engine(
         return HFEngine(tokenizer, autocast_dtype=_autocast_dtype(arguments))
     from .rollout.vllm_engine import VLLMEngine
 
-    logger.info_rank0(f"Starting vLLM with {model_args.model_name_or_path}.")
-    started = time.perf_counter()
     on_cpu = arguments.training.device.type == "cpu"
-    engine = VLLMEngine(
-        model_name_or_path=model_args.model_name_or_path,
-        tokenizer=tokenizer,
-        adapter=True,
-        max_model_len=model_args.vllm_maxlen,
-        max_lora_rank=model_args.vllm_max_lora_rank,
-        gpu_memory_utilization=model_args.vllm_gpu_util,
-        enforce_eager=model_args.vllm_enforce_eager,
-        dtype="float32" if on_cpu else str(_compute_dtype(arguments, model)).removeprefix("torch."),
-        logprob_temperature=None if sampling.is_neutral else 1.0,
-        model_revision=model_args.model_revision,
-        trust_remote_code=model_args.trust_remote_code,
-        seed=arguments.training.seed,
-        options=model_args.vllm_config,
-    )
-    logger.info_rank0(f"vLLM started in {time.perf_counter() - started:.1f} s.")
+    sleep_level = arguments.finetuning.vllm_sleep
+    if on_cpu and sleep_level:
+        logger.warning_rank0(f"`vllm_sleep: {sleep_level}` has no effect on a CPU: vLLM frees memory of GPUs alone.")
+        sleep_level = 0
+    with _model_for_vllm(arguments, model) as (path, quantization):
+        logger.info_rank0(f"Starting vLLM with {path}.")
+        started = time.perf_counter()
+        engine = VLLMEngine(
+            model_name_or_path=path,
+            tokenizer=tokenizer,
+            adapter=arguments.finetuning.finetuning_type == "lora",
+            max_model_len=model_args.vllm_maxlen,
+            max_lora_rank=model_args.vllm_max_lora_rank,
+            gpu_memory_utilization=model_args.vllm_gpu_util,
+            enforce_eager=model_args.vllm_enforce_eager,
+            dtype="float32" if on_cpu else str(_compute_dtype(arguments, model)).removeprefix("torch."),
+            logprob_temperature=None if sampling.is_neutral else 1.0,
+            sleep_level=sleep_level,
+            quantization=quantization,
+            model_revision=model_args.model_revision,
+            trust_remote_code=model_args.trust_remote_code,
+            seed=arguments.training.seed,
+            options=model_args.vllm_config,
+        )
+        logger.info_rank0(f"vLLM started in {time.perf_counter() - started:.1f} s.")
     return engine
+
+
+@contextlib.contextmanager
+def _model_for_vllm(arguments: "RunArguments", model: Any) -> Iterator[tuple[str, str | None]]:
+    """What vLLM starts from, and what it quantises that with: the user's files where they hold the trainer's model.
+
+    Otherwise the trainer's is written out, once a node, and deleted as soon as every engine has started.
+    """
+    training_args, path = arguments.training, arguments.model.model_name_or_path
+    changes = _changes_to_the_files(arguments, model)
+    if arguments.finetuning.vllm_base == "auto":
+        if not changes:
+            yield path, None
+            return
+        if changes == ["quantized"] and training_args.device.type == "cuda" and _vllm_quantizes_alike(model):
+            yield path, "bitsandbytes"
+            return
+    is_writer = training_args.local_process_index == 0
+    with tempfile.TemporaryDirectory(prefix="grpo-stage-base-") if is_writer else contextlib.nullcontext() as own:
+        if own is not None:
+            logger.info_rank0(
+                f"Writing the trainer's model ({', '.join(changes) or '`vllm_base: trainer`'}) to {own} for vLLM to "
+                "start from; it is deleted afterwards."
+            )
+            write_base(model, Path(own))
+        folders = all_gather(own)  # which waits for the writers
+        folder = folders[training_args.process_index - training_args.local_process_index]
+        assert folder is not None
+        yield folder, None
+        all_gather(None)  # nobody reads it any more
+
+
+def _changes_to_the_files(arguments: "RunArguments", model: Any) -> list[str]:
+    """What the host did to the model after, or while, reading `model_name_or_path`."""
+    model_args = arguments.model
+    adapters = model_args.adapter_name_or_path or []
+    changes = {
+        "quantized": getattr(model, "quantization_method", None) is not None,
+        "with merged adapters": len(adapters) > 1 or (adapters and arguments.finetuning.create_new_adapter),
+        # PiSSA and its like take the adapter's first value out of the base.
+        "less the adapter's initial value": any(
+            isinstance(config.init_lora_weights, str) for config in getattr(model, "peft_config", {}).values()
+        ),
+        "with a resized vocabulary": model_args.resize_vocab,
+        "with new weights": model_args.train_from_scratch,
+        "with `rope_scaling`": model_args.rope_scaling is not None,
+    }
+    return [change for change, is_made in changes.items() if is_made]
+
+
+def _vllm_quantizes_alike(model: Any) -> bool:
+    """vLLM's bitsandbytes knows 4 bits of one kind: `nf4` with double quantization, in blocks of the usual size."""
+    config = model.config.quantization_config
+    return config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
 
 
 def _autocast_dtype(arguments: "RunArguments") -> torch.dtype | None:
@@ -202,6 +270,8 @@ def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
 
 
 def _canary_bound(arguments: "RunArguments", model: Any) -> float:
+    if getattr(model, "is_loaded_in_8bit", False):
+        return BOUND_IN_8_BITS
     return DEFAULT_BOUNDS[_compute_dtype(arguments, model)]
 
 

@@ -17,10 +17,11 @@ from llamafactory.extras.constants import DATA_CONFIG
 from llamafactory.model.loader import load_config
 from transformers.trainer_utils import get_last_checkpoint
 
+from ..evaluation import rewarding_metrics
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .log import get_logger
 from .recipe import check_checkpoint, recipe_of
-from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES
+from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
 
 
 if TYPE_CHECKING:
@@ -60,9 +61,13 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
                 "verified in `stage: grpo`. Launch with `llamafactory-cli train`, which uses DDP on several devices."
             )
 
-    for adapter in items(values.adapter_name_or_path):
-        _check_adapter(adapter, values)
+    adapters = items(values.adapter_name_or_path)
+    for i, adapter in enumerate(adapters):
+        # The host trains the last one, and merges the others into the model.
+        is_trained = i == len(adapters) - 1 and not values.create_new_adapter
+        _check_adapter(adapter, values, is_served=is_trained and values.rollout_backend == "vllm")
     _check_datasets(values)
+    _check_best_metric(values)
 
 
 def refuse_unfit(arguments: "RunArguments") -> None:
@@ -76,7 +81,7 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     _warn(arguments)
 
 
-def _check_adapter(adapter: str, values: SimpleNamespace) -> None:
+def _check_adapter(adapter: str, values: SimpleNamespace, is_served: bool) -> None:
     config = adapter_config(adapter, values.adapter_folder)
     if config is None:
         if looks_like_hub_id(adapter):
@@ -86,11 +91,18 @@ def _check_adapter(adapter: str, values: SimpleNamespace) -> None:
             f"{adapter_folder(adapter, values.adapter_folder)}. Give the folder that LoRA training wrote (its "
             "`output_dir`); a whole model goes into `model_name_or_path`."
         )
-    if values.rollout_backend != "vllm":
+    if not is_served:
         return
     unserved = [
         f"`{key}: {_yaml(config[key])}`"
-        for key, plain in (("peft_type", "LORA"), ("use_dora", False), ("bias", "none"), ("modules_to_save", None))
+        for key, plain in (
+            ("peft_type", "LORA"),
+            ("use_dora", False),
+            ("bias", "none"),
+            ("modules_to_save", None),
+            ("rank_pattern", {}),
+            ("alpha_pattern", {}),
+        )
         if config.get(key) and config[key] != plain
     ]
     if unserved:
@@ -131,13 +143,37 @@ def _check_datasets(values: SimpleNamespace) -> None:
                 )
 
 
+def _check_best_metric(values: SimpleNamespace) -> None:
+    if not wants_best(values):
+        return
+    metric = values.metric_for_best_model
+    logged = rewarding_metrics(
+        [name.rpartition(":")[2].strip() for name in items(values.reward_funcs)],
+        values.eval_num_generations or values.num_generations,
+        items(values.eval_dataset),
+    )
+    if metric is None:
+        raise ValueError(
+            "`metric_for_best_model` is missing: `load_best_model_at_end`, `early_stopping_steps` and `save_strategy: "
+            "best` go by it. Write `metric_for_best_model: eval_reward`."
+        )
+    if f"eval_{metric.removeprefix('eval_')}" not in logged:
+        near = difflib.get_close_matches(metric, logged, n=1)
+        raise ValueError(
+            f"`metric_for_best_model: {metric}` is no reward that this run's evaluations log. "
+            f"{f'Did you mean `{near[0]}`? ' if near else ''}There are: {', '.join(logged)}."
+        )
+
+
 def _check_model_config(arguments: "RunArguments") -> None:
     model, data, generating = arguments.model, arguments.data, arguments.generating
     config = load_config(model)
-    if arguments.finetuning.rollout_backend == "vllm" and getattr(config, "quantization_config", None) is not None:
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if arguments.finetuning.rollout_backend == "vllm" and method not in (None, "bitsandbytes"):
         raise ValueError(
-            f"`model_name_or_path: {model.model_name_or_path}` is a quantized model, which is not possible with "
-            f"`rollout_backend: vllm` in this version. {USE_HF}."
+            f"`model_name_or_path: {model.model_name_or_path}` is quantized with {method}, which is not possible with "
+            "`rollout_backend: vllm`: the engine starts from dequantized weights, and only bitsandbytes' are known "
+            f"how to dequantize. {USE_HF}, or train the unquantized model with `quantization_bit: 4`."
         )
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
@@ -168,6 +204,7 @@ def _check_resume(arguments: "RunArguments") -> None:
                 "Leave `resume_from_checkpoint` out to start afresh, or name the checkpoint's folder."
             )
     if not training.resume_from_checkpoint:
+        _check_fresh_start(arguments)
         return
     folder = Path(training.resume_from_checkpoint)
     if not folder.is_dir():
@@ -176,6 +213,31 @@ def _check_resume(arguments: "RunArguments") -> None:
             "(`<output_dir>/checkpoint-<step>`), or leave it out to start afresh."
         )
     check_checkpoint(folder, recipe_of(arguments))
+
+
+def _check_fresh_start(arguments: "RunArguments") -> None:
+    """A run that starts afresh deletes an earlier run's checkpoints in its folder: only where that is wanted."""
+    model, finetuning, output_dir = arguments.model, arguments.finetuning, arguments.training.output_dir
+    last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
+    if last is None:
+        return
+    if not arguments.training.overwrite_output_dir:
+        raise ValueError(
+            f"`resume_from_checkpoint: false` with an earlier run's {os.path.basename(last)} in `output_dir: "
+            f"{output_dir}`: the two runs' checkpoints could not be told apart. Choose another `output_dir`, or write "
+            "`overwrite_output_dir: true` to have the earlier ones deleted."
+        )
+    for key, path in (
+        ("model_name_or_path", model.model_name_or_path),
+        ("ref_model", finetuning.ref_model),
+        *(("adapter_name_or_path", adapter) for adapter in items(model.adapter_name_or_path)),
+        *(("ref_model_adapters", adapter) for adapter in items(finetuning.ref_model_adapters)),
+    ):
+        if path and str(Path(path).resolve()).startswith(os.path.join(Path(output_dir).resolve(), "checkpoint-")):
+            raise ValueError(
+                f"`{key}: {path}` is in the `output_dir` that `overwrite_output_dir: true` empties of checkpoints. "
+                "Choose another `output_dir`."
+            )
 
 
 def _warn(arguments: "RunArguments") -> None:

@@ -57,7 +57,7 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "vllm_server_timeout": TRLKey(None, note=_SERVER),
         "vllm_model_impl": TRLKey(None, note="vLLM's own options go into `vllm_config`, a mapping"),
         "vllm_tensor_parallel_size": TRLKey(None, note="the engine runs on the device that trains"),
-        "vllm_enable_sleep_mode": TRLKey(None, note="`vllm_gpu_util` bounds the engine's memory"),
+        "vllm_enable_sleep_mode": TRLKey("vllm_sleep", _of_bool("1", "0")),
         "vllm_guided_decoding_regex": TRLKey(None, note="the reward `regex` scores a form instead of forcing it"),
         "vllm_importance_sampling_correction": TRLKey(None, note=_CORRECTION),
         "vllm_importance_sampling_cap": TRLKey(None, note=_CORRECTION),
@@ -69,7 +69,7 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "top_entropy_quantile": TRLKey(None, note="every token of a completion is in the loss, which TRL calls 1.0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
         "reward_processing_classes": TRLKey(None, note="reward models are not supported by this version"),
-        "num_generations_eval": TRLKey(None, note="evaluation samples `num_generations` completions as well"),
+        "num_generations_eval": TRLKey("eval_num_generations"),
     }
 )
 

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
-from .adapters import items, lora_rank
+from .adapters import lora_rank
 
 
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -70,7 +70,7 @@ UNSUPPORTED = (
     Unsupported(
         "predict_with_generate do_predict",
         "this stage trains and evaluates with its own rollouts",
-        "Leave it out; `val_size` or `eval_dataset` with `eval_strategy: steps` give the mean reward on them.",
+        "Leave it out; `val_size` or `eval_dataset` with `eval_strategy: steps` sample and score held-out prompts.",
     ),
     Unsupported(
         "compute_accuracy",
@@ -194,6 +194,11 @@ UNSUPPORTED = (
         "it switches on `torch_compile`, which is not possible",
         harmless=(),
     ),
+    Unsupported(
+        "enable_jit_checkpoint",
+        "it saves in the middle of a step",
+        "Leave it out: SIGTERM and Ctrl-C save a checkpoint in this stage anyway.",
+    ),
     Unsupported("torch_empty_cache_steps", "this stage does not empty the device's cache", harmless=()),
     Unsupported(
         "dataloader_drop_last",
@@ -206,45 +211,52 @@ UNSUPPORTED = (
         harmless=(),
     ),
     # Evaluation
-    Unsupported("eval_accumulation_steps", "evaluation gives the mean reward, and keeps no predictions", harmless=()),
     Unsupported(
-        "eval_on_each_dataset",
-        "evaluation gives one mean reward over all held-out prompts",
-        "Leave it out, or evaluate the datasets in runs of their own.",
+        "per_device_eval_batch_size",
+        "an evaluation samples all of its prompts at once, and the engine itself sees to its memory",
+        harmless=(),
     ),
+    Unsupported("eval_accumulation_steps", "evaluation scores completions, and keeps no predictions", harmless=()),
     Unsupported(
         "bf16_full_eval fp16_full_eval", "evaluation samples from the policy as it is trained, in the same precision"
     ),
     Unsupported(
         "prediction_loss_only batch_eval_metrics",
-        "evaluation gives the mean reward, and computes no loss or predictions",
+        "evaluation samples and scores completions, and computes no loss or predictions",
     ),
     Unsupported(
         "include_for_metrics",
-        "evaluation gives the mean reward, and no predictions to compute metrics from",
+        "evaluation scores completions, and has no predictions to compute metrics from",
         harmless=([],),
     ),
 )
 
-_BEST_REWARD = ("eval_reward", "reward")
-_SCORES_BEST = ("load_best_model_at_end", "early_stopping_steps", "metric_for_best_model")
 # Optimizers that update weights inside the backward pass.
 _LAYERWISE_OPTIMIZERS = re.compile(r"lomo|layerwise", re.IGNORECASE)
 
 
-def _wants_best_of_other_metric(v: SimpleNamespace) -> bool:
-    asked = any(getattr(v, key) for key in _SCORES_BEST) or v.save_strategy == "best"
-    return asked and (v.metric_for_best_model not in _BEST_REWARD or v.greater_is_better is False)
+def wants_best(v: SimpleNamespace) -> bool:
+    """True where the run compares its evaluations."""
+    keys = ("load_best_model_at_end", "early_stopping_steps", "metric_for_best_model")
+    return any(getattr(v, key) for key in keys) or v.save_strategy == "best"
+
+
+def _evaluates(v: SimpleNamespace) -> bool:
+    return v.eval_strategy != "no" or v.eval_on_start or v.do_eval
 
 
 def _asks_for_new_tokens(v: SimpleNamespace) -> bool:
     return bool(v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config)
 
 
+def _continues_adapter(v: SimpleNamespace) -> bool:
+    return v.adapter_name_or_path is not None and not v.create_new_adapter
+
+
 def _vllm_keys(v: SimpleNamespace) -> list[str]:
     """Those that the user wrote: the ones with a default of this stage's own are None otherwise."""
-    keys = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config")
-    return [key for key in keys if getattr(v, key)]
+    keys = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config", "vllm_sleep")
+    return [key for key in keys if getattr(v, key)] + ["vllm_base"] * (v.vllm_base != "auto")
 
 
 RULES = (
@@ -357,10 +369,42 @@ RULES = (
         "then the policy as it was at the start. Write `ref_model`, or leave them out.",
     ),
     Rule(
-        _wants_best_of_other_metric,
-        "`metric_for_best_model: {metric_for_best_model}`: evaluation gives the mean reward and nothing else, and "
-        "more of it is better. With `load_best_model_at_end`, `early_stopping_steps` or `save_strategy: best` write "
-        "`metric_for_best_model: eval_reward`, and leave `greater_is_better` out.",
+        lambda v: _evaluates(v) and not v.val_size and not v.eval_dataset,
+        "`eval_strategy: {eval_strategy}` (`eval_on_start: {eval_on_start}`, `do_eval: {do_eval}`) has no prompts to "
+        "evaluate on. Name one or more datasets in `eval_dataset`, or hold out some of `dataset` with `val_size`.",
+    ),
+    Rule(
+        lambda v: not _evaluates(v) and not (v.eval_num_generations is None and v.eval_temperature is None),
+        "`eval_num_generations: {eval_num_generations}` and `eval_temperature: {eval_temperature}` have no effect in "
+        "a run that never evaluates. Write `eval_strategy: steps` and `eval_steps`, or leave them out.",
+    ),
+    Rule(
+        lambda v: v.eval_temperature == 0 and v.eval_num_generations != 1,
+        "`eval_temperature: 0` cannot go with `eval_num_generations: {eval_num_generations}` (null is "
+        "`num_generations: {num_generations}`): at temperature 0 all completions of a prompt are equal. Write "
+        "`eval_num_generations: 1`, or an `eval_temperature` above 0.",
+    ),
+    Rule(
+        lambda v: v.eval_strategy == "no" and wants_best(v),
+        "`load_best_model_at_end`, `early_stopping_steps`, `save_strategy: best` and `metric_for_best_model` compare "
+        "evaluations, and with `eval_strategy: no` there are none to compare. Write `eval_strategy: steps` and "
+        "`eval_steps`, or leave them out.",
+    ),
+    Rule(
+        lambda v: (
+            v.load_best_model_at_end
+            and (v.eval_strategy, v.save_strategy) == ("steps", "steps")
+            and (v.eval_steps or v.logging_steps) != v.save_steps
+        ),
+        "`load_best_model_at_end: true` needs a checkpoint of every step that is evaluated, or the best one may have "
+        "none and another is loaded: `eval_steps: {eval_steps}` (null is `logging_steps: {logging_steps}`) and "
+        "`save_steps: {save_steps}` must be equal. Make them so, or write `save_strategy: best`, which saves whenever "
+        "an evaluation is the best so far.",
+    ),
+    Rule(
+        lambda v: wants_best(v) and v.greater_is_better is False,
+        "`greater_is_better: false` would choose the worst model: `metric_for_best_model` names a reward here, and "
+        "more of it is better. Leave it out.",
     ),
     Rule(
         lambda v: v.rollout_backend == "vllm" and find_spec("vllm") is None,
@@ -380,12 +424,6 @@ def _vllm(broken: Callable[[SimpleNamespace], bool], what: str, reason: str, rem
 
 VLLM_RULES = (
     _vllm(
-        lambda v: v.finetuning_type in ("full", "freeze"),
-        "`finetuning_type: {finetuning_type}` is not possible",
-        "this version delivers LoRA adapters to the engine, and no other weights",
-        f"{USE_HF}, or `finetuning_type: lora`",
-    ),
-    _vllm(
         lambda v: v.finetuning_type == "oft",
         "`finetuning_type: oft` is not possible",
         "vLLM serves LoRA adapters only",
@@ -398,48 +436,23 @@ VLLM_RULES = (
         "vLLM serves no modules beside the LoRA layers",
     ),
     _vllm(
-        lambda v: v.pissa_init,
-        "`pissa_init: true` is not possible",
-        "PiSSA turns the base into a residual, and the engine holds the base of `model_name_or_path`",
+        lambda v: v.quantization_bit is not None and v.quantization_method != "bnb",
+        "`quantization_method: {quantization_method}` is not possible",
+        "the engine starts from dequantized weights, and only bitsandbytes' are known how to dequantize",
+        f"{USE_HF}, or leave `quantization_method` out for bitsandbytes",
     ),
     _vllm(
-        lambda v: v.quantization_bit is not None,
-        "`quantization_bit: {quantization_bit}` is not possible",
-        "the engine would sample from the base before quantization, which is not the one trained",
+        lambda v: v.finetuning_type == "lora" and _asks_for_new_tokens(v) and not _continues_adapter(v),
+        "`resize_vocab`, `add_tokens`, `add_special_tokens` and `new_special_tokens_config` are not possible with "
+        "`finetuning_type: lora`",
+        "LLaMA-Factory then trains the embeddings whole beside the LoRA layers, and vLLM serves no such modules",
+        f"{USE_HF}, or train with `finetuning_type: full` or `freeze`, or save the resized model first",
     ),
     _vllm(
-        lambda v: len(items(v.adapter_name_or_path)) > 1,
-        "`adapter_name_or_path: {adapter_name_or_path}` with several adapters is not possible",
-        "all but the last are merged into the base, and the engine holds the base of `model_name_or_path`",
-        f"{USE_HF}, or export the model with the adapters first (`llamafactory-cli export`)",
-    ),
-    _vllm(
-        lambda v: v.create_new_adapter and v.adapter_name_or_path is not None,
-        "`create_new_adapter: true` upon `adapter_name_or_path: {adapter_name_or_path}` is not possible",
-        "the old adapter is merged into the base, and the engine holds the base of `model_name_or_path`",
-        f"{USE_HF}, or leave `create_new_adapter` out to go on training the adapter",
-    ),
-    _vllm(
-        _asks_for_new_tokens,
-        "`resize_vocab`, `add_tokens`, `add_special_tokens` and `new_special_tokens_config` are not possible",
-        "they change the embeddings, and the engine holds those of `model_name_or_path`",
-        f"{USE_HF}, or save the resized model first",
-    ),
-    _vllm(
-        lambda v: v.use_llama_pro,
-        "`use_llama_pro: true` is not possible",
-        "it trains layers of the base, and the engine holds the base of `model_name_or_path`",
-    ),
-    _vllm(
-        lambda v: v.train_from_scratch,
-        "`train_from_scratch: true` is not possible",
-        "it starts from new weights, and the engine holds those of `model_name_or_path`",
-    ),
-    _vllm(
-        lambda v: v.rope_scaling is not None,
-        "`rope_scaling: {rope_scaling}` is not possible",
-        "the engine reads the model's own config, which does not have it",
-        f"{USE_HF}, or write `rope_scaling` into the model's config.json",
+        lambda v: v.vllm_sleep == 2 and v.finetuning_type == "lora",
+        "`vllm_sleep: 2` is not possible with `finetuning_type: lora`",
+        "the engine would forget the model under the adapter, and the adapter alone is delivered to it again",
+        "Write `vllm_sleep: 1`, which keeps that model in main memory",
     ),
     _vllm(
         lambda v: lora_rank(v) > VLLM_LORA_RANKS[-1],

@@ -1,38 +1,29 @@
-"""Rollouts with vLLM in the trainer's own process: one engine a rank, the adapter served natively.
+"""Rollouts with vLLM in the trainer's own process: one engine a rank, brought to the policy by `sync`.
 
-No child process exists, so none can outlive the run, and a start costs seconds. The price is that vLLM changes the
-process it starts in; `_process_unchanged` puts back what the trainer depends on.
+Where the policy is a base with a LoRA adapter, vLLM serves the adapter natively, a new one for each version. Where it
+is a whole model, vLLM's own reload takes its weights. An engine does one or the other.
 """
 
 import contextlib
-import functools
 import math
-import os
-import random
-import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from grpo_stage.rollout import vllm_process
 from grpo_stage.rollout.seeds import sample_seed
-from grpo_stage.rollout.weights import servable_config, write_adapter
+from grpo_stage.rollout.weights import checkpoint_weights, servable_config, write_adapter
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
 
 
 _LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for `max_lora_rank`."""
-
-_CPU_KV_CACHE_BYTES = 1 << 30
-"""`gpu_memory_utilization` would reserve its share of the machine's whole memory there."""
-
-_CPU_TOKENS_PER_STEP = 256
-"""At least vLLM's own number of concurrent sequences; more only makes the warm-up slower."""
 
 _OWNED_OPTIONS = {
     "model": "`model_name_or_path` names the model that is trained",
@@ -43,7 +34,10 @@ _OWNED_OPTIONS = {
     "skip_tokenizer_init": "token ids go in and out",
     "logprobs_mode": "the log-probabilities are compared with the trainer's",
     "logits_processors": "they would change the distribution that completions are drawn from",
-    "enable_lora": "the adapter is how the policy reaches vLLM",
+    "quantization": "`vllm_base` says how vLLM holds the model",
+    "load_format": "the weights are those of the model that is trained",
+    "enable_sleep_mode": "`vllm_sleep` sets it",
+    "enable_lora": "the tuning method decides how the policy reaches vLLM",
     "max_loras": "exactly one adapter may be loaded",
     "max_cpu_loras": "exactly one adapter may be loaded",
     "max_lora_rank": "`vllm_max_lora_rank` sets it",
@@ -70,6 +64,8 @@ class VLLMEngine:
         enforce_eager: bool,
         dtype: str,
         logprob_temperature: float | None,
+        sleep_level: int = 0,
+        quantization: str | None = None,
         model_revision: str | None = None,
         trust_remote_code: bool = False,
         seed: int = 0,
@@ -77,10 +73,12 @@ class VLLMEngine:
     ) -> None:
         """
         Args:
-            model_name_or_path: the base model's checkpoint.
+            model_name_or_path: the checkpoint that the engine starts from: the model under the adapter as it is
+                trained, or a model of the policy's architecture.
             model_revision: its branch, tag or commit on a hub.
             tokenizer: decodes completions.
-            adapter: whether the policy is that base with a LoRA adapter. Anything else is refused for now.
+            adapter: True where the policy is that base with a LoRA adapter; False where it is a whole model, all of
+                whose weights are delivered.
             max_model_len: the longest prompt and completion together.
             max_lora_rank: the highest rank the adapter can have; rounded up to one that vLLM knows.
             gpu_memory_utilization: the share of the GPU's memory for vLLM. On a CPU the KV cache takes 1 GiB, or
@@ -90,6 +88,9 @@ class VLLMEngine:
             logprob_temperature: None where sampling is neutral: log-probabilities are then those of the sampled
                 distribution, and `generate` sets the attribute to its temperature. 1.0 where top-k, top-p or a penalty
                 cuts the distribution: they are then the policy's own, at temperature 1.
+            sleep_level: what `sleep` gives up: 0 nothing, 1 the KV cache and, into main memory, the weights, 2 both
+                for good, which only whole weights bring back. Above 0 on a GPU alone.
+            quantization: vLLM's name of what it quantises the checkpoint with while it reads it.
             trust_remote_code: as in transformers.
             seed: vLLM's own; no completion depends on it.
             options: further arguments of `vllm.LLM` (`vllm_config`).
@@ -97,11 +98,8 @@ class VLLMEngine:
         Raises:
             ValueError: for an option or a policy that would make rollouts wrong.
         """
-        if not adapter:
-            raise ValueError(
-                "vLLM takes the policy as a LoRA adapter for now: use `finetuning_type: lora`, or "
-                "`rollout_backend: hf`."
-            )
+        if adapter and sleep_level > 1:
+            raise ValueError("Sleep level 2 gives up the base under the adapter, which `sync` does not bring back.")
         if logprob_temperature not in (None, 1.0):
             raise ValueError(f"logprob_temperature is {logprob_temperature}: vLLM gives None (as sampled) or 1.0.")
         options = options or {}
@@ -115,9 +113,15 @@ class VLLMEngine:
         self._as_sampled = logprob_temperature is None
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
-        self._adapters = 0
+        self._adapter = adapter
+        self._sleep_level = sleep_level
+        self._is_asleep = False
+        self._deliveries = 0
         self._versions: dict[int, int] = {}
+        self._loaded_weights: int | None = None
+        self._is_synced = False
         self._lora: Any = None
+        self.on_step: Callable[[], None] = lambda: None
 
         arguments: dict[str, Any] = {
             "model": model_name_or_path,
@@ -125,10 +129,8 @@ class VLLMEngine:
             "skip_tokenizer_init": True,
             "dtype": dtype,
             "max_model_len": max_model_len,
-            "enable_lora": True,
-            "max_loras": 1,
-            "max_cpu_loras": 1,
-            "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= max_lora_rank),
+            "quantization": quantization,
+            "enable_sleep_mode": sleep_level > 0,
             "logprobs_mode": "processed_logprobs" if self._as_sampled else "raw_logprobs",
             "enable_prefix_caching": True,  # the completions of a group share their prompt
             "gpu_memory_utilization": gpu_memory_utilization,
@@ -138,43 +140,89 @@ class VLLMEngine:
             "generation_config": "vllm",
             "use_tqdm_on_load": False,
             # On a GPU only this executor puts each rank's engine on the rank's own device.
-            "distributed_executor_backend": "external_launcher" if _num_ranks() > 1 else "uni",
+            "distributed_executor_backend": "external_launcher" if vllm_process.num_ranks() > 1 else "uni",
         }
+        if adapter:
+            arguments |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_cpu_loras": 1,
+                "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= max_lora_rank),
+            }
         owns_process_group = not torch.distributed.is_initialized()
-        with _process_unchanged():
-            self._llm: Any = _start(arguments, options)
-        self._release = weakref.finalize(self, _release, self._llm, owns_process_group)
+        with vllm_process.process_unchanged():
+            self._llm: Any = vllm_process.start(arguments, options)
+        self._release = weakref.finalize(self, vllm_process.release, self._llm, owns_process_group)
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
-        """Load the policy's adapter, and nothing else, into the engine.
+        """Bring the engine to the policy: its adapter, or all of its weights, and an empty prefix cache.
 
         Raises:
-            ValueError: if vLLM cannot serve the adapter.
-            RuntimeError: if the engine holds anything but the new adapter afterwards.
+            ValueError: if vLLM cannot serve the policy.
+            RuntimeError: if the engine holds anything but what was delivered afterwards, or keys of an earlier one.
         """
+        self._is_synced = False
+        if self._adapter:
+            servable_config(policy)
+        self._deliveries += 1
+        self._versions = {self._deliveries: version}
+        with vllm_process.random_states_unchanged():
+            self._wake_up("weights")  # first alone: the cache's memory is free while the weights arrive
+            if self._adapter:
+                self._deliver_adapter(policy)
+            else:
+                self._deliver_weights(policy)
+            self._wake_up("kv_cache")
+            self._is_asleep = False
+            # Keys of other weights would answer for these, and a resumed run's engine has none.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError(
+                    f"vLLM did not empty its prefix cache for version {version}: completions would be sampled from "
+                    "keys of an earlier policy."
+                )
+        if self._loaded() != self._deliveries:
+            raise RuntimeError(
+                f"vLLM was given the weights of version {version} (delivery {self._deliveries}) and holds delivery "
+                f"{self._loaded()}."
+            )
+        self._is_synced = True
+
+    def sleep(self) -> None:
+        """Give up the GPU memory that `sleep_level` says, until the next `sync`."""
+        if self._sleep_level and not self._is_asleep:
+            self._is_synced = False
+            self._llm.sleep(level=self._sleep_level)
+            self._is_asleep = True
+
+    def _wake_up(self, tag: str) -> None:
+        if self._is_asleep:
+            self._llm.wake_up(tags=[tag])
+
+    def _deliver_adapter(self, policy: torch.nn.Module) -> None:
         from vllm.lora.request import LoRARequest
 
-        servable_config(policy)
         engine = self._llm.llm_engine
-        self._lora = None
         for adapter_id in engine.list_loras():
             engine.remove_lora(adapter_id)
-        self._adapters += 1
-        adapter_id = self._adapters
         # The files are read once, by add_lora, so nothing of them is left behind however the run ends.
-        with tempfile.TemporaryDirectory(prefix="grpo-stage-adapter-") as folder, _random_states_unchanged():
+        with tempfile.TemporaryDirectory(prefix="grpo-stage-adapter-") as folder:
             write_adapter(policy, Path(folder))
-            lora = LoRARequest(self._adapter_name(adapter_id), adapter_id, folder)
-            added = engine.add_lora(lora)
-        self._versions[adapter_id] = version
-        if not added or self._loaded_adapter() != adapter_id:
-            raise RuntimeError(
-                f"vLLM was given the adapter of version {version} (id {adapter_id}) and holds {engine.list_loras()}."
-            )
-        self._lora = lora
+            self._lora = LoRARequest(self._adapter_name(self._deliveries), self._deliveries, folder)
+            engine.add_lora(self._lora)
+
+    def _deliver_weights(self, policy: torch.nn.Module) -> None:
+        """Hand the weights to vLLM's own reload, which copies them: no file, and no second model in memory."""
+        if isinstance(policy, PeftModel):
+            raise ValueError("The policy has an adapter, which whole weights leave out: start with adapter=True.")
+        self._loaded_weights = None
+        weights = iter(checkpoint_weights(policy).items())
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        vllm_process.pack_tied_weights_on_cpu(self._llm)
+        if next(weights, None) is None:  # vLLM has taken each of them
+            self._loaded_weights = self._deliveries
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
-        if self._lora is None:
+        if not self._is_synced:
             raise RuntimeError("generate() was called before sync(): there is no policy to sample from.")
         if self._as_sampled:
             if not sampling.is_neutral:
@@ -182,7 +230,7 @@ class VLLMEngine:
                     "The engine was started for neutral sampling, and top_k, top_p or repetition_penalty is set: its "
                     "log-probabilities would not be the policy's. Start it with logprob_temperature=1.0."
                 )
-            self.logprob_temperature = sampling.temperature
+            self.logprob_temperature = sampling.temperature or 1.0
         for prompt in prompts:
             if len(prompt.token_ids) + sampling.max_new_tokens > self._max_model_len:
                 raise ValueError(
@@ -191,7 +239,7 @@ class VLLMEngine:
                     "lower `cutoff_len` or `max_new_tokens`."
                 )
         group_size = sampling.num_generations
-        with _random_states_unchanged(), _eager_on_cpu():
+        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(group_size)],
                 [
@@ -208,23 +256,45 @@ class VLLMEngine:
         ]
 
     def close(self) -> None:
+        self._is_synced = False
         self._lora = None
         self._llm = None
         self._release()
+
+    @contextlib.contextmanager
+    def _calls_on_step(self) -> Iterator[None]:
+        """Call `on_step` before each of vLLM's steps, and leave no request behind where that or a step raises."""
+        engine = self._llm.llm_engine
+        step = engine.step
+
+        def checked_step() -> Any:
+            self.on_step()
+            return step()
+
+        engine.step = checked_step
+        try:
+            yield
+        except BaseException:
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+        finally:
+            del engine.step
 
     def _adapter_name(self, adapter_id: int) -> str:
         """Never one that was used before: vLLM's prefix cache is keyed by the name, and would answer from old keys."""
         return f"policy-{adapter_id}"
 
-    def _loaded_adapter(self) -> int | None:
-        """The one adapter that the engine holds, from the engine itself; None where it is not exactly one."""
+    def _loaded(self) -> int | None:
+        """The delivery that the engine holds, of adapters by its own word; None where it is not exactly one."""
+        if not self._adapter:
+            return self._loaded_weights
         loaded = self._llm.llm_engine.list_loras()
         return next(iter(loaded)) if len(loaded) == 1 else None
 
     def _group(self, prompt: Prompt, outputs: Sequence[Any], sampling: SamplingSettings) -> RolloutGroup:
-        loaded = self._loaded_adapter()
+        loaded = self._loaded()
         answered = {output.lora_request.lora_int_id if output.lora_request else None for output in outputs}
-        if loaded is None or answered != {loaded}:
+        if loaded not in self._versions or answered != ({loaded} if self._adapter else {None}):
             raise RuntimeError(
                 f"Prompt {prompt.index} was answered by the adapter ids {answered} and vLLM holds {loaded}: the "
                 "completions cannot be said to come from one policy."
@@ -266,159 +336,3 @@ def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
         logprobs=0,
         detokenize=False,
     )
-
-
-def _num_ranks() -> int:
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-
-
-def _start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
-    """Start vLLM in this process. To be called inside `_process_unchanged`, which undoes the environment variables."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        from vllm import LLM
-
-        return LLM(**arguments | options)
-
-    if "enable_chunked_prefill" in options:
-        raise ValueError(
-            "`enable_chunked_prefill` cannot be set in vllm_config on a CPU: vLLM's seeds fail with it there."
-        )
-    _patch_vllm_for_cpu()
-    from vllm import LLM
-
-    arguments |= {
-        # Half precision is emulated on most processors: 8 times slower.
-        "dtype": "float32" if arguments["dtype"] == "auto" else arguments["dtype"],
-        "kv_cache_memory_bytes": _CPU_KV_CACHE_BYTES,
-        "block_size": 32,  # only whole blocks are shared, and vLLM's 128 is longer than many prompts
-        "enable_chunked_prefill": False,
-        "max_num_batched_tokens": max(arguments["max_model_len"], _CPU_TOKENS_PER_STEP),
-        "enforce_eager": True,
-    }
-    with _eager_on_cpu():
-        return LLM(**arguments | options)
-
-
-def _eager_on_cpu() -> contextlib.AbstractContextManager[None]:
-    """No torch.compile there: 20 s each, and a C++ compiler, for a sampler that is not used and for tokens' ranks."""
-    from vllm.platforms import current_platform
-
-    return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else contextlib.nullcontext()
-
-
-def _patch_vllm_for_cpu() -> None:
-    """vLLM's own replacements for CUDA calls, before anything binds the originals.
-
-    vLLM makes them when the worker is imported, which is too late for a module that some other import (a first start
-    on a machine inspects the model's class) brought in before: LoRA then asks for pinned memory and fails for want of
-    a GPU driver.
-    """
-    import vllm.v1.worker.cpu.shm  # noqa: F401
-    from vllm.utils import torch_utils
-
-    for name, module in list(sys.modules.items()):
-        if name.startswith("vllm.") and hasattr(module, "async_tensor_h2d"):
-            module.async_tensor_h2d = torch_utils.async_tensor_h2d  # type: ignore[attr-defined]
-    _add_one_adapter_at_once()
-
-
-def _add_one_adapter_at_once() -> None:
-    """With one adapter, its share of a linear layer is two matrix products.
-
-    vLLM's CPU path copies the adapter's weights out for every token, since tokens may use different adapters, which
-    takes longer than the model itself. Its own methods are kept for an engine of several adapters.
-    """
-    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
-
-    shrink, expand = PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand
-    if hasattr(shrink, "__wrapped__"):
-        return
-
-    @functools.wraps(shrink)
-    def apply_shrink(self: Any, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, scale: float) -> None:
-        if weights.shape[0] > 1:  # [adapters, 1, rank, in]
-            return shrink(self, y, x, weights, scale)
-        y.view(-1, y.shape[-1]).copy_(x.view(-1, x.shape[-1]).to(weights.dtype) @ weights[0, 0].T).mul_(scale)
-
-    @functools.wraps(expand)
-    def apply_expand(
-        self: Any, y: torch.Tensor, x: torch.Tensor, weights: torch.Tensor, start: int, width: int, add_inputs: bool
-    ) -> None:
-        if weights.shape[0] > 1:  # [adapters, 1, out, rank]
-            return expand(self, y, x, weights, start, width, add_inputs)
-        part = y[:, start : start + width]
-        product = x.to(y.dtype) @ weights[0, 0].T
-        part.add_(product) if add_inputs else part.copy_(product)
-
-    PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = apply_shrink, apply_expand
-
-
-@contextlib.contextmanager
-def _random_states_unchanged() -> Iterator[None]:
-    """vLLM reseeds the global generators at its start, and draws from torch's at every step."""
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-
-
-@contextlib.contextmanager
-def _process_unchanged() -> Iterator[None]:
-    """Put back what starting vLLM changes: random states, environment variables, `torch.set_num_threads`."""
-    environment = dict(os.environ)
-    set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    matmul_precision = torch.get_float32_matmul_precision()
-    try:
-        with _random_states_unchanged():
-            yield
-    finally:
-        torch.set_num_threads = set_num_threads
-        if torch.get_num_threads() != num_threads:
-            torch.set_num_threads(num_threads)
-        torch.set_float32_matmul_precision(matmul_precision)
-        os.environ.clear()
-        os.environ.update(environment)
-
-
-def _release(llm: Any, owns_process_group: bool) -> None:
-    """Shut the engine down and give back its memory and its process groups.
-
-    vLLM's shutdown also destroys torch's default group, which under torchrun is the trainer's and not vLLM's.
-    """
-    from vllm.distributed import parallel_state
-
-    destroy_environment = parallel_state.destroy_distributed_environment
-    if not torch.distributed.is_initialized():  # the host has destroyed every group before, and vLLM's with them
-        _forget_process_groups()
-    elif not owns_process_group:
-        parallel_state.destroy_distributed_environment = _destroy_world_group
-    try:
-        llm.llm_engine.engine_core.shutdown()
-        parallel_state.cleanup_dist_env_and_memory()
-    finally:
-        parallel_state.destroy_distributed_environment = destroy_environment
-
-
-def _destroy_world_group() -> None:
-    from vllm.distributed import parallel_state
-
-    if parallel_state._WORLD is not None:
-        parallel_state._WORLD.destroy()
-    parallel_state._WORLD = None
-    parallel_state._NODE_COUNT = None
-
-
-def _forget_process_groups() -> None:
-    from vllm.distributed import parallel_state
-
-    for name in ("_WORLD", "_TP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB"):
-        setattr(parallel_state, name, None)

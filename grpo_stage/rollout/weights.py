@@ -1,14 +1,23 @@
-"""How the trainer's weights leave the trainer: a LoRA adapter as the files that an engine loads."""
+"""How the trainer's weights leave the trainer: an adapter as its files, a model as the checkpoint that it would be."""
 
+import copy
 from pathlib import Path
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 
 ADAPTER = "default"
 """The one adapter that the host trains."""
+
+_QUANTISED_PARAMETERS = ("Params4bit", "Int8Params")
+"""Of bitsandbytes, by name: it is imported only where it is used."""
 
 
 def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
@@ -67,3 +76,55 @@ def servable_config(policy: torch.nn.Module) -> LoraConfig:
             f"vLLM cannot serve this adapter: {'; '.join(refused)}. Train a plain LoRA, or use `rollout_backend: hf`."
         )
     return config
+
+
+def checkpoint_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The policy's weights, without its adapter, as the files of its model would hold them.
+
+    That is: under a checkpoint's names, which transformers changes when it loads one; each tied weight once; and
+    dequantised. They share the policy's memory where nothing had to be computed.
+    """
+    model = _base_model(policy)
+    owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    # The state dict knows what is saved at all, and holds quantisation states, which are neither of the two above.
+    tensors = {name: owned[name].detach() for name in model.state_dict() if name in owned}
+    for name, module in model.named_modules():
+        weight = module._parameters.get("weight")  # not the attribute: an adapted layer shows its base's
+        if type(weight).__name__ in _QUANTISED_PARAMETERS:
+            # Not on the device: it would hold the whole model a second time, and larger.
+            tensors[f"{name}.weight"] = dequantize_bnb_weight(weight, getattr(module, "state", None)).detach().cpu()
+    if isinstance(policy, PeftModel):
+        prefix = policy.base_model.prefix  # PEFT's own test of what belongs to an adapter
+        tensors = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if prefix not in name}
+    return revert_weight_conversion(_unquantised_view(model), remove_tied_weights_from_state_dict(tensors, model))
+
+
+def write_base(policy: torch.nn.Module, folder: Path) -> None:
+    """Write the model under the policy's adapter, as it is in memory, for an engine to start from.
+
+    Merged adapters, a residual, new embeddings: whatever the trainer made of the files is in it, and no quantisation.
+    There is no tokenizer in the folder.
+    """
+    model = _base_model(policy)
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.save_pretrained(folder)
+    save_torch_state_dict(checkpoint_weights(policy), folder)
+
+
+def _base_model(policy: torch.nn.Module) -> PreTrainedModel:
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def _unquantised_view(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, less what was done to read quantised files: that cannot be reverted, and need not be."""
+    view = copy.copy(model)
+    if conversions := getattr(model, "_weight_conversions", None):
+        view._weight_conversions = [
+            conversion
+            for conversion in conversions
+            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+        ]
+    return view

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from .conftest import completions, trainer_log
 
 
-def launch(arguments: dict, folder: Path, processes: int) -> None:
+def launch(arguments: dict, folder: Path, processes: int, succeeds: bool = True) -> "subprocess.CompletedProcess[str]":
     file = folder / f"recipe-{processes}.yaml"
     file.write_text(yaml.safe_dump(arguments))
     environment = os.environ | {"OMP_NUM_THREADS": "1", "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
@@ -20,7 +20,8 @@ def launch(arguments: dict, folder: Path, processes: int) -> None:
     # torchrun is looked up on the PATH by the host's launcher.
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    assert (result.returncode == 0) == succeeds, result.stdout[-3000:] + result.stderr[-6000:]
+    return result
 
 
 def test_two_processes_train_as_one_does(recipe, tmp_path):

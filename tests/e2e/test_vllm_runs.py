@@ -1,10 +1,128 @@
-"""Runs with the real vLLM: quiet when the adapter arrives, stopped when it does not."""
+"""Runs with the real vLLM: quiet when the policy arrives, stopped when it does not, whatever is tuned."""
+
+import copy
+from pathlib import Path
 
 import pytest
+import torch
 
+from grpo_stage import workflow
 from grpo_stage.canary import StaleRolloutError
 
 from .conftest import completions, trainer_log
+
+
+UPDATES = 5
+
+
+@pytest.fixture(scope="session")
+def adapters(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Two LoRA adapters of the tiny model, trained far."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folders = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+        policy = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model_dir), config)
+        folders.append(str(tmp_path_factory.mktemp(f"adapter-{seed}")))
+        policy.save_pretrained(folders[-1])
+    return folders
+
+
+@pytest.fixture(scope="session")
+def parity(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A reward that knows no vocabulary: the share of even token ids."""
+    file = tmp_path_factory.mktemp("rewards") / "parity.py"
+    file.write_text(
+        "def even(completion_ids):\n    return [1 - sum(i % 2 for i in ids) / len(ids) for ids in completion_ids]\n"
+    )
+    return f"{file}:even"
+
+
+METHODS = {
+    "full": {"finetuning_type": "full"},
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 1},
+    "full, resized": {"finetuning_type": "full", "add_tokens": "<one>,<two>", "resize_vocab": True},
+    "LLaMA-Pro": {"use_llama_pro": True, "freeze_trainable_layers": 1, "vllm_base": "trainer"},
+    "QLoRA, 4 bits": {"quantization_bit": 4},
+    "QLoRA, 8 bits": {"quantization_bit": 8, "max_sampling_logprob_diff": 2e-4},
+    "several adapters": {"adapter_name_or_path": "{0},{1}"},
+    "new adapter": {"adapter_name_or_path": "{0}", "create_new_adapter": True},
+    "PiSSA": {"pissa_init": True},
+}
+
+
+@pytest.fixture
+def tuned(recipe, adapters, parity):
+    """The recipe of a method, with updates that move the policy far each time."""
+
+    def make(method):
+        keys = {k: v.format(*adapters) if isinstance(v, str) else v for k, v in METHODS[method].items()}
+        run = {"rollout_backend": "vllm", "reward_funcs": parity, "learning_rate": 2e-2, "max_steps": UPDATES + 1}
+        return recipe(**run | keys)
+
+    return make
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_canary_is_quiet_until_an_update_is_not_delivered(method, tuned, run_exp, monkeypatch):
+    from grpo_stage.rollout.vllm_engine import VLLMEngine
+
+    sync = VLLMEngine.sync
+
+    def sync_five_times(engine, policy, version):
+        if version < UPDATES:
+            sync(engine, policy, version)
+        else:  # the engine keeps what it has, and is told that it is new
+            engine._versions = dict.fromkeys(engine._versions, version)
+
+    monkeypatch.setattr(VLLMEngine, "sync", sync_five_times)
+    arguments = tuned(method)
+    with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
+        run_exp(arguments)
+    log = trainer_log(arguments["output_dir"])
+    assert [line["current_steps"] for line in log] == list(range(1, UPDATES + 1))
+    assert all(line["sampling/sampling_logp_difference/mean"] < 1e-4 for line in log)
+
+
+@pytest.mark.parametrize("method", ["QLoRA, 4 bits", "several adapters", "PiSSA"])
+def test_a_base_from_the_files_stops_the_run(method, tuned, run_exp, monkeypatch):
+    """Where the trainer's is another: what would happen without `_changes_to_the_files`."""
+    monkeypatch.setattr(workflow, "_changes_to_the_files", lambda arguments, model: [])
+    with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
+        run_exp(tuned(method))
+
+
+def test_an_adapter_that_is_in_the_base_too_stops_the_run(tuned, run_exp, monkeypatch):
+    def write_merged(policy, folder):
+        policy = copy.deepcopy(policy)
+        policy.merge_adapter()
+        write_base(policy, folder)
+
+    write_base = workflow.write_base
+    monkeypatch.setattr(workflow, "write_base", write_merged)
+    with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
+        run_exp(tuned("several adapters"))
+
+
+def test_sleeping_on_a_cpu_is_said_to_do_nothing(recipe, run_exp, monkeypatch):
+    from grpo_stage.rollout.vllm_engine import VLLMEngine
+
+    class Started(Exception):
+        pass
+
+    def start(engine, **settings):
+        assert settings["sleep_level"] == 0
+        raise Started
+
+    said = []
+    monkeypatch.setattr(VLLMEngine, "__init__", start)
+    monkeypatch.setattr(workflow.logger, "warning_rank0", said.append)
+    with pytest.raises(Started):
+        run_exp(recipe(rollout_backend="vllm", vllm_sleep=1))
+    assert [message for message in said if "`vllm_sleep: 1` has no effect on a CPU" in message]
 
 
 def test_the_canary_is_quiet_over_updates_with_a_large_learning_rate(recipe, run_exp):

@@ -22,6 +22,8 @@ VOCAB_SIZE = 256
 MAX_MODEL_LEN = 512
 LORA_RANK = 4
 STOPS = (2, 7)
+SOUND, FAULTY = 1e-4, 1e-2
+"""Mean differences of log-probabilities: a sound delivery stays below the one, every fault is above the other."""
 
 
 @pytest.fixture(scope="session")

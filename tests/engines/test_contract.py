@@ -205,3 +205,50 @@ def test_stops_are_those_of_the_call(engine: RolloutEngine, prompts: list[Prompt
 
 def test_no_prompts_no_groups(engine: RolloutEngine, sampling: SamplingSettings) -> None:
     assert engine.generate([], sampling, step=10) == []
+
+
+def test_what_is_raised_between_two_steps_ends_the_rollout_and_leaves_nothing_of_it(
+    engine: RolloutEngine, prompts: list[Prompt], sampling: SamplingSettings
+) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop_at_third() -> None:
+        steps.append(1)
+        if len(steps) == 3:
+            raise Stopped
+
+    steps: list[int] = []
+    sampling = replace(sampling, stop_token_ids=())
+    expected = tokens(engine.generate(prompts, sampling, step=11))
+    engine.on_step = stop_at_third
+    try:
+        with pytest.raises(Stopped):
+            engine.generate(prompts, sampling, step=11)
+    finally:
+        engine.on_step = lambda: None
+    assert len(steps) == 3
+    assert tokens(engine.generate(prompts, sampling, step=11)) == expected
+
+
+def test_a_temperature_of_zero_takes_the_most_probable_token(
+    engine: RolloutEngine, policy: PeftModel, prompts: list[Prompt], sampling: SamplingSettings
+) -> None:
+    """With the policy's own log-probabilities, since those at temperature 0 say nothing."""
+    groups = engine.generate(prompts, replace(sampling, num_generations=1, temperature=0.0), step=12)
+    assert engine.logprob_temperature == 1.0
+    assert logprob_difference(policy, groups, 1.0) < 1e-4
+    for group in groups:
+        (completion,) = group.completions
+        with torch.no_grad():
+            logits = policy(input_ids=torch.tensor([group.prompt.token_ids])).logits[0, -1]
+        assert completion.token_ids[0] == logits.argmax()
+
+
+def test_sleeping_until_the_next_sync_changes_nothing(
+    engine: RolloutEngine, policy: PeftModel, prompts: list[Prompt], sampling: SamplingSettings
+) -> None:
+    expected = tokens(engine.generate(prompts, sampling, step=13))
+    engine.sleep()
+    engine.sync(policy, version=7)
+    assert tokens(engine.generate(prompts, sampling, step=13)) == expected

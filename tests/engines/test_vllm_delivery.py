@@ -22,10 +22,7 @@ from grpo_stage.rollout.vllm_engine import VLLMEngine
 from grpo_stage.rollout.weights import write_adapter
 from grpo_stage.types import Prompt, RolloutGroup, SamplingSettings
 
-from .conftest import MAX_MODEL_LEN, logprob_difference, randomize_adapter, vllm_engine
-
-
-SOUND, FAULTY = 1e-4, 1e-2
+from .conftest import FAULTY, MAX_MODEL_LEN, SOUND, logprob_difference, randomize_adapter, vllm_engine
 
 
 @pytest.fixture(scope="module")
@@ -135,17 +132,40 @@ def test_a_stale_prefix_cache(
     sampling: SamplingSettings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """vLLM keys the cache by the adapter's name: one name for all versions answers the long prompt from old keys."""
-    monkeypatch.setattr(engine, "_adapter_name", lambda adapter_id: "policy")
+    """vLLM keys the cache by the adapter's name: with one name for all versions, old keys answer the long prompt.
+
+    A new name each time and an empty cache each time: either is enough.
+    """
     long = [prompt for prompt in prompts if len(prompt.token_ids) > 256]
+
+    def difference() -> float:
+        return logprob_difference(policy, engine.generate(long, sampling, step=1), sampling.temperature)
+
+    reset = engine._llm.reset_prefix_cache
+    monkeypatch.setattr(engine, "_adapter_name", lambda adapter_id: "policy")
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: True)
     engine.sync(policy, version=1)
-    assert logprob_difference(policy, engine.generate(long, sampling, step=1), sampling.temperature) < SOUND
+    difference()
     randomize_adapter(policy, seed=6)
     engine.sync(policy, version=2)
-    assert logprob_difference(policy, engine.generate(long, sampling, step=1), sampling.temperature) > FAULTY
-    monkeypatch.undo()
+    assert difference() > FAULTY
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", reset)
     engine.sync(policy, version=3)
-    assert logprob_difference(policy, engine.generate(long, sampling, step=1), sampling.temperature) < SOUND
+    assert difference() < SOUND
+
+
+def test_a_prefix_cache_that_was_not_emptied_is_an_error(
+    engine: VLLMEngine,
+    policy: PeftModel,
+    prompts: list[Prompt],
+    sampling: SamplingSettings,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(engine._llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(RuntimeError, match="prefix cache for version 2"):
+        engine.sync(policy, version=2)
+    with pytest.raises(RuntimeError, match="before sync"):
+        engine.generate(prompts, sampling, step=1)
 
 
 def test_rank_stabilised_scaling_is_delivered(
@@ -190,7 +210,7 @@ def test_an_adapter_that_did_not_arrive_is_an_error_and_leaves_no_old_one(
     engine.sync(policy, version=1)
     with monkeypatch.context() as patch:
         patch.setattr(engine._llm.llm_engine, "add_lora", lambda request: True)
-        with pytest.raises(RuntimeError, match="adapter of version 2"):
+        with pytest.raises(RuntimeError, match="weights of version 2"):
             engine.sync(policy, version=2)
     with pytest.raises(RuntimeError, match="before sync"):
         engine.generate(prompts, sampling, step=1)
@@ -276,5 +296,5 @@ def test_options_that_would_make_rollouts_wrong_are_refused(
         vllm_engine(checkpoint, tokenizer, options={"block_size": 32, "logprobs_mode": "raw_logits"})
     with pytest.raises(ValueError, match="rank is 513"):
         vllm_engine(checkpoint, tokenizer, max_lora_rank=513)
-    with pytest.raises(ValueError, match="rollout_backend: hf"):
-        vllm_engine(checkpoint, tokenizer, adapter=False)
+    with pytest.raises(ValueError, match="Sleep level 2"):
+        vllm_engine(checkpoint, tokenizer, sleep_level=2)

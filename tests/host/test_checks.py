@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from llamafactory.model import loader
 
+from grpo_stage import checkpoints
+from grpo_stage.checkpoints import STATE_FILE
 from grpo_stage.host import rules
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
-from grpo_stage.host.recipe import STATE_FILE, recipe_hash, recipe_of, recipe_record
+from grpo_stage.host.recipe import recipe_hash, recipe_of, recipe_record
 
 
 def refusal(raw: dict[str, Any]) -> str:
@@ -31,6 +33,8 @@ def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 VLLM = {"rollout_backend": "vllm"}
+EVAL = {"val_size": 2, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+BEST = EVAL | {"load_best_model_at_end": True}
 # What is written over a recipe that is accepted; what the refusal has to say.
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     # what is missing
@@ -131,47 +135,74 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"lr_scheduler_type": "reduce_lr_on_plateau"}, ["lr_scheduler_type: reduce_lr_on_plateau", "cosine"]),
     ({"vllm_maxlen": 256}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"vllm_enforce_eager": True}, ["rollout_backend: hf", "vllm_*", "no effect"]),
+    ({"vllm_sleep": 1}, ["rollout_backend: hf", "vllm_*", "no effect"]),
+    ({"vllm_base": "trainer"}, ["rollout_backend: hf", "vllm_*", "no effect"]),
+    ({"enable_jit_checkpoint": True}, ["enable_jit_checkpoint: true", "SIGTERM"]),
     ({"torch_empty_cache_steps": 2}, ["torch_empty_cache_steps: 2"]),
     ({"dataloader_drop_last": True}, ["dataloader_drop_last: true", "once an epoch"]),
     ({"accelerator_config": {"split_batches": True}}, ["accelerator_config", "gradient_accumulation_steps"]),
-    ({"eval_accumulation_steps": 2}, ["eval_accumulation_steps: 2", "mean reward"]),
+    ({"eval_accumulation_steps": 2}, ["eval_accumulation_steps: 2", "Leave it out"]),
     ({"optim": "lomo"}, ["optim: lomo", "backward", "adamw_torch"]),
     ({"optim": "galore_adamw_layerwise"}, ["optim: galore_adamw_layerwise", "backward", "adamw_torch"]),
     ({"auto_find_batch_size": True}, ["auto_find_batch_size: true", "max_tokens_per_micro_batch"]),
     ({"torch_compile": True}, ["torch_compile: true", "Leave it out"]),
     ({"torch_compile_mode": "default"}, ["torch_compile_mode: default", "Leave it out"]),
     # evaluation
-    ({"eval_on_each_dataset": True}, ["eval_on_each_dataset: true", "mean reward"]),
+    ({"per_device_eval_batch_size": 1}, ["per_device_eval_batch_size: 1", "all of its prompts at once"]),
     ({"bf16_full_eval": True}, ["bf16_full_eval: true", "Leave it out"]),
     ({"prediction_loss_only": True}, ["prediction_loss_only: true", "Leave it out"]),
-    ({"include_for_metrics": ["loss"]}, ['include_for_metrics: ["loss"]', "mean reward"]),
-    ({"load_best_model_at_end": True}, ["metric_for_best_model: null", "metric_for_best_model: eval_reward"]),
-    ({"metric_for_best_model": "loss"}, ["metric_for_best_model: loss", "metric_for_best_model: eval_reward"]),
-    ({"early_stopping_steps": 3}, ["early_stopping_steps", "metric_for_best_model: eval_reward"]),
-    ({"save_strategy": "best"}, ["save_strategy: best", "metric_for_best_model: eval_reward"]),
+    ({"include_for_metrics": ["loss"]}, ['include_for_metrics: ["loss"]', "Leave it out"]),
+    ({"eval_strategy": "steps"}, ["eval_strategy: steps", "`eval_dataset`", "`val_size`"]),
+    ({"eval_on_start": True}, ["eval_on_start: true", "`eval_dataset`", "`val_size`"]),
+    ({"eval_num_generations": 0}, ["eval_num_generations: 0", "at least 1"]),
+    ({"eval_num_generations": 16}, ["eval_num_generations: 16", "never evaluates", "eval_strategy: steps"]),
+    ({"val_size": 2, "eval_temperature": 0.5}, ["eval_temperature: 0.5", "never evaluates", "eval_strategy: steps"]),
+    (EVAL | {"eval_temperature": -1.0}, ["eval_temperature: -1.0", "at least 0"]),
+    (EVAL | {"eval_temperature": 0}, ["eval_temperature: 0", "num_generations: 8", "eval_num_generations: 1"]),
+    (EVAL | {"eval_temperature": 0, "eval_num_generations": 2}, ["eval_num_generations: 2", "equal"]),
+    (BEST, ["`metric_for_best_model` is missing", "metric_for_best_model: eval_reward"]),
+    (EVAL | {"early_stopping_steps": 3}, ["early_stopping_steps", "metric_for_best_model: eval_reward"]),
+    (EVAL | {"save_strategy": "best"}, ["save_strategy: best", "metric_for_best_model: eval_reward"]),
+    (EVAL | {"metric_for_best_model": "loss"}, ["metric_for_best_model: loss", "eval_reward, eval_rewards/accuracy/"]),
     (
-        {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward", "greater_is_better": False},
-        ["more of it is better", "leave `greater_is_better` out"],
+        BEST | {"metric_for_best_model": "eval_rewards/acuracy/pass@4"},
+        ["eval_rewards/acuracy/pass@4", "Did you mean `eval_rewards/accuracy/pass@4`?"],
+    ),
+    (
+        BEST | {"metric_for_best_model": "eval_rewards/accuracy/pass@4", "eval_num_generations": 2},
+        ["metric_for_best_model: eval_rewards/accuracy/pass@4", "eval_rewards/accuracy/pass@2"],
+    ),
+    (
+        BEST | {"metric_for_best_model": "eval_completions/mean_length"},
+        ["eval_completions/mean_length", "eval_reward"],
+    ),
+    (BEST | {"metric_for_best_model": "eval_gsm8k_reward"}, ["eval_gsm8k_reward", "Did you mean `eval_reward`?"]),
+    ({"metric_for_best_model": "eval_reward"}, ["eval_strategy: no", "none to compare"]),
+    ({"val_size": 2, "save_strategy": "best"}, ["save_strategy: best", "eval_strategy: no"]),
+    (
+        BEST | {"metric_for_best_model": "eval_reward", "save_steps": 10},
+        ["eval_steps: 5", "save_steps: 10", "save_strategy: best"],
+    ),
+    (
+        BEST | {"metric_for_best_model": "eval_reward", "greater_is_better": False},
+        ["greater_is_better: false", "more of it is better", "Leave it out"],
     ),
     # what vLLM does not serve
     (VLLM | {"use_dora": True}, ["use_dora: true", "rollout_backend: hf"]),
     (VLLM | {"additional_target": "lm_head"}, ["additional_target: lm_head", "rollout_backend: hf"]),
     (VLLM | {"additional_target": ["lm_head"]}, ["additional_target: lm_head", "rollout_backend: hf"]),
-    (VLLM | {"finetuning_type": "full"}, ["finetuning_type: full", "rollout_backend: hf"]),
-    (VLLM | {"finetuning_type": "freeze"}, ["finetuning_type: freeze", "rollout_backend: hf"]),
     (VLLM | {"finetuning_type": "oft"}, ["finetuning_type: oft", "rollout_backend: hf"]),
-    (VLLM | {"pissa_init": True}, ["pissa_init: true", "rollout_backend: hf"]),
-    (VLLM | {"quantization_bit": 4}, ["quantization_bit: 4", "rollout_backend: hf"]),
-    (VLLM | {"adapter_name_or_path": "a/b,c/d"}, ["adapter_name_or_path: a/b,c/d", "rollout_backend: hf"]),
     (
-        VLLM | {"adapter_name_or_path": "a/b", "create_new_adapter": True},
-        ["create_new_adapter", "rollout_backend: hf"],
+        VLLM | {"quantization_bit": 8, "quantization_method": "eetq"},
+        ["quantization_method: eetq", "dequantize", "rollout_backend: hf"],
     ),
-    (VLLM | {"resize_vocab": True}, ["resize_vocab", "rollout_backend: hf"]),
-    (VLLM | {"add_special_tokens": "<a>"}, ["add_special_tokens", "rollout_backend: hf"]),
-    (VLLM | {"use_llama_pro": True}, ["use_llama_pro: true", "rollout_backend: hf"]),
-    (VLLM | {"train_from_scratch": True}, ["train_from_scratch: true", "rollout_backend: hf"]),
-    (VLLM | {"rope_scaling": "yarn"}, ["rope_scaling: yarn", "rollout_backend: hf"]),
+    (VLLM | {"resize_vocab": True}, ["resize_vocab", "embeddings whole", "rollout_backend: hf"]),
+    (VLLM | {"add_special_tokens": "<a>"}, ["add_special_tokens", "finetuning_type: full"]),
+    (
+        VLLM | {"add_tokens": "<a>", "adapter_name_or_path": "a/b", "create_new_adapter": True},
+        ["add_tokens", "finetuning_type: full"],
+    ),
+    (VLLM | {"vllm_sleep": 2}, ["vllm_sleep: 2", "finetuning_type: lora", "vllm_sleep: 1"]),
     (VLLM | {"lora_rank": 513}, ["lora_rank: 513", "512", "lower `lora_rank`"]),
     (VLLM | {"lora_rank": 16, "vllm_max_lora_rank": 8}, ["vllm_max_lora_rank: 8", "Leave it out"]),
     (VLLM | {"vllm_max_lora_rank": 48}, ["vllm_max_lora_rank: 48", "64", "Leave it out"]),
@@ -239,17 +270,35 @@ def test_accelerate_launch_with_sharding_is_refused(recipe, monkeypatch, variabl
     assert "llamafactory-cli train" in message
 
 
-def test_best_checkpoint_by_reward_is_allowed(recipe):
-    wanted = {
-        "val_size": 2,
-        "eval_strategy": "steps",
-        "eval_steps": 5,
-        "save_steps": 5,
-        "load_best_model_at_end": True,
-    }
-    training = parse(recipe | wanted | {"metric_for_best_model": "reward"}).training
+@pytest.mark.parametrize(
+    "metric",
+    [
+        "reward",
+        "eval_reward",
+        "eval_rewards/format/mean@6",
+        "rewards/accuracy/pass@1",
+        "eval_rewards/accuracy/pass@4",
+        "eval_rewards/accuracy/pass@6",
+        "eval_rewards/accuracy/maj@6",
+        "eval_gsm8k_reward",
+        "eval_sums_rewards/format/pass@2",
+    ],
+)
+def test_best_checkpoint_by_any_reward_that_is_logged(recipe, metric):
+    wanted = BEST | {"val_size": 0, "eval_dataset": "sums,gsm8k", "eval_num_generations": 6}
+    wanted["reward_funcs"] = "accuracy,format"
+    training = parse(recipe | wanted | {"metric_for_best_model": metric}).training
     assert training.load_best_model_at_end
     assert training.greater_is_better
+
+
+def test_evaluation_datasets_may_be_asked_for_apart_since_they_are(recipe):
+    assert parse(recipe | EVAL | {"eval_on_each_dataset": True}).data.eval_on_each_dataset
+
+
+def test_greedy_evaluation_takes_one_completion(recipe):
+    finetuning = parse(recipe | EVAL | {"eval_temperature": 0, "eval_num_generations": 1}).finetuning
+    assert (finetuning.eval_temperature, finetuning.eval_num_generations) == (0, 1)
 
 
 # The model
@@ -268,12 +317,36 @@ def test_positions_that_the_config_scales_count(recipe):
     assert "2048 positions" in refusal(recipe | {"max_new_tokens": 4 * 512 - 63})
 
 
-def test_a_quantized_checkpoint_is_refused_under_vllm(recipe):
+@pytest.mark.parametrize(("method", "is_served"), [("bitsandbytes", True), ("gptq", False), ("fp8", False)])
+def test_vllm_gets_a_quantized_checkpoint_where_it_can_be_dequantized(recipe, method, is_served):
     file = Path(recipe["model_name_or_path"], "config.json")
-    quantized = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    file.write_text(json.dumps(quantized))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": method}}))
     parse(recipe)
-    assert "rollout_backend: hf" in refusal(recipe | VLLM)
+    if is_served:
+        parse(recipe | VLLM)
+    else:
+        message = refusal(recipe | VLLM)
+        assert f"quantized with {method}" in message
+        assert "rollout_backend: hf" in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"finetuning_type": "full", "vllm_sleep": 2, "resize_vocab": True},
+        {"finetuning_type": "freeze", "use_llama_pro": True, "add_tokens": "<a>"},
+        {"quantization_bit": 4, "vllm_sleep": 1},
+        {"adapter_name_or_path": "a/b,c/d"},
+        {"adapter_name_or_path": "a/b", "create_new_adapter": True},
+        {"adapter_name_or_path": "a/b", "resize_vocab": True},
+        {"pissa_init": True, "vllm_base": "trainer"},
+        {"train_from_scratch": True},
+        {"rope_scaling": "yarn"},
+    ],
+    ids=", ".join,
+)
+def test_vllm_serves_every_other_way_of_tuning(recipe, changes):
+    parse(recipe | VLLM | changes)
 
 
 # Adapters
@@ -302,7 +375,14 @@ def test_an_adapter_in_a_subfolder(recipe, adapter):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("use_dora", True), ("bias", "lora_only"), ("modules_to_save", ["lm_head"]), ("peft_type", "OFT")],
+    [
+        ("use_dora", True),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["lm_head"]),
+        ("peft_type", "OFT"),
+        ("rank_pattern", {"q_proj": 2}),
+        ("alpha_pattern", {"q_proj": 2}),
+    ],
 )
 def test_an_adapter_that_vllm_does_not_serve(recipe, adapter, key, value):
     file = adapter / "adapter_config.json"
@@ -311,6 +391,8 @@ def test_an_adapter_that_vllm_does_not_serve(recipe, adapter, key, value):
     assert f"`{key}: " in message
     assert "rollout_backend: hf" in message
     parse(recipe | {"adapter_name_or_path": str(adapter)})
+    if key != "peft_type":
+        parse(recipe | VLLM | {"adapter_name_or_path": str(adapter), "create_new_adapter": True})  # merged
 
 
 def test_the_continued_adapters_rank_bounds_vllms(recipe, adapter):
@@ -323,8 +405,11 @@ def test_the_continued_adapters_rank_bounds_vllms(recipe, adapter):
 
 def _checkpoint(recipe: dict[str, Any], step: int = 2) -> Path:
     folder = Path(recipe["output_dir"], f"checkpoint-{step}")
-    folder.mkdir(parents=True)
-    (folder / STATE_FILE).write_text(json.dumps(recipe_record(parse(recipe | {"resume_from_checkpoint": False}))))
+    parts = {
+        name: lambda staging, name=name: Path(staging, name).write_bytes(name.encode())
+        for name in ("adapter_model.safetensors", "optimizer.pt")
+    }
+    checkpoints.save(folder, parts, recipe_record(parse(recipe | {"overwrite_output_dir": True})), is_saver=True)
     return folder
 
 
@@ -338,7 +423,6 @@ def test_resume_true_finds_the_last_checkpoint(recipe):
     _checkpoint(recipe, 2)
     last = _checkpoint(recipe, 10)
     assert parse(recipe | {"resume_from_checkpoint": True}).training.resume_from_checkpoint == str(last)
-    assert not parse(recipe | {"resume_from_checkpoint": False}).training.resume_from_checkpoint
 
 
 def test_another_stages_checkpoint_is_refused(recipe):
@@ -361,6 +445,61 @@ def test_a_damaged_state_is_refused(recipe, state):
     folder = _checkpoint(recipe)
     (folder / STATE_FILE).write_text(state)
     assert "damaged" in refusal(recipe)
+
+
+def _cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[3] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_cut, "adapter_model.safetensors has 24 bytes of 25"),
+        (_flip, "adapter_model.safetensors has changed since it was saved"),
+        (Path.unlink, "adapter_model.safetensors is missing"),
+    ],
+)
+@pytest.mark.parametrize("asked", [None, True, "by name"])
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_offered(recipe, damage, said, asked):
+    previous, last = _checkpoint(recipe, 2), _checkpoint(recipe, 4)
+    damage(last / "adapter_model.safetensors")
+    own = recipe | ({} if asked is None else {"resume_from_checkpoint": str(last) if asked == "by name" else asked})
+    message = refusal(own)
+    assert str(last) in message
+    assert said in message
+    assert f"`resume_from_checkpoint: {previous}`" in message
+    assert parse(recipe | {"resume_from_checkpoint": str(previous)}).training.resume_from_checkpoint == str(previous)
+
+    damage(previous / "optimizer.pt")
+    message = refusal(own)
+    assert "No whole checkpoint" in message
+    assert "`overwrite_output_dir: true`" in message
+
+
+def test_starting_afresh_beside_an_earlier_runs_checkpoints_takes_the_word_for_it(recipe):
+    fresh = recipe | {"resume_from_checkpoint": False}
+    assert not parse(fresh).training.resume_from_checkpoint
+    _checkpoint(recipe)
+    message = refusal(fresh)
+    assert "checkpoint-2" in message
+    assert "`overwrite_output_dir: true`" in message
+    assert not parse(fresh | {"overwrite_output_dir": True}).training.resume_from_checkpoint
+
+
+@pytest.mark.parametrize("key", ["adapter_name_or_path", "ref_model", "model_name_or_path"])
+def test_a_run_does_not_delete_what_it_starts_from(recipe, adapter, key):
+    folder = _checkpoint(recipe)
+    for file in (adapter / "adapter_config.json", Path(recipe["model_name_or_path"]) / "config.json"):
+        shutil.copy(file, folder)
+    message = refusal(recipe | {"overwrite_output_dir": True, key: str(folder), "beta": 0.1})
+    assert f"`{key}: {folder}`" in message
+    assert "another `output_dir`" in message
 
 
 @pytest.mark.parametrize(

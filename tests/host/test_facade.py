@@ -3,6 +3,7 @@
 import importlib
 import json
 import logging
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,42 @@ def test_log_lines_hold_every_metric_and_the_hosts_keys_win(tmp_path):
         (2, 0.2, 50.0),
     ]
     assert all(line["reward"] == 0.25 and "step" not in line for line in lines)
+
+
+def _log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+
+
+def _begun(folder: Path, global_step: int, should_save: bool = True) -> tuple[facade.MetricsLogCallback, tuple]:
+    args = SimpleNamespace(should_save=should_save, output_dir=str(folder), overwrite_output_dir=False)
+    state = SimpleNamespace(global_step=global_step, max_steps=10, log_history=[], num_input_tokens_seen=0)
+    callback = facade.MetricsLogCallback()
+    callback.on_train_begin(args, state, None)
+    return callback, (args, state, None)
+
+
+@pytest.mark.parametrize(("resumed_from", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2, 2]), (3, [0, 1, 2, 2, 3])])
+def test_a_resumed_run_cuts_the_log_at_its_step(tmp_path, resumed_from, kept):
+    lines = [{"current_steps": 0, "eval_reward": 0.5}, *({"current_steps": i, "loss": 0.1} for i in (1, 2, 2, 3))]
+    log = "".join(json.dumps(line) + "\n" for line in lines) + '{"current_steps": 1, "lo'
+    (tmp_path / "trainer_log.jsonl").write_text(log)
+    _begun(tmp_path, resumed_from, should_save=False)
+    assert (tmp_path / "trainer_log.jsonl").read_text() == log, "that is the saving rank's"
+    callback, event = _begun(tmp_path, resumed_from)
+    callback.on_train_end(*event)
+    assert [line["current_steps"] for line in _log_lines(tmp_path)] == kept
+
+
+def test_a_resumed_run_estimates_its_end_from_its_own_steps(tmp_path):
+    callback, (args, state, control) = _begun(tmp_path, global_step=6)
+    callback.start_time -= 200  # two steps, of 100 s each
+    state.log_history.append({"loss": 0.5})
+    state.global_step = 8
+    callback.on_log(args, state, control)
+    callback.on_train_end(args, state, control)
+    (line,) = _log_lines(tmp_path)
+    assert (line["current_steps"], line["total_steps"], line["percentage"]) == (8, 10, 80.0)
+    assert line["remaining_time"] == "0:03:20"
 
 
 @pytest.mark.parametrize(

@@ -417,7 +417,6 @@ HOST_RECIPES = {
     "evaluation": """
         dataset: sums,gsm8k
         val_size: 0.1
-        per_device_eval_batch_size: 1
         eval_strategy: steps
         eval_steps: 500
         eval_on_start: true
@@ -426,7 +425,7 @@ HOST_RECIPES = {
         val_size: 10
         eval_strategy: steps
         eval_steps: 10
-        save_steps: 20
+        save_steps: 10
         load_best_model_at_end: true
         metric_for_best_model: eval_reward
         greater_is_better: true

@@ -1,0 +1,174 @@
+"""What only a GPU can run, as far as a CPU can tell: the order of the calls, and that vLLM has what is called."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+
+from grpo_stage.rollout import vllm_process
+from grpo_stage.rollout.weights import checkpoint_weights
+from grpo_stage.types import SamplingSettings
+
+from .conftest import vllm_engine
+
+
+class RecordingLLM:
+    """Stands in for `vllm.LLM`: notes what is called, and holds the adapters it is given."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.calls: list[Any] = []
+        self._adapters: set[int] = set()
+        self.llm_engine = SimpleNamespace(
+            list_loras=lambda: set(self._adapters),
+            remove_lora=self._adapters.discard,
+            add_lora=self._add_lora,
+        )
+
+    def _add_lora(self, request: Any) -> bool:
+        self.calls.append("deliver")
+        self._adapters.add(request.lora_int_id)
+        return True
+
+    def collective_rpc(self, method: str, kwargs: dict[str, Any]) -> None:
+        assert method == "reload_weights"
+        self.calls.append("deliver")
+        list(kwargs["weights_iterator"])
+
+    def apply_model(self, function: Callable[..., None]) -> None:
+        """For the CPU alone."""
+
+    def reset_prefix_cache(self) -> bool:
+        self.calls.append("reset cache")
+        return True
+
+    def sleep(self, level: int) -> None:
+        self.calls.append(("sleep", level))
+
+    def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(("wake up", *tags))
+
+
+@pytest.fixture
+def recorded(
+    monkeypatch: pytest.MonkeyPatch, checkpoint: Path, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Callable[..., Any]]:
+    monkeypatch.setattr(vllm_process, "start", lambda arguments, options: RecordingLLM(arguments | options))
+    monkeypatch.setattr(vllm_process, "release", lambda llm, owns_process_group: None)
+    return lambda **changed: vllm_engine(checkpoint, tokenizer, **changed)
+
+
+@pytest.mark.parametrize(("adapter", "level"), [(True, 1), (False, 1), (False, 2)])
+def test_an_engine_wakes_up_in_the_order_that_needs_least_memory(
+    adapter: bool, level: int, recorded: Callable[..., Any], make_policy: Callable[..., PeftModel]
+) -> None:
+    engine = recorded(adapter=adapter, sleep_level=level)
+    policy = make_policy() if adapter else make_policy().get_base_model()
+    policy = policy if adapter else AutoModelForCausalLM.from_config(policy.config)
+    llm = engine._llm
+    engine.sync(policy, version=0)
+    assert llm.calls == ["deliver", "reset cache"]
+    llm.calls.clear()
+    engine.sleep()
+    engine.sleep()
+    engine.sync(policy, version=1)
+    engine.sync(policy, version=2)
+    assert llm.calls == [
+        ("sleep", level),
+        ("wake up", "weights"),
+        "deliver",
+        ("wake up", "kv_cache"),
+        "reset cache",
+        "deliver",
+        "reset cache",
+    ]
+
+
+def test_a_sleeping_engine_does_not_sample(
+    recorded: Callable[..., Any], make_policy: Callable[..., PeftModel]
+) -> None:
+    engine = recorded(sleep_level=1)
+    engine.sync(make_policy(), version=0)
+    engine.sleep()
+    with pytest.raises(RuntimeError, match="before sync"):
+        engine.generate([], SamplingSettings(num_generations=2, max_new_tokens=1, temperature=1.0), step=0)
+
+
+def test_without_a_level_an_engine_stays_awake(
+    recorded: Callable[..., Any], make_policy: Callable[..., PeftModel]
+) -> None:
+    engine = recorded()
+    engine.sync(make_policy(), version=0)
+    engine.sleep()
+    assert engine._llm.calls == ["deliver", "reset cache"]
+    assert engine._llm.arguments["enable_sleep_mode"] is False
+
+
+def test_vllm_has_the_arguments_that_are_passed(recorded: Callable[..., Any]) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for adapter in (True, False):
+        arguments = recorded(adapter=adapter, sleep_level=1, quantization="bitsandbytes")._llm.arguments
+        assert set(arguments) - known == set()
+        assert arguments["enable_sleep_mode"] is True
+        assert arguments["quantization"] == "bitsandbytes"
+        assert arguments.get("enable_lora", False) is adapter
+
+
+def test_vllm_sleeps_at_these_levels_and_wakes_up_by_these_tags() -> None:
+    from vllm import LLM
+    from vllm.v1.executor.abstract import Executor
+
+    inspect.signature(LLM.sleep).bind(None, level=2)
+    inspect.signature(LLM.wake_up).bind(None, tags=["weights"])
+    executor = SimpleNamespace(is_sleeping=False, sleeping_tags=set(), collective_rpc=lambda *_, **__: None)
+    for level in (1, 2):
+        Executor.sleep(executor, level=level)  # type: ignore[arg-type]
+        assert executor.sleeping_tags == {"weights", "kv_cache"}
+        Executor.wake_up(executor, tags=["weights"])  # type: ignore[arg-type]
+        assert executor.is_sleeping
+        Executor.wake_up(executor, tags=["kv_cache"])  # type: ignore[arg-type]
+        assert not executor.is_sleeping
+
+
+def test_vllm_quantizes_to_four_bits_as_the_host_does(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`vllm_base: auto` has it read the files of a 4-bit base: bit for bit the trainer's, where that is nf4."""
+    from bitsandbytes.functional import dequantize_4bit
+    from vllm.config.load import LoadConfig
+    from vllm.model_executor.model_loader import bitsandbytes_loader, get_model_loader
+
+    loader: Any = get_model_loader(LoadConfig(load_format="bitsandbytes"))
+    monkeypatch.setattr(bitsandbytes_loader, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(bitsandbytes_loader, "get_tensor_model_parallel_world_size", lambda: 1)
+    loader.target_modules = loader.unsharded_weights_modules = [
+        "model.layers.0.mlp.up_proj",
+        "model.layers.1.self_attn.o_proj",
+    ]
+    states: dict[str, Any] = {}
+    weights = dict(loader._unquantized_generator([str(checkpoint / "model.safetensors")], True, states))
+    host = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    trainers = checkpoint_weights(AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=host))
+    assert len(states) == 2
+    for name, state in states.items():
+        assert torch.equal(dequantize_4bit(weights[name], state), trainers[name])
+
+
+def test_vllm_picks_its_bitsandbytes_loader_by_that_argument(checkpoint: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(model=str(checkpoint), quantization="bitsandbytes", skip_tokenizer_init=True)
+    assert arguments.create_load_config().load_format == "bitsandbytes"

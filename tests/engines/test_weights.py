@@ -1,0 +1,91 @@
+"""What leaves the trainer is what its model's files would hold: names, values, and nothing of an adapter."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from grpo_stage.rollout.weights import checkpoint_weights, write_base
+
+
+IDS = torch.arange(8, 72)[None]
+
+
+def four_bits() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+
+
+def logprobs(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits.log_softmax(-1)
+
+
+def reread(policy: torch.nn.Module, folder: Path) -> PreTrainedModel:
+    write_base(policy, folder)
+    assert "quantization_config" not in json.loads((folder / "config.json").read_text())
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+
+
+def test_names_that_transformers_changes_on_loading_are_the_files_again(tmp_path: Path) -> None:
+    """A mixture of experts: the experts' matrices are one tensor in memory, and one each on disk."""
+    config = Qwen3MoeConfig(
+        vocab_size=64,
+        hidden_size=32,
+        moe_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    expected, weights = load_file(tmp_path / "model.safetensors"), checkpoint_weights(model)
+    assert set(weights) == set(expected)
+    assert set(weights) != set(model.state_dict())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("stored", [False, True], ids=["quantized on loading", "quantized on disk"])
+def test_a_quantized_base_is_written_dequantized(bits: int, stored: bool, checkpoint: Path, tmp_path: Path) -> None:
+    quantization = four_bits() if bits == 4 else BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=quantization, device_map={"": "cpu"})
+    if stored:
+        base.save_pretrained(tmp_path / "quantized")
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", device_map={"": "cpu"})
+    policy = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
+    before = logprobs(policy)
+    read = reread(policy, tmp_path / "base")
+    assert torch.equal(logprobs(policy), before), "the policy was only read"
+    with policy.disable_adapter():
+        assert (logprobs(read) - logprobs(policy)).abs().mean() < 5e-6
+    unquantized = AutoModelForCausalLM.from_pretrained(checkpoint)
+    assert (logprobs(read) - logprobs(unquantized)).abs().mean() > 1e-3
+
+
+def test_a_residual_base_is_written_as_it_is(
+    make_policy: Callable[..., PeftModel], checkpoint: Path, tmp_path: Path
+) -> None:
+    policy = make_policy(init_lora_weights="pissa")
+    with policy.disable_adapter():
+        expected = logprobs(policy)
+    assert torch.equal(logprobs(reread(policy, tmp_path)), expected)
+    assert not torch.allclose(expected, logprobs(AutoModelForCausalLM.from_pretrained(checkpoint)))
+
+
+def test_writing_changes_nothing_of_the_policy(make_policy: Callable[..., PeftModel], tmp_path: Path) -> None:
+    policy = make_policy()
+    config = copy.deepcopy(policy.get_base_model().config.to_dict())
+    names = set(policy.state_dict())
+    write_base(policy, tmp_path)
+    assert policy.get_base_model().config.to_dict() == config
+    assert set(policy.state_dict()) == names
+    assert not any("lora" in name or "base_layer" in name for name in load_file(tmp_path / "model.safetensors"))
