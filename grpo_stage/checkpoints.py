@@ -17,6 +17,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer import TRAINER_STATE_NAME
+
 from .distributed import all_gather
 
 
@@ -34,7 +36,7 @@ _TEMPORARY, _REPLACED = ".tmp-", ".old-"
 # Not the tokenizer, the processor and the model card: no resume reads them, and callbacks and users rewrite them.
 _READ_BY_A_RESUME = (
     *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.index.json"),
-    *("adapter_config.json", "trainer_state.json", ROLLOUT_FILE.format(rank="*")),
+    *("adapter_config.json", TRAINER_STATE_NAME, ROLLOUT_FILE.format(rank="*")),
 )
 
 Part = Callable[[str], object]
@@ -129,9 +131,11 @@ def remove_unfinished(output_dir: str) -> None:
 def discard_earlier_run(output_dir: str) -> None:
     """Delete the checkpoints of an earlier run of this stage, for a run that starts afresh in its folder.
 
-    Its higher-numbered ones would be resumed from, in place of this run's. Called on the saving rank.
+    Its higher-numbered ones would be resumed from, in place of this run's, and the state that it left at its end would
+    make this run look finished. Called on the saving rank.
     """
     remove_unfinished(output_dir)
+    Path(output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
     discarded = [folder for _, folder in _checkpoints(Path(output_dir)) if (folder / STATE_FILE).is_file()]
     for folder in discarded:
         _remove(folder)

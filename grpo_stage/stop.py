@@ -52,6 +52,7 @@ class SafeStop:
             yield
         finally:
             self._is_listening = False
+            self.signal = None  # one that came after the last safe point has nothing left to stop
             for each, handler in previous.items():
                 signal.signal(each, signal.SIG_DFL if handler is None else handler)
 

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoints
 from .algorithm.advantages import group_advantages
@@ -57,6 +58,10 @@ NON_FINITE_REMEDY = (
 )
 FP16_SCALES = 16
 """How often fp16's loss scale can be halved before it is hopeless; every time costs a step."""
+
+
+class TrainingEnded(Exception):
+    """There is no step left to train: an evaluation that was made up for has stopped the run."""
 
 
 class GRPOTrainer(Trainer):
@@ -91,6 +96,8 @@ class GRPOTrainer(Trainer):
         args = copy.copy(args)
         self.prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.gradient_accumulation_steps = 1
+        # A rank that runs out of memory in its first pass would broadcast once more than the others. All are alike.
+        args.ddp_broadcast_buffers = False
         super().__init__(model=model, args=args, train_dataset=prompts, eval_dataset=eval_prompts or None, **kwargs)
         # `accelerator_config` can set it as well, and several of our steps would then make one optimizer step.
         assert self.args.gradient_accumulation_steps == 1, "accumulation is folded into the number of prompts"
@@ -122,8 +129,11 @@ class GRPOTrainer(Trainer):
         self._prepare_scheduler = prepare_scheduler
         self._num_tokens = 0
         self._num_skipped = 0  # in a row
-        self._saved_step = 0
+        self._num_learned = 0  # steps that were not skipped
+        self._saved: tuple[int, bool] | None = None  # the step of the last checkpoint, and whether evaluation was due
         self._evaluation_due = False
+        self._evaluated_step = -1
+        self._is_over = False
         self._undo_rollout: Callable[[], None] | None = None
 
     # One optimizer step
@@ -131,8 +141,10 @@ class GRPOTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         started = time.perf_counter()
         self.stop.check_together()
-        if self._evaluation_due:  # the run was stopped in it
-            self._determine_best_metric(self._evaluate(None, None), None)
+        if self._evaluation_due:
+            self._evaluate_late()
+            if self.control.should_training_stop:
+                raise TrainingEnded
         if not self.buffer:
             with self._undone_unless_finished():
                 self.buffer.extend(self.collect())
@@ -237,6 +249,7 @@ class GRPOTrainer(Trainer):
         self.tracker.count("skipped_steps", 0.0 if is_finite or self.args.process_index > 0 else 1.0)
         if is_finite:
             self._num_skipped = 0
+            self._num_learned += 1
             self.tracker.merge(metrics.state_dict())
             # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.
             self.tracker.add("loss", loss)
@@ -256,6 +269,7 @@ class GRPOTrainer(Trainer):
             model.zero_grad()
         else:
             limit += FP16_SCALES  # the scaler skips the step by itself, and lowers its scale
+            next(p.grad for p in model.parameters() if p.grad is not None).fill_(math.inf)
         self._num_skipped += 1
         step, rank = self.state.global_step + 1, self.args.process_index
         os.makedirs(self.args.output_dir, exist_ok=True)
@@ -303,7 +317,22 @@ class GRPOTrainer(Trainer):
         self._evaluation_due = True
         metrics = super()._evaluate(*args, **kwargs)
         self._evaluation_due = False
+        self._evaluated_step = self.state.global_step
         return metrics
+
+    def _evaluate_late(self) -> None:
+        """The evaluation of the step that was resumed from: the run was interrupted before or in it."""
+        step = self.state.global_step
+        if self._determine_best_metric(self._evaluate(None, None), None):
+            best = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+            if os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+
+    @property
+    def _is_evaluation_due(self) -> bool:
+        """Also at the end of an epoch, whose last step is saved before Trainer evaluates."""
+        ends_epoch = self.args.eval_strategy == "epoch" and self.state.global_step % self.steps_per_epoch == 0
+        return self._evaluation_due or (ends_epoch and self._evaluated_step != self.state.global_step)
 
     @property
     def _eval_sampling(self) -> SamplingSettings:
@@ -409,7 +438,7 @@ class GRPOTrainer(Trainer):
                 **self.recipe,
                 "prompts": self.stream.state_dict(),
                 "num_tokens": self._num_tokens,
-                "evaluation_due": self._evaluation_due,
+                "evaluation_due": self._is_evaluation_due,
             }
             parts |= {
                 "the optimizer and the schedule": self._save_optimizer_and_scheduler,
@@ -419,7 +448,7 @@ class GRPOTrainer(Trainer):
             }
         parts["the trainer's state"] = self._save_trainer_state
         checkpoints.save(folder, parts, state, is_saver=self.args.should_save)
-        self._saved_step = 0 if state is None else self.state.global_step
+        self._saved = None if state is None else (self.state.global_step, self._is_evaluation_due)
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
         if self.args.should_save:
@@ -430,6 +459,7 @@ class GRPOTrainer(Trainer):
             "steps": self.buffer.state_dict(),
             "metrics": self.tracker.state_dict(),
             "num_skipped": self._num_skipped,
+            "num_learned": self._num_learned,
             "token_budget": self.gradient.token_budget,
         }
         _write_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)), state)
@@ -442,7 +472,7 @@ class GRPOTrainer(Trainer):
             if isinstance(callback, ExportableState):
                 states = self.state.stateful_callbacks
                 name = type(callback).__name__
-                if isinstance(states[name], list):
+                if isinstance(states.get(name), list):
                     states[name].append(callback.state())
                 else:
                     states[name] = callback.state()
@@ -467,7 +497,12 @@ class GRPOTrainer(Trainer):
             self.completions_log.drop_after(step + 1 if self.buffer else step)
         with self.stop.listening():
             try:
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                if resume_from_checkpoint and self._is_over:
+                    output = self._finish(resume_from_checkpoint)
+                else:
+                    output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except TrainingEnded:
+                output = self._finish()
             except StopRequested as request:
                 request.checkpoint = self.save_progress()
                 raise
@@ -476,12 +511,29 @@ class GRPOTrainer(Trainer):
                 if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
                     error.add_note(f"What was trained until then is in {checkpoint}.")
                 raise
-        if self._num_skipped >= output.global_step - step:
+        if self._num_learned == 0:
             raise FloatingPointError(
-                f"No step from {step + 1} to {output.global_step} had a finite loss and gradient, so that all were "
-                f"skipped and nothing was learned. {NON_FINITE_REMEDY}"
+                f"None of the {output.global_step} steps had a finite loss and gradient, so that all were skipped and "
+                f"nothing was learned. {NON_FINITE_REMEDY}"
             )
         return output
+
+    def _finish(self, checkpoint: str | None = None) -> TrainOutput:
+        """What is left of a run whose last step is done: an evaluation that is due, and the best model."""
+        if checkpoint is not None:
+            logger.info(f"Every step is done in {checkpoint}: what is left is the end of the run.")
+            self._load_from_checkpoint(checkpoint)
+            self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            self.state.is_local_process_zero = self.is_local_process_zero()
+            self.state.is_world_process_zero = self.is_world_process_zero()
+            self._saved = (self.state.global_step, self._evaluation_due)
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            if self._evaluation_due:
+                self._evaluate_late()
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def save_progress(self) -> str | None:
         """The folder of a checkpoint of the last finished step, written if it is not yet; None before the first."""
@@ -489,21 +541,28 @@ class GRPOTrainer(Trainer):
         if step == 0:
             return None
         folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
-        if self._saved_step != step:
+        if self._saved != (step, self._is_evaluation_due):
             self.args.save_only_model = False
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
 
+    def _final_step(self) -> int | None:
+        """The step at which the run in `output_dir` ended and saved its model; None where it did not."""
+        file = os.path.join(self.args.output_dir, TRAINER_STATE_NAME)
+        return TrainerState.load_from_json(file).global_step if os.path.isfile(file) else None
+
     def _end_hanging(self, error: HangError) -> None:
         """End the process from the watchdog's thread: the main one hangs in native code and cannot be reached."""
         try:
+            print(error, file=sys.stderr, flush=True)
             if self._undo_rollout is not None:
                 self._undo_rollout()
-            checkpoint = self.save_progress() if self.args.world_size == 1 else None
-            print(f"{error} Saved: {checkpoint or 'nothing; resume from the last checkpoint'}.", file=sys.stderr)
+            if self.args.world_size == 1:
+                print(f"What was trained until then is in {self.save_progress()}.", file=sys.stderr, flush=True)
+        except BaseException:
+            traceback.print_exc()
         finally:
-            sys.stderr.flush()
             os._exit(1)
 
     def _load_progress(self, folder: str) -> int:
@@ -513,9 +572,14 @@ class GRPOTrainer(Trainer):
         num_steps = self.args.max_steps
         if num_steps <= 0:
             num_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-        if step >= num_steps:
+        control = trainer_state.stateful_callbacks.get("TrainerControl", {})
+        stops_early = step < trainer_state.max_steps and control.get("args", {}).get("should_training_stop", False)
+        self._is_over = step >= num_steps or stops_early
+        is_own = Path(folder).resolve().parent == Path(self.args.output_dir).resolve()
+        if self._is_over and not (is_own and self._final_step() != step):
             raise ValueError(
-                f"The run in {folder} is finished: it is at step {step} of {num_steps}. Train longer by raising "
+                f"The run in {folder} is finished: it is at step {step} of {num_steps}"
+                f"{', where it stopped early' if stops_early else ''}. Train longer by raising "
                 "`max_steps` or `num_train_epochs` (under a constant schedule), continue its adapter in another "
                 "`output_dir` with `adapter_name_or_path`, or write `overwrite_output_dir: true` to start afresh."
             )
@@ -524,18 +588,19 @@ class GRPOTrainer(Trainer):
         if self.args.should_save:
             checkpoints.remove_unfinished(self.args.output_dir)
         for callback in self.callback_handler.callbacks:  # the patience of early stopping
-            if isinstance(callback, ExportableState):
-                vars(callback).update(trainer_state.stateful_callbacks[type(callback).__name__]["attributes"])
+            saved = trainer_state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                vars(callback).update(saved["attributes"])
         state = checkpoints.read_state(Path(folder))
         self.stream.load_state_dict(state["prompts"])
         self._num_tokens, self._evaluation_due = state["num_tokens"], state["evaluation_due"]
+        self._evaluated_step = -1 if self._evaluation_due else step
         of_rank = _read_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
         self.buffer.load_state_dict(of_rank["steps"], self.prompts)
         self.tracker.load_state_dict(of_rank["metrics"])
-        self._num_skipped = of_rank["num_skipped"]
-        self.gradient.token_budget = min(
-            self.gradient.token_budget, of_rank["token_budget"]
-        )  # either may have been lowered
+        self._num_skipped, self._num_learned = of_rank["num_skipped"], of_rank["num_learned"]
+        # Either may have been lowered: by the user, or where memory ran out.
+        self.gradient.token_budget = min(self.gradient.token_budget, of_rank["token_budget"])
         return step
 
 

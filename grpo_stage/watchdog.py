@@ -3,7 +3,7 @@
 import faulthandler
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -13,8 +13,8 @@ LAST_RESORT_S = 600.0
 """How long the last resort may take, a checkpoint of a large model included, before the process is ended anyway."""
 
 
-class HangError(RuntimeError):
-    """Something took longer than its time limit."""
+class HangError(BaseException):
+    """Something took longer than its time limit. Not an Exception: it is raised in the middle of anybody's code."""
 
 
 class Watchdog:
@@ -66,10 +66,11 @@ class Watchdog:
     def _watch(self, done: threading.Event, what: str, seconds: float, key: str) -> None:
         if done.wait(seconds):
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         stacks = self._folder / f"stacks_{what}_rank{self._rank}.txt"
-        with stacks.open("w", encoding="utf-8") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
+        with suppress(OSError):  # the run is to end all the same
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with stacks.open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
         error = HangError(
             f"The {what} took longer than {seconds:g} s (`{key}`) on rank {self._rank}, so the run is ended. Where "
             f"every thread was is in {stacks}. Raise `{key}` if it only needs more time."

@@ -112,11 +112,9 @@ class RewardFunction:
         try:
             # A copy for each function: what one does to its lists is not another's concern.
             scores = self.function(**{name: list(values) for name, values in arguments.items()}, **self.settings)
-        except (CompletionError, KeyboardInterrupt):
+        except CompletionError:
             raise
-        except (
-            BaseException
-        ) as failure:  # a user's function may raise anything, SystemExit too; all of it stops the run
+        except (Exception, SystemExit) as failure:  # a user's function may raise anything; all of it stops the run
             problem = f"raised {type(failure).__name__} {where}"
             raise CompletionError(0, problem, traceback.format_exc()) from failure
         if hasattr(scores, "tolist"):  # numpy's and torch's way to Python objects, here and for single elements

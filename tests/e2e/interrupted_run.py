@@ -12,8 +12,10 @@ SIGNAL, POINT, STEP = signal.Signals[sys.argv[1]], sys.argv[2], int(sys.argv[3])
 
 
 def strike() -> None:
-    print(f"striking at {POINT} of step {STEP}", flush=True)
-    os.kill(os.getpid(), SIGNAL)
+    """Where there are several ranks, on the last alone."""
+    if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
+        print(f"striking at {POINT} of step {STEP}", flush=True)
+        os.kill(os.getpid(), SIGNAL)
 
 
 class InterruptedTrainer(GRPOTrainer):

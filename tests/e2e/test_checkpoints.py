@@ -6,13 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,7 +17,6 @@ from grpo_stage import checkpoints
 from grpo_stage.trainer import GRPOTrainer
 
 from .conftest import completions, trainer_log
-from .test_two_processes import launch
 
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "num_iterations": 2, "log_completions": True}
@@ -207,43 +202,6 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on(recipe, run_exp, 
     run_exp(arguments)
     assert checkpoint_names(arguments["output_dir"]) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert [line["current_steps"] for line in training_lines(arguments["output_dir"])] == [1, 2, 3, 4, 5, 6]
-
-
-def test_two_processes_stop_together_save_and_resume(recipe, tmp_path):
-    """Only the second is asked to stop; the first leaves with it, at the same step."""
-    settings = {**SAVING, "max_steps": 12, "per_device_train_batch_size": 1, "steps_per_generation": 2}
-    whole, stopped = (recipe(output_dir=str(tmp_path / name), **settings) for name in ("whole", "stopped"))
-    launch(whole, tmp_path, processes=2)
-
-    asked = threading.Thread(target=stop_rank, args=(1, tmp_path / "stopped", os.getpid()), daemon=True)
-    asked.start()
-    result = launch(stopped, tmp_path, processes=2, succeeds=False)
-    asked.join()
-    assert "The run was stopped by SIGTERM" in result.stdout + result.stderr
-    step = max(int(name.split("-")[1]) for name in checkpoint_names(stopped["output_dir"]))
-    assert step < 12, "it was stopped in time"
-    checkpoint = tmp_path / "stopped" / f"checkpoint-{step}"
-    checkpoints.verify(checkpoint)
-    of_ranks = {
-        f"{name}_{rank}.{end}" for name, end in (("rng_state", "pth"), ("grpo_rollout", "json")) for rank in (0, 1)
-    }
-    assert of_ranks <= checkpoints.read_state(checkpoint)["files"].keys()
-
-    launch(stopped, tmp_path, processes=2)
-    assert_same_weights(stopped["output_dir"], whole["output_dir"])
-    assert logged(stopped["output_dir"]) == logged(whole["output_dir"])
-
-
-def stop_rank(rank: int, output_dir: Path, parent: int) -> None:
-    """Ask one rank of the run that `parent` started to stop, after its first line of the log."""
-    log = output_dir / "trainer_log.jsonl"
-    while not (log.exists() and log.read_text().count("\n")):
-        time.sleep(0.05)
-    for process in psutil.Process(parent).children(recursive=True):
-        with suppress(psutil.Error):
-            if process.environ().get("RANK") == str(rank) and any("launcher.py" in w for w in process.cmdline()):
-                process.send_signal(signal.SIGTERM)
-                return
 
 
 def test_what_is_pushed_is_the_finished_folder_also_without_state(recipe, run_exp, monkeypatch):

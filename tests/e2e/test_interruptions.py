@@ -6,6 +6,7 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,13 @@ TIMES = re.compile(r"time|per_second|runtime|percentage|train_loss")
 """What may differ; `train_loss` is Trainer's own mean over the steps since the resume."""
 
 
-def interrupt(arguments: dict, sign: str, point: str, step: int) -> subprocess.CompletedProcess:
+def interrupt(
+    arguments: dict[str, Any], sign: str, point: str, step: int, *overrides: str
+) -> "subprocess.CompletedProcess[str]":
     file = Path(arguments["output_dir"]).with_suffix(".yaml")
     file.write_text(yaml.safe_dump(arguments))
     result = subprocess.run(
-        [sys.executable, str(SCRIPT), sign, point, str(step), str(file)],
+        [sys.executable, str(SCRIPT), sign, point, str(step), str(file), *overrides],
         capture_output=True,
         text=True,
         timeout=300,
@@ -70,71 +73,70 @@ def assert_same(ours: dict, theirs: dict) -> None:
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[0])
 
 
+def settings_of(engine: str) -> dict[str, Any]:
+    tuning = {"finetuning_type": "full"} if "full" in engine else {}
+    return SETTINGS | {"rollout_backend": "vllm" if "vllm" in engine else "hf"} | tuning
+
+
 @pytest.fixture(scope="module")
-def whole_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
+def whole_runs() -> dict[str, dict]:
     return {}
 
 
 @pytest.fixture
-def whole(recipe, run_exp, whole_runs, tmp_path_factory, request) -> dict[str, Any]:
+def whole(recipe, run_exp, whole_runs, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
     """A run that nothing happened to."""
-    if not whole_runs:
-        arguments = recipe(output_dir=str(tmp_path_factory.mktemp("whole") / "out"), **SETTINGS)
-        run_exp(arguments)
-        whole_runs["hf"] = arguments
-    return whole_runs["hf"]
+
+    def run(engine: str) -> dict[str, Any]:
+        if engine not in whole_runs:
+            folder = tmp_path_factory.mktemp("whole")
+            whole_runs[engine] = recipe(output_dir=str(folder / "out"), **settings_of(engine))
+            run_exp(whole_runs[engine])
+        return whole_runs[engine]
+
+    return run
 
 
-KILLS = [("rollout", 8), ("between", 6), ("update", 12), ("save", 10)]
-
-
-@pytest.mark.parametrize(("point", "step"), KILLS)
-def test_a_killed_run_goes_on_exactly(recipe, run_exp, whole, tmp_path, point, step):
-    arguments = recipe(output_dir=str(tmp_path / "out"), **SETTINGS)
-    assert interrupt(arguments, "SIGKILL", point, step).returncode == -signal.SIGKILL
-    saved = {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")}
-    assert saved == {f"checkpoint-{each}" for each in (5, 10) if each < step or (each == step and point != "save")}
-    run_exp(arguments)
-    assert_same(arguments, whole)
-
-
-STOPS = [("SIGINT", "rollout", 8), ("SIGTERM", "update", 8), ("SIGABRT", "evaluation", 6), ("SIGTERM", "save", 5)]
-
-
-@pytest.mark.parametrize(("sign", "point", "step"), STOPS)
-def test_a_stopped_run_prints_how_it_goes_on_exactly(recipe, run_exp, whole, tmp_path, sign, point, step):
-    arguments = recipe(output_dir=str(tmp_path / "out"), **SETTINGS)
-    result = interrupt(arguments, sign, point, step)
-    assert result.returncode == 128 + signal.Signals[sign], result.stderr[-3000:]
-    assert f"The run was stopped by {sign}" in result.stdout + result.stderr
-    folder = tmp_path / "out" / f"checkpoint-{step}"
-    assert folder.is_dir()
+def resume_command(result: subprocess.CompletedProcess) -> list[str]:
     command = re.search(r"^ +llamafactory-cli train (.+)$", result.stdout + result.stderr, re.MULTILINE)
     assert command is not None, result.stderr[-3000:]
-    words = shlex.split(command[1])
-    assert words == [str(tmp_path / "out.yaml"), f"resume_from_checkpoint={folder}"]
-    if sign == "SIGINT":
-        program = str(Path(sys.executable).parent / "llamafactory-cli")
-        subprocess.run([program, "train", *words], check=True, capture_output=True, timeout=300, env=dict(os.environ))
-    else:
-        run_exp({**arguments, "resume_from_checkpoint": str(folder)})
-    assert_same(arguments, whole)
+    return shlex.split(command[1])
 
 
-CHAINS = {
-    "lora": [("save", 10), ("between", 6), ("update", 7), ("rollout", 8)],
-    "full": [("rollout", 12)],
+# Each process goes on from the last checkpoint, 5 or 10, and is interrupted in its turn.
+KILLS = {
+    "hf": [("save", 10), ("between", 6), ("rollout", 8), ("update", 12)],
+    "vllm": [("save", 10), ("update", 7), ("rollout", 8)],
+    "vllm, full": [("rollout", 12)],
 }
 
 
-@pytest.mark.parametrize("tuning", CHAINS)
-def test_a_run_with_vllm_goes_on_exactly_however_often_it_is_killed(recipe, run_exp, tmp_path, tuning):
-    """Each process goes on from checkpoint-5, or 10, where it is killed again."""
-    settings = SETTINGS | {"rollout_backend": "vllm", "finetuning_type": tuning}
-    whole, killed = (recipe(output_dir=str(tmp_path / name / "out"), **settings) for name in ("whole", "killed"))
-    run_exp(whole)
-    (tmp_path / "killed").mkdir()
-    for point, step in CHAINS[tuning]:
-        assert interrupt(killed, "SIGKILL", point, step).returncode == -signal.SIGKILL
-    run_exp(killed)
-    assert_same(killed, whole)
+@pytest.mark.parametrize("engine", KILLS)
+def test_a_run_goes_on_exactly_however_often_it_is_killed(recipe, run_exp, whole, tmp_path, engine):
+    settings = settings_of(engine)
+    arguments = recipe(output_dir=str(tmp_path / "out"), **settings)
+    for point, step in KILLS[engine]:
+        assert interrupt(arguments, "SIGKILL", point, step).returncode == -signal.SIGKILL
+        saved = {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")}
+        assert saved == {f"checkpoint-{each}" for each in (5, 10) if each < step or (each == step and point != "save")}
+    run_exp(arguments)
+    assert_same(arguments, whole(engine))
+
+
+STOPS = [("SIGTERM", "save", 5), ("SIGABRT", "evaluation", 6), ("SIGINT", "rollout", 8), ("SIGTERM", "update", 8)]
+
+
+def test_a_stopped_run_prints_how_it_goes_on_exactly(recipe, whole, tmp_path):
+    arguments = recipe(output_dir=str(tmp_path / "out"), **SETTINGS)
+    words: list[str] = []
+    for sign, point, step in STOPS:
+        result = interrupt(arguments, sign, point, step, *words[1:])
+        assert result.returncode == 128 + signal.Signals[sign], result.stderr[-3000:]
+        assert f"The run was stopped by {sign}" in result.stdout + result.stderr
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        assert folder.is_dir()
+        words = resume_command(result)
+        assert words == [str(tmp_path / "out.yaml"), f"resume_from_checkpoint={folder}"]
+    program = str(Path(sys.executable).parent / "llamafactory-cli")
+    subprocess.run([program, "train", *words], check=True, capture_output=True, timeout=300, env=dict(os.environ))
+    assert_same(arguments, whole("hf"))

@@ -1,48 +1,111 @@
 """Two processes under torchrun (gloo, DDP) train as one does."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from safetensors.torch import load_file
 
+from grpo_stage import checkpoints
+
 from .conftest import completions, trainer_log
 
 
-def launch(arguments: dict, folder: Path, processes: int, succeeds: bool = True) -> "subprocess.CompletedProcess[str]":
-    file = folder / f"recipe-{processes}.yaml"
-    file.write_text(yaml.safe_dump(arguments))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(processes)}
-    command = [str(Path(sys.executable).parent / "llamafactory-cli"), "train", str(file)]
+SCRIPT = Path(__file__).with_name("interrupted_run.py")
+SETTINGS: dict[str, Any] = {
+    "num_train_epochs": 1,
+    "max_steps": -1,
+    "max_samples": 9,
+    "loss_type": "grpo",
+    "scale_rewards": "batch",
+    "log_completions": True,
+    "max_grad_norm": 0.0,
+    "beta": 0.05,
+    "eval_dataset": "tens,thousand",
+    "eval_strategy": "epoch",
+    "eval_num_generations": 3,
+}
+
+
+def launch(*command: str, succeeds: bool = True) -> str:
+    """Run a command of this environment with two processes under torchrun; its output."""
+    scripts = Path(sys.executable).parent
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if command[0] != "torchrun":
+        environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
     # torchrun is looked up on the PATH by the host's launcher.
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
-    assert (result.returncode == 0) == succeeds, result.stdout[-3000:] + result.stderr[-6000:]
-    return result
+    environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"
+    result = subprocess.run(
+        [str(scripts / command[0]), *command[1:]],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    assert (result.returncode == 0) == succeeds, result.stdout[-8000:]
+    return result.stdout
 
 
-def test_two_processes_train_as_one_does(recipe, tmp_path):
-    """Same prompts, same completions, same rewards, same weights; the last step of the epoch reaches one rank only."""
-    settings = {
-        "num_train_epochs": 1,
-        "max_steps": -1,
-        "max_samples": 9,
-        "loss_type": "grpo",
-        "scale_rewards": "batch",
-        "log_completions": True,
-        "max_grad_norm": 0.0,
-        "beta": 0.05,
-        "eval_dataset": "tens,thousand",
-        "eval_strategy": "epoch",
-        "eval_num_generations": 3,
+def recipe_file(arguments: dict[str, Any]) -> str:
+    file = Path(arguments["output_dir"]).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(arguments))
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def runs_of_two() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def two(recipe, runs_of_two, tmp_path_factory) -> dict[str, Any]:
+    """A run of two processes that nothing happened to."""
+    if not runs_of_two:
+        folder = tmp_path_factory.mktemp("two")
+        runs_of_two.append(recipe(output_dir=str(folder / "out"), per_device_train_batch_size=2, **SETTINGS))
+        launch("llamafactory-cli", "train", recipe_file(runs_of_two[0]))
+    return runs_of_two[0]
+
+
+def test_two_processes_stop_together_and_go_on_exactly(recipe, two, tmp_path):
+    """Only the second is asked, in its rollout; the first leaves with it, having finished its own."""
+    stopped = recipe(output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, **SETTINGS)
+    file = recipe_file(stopped)
+    ranks = ("--nproc_per_node", "2", "--master_port", "29611", str(SCRIPT), "SIGTERM", "rollout", "1")
+    output = launch("torchrun", *ranks, file, succeeds=False)
+    assert "The run was stopped by SIGTERM" in output
+    assert f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}" in output
+    checkpoint = tmp_path / "out" / "checkpoint-1"
+    checkpoints.verify(checkpoint)
+    of_ranks = {
+        f"{name}_{rank}.{end}" for name, end in (("rng_state", "pth"), ("grpo_rollout", "json")) for rank in (0, 1)
     }
-    one = recipe(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **settings)
-    two = recipe(output_dir=str(tmp_path / "two"), per_device_train_batch_size=2, **settings)
-    launch(one, tmp_path, processes=1)
-    launch(two, tmp_path, processes=2)
+    assert of_ranks <= checkpoints.read_state(checkpoint)["files"].keys()
+
+    launch("llamafactory-cli", "train", file)
+    assert completions(stopped["output_dir"]) == completions(two["output_dir"])
+    assert untimed(stopped) == untimed(two)
+    weights = [load_file(Path(run["output_dir"]) / "adapter_model.safetensors") for run in (stopped, two)]
+    assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
+
+
+def untimed(arguments: dict[str, Any]) -> list[dict[str, Any]]:
+    clock = re.compile(r"time|per_second|runtime|percentage|train_loss")
+    lines = trainer_log(arguments["output_dir"])
+    return [{key: value for key, value in line.items() if not clock.search(key)} for line in lines]
+
+
+def test_two_processes_train_as_one_does(recipe, run_exp, two, tmp_path):
+    """Same prompts, same completions, same rewards, same weights; the last step of the epoch reaches one rank only."""
+    one = recipe(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **SETTINGS)
+    run_exp(one)
 
     def sampled(arguments):
         rows = [
@@ -66,6 +129,6 @@ def test_two_processes_train_as_one_does(recipe, tmp_path):
     for theirs, ours in zip(*evaluations, strict=True):
         measured = {key: value for key, value in theirs.items() if key.startswith("eval_") and "time" not in key}
         assert measured == pytest.approx({key: ours[key] for key in measured}, rel=2e-3, abs=1e-6)
-    reference = load_file(tmp_path / "one" / "adapter_model.safetensors")
-    for name, tensor in load_file(tmp_path / "two" / "adapter_model.safetensors").items():
+    reference = load_file(Path(one["output_dir"]) / "adapter_model.safetensors")
+    for name, tensor in load_file(Path(two["output_dir"]) / "adapter_model.safetensors").items():
         assert (tensor - reference[name]).norm() <= 1e-4 * reference[name].norm() + 1e-6, name

@@ -71,8 +71,17 @@ def test_steps_that_are_not_finite_in_a_row_end_the_run(tmp_path, what):
 def test_a_run_whose_every_step_was_skipped_is_no_success(tmp_path):
     trainer = make_trainer(tmp_path)  # three steps, and five may be skipped
     SpoiltSteps(trainer, {0, 1, 2}, "loss")
-    with pytest.raises(FloatingPointError, match=r"from 1 to 3 .* nothing was learned.*learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"None of the 3 steps .* nothing was learned.*learning_rate"):
         trainer.train()
+
+
+def test_a_resumed_run_whose_last_step_is_skipped_has_learned_before(tmp_path):
+    training = {"save_strategy": "steps", "save_steps": 2}
+    SpoiltSteps(whole := make_trainer(tmp_path, training=training), {2}, "loss")
+    whole.train()
+    SpoiltSteps(resumed := make_trainer(tmp_path, training=training), {2}, "loss")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 3
 
 
 def snapshots(weights):
@@ -130,6 +139,55 @@ def test_out_of_memory_in_old_and_reference_passes_halves_the_budget(tmp_path):
             for a, b in zip(getattr(theirs, name), getattr(ours, name), strict=True):
                 assert torch.allclose(a, b, atol=1e-6)
     assert memory.refused >= 1
+
+
+def test_one_rank_that_runs_out_of_memory_takes_the_other_through_the_step_again(tmp_path):
+    """In its very first pass, where DDP would broadcast buffers, and in the last."""
+    code = f"""
+import os, sys, torch
+from pathlib import Path
+from trainer_on_fakes import make_trainer
+
+def run(name, fails):
+    folder = Path({str(tmp_path)!r}, name, os.environ["RANK"])
+    trainer = make_trainer(folder, num_prompts=8, max_tokens_per_micro_batch=40)
+    calls = []
+    def forward(module, args, kwargs):
+        if module.training:
+            calls.append(kwargs["input_ids"].shape[0])
+            if os.environ["RANK"] == "1" and len(calls) in fails:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    trainer.model.register_forward_pre_hook(forward, with_kwargs=True)
+    trainer.train()
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()])
+
+ample, scarce = run("ample", ()), run("scarce", (1, 5))
+print("weights differ by", ((ample - scarce).norm() / ample.norm()).item())
+torch.distributed.destroy_process_group()
+"""
+    folder = str(Path(__file__).parent)
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=os.environ
+            | {"PYTHONPATH": folder, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert "Out of memory on rank 1" in outputs[1]
+    assert "Out of memory" not in outputs[0]
+    for output in outputs:
+        assert float(output.split("weights differ by")[1].split()[0]) < 1e-4
 
 
 def test_a_single_completion_that_does_not_fit_ends_the_run_with_the_remedies(tmp_path):
@@ -290,6 +348,112 @@ def test_a_request_in_an_interruptible_block_does_not_wait_for_its_end():
         assert time.monotonic() - started < 2
 
 
+SCORES = {1: 0.1, 2: 0.9, 3: 0.3, 4: 0.2, 5: 0.4, 6: 0.3}
+
+
+def scripted(trainer, strike_at=None):
+    """Evaluations that give the scores above; a stop comes in the one after the given step."""
+
+    def evaluate(*args, **kwargs):
+        step = trainer.state.global_step
+        if step == strike_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+            trainer.stop.check()
+        metrics = {"eval_reward": SCORES[step]}
+        trainer.log(dict(metrics))
+        trainer.control = trainer.callback_handler.on_evaluate(
+            trainer.args, trainer.state, trainer.control, metrics=metrics
+        )
+        return metrics
+
+    trainer.evaluate = evaluate
+    return trainer
+
+
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_reward"}
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, **BEST}
+
+
+@pytest.mark.parametrize(
+    ("training", "strike_at"),
+    [
+        (EVERY_STEP, 2),
+        (EVERY_STEP, 4),  # it stops the run early
+        (EVERY_STEP | {"save_strategy": "best", "save_steps": 500}, 2),  # it finds the best
+        ({"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3}, 3),  # it comes after the save
+        ({"eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 3}, 6),  # it is the run's last act
+        ({"eval_strategy": "steps", "eval_steps": 2}, 6),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch", **BEST}, 3),
+    ],
+)
+def test_a_run_stopped_in_an_evaluation_makes_up_for_it(tmp_path, training, strike_at):
+    from transformers import EarlyStoppingCallback
+
+    def prepare(folder, strike_at=None):
+        trainer = make_trainer(tmp_path / folder, num_eval_prompts=1, training={"num_train_epochs": 2} | training)
+        if training is EVERY_STEP:
+            trainer.add_callback(EarlyStoppingCallback(early_stopping_patience=2))
+        return scripted(trainer, strike_at)
+
+    whole = prepare("whole")
+    whole.train()
+    with pytest.raises(StopRequested) as request:
+        prepare("stopped", strike_at).train()
+    resumed = prepare("stopped")
+    resumed.train(resume_from_checkpoint=request.value.checkpoint)
+
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    best = [Path(each.state.best_model_checkpoint or "none").name for each in (resumed, whole)]
+    assert best[0] == best[1]
+    assert resumed.state.global_step == whole.state.global_step == (4 if training is EVERY_STEP else 6)
+    mine, reference = (
+        [line for line in untimed(each.state.log_history) if "train_loss" not in line] for each in (resumed, whole)
+    )
+    assert mine == reference
+
+
+def test_a_finished_run_is_not_finished_twice(tmp_path):
+    training = {"save_strategy": "steps", "save_steps": 3}
+    trainer = make_trainer(tmp_path, training=training)
+    trainer.train()
+    checkpoint = str(tmp_path / "checkpoint-3")
+    with pytest.raises(ValueError, match="is finished: it is at step 3 of 3"):
+        make_trainer(tmp_path / "elsewhere", training=training).train(resume_from_checkpoint=checkpoint)
+    killed_before_its_end = make_trainer(tmp_path, training=training)
+    output = killed_before_its_end.train(resume_from_checkpoint=checkpoint)
+    assert output.global_step == 3
+    assert killed_before_its_end.engine.asked == []
+    for ours, theirs in zip(killed_before_its_end.model.parameters(), trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    killed_before_its_end.save_state()
+    with pytest.raises(ValueError, match="is finished: it is at step 3 of 3"):
+        make_trainer(tmp_path, training=training).train(resume_from_checkpoint=checkpoint)
+    longer = make_trainer(tmp_path, training=training | {"num_train_epochs": 2})
+    assert longer.train(resume_from_checkpoint=checkpoint).global_step == 6
+
+
+def test_a_stop_passes_through_a_reward_function_in_this_process(tmp_path):
+    """What catches everything that a function raises must not catch the stop, nor the end of a time limit."""
+    from grpo_stage.rewards.scoring import RewardFunction
+
+    for error in (StopRequested(signal.SIGINT), HangError("too long")):
+
+        def stopped(completions, error=error):
+            raise error
+
+        function = RewardFunction.bind("stopped", stopped, {"error": error})
+        with pytest.raises(type(error)):
+            function.evaluate({"completions": ["a"]}, 1)
+
+
+def test_a_signal_after_the_last_safe_point_has_nothing_to_stop():
+    safe_stop = SafeStop()
+    with safe_stop.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+    safe_stop.check()
+
+
 # Hangs
 
 
@@ -373,7 +537,7 @@ make_trainer(Path({str(tmp_path)!r}), engine=Engine(), rollout_timeout=0.5).trai
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     assert "The rollout took longer than 0.5 s (`rollout_timeout`)" in result.stderr
-    assert f"Saved: {tmp_path / 'checkpoint-2'}" in result.stderr
+    assert f"What was trained until then is in {tmp_path / 'checkpoint-2'}" in result.stderr
     assert (
         "pthread" in (tmp_path / "stacks_rollout_rank0.txt").read_text()
         or "generate" in (tmp_path / "stacks_rollout_rank0.txt").read_text()

@@ -91,7 +91,16 @@ class LengthRewards:
 
 
 def make_trainer(
-    tmp_path: Path, *, num_prompts=5, engine=None, rewards=None, reference=None, bound=1e9, training=None, **grpo
+    tmp_path: Path,
+    *,
+    num_prompts=5,
+    engine=None,
+    rewards=None,
+    reference=None,
+    bound=1e9,
+    training=None,
+    num_eval_prompts=0,
+    **grpo,
 ):
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -114,7 +123,9 @@ def make_trainer(
             Prompt(index=i, token_ids=(i + 1, i + 2, i + 3)[: i % 3 + 1], messages=(), reference=None)
             for i in range(num_prompts)
         ],
-        eval_prompts=[],
+        eval_prompts=[
+            Prompt(index=i, token_ids=(i + 7,), messages=(), reference=None) for i in range(num_eval_prompts)
+        ],
         engine=engine or FakeEngine(),
         rewards=rewards or LengthRewards(),
         reference=reference(model) if reference else None,
