@@ -19,7 +19,7 @@ from .host.recipe import recipe_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 from .rewards import load_rewards
 from .rollout.hf import HFEngine
-from .rollout.weights import write_base
+from .rollout.weights import servable_config, write_base
 from .trainer import GRPOTrainer
 from .types import RolloutEngine, SamplingSettings
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 
 logger = facade.get_logger(__name__)
+
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 PLOTTED_METRICS = ("loss", "reward", "completions/mean_length", "entropy", "kl", "eval_reward")
 
@@ -180,15 +182,17 @@ def _rollout_engine(
     if on_cpu and sleep_level:
         logger.warning_rank0(f"`vllm_sleep: {sleep_level}` has no effect on a CPU: vLLM frees memory of GPUs alone.")
         sleep_level = 0
+    is_lora = arguments.finetuning.finetuning_type == "lora"
+    max_lora_rank = _max_lora_rank(arguments, servable_config(model).r) if is_lora else 0
     with _model_for_vllm(arguments, model) as (path, quantization):
         logger.info_rank0(f"Starting vLLM with {path}.")
         started = time.perf_counter()
         engine = VLLMEngine(
             model_name_or_path=path,
             tokenizer=tokenizer,
-            adapter=arguments.finetuning.finetuning_type == "lora",
+            adapter=is_lora,
             max_model_len=model_args.vllm_maxlen,
-            max_lora_rank=model_args.vllm_max_lora_rank,
+            max_lora_rank=max_lora_rank,
             gpu_memory_utilization=model_args.vllm_gpu_util,
             enforce_eager=model_args.vllm_enforce_eager,
             dtype="float32" if on_cpu else str(_compute_dtype(arguments, model)).removeprefix("torch."),
@@ -197,11 +201,26 @@ def _rollout_engine(
             quantization=quantization,
             model_revision=model_args.model_revision,
             trust_remote_code=model_args.trust_remote_code,
+            hf_token=model_args.hf_hub_token,
+            download_dir=model_args.cache_dir,
             seed=arguments.training.seed,
             options=model_args.vllm_config,
         )
         logger.info_rank0(f"vLLM started in {time.perf_counter() - started:.1f} s.")
     return engine
+
+
+def _max_lora_rank(arguments: "RunArguments", rank: int) -> int:
+    """The highest rank that vLLM makes room for; that of an adapter from a hub is known since it was loaded."""
+    if "vllm_max_lora_rank" not in arguments.given:
+        return rank
+    own = arguments.model.vllm_max_lora_rank
+    if own < rank:
+        raise ValueError(
+            f"`vllm_max_lora_rank: {own}` is below the rank of the adapter that is trained, {rank}. Leave it out to "
+            "have the rank rounded up."
+        )
+    return own
 
 
 @contextlib.contextmanager
@@ -216,7 +235,11 @@ def _model_for_vllm(arguments: "RunArguments", model: Any) -> Iterator[tuple[str
         if not changes:
             yield path, None
             return
-        if changes == ["quantized"] and training_args.device.type == "cuda" and _vllm_quantizes_alike(model):
+        if (
+            changes == ["quantized"]
+            and training_args.device.type == "cuda"
+            and _vllm_quantizes_alike(arguments, model)
+        ):
             yield path, "bitsandbytes"
             return
     is_writer = training_args.local_process_index == 0
@@ -247,15 +270,29 @@ def _changes_to_the_files(arguments: "RunArguments", model: Any) -> list[str]:
         ),
         "with a resized vocabulary": model_args.resize_vocab,
         "with new weights": model_args.train_from_scratch,
-        "with `rope_scaling`": model_args.rope_scaling is not None,
     }
     return [change for change, is_made in changes.items() if is_made]
 
 
-def _vllm_quantizes_alike(model: Any) -> bool:
-    """vLLM's bitsandbytes knows 4 bits of one kind: `nf4` with double quantization, in blocks of the usual size."""
-    config = model.config.quantization_config
-    return config.load_in_4bit and config.bnb_4bit_quant_type == "nf4" and config.bnb_4bit_use_double_quant
+def _vllm_quantizes_alike(arguments: "RunArguments", model: Any) -> bool:
+    """vLLM's bitsandbytes knows 4 bits of one kind: `nf4` with double quantization, in blocks of the usual size.
+
+    It quantizes what the files hold, and the host what that is in the precision of training; and it quantizes a
+    mixture's experts, which transformers leaves as they are.
+    """
+    quantization, files = model.config.quantization_config, facade.load_config(arguments.model)
+    text_config = files.get_text_config()
+    if any(getattr(text_config, key, None) for key in _NUMBERS_OF_EXPERTS):
+        return False
+    if not (
+        quantization.load_in_4bit
+        and quantization.bnb_4bit_quant_type == "nf4"
+        and quantization.bnb_4bit_use_double_quant
+    ):
+        return False
+    if getattr(files, "quantization_config", None) is not None:  # vLLM reads no other storage
+        return quantization.bnb_4bit_quant_storage == torch.uint8
+    return text_config.dtype == arguments.model.compute_dtype
 
 
 def _autocast_dtype(arguments: "RunArguments") -> torch.dtype | None:

@@ -18,6 +18,7 @@ from llamafactory.model.loader import load_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import rewarding_metrics
+from ..rollout.vllm_options import refuse_options
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .log import get_logger
 from .recipe import check_checkpoint, recipe_of
@@ -29,6 +30,12 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
+
+# Of adapter_config.json: what makes more of an adapter than a LoRA of one rank, as `rollout.weights` refuses it too.
+_ADAPTER_KEYS = (
+    *("peft_type", "bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens"),
+)
 
 
 def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
@@ -76,6 +83,8 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     Raises:
         ValueError: naming the value, the rule, the reason and the remedy.
     """
+    if arguments.finetuning.rollout_backend == "vllm" and arguments.model.vllm_config:
+        refuse_options(arguments.model.vllm_config, on_cpu=arguments.training.device.type == "cpu")
     _check_model_config(arguments)
     _check_resume(arguments)
     _warn(arguments)
@@ -95,15 +104,8 @@ def _check_adapter(adapter: str, values: SimpleNamespace, is_served: bool) -> No
         return
     unserved = [
         f"`{key}: {_yaml(config[key])}`"
-        for key, plain in (
-            ("peft_type", "LORA"),
-            ("use_dora", False),
-            ("bias", "none"),
-            ("modules_to_save", None),
-            ("rank_pattern", {}),
-            ("alpha_pattern", {}),
-        )
-        if config.get(key) and config[key] != plain
+        for key in _ADAPTER_KEYS
+        if config.get(key) and config[key] != {"peft_type": "LORA", "bias": "none"}.get(key)
     ]
     if unserved:
         raise ValueError(
@@ -169,6 +171,13 @@ def _check_model_config(arguments: "RunArguments") -> None:
     model, data, generating = arguments.model, arguments.data, arguments.generating
     config = load_config(model)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    tuning = arguments.finetuning.finetuning_type
+    if method is not None and tuning not in ("lora", "oft"):
+        raise ValueError(
+            f"`finetuning_type: {tuning}` is not possible: `model_name_or_path: {model.model_name_or_path}` is "
+            f"quantized with {method}, and quantized weights cannot be trained. Write `finetuning_type: lora`, or "
+            "train the unquantized model."
+        )
     if arguments.finetuning.rollout_backend == "vllm" and method not in (None, "bitsandbytes"):
         raise ValueError(
             f"`model_name_or_path: {model.model_name_or_path}` is quantized with {method}, which is not possible with "
@@ -178,7 +187,7 @@ def _check_model_config(arguments: "RunArguments") -> None:
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     needed = data.cutoff_len + generating.max_new_tokens
-    if limit is None or model.rope_scaling is not None:
+    if limit is None:
         return
     rope = getattr(text_config, "rope_parameters", None) or {}
     if rope.get("factor") and rope.get("original_max_position_embeddings"):
@@ -188,7 +197,12 @@ def _check_model_config(arguments: "RunArguments") -> None:
             f"`max_new_tokens: {generating.max_new_tokens}` leaves no room: with `cutoff_len: {data.cutoff_len}` that "
             f"is up to {needed} tokens, and {model.model_name_or_path} knows {limit} positions. Lower `cutoff_len` "
             "(the room for a prompt) or `max_new_tokens` (the room for a completion), or extend the model with "
-            "`rope_scaling`."
+            "`rope_parameters` in its config.json."
+        )
+    if arguments.finetuning.rollout_backend == "vllm" and model.vllm_maxlen > limit:
+        raise ValueError(
+            f"`vllm_maxlen: {model.vllm_maxlen}` is not possible: {model.model_name_or_path} knows {limit} positions. "
+            f"Leave it out for the {needed} that `cutoff_len` and `max_new_tokens` make."
         )
 
 

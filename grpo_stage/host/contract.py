@@ -66,6 +66,7 @@ CONTRACT: tuple[HostSymbol, ...] = (
         "UnsupervisedDatasetProcessor",
         ("template", "tokenizer", "processor", "data_args"),
     ),
+    HostSymbol("llamafactory.model", "load_config", ("model_args",)),
     HostSymbol("llamafactory.model", "load_tokenizer", ("model_args",)),
     HostSymbol("llamafactory.model", "load_model", ("tokenizer", "model_args", "finetuning_args", "is_trainable")),
     HostSymbol("llamafactory.train.trainer_utils", "create_ref_model", ("model_args", "finetuning_args")),

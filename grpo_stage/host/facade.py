@@ -4,6 +4,7 @@ Importing this module imports the host.
 """
 
 import os
+import signal
 import time
 from collections import deque
 from datetime import timedelta
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.extras.ploting import plot_loss
-from llamafactory.model import load_model, load_tokenizer
+from llamafactory.model import load_config, load_model, load_tokenizer
 from llamafactory.train.callbacks import (
     LogCallback,
     ModuleProfilerCallback,
@@ -31,6 +32,7 @@ from llamafactory.train.trainer_utils import (
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..jsonl import keep_lines
+from ..stop import StopRequested
 from .log import get_logger
 
 
@@ -47,6 +49,7 @@ __all__ = [
     "create_ref_model",
     "get_logger",
     "get_template_and_fix_tokenizer",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "plot_loss",
@@ -66,7 +69,12 @@ class MetricsLogCallback(LogCallback):
         self._metrics: deque[dict[str, Any]] = deque()
         self._first_step = 0
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The host deletes the log where the folder may be overwritten, in a resumed run too."""
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.aborted:  # LLaMA Board's stop, while the model was loaded
+            raise StopRequested(signal.SIGABRT)
         self._first_step = state.global_step
         if args.should_save:
             log = os.path.join(args.output_dir, TRAINER_LOG)
@@ -89,12 +97,27 @@ class MetricsLogCallback(LogCallback):
         super()._write_log(output_dir, {**(self._metrics.popleft() if self._metrics else {}), **logs})
 
 
+class PissaCallback(PissaConvertCallback):
+    """The host's conversion, relative to the adapter that the run began with, which a resume must not replace."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        initial = os.path.join(args.output_dir, "pissa_init")
+        if state.global_step == 0:
+            super().on_train_begin(args, state, control, **kwargs)
+        elif not os.path.isdir(initial):
+            raise ValueError(
+                f"`pissa_convert: true` needs the adapter that the run began with, and {initial} is not there: the "
+                "converted adapter would be another policy. Resume in the run's own `output_dir`, or leave "
+                "`pissa_convert` out."
+            )
+
+
 def stage_callbacks(arguments: "RunArguments") -> list[TrainerCallback]:
     """The callbacks that the host's `_training_function` assembles for every stage, with our log callback."""
     training, finetuning = arguments.training, arguments.finetuning
     callbacks: list[TrainerCallback] = [MetricsLogCallback()]
     if finetuning.pissa_convert:
-        callbacks.append(PissaConvertCallback())
+        callbacks.append(PissaCallback())
     if finetuning.use_swanlab:
         callbacks.append(get_swanlab_callback(finetuning))
     if finetuning.early_stopping_steps is not None:

@@ -19,13 +19,13 @@ from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
 
 from ..arguments import GRPOArguments, grpo_field_names
+from ..rollout.vllm_options import LORA_RANKS
 from .adapters import lora_rank
 from .checks import refuse_impossible, refuse_unfit
 from .coercion import as_hinted
 from .finetuning_args import GRPOFinetuningArguments
 from .keys import known_keys, quoted, read
 from .registration import RawArguments, stage_of
-from .rules import VLLM_LORA_RANKS
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _derive(arguments: RunArguments) -> None:
         model.vllm_gpu_util = DEFAULT_VLLM_GPU_UTIL
     if "vllm_max_lora_rank" not in arguments.given and arguments.finetuning.rollout_backend == "vllm":
         adapter = SimpleNamespace(**{**vars(model), **vars(arguments.finetuning)})
-        model.vllm_max_lora_rank = next(rank for rank in VLLM_LORA_RANKS if rank >= lora_rank(adapter))
+        model.vllm_max_lora_rank = next(rank for rank in LORA_RANKS if rank >= lora_rank(adapter))
 
 
 def _hints() -> dict[str, Any]:

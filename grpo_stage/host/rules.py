@@ -11,10 +11,10 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
-from .adapters import lora_rank
+from ..rollout.vllm_options import LORA_RANKS
+from .adapters import adapter_config, items, lora_rank
 
 
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 USE_HF = "Write `rollout_backend: hf`, which samples with the trained model itself"
 
 
@@ -186,6 +186,13 @@ UNSUPPORTED = (
         "Leave it out and lower `max_tokens_per_micro_batch`, which changes memory alone.",
     ),
     Unsupported(
+        "rope_scaling",
+        "LLaMA-Factory 0.9.5 writes the longer `max_position_embeddings` as a fraction, which transformers refuses "
+        "while it loads the model",
+        "Leave it out, and write `rope_parameters` and `max_position_embeddings` into the config.json of the model.",
+        harmless=(),
+    ),
+    Unsupported(
         "torch_compile",
         "micro-batches differ in shape, so that the model would be compiled again and again",
     ),
@@ -193,6 +200,10 @@ UNSUPPORTED = (
         "torch_compile_backend torch_compile_mode",
         "it switches on `torch_compile`, which is not possible",
         harmless=(),
+    ),
+    Unsupported(
+        "ddp_broadcast_buffers",
+        "a device that does a step again, since its memory ran out, would broadcast when the others do not",
     ),
     Unsupported(
         "enable_jit_checkpoint",
@@ -251,6 +262,14 @@ def _asks_for_new_tokens(v: SimpleNamespace) -> bool:
 
 def _continues_adapter(v: SimpleNamespace) -> bool:
     return v.adapter_name_or_path is not None and not v.create_new_adapter
+
+
+def _loses_new_embeddings(v: SimpleNamespace) -> bool:
+    """The host trains and saves new embeddings beside a new adapter, and not beside one that goes on."""
+    if not (_continues_adapter(v) and _asks_for_new_tokens(v)):
+        return False
+    config = adapter_config(items(v.adapter_name_or_path)[-1], v.adapter_folder)
+    return config is not None and not config.get("modules_to_save")
 
 
 def _vllm_keys(v: SimpleNamespace) -> list[str]:
@@ -349,6 +368,13 @@ RULES = (
         lambda v: v.quantization_bit is not None and v.finetuning_type not in ("lora", "oft"),
         "`quantization_bit: {quantization_bit}` cannot go with `finetuning_type: {finetuning_type}`: quantized "
         "weights cannot be trained. Write `finetuning_type: lora`, or leave `quantization_bit` out.",
+    ),
+    Rule(
+        _loses_new_embeddings,
+        "`resize_vocab`, `add_tokens`, `add_special_tokens` and `new_special_tokens_config` cannot go with "
+        "`adapter_name_or_path: {adapter_name_or_path}`, which has no embeddings of its own: those of the new tokens "
+        "would be random, not trained, and in no checkpoint. Write `create_new_adapter: true`, or leave the tokens "
+        "out.",
     ),
     Rule(
         lambda v: v.adapter_name_or_path is not None and v.finetuning_type != "lora",
@@ -455,15 +481,15 @@ VLLM_RULES = (
         "Write `vllm_sleep: 1`, which keeps that model in main memory",
     ),
     _vllm(
-        lambda v: lora_rank(v) > VLLM_LORA_RANKS[-1],
+        lambda v: lora_rank(v) > LORA_RANKS[-1],
         "`lora_rank: {lora_rank}` is not possible",
-        f"vLLM serves ranks up to {VLLM_LORA_RANKS[-1]}",
+        f"vLLM serves ranks up to {LORA_RANKS[-1]}",
         f"{USE_HF}, or lower `lora_rank`",
     ),
     _vllm(
-        lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank not in VLLM_LORA_RANKS,
+        lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank not in LORA_RANKS,
         "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
-        f"vLLM takes one of {', '.join(map(str, VLLM_LORA_RANKS))}",
+        f"vLLM takes one of {', '.join(map(str, LORA_RANKS))}",
         "Leave it out to have `lora_rank` rounded up",
     ),
     _vllm(

@@ -16,37 +16,11 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from grpo_stage.rollout import vllm_process
+from grpo_stage.rollout import vllm_delivery, vllm_process
 from grpo_stage.rollout.seeds import sample_seed
-from grpo_stage.rollout.weights import checkpoint_weights, servable_config, write_adapter
+from grpo_stage.rollout.vllm_options import LORA_RANKS
+from grpo_stage.rollout.weights import adapted_modules, checkpoint_weights, servable_config, write_adapter
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
-
-
-_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""The values that vLLM takes for `max_lora_rank`."""
-
-_OWNED_OPTIONS = {
-    "model": "`model_name_or_path` names the model that is trained",
-    "revision": "`model_revision` names the one that is trained",
-    "dtype": "it follows the trained model and the device",
-    "max_model_len": "`vllm_maxlen` sets it",
-    "seed": "each completion has its own seed",
-    "skip_tokenizer_init": "token ids go in and out",
-    "logprobs_mode": "the log-probabilities are compared with the trainer's",
-    "logits_processors": "they would change the distribution that completions are drawn from",
-    "quantization": "`vllm_base` says how vLLM holds the model",
-    "load_format": "the weights are those of the model that is trained",
-    "enable_sleep_mode": "`vllm_sleep` sets it",
-    "enable_lora": "the tuning method decides how the policy reaches vLLM",
-    "max_loras": "exactly one adapter may be loaded",
-    "max_cpu_loras": "exactly one adapter may be loaded",
-    "max_lora_rank": "`vllm_max_lora_rank` sets it",
-    "tensor_parallel_size": "each rank is an engine of its own",
-    "pipeline_parallel_size": "each rank is an engine of its own",
-    "data_parallel_size": "each rank is an engine of its own",
-    "distributed_executor_backend": "the engine lives in the trainer's process",
-}
-"""`vllm_config` keys that would make rollouts wrong, and why."""
 
 
 class VLLMEngine:
@@ -68,6 +42,8 @@ class VLLMEngine:
         quantization: str | None = None,
         model_revision: str | None = None,
         trust_remote_code: bool = False,
+        hf_token: str | None = None,
+        download_dir: str | None = None,
         seed: int = 0,
         options: dict[str, Any] | None = None,
     ) -> None:
@@ -92,6 +68,8 @@ class VLLMEngine:
                 for good, which only whole weights bring back. Above 0 on a GPU alone.
             quantization: vLLM's name of what it quantises the checkpoint with while it reads it.
             trust_remote_code: as in transformers.
+            hf_token: of the hub that the checkpoint comes from.
+            download_dir: where downloaded checkpoints are kept; None is the hub's own cache.
             seed: vLLM's own; no completion depends on it.
             options: further arguments of `vllm.LLM` (`vllm_config`).
 
@@ -102,12 +80,8 @@ class VLLMEngine:
             raise ValueError("Sleep level 2 gives up the base under the adapter, which `sync` does not bring back.")
         if logprob_temperature not in (None, 1.0):
             raise ValueError(f"logprob_temperature is {logprob_temperature}: vLLM gives None (as sampled) or 1.0.")
-        options = options or {}
-        for key in options:
-            if key in _OWNED_OPTIONS:
-                raise ValueError(f"`{key}` cannot be set in vllm_config: {_OWNED_OPTIONS[key]}.")
-        if max_lora_rank > _LORA_RANKS[-1]:
-            raise ValueError(f"The LoRA rank is {max_lora_rank}, and vLLM serves at most {_LORA_RANKS[-1]}.")
+        if max_lora_rank > LORA_RANKS[-1]:
+            raise ValueError(f"The LoRA rank is {max_lora_rank}, and vLLM serves at most {LORA_RANKS[-1]}.")
 
         self.logprob_temperature = math.nan if logprob_temperature is None else logprob_temperature
         self._as_sampled = logprob_temperature is None
@@ -136,6 +110,8 @@ class VLLMEngine:
             "gpu_memory_utilization": gpu_memory_utilization,
             "enforce_eager": enforce_eager,
             "trust_remote_code": trust_remote_code,
+            "hf_token": hf_token,
+            "download_dir": download_dir,
             "seed": seed,
             "generation_config": "vllm",
             "use_tqdm_on_load": False,
@@ -147,11 +123,11 @@ class VLLMEngine:
                 "enable_lora": True,
                 "max_loras": 1,
                 "max_cpu_loras": 1,
-                "max_lora_rank": next(rank for rank in _LORA_RANKS if rank >= max_lora_rank),
+                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= max_lora_rank),
             }
         owns_process_group = not torch.distributed.is_initialized()
         with vllm_process.process_unchanged():
-            self._llm: Any = vllm_process.start(arguments, options)
+            self._llm: Any = vllm_process.start(arguments, options or {})
         self._release = weakref.finalize(self, vllm_process.release, self._llm, owns_process_group)
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
@@ -185,6 +161,13 @@ class VLLMEngine:
                 f"vLLM was given the weights of version {version} (delivery {self._deliveries}) and holds delivery "
                 f"{self._loaded()}."
             )
+        if self._adapter and (
+            lost := vllm_delivery.unserved_modules(self._llm, self._deliveries, adapted_modules(policy))
+        ):
+            raise RuntimeError(
+                f"vLLM holds the adapter of version {version} and does not apply it to {_few(lost)}: the model "
+                "under the adapter would answer there. Write `rollout_backend: hf`, and please report the model."
+            )
         self._is_synced = True
 
     def sleep(self) -> None:
@@ -215,11 +198,13 @@ class VLLMEngine:
         if isinstance(policy, PeftModel):
             raise ValueError("The policy has an adapter, which whole weights leave out: start with adapter=True.")
         self._loaded_weights = None
-        weights = iter(checkpoint_weights(policy).items())
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+        if lost := vllm_delivery.reload_weights(self._llm, iter(checkpoint_weights(policy).items())):
+            raise RuntimeError(
+                f"vLLM did not take all weights of version {self._versions[self._deliveries]}: {_few(lost)}. "
+                "Write `rollout_backend: hf`, and please report the model."
+            )
         vllm_process.pack_tied_weights_on_cpu(self._llm)
-        if next(weights, None) is None:  # vLLM has taken each of them
-            self._loaded_weights = self._deliveries
+        self._loaded_weights = self._deliveries
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         if not self._is_synced:
@@ -319,6 +304,10 @@ class VLLMEngine:
             finish_reason=FinishReason(output.finish_reason),
             text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
         )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:

@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from grpo_stage.rollout.vllm_options import refuse_options
+
 
 _CPU_KV_CACHE_BYTES = 1 << 30
 """`gpu_memory_utilization` would reserve its share of the machine's whole memory there."""
@@ -32,17 +34,15 @@ def start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
+    # vLLM has two model runners, and the second is its choice for some models on CUDA; only the first was run here.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if options:
+        refuse_options(options, is_on_cpu())
+    if not is_on_cpu():
         from vllm import LLM
 
         return LLM(**arguments | options)
 
-    if "enable_chunked_prefill" in options:
-        raise ValueError(
-            "`enable_chunked_prefill` cannot be set in vllm_config on a CPU: vLLM's seeds fail with it there."
-        )
     _patch_vllm_for_cpu()
     from vllm import LLM
 
@@ -59,15 +59,19 @@ def start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
         return LLM(**arguments | options)
 
 
+def is_on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
 def pack_tied_weights_on_cpu(llm: Any) -> None:
     """Give an output layer that shares the embeddings its packed copy anew, after a reload.
 
     On the CPU vLLM multiplies with a packed copy of each layer's weights. Its reload packs the layers that the
     checkpoint names, and it does not name a tied output layer: the old copy would go on answering.
     """
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu():
+    if is_on_cpu():
         llm.apply_model(_pack_output_layers)
 
 
@@ -81,9 +85,7 @@ def _pack_output_layers(model: torch.nn.Module) -> None:
 
 def eager_on_cpu() -> contextlib.AbstractContextManager[None]:
     """No torch.compile there: 20 s each, and a C++ compiler, for a sampler that is not used and for tokens' ranks."""
-    from vllm.platforms import current_platform
-
-    return torch.compiler.set_stance("force_eager") if current_platform.is_cpu() else contextlib.nullcontext()
+    return torch.compiler.set_stance("force_eager") if is_on_cpu() else contextlib.nullcontext()
 
 
 def _patch_vllm_for_cpu() -> None:

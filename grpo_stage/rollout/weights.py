@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 
@@ -78,6 +80,15 @@ def servable_config(policy: torch.nn.Module) -> LoraConfig:
     return config
 
 
+def adapted_modules(policy: torch.nn.Module) -> list[str]:
+    """The names, in the base model, of the modules that the policy's adapter changes."""
+    return [
+        name
+        for name, module in _base_model(policy).named_modules()
+        if isinstance(module, LoraLayer) and ADAPTER in {*module.lora_A, *module.lora_embedding_A}
+    ]
+
+
 def checkpoint_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The policy's weights, without its adapter, as the files of its model would hold them.
 
@@ -110,6 +121,8 @@ def write_base(policy: torch.nn.Module, folder: Path) -> None:
     config.architectures = [type(model).__name__]
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if model._auto_class is not None:  # the code of a model that transformers does not have
+        custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
     save_torch_state_dict(checkpoint_weights(policy), folder)
 

@@ -1,6 +1,8 @@
 """Runs with the real vLLM: quiet when the policy arrives, stopped when it does not, whatever is tuned."""
 
 import copy
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from grpo_stage import workflow
 from grpo_stage.canary import StaleRolloutError
+from grpo_stage.host import checks, parser, rules
 
 from .conftest import completions, trainer_log
 
@@ -47,9 +50,7 @@ METHODS = {
     "full, resized": {"finetuning_type": "full", "add_tokens": "<one>,<two>", "resize_vocab": True},
     "LLaMA-Pro": {"use_llama_pro": True, "freeze_trainable_layers": 1, "vllm_base": "trainer"},
     "QLoRA, 4 bits": {"quantization_bit": 4},
-    "QLoRA, 8 bits": {"quantization_bit": 8, "max_sampling_logprob_diff": 2e-4},
     "several adapters": {"adapter_name_or_path": "{0},{1}"},
-    "new adapter": {"adapter_name_or_path": "{0}", "create_new_adapter": True},
     "PiSSA": {"pissa_init": True},
 }
 
@@ -87,7 +88,7 @@ def test_the_canary_is_quiet_until_an_update_is_not_delivered(method, tuned, run
     assert all(line["sampling/sampling_logp_difference/mean"] < 1e-4 for line in log)
 
 
-@pytest.mark.parametrize("method", ["QLoRA, 4 bits", "several adapters", "PiSSA"])
+@pytest.mark.parametrize("method", ["QLoRA, 4 bits", "PiSSA"])
 def test_a_base_from_the_files_stops_the_run(method, tuned, run_exp, monkeypatch):
     """Where the trainer's is another: what would happen without `_changes_to_the_files`."""
     monkeypatch.setattr(workflow, "_changes_to_the_files", lambda arguments, model: [])
@@ -107,22 +108,61 @@ def test_an_adapter_that_is_in_the_base_too_stops_the_run(tuned, run_exp, monkey
         run_exp(tuned("several adapters"))
 
 
-def test_sleeping_on_a_cpu_is_said_to_do_nothing(recipe, run_exp, monkeypatch):
+class Started(Exception):
+    pass
+
+
+@pytest.fixture
+def started_with(run_exp, monkeypatch):
+    """What a run would start vLLM with."""
     from grpo_stage.rollout.vllm_engine import VLLMEngine
 
-    class Started(Exception):
-        pass
-
     def start(engine, **settings):
-        assert settings["sleep_level"] == 0
-        raise Started
+        raise Started(settings)
 
+    def settings(arguments):
+        monkeypatch.setattr(VLLMEngine, "__init__", start)
+        with pytest.raises(Started) as started:
+            run_exp(arguments)
+        return started.value.args[0]
+
+    return settings
+
+
+def test_sleeping_on_a_cpu_is_said_to_do_nothing(recipe, started_with, monkeypatch):
     said = []
-    monkeypatch.setattr(VLLMEngine, "__init__", start)
     monkeypatch.setattr(workflow.logger, "warning_rank0", said.append)
-    with pytest.raises(Started):
-        run_exp(recipe(rollout_backend="vllm", vllm_sleep=1))
+    assert started_with(recipe(rollout_backend="vllm", vllm_sleep=1))["sleep_level"] == 0
     assert [message for message in said if "`vllm_sleep: 1` has no effect on a CPU" in message]
+
+
+def test_the_rank_of_an_adapter_is_known_once_it_is_loaded(recipe, started_with, run_exp, adapters, monkeypatch):
+    """That of an adapter on a hub cannot be told from the keys, where `lora_rank` says nothing of it."""
+    monkeypatch.setattr(parser, "lora_rank", lambda values: values.lora_rank)
+    monkeypatch.setattr(rules, "lora_rank", lambda values: values.lora_rank)
+    hub = {"rollout_backend": "vllm", "adapter_name_or_path": adapters[0], "lora_rank": 1}
+    assert started_with(recipe(**hub))["max_lora_rank"] == 4
+    assert started_with(recipe(**hub, vllm_max_lora_rank=64))["max_lora_rank"] == 64
+    with pytest.raises(ValueError, match=r"vllm_max_lora_rank: 1.*below the rank.*4"):
+        run_exp(recipe(**hub, vllm_max_lora_rank=1))
+
+
+def test_an_adapter_that_vllm_does_not_serve_is_refused_before_anything_is_written(
+    recipe, run_exp, adapters, monkeypatch, tmp_path
+):
+    """That of an adapter on a hub is known when it was loaded, and no earlier."""
+    folder = shutil.copytree(adapters[0], tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 4}}))
+    monkeypatch.setattr(checks, "_check_adapter", lambda *args, **kwargs: None)
+    monkeypatch.setattr(workflow, "write_base", None)
+    with pytest.raises(ValueError, match="vLLM cannot serve this adapter: a rank of its own"):
+        run_exp(recipe(rollout_backend="vllm", vllm_base="trainer", adapter_name_or_path=str(folder)))
+
+
+def test_vllm_reads_the_hub_as_the_trainer_does(recipe, started_with, tmp_path):
+    settings = started_with(recipe(rollout_backend="vllm", hf_hub_token="secret", cache_dir=str(tmp_path / "hub")))
+    assert (settings["hf_token"], settings["download_dir"]) == ("secret", str(tmp_path / "hub"))
 
 
 def test_the_canary_is_quiet_over_updates_with_a_large_learning_rate(recipe, run_exp):

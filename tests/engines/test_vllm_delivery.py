@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from grpo_stage.rollout import vllm_engine as vllm_module
+from grpo_stage.rollout.vllm_delivery import unserved_modules
 from grpo_stage.rollout.vllm_engine import VLLMEngine
 from grpo_stage.rollout.weights import write_adapter
 from grpo_stage.types import Prompt, RolloutGroup, SamplingSettings
@@ -116,6 +118,41 @@ def test_one_module_lost(deliver: Callable[[Corrupt], None], measure: Callable[[
     assert measure() > FAULTY
 
 
+@pytest.mark.parametrize(
+    ("renamed", "named"),
+    [
+        (("model.layers", "model.text_model.layers"), "model.text_model.layers.0.mlp.down_proj, .* and 11 more"),
+        (("layers.1.self_attn.k_proj", "layers.7.self_attn.k_proj"), r"to model\.layers\.7\.self_attn\.k_proj:"),
+    ],
+    ids=["every module", "one of a fused layer"],
+)
+def test_modules_that_vllm_does_not_find_are_named(
+    renamed: tuple[str, str], named: str, deliver: Callable[[Corrupt], None]
+) -> None:
+    """It compares the last part of a name alone, and the base would answer there."""
+
+    def rename(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file({name.replace(*renamed): tensor for name, tensor in load_file(file).items()}, file)
+
+    with pytest.raises(RuntimeError, match=f"adapter of version 1 .*{named}"):
+        deliver(rename)
+
+
+def test_modules_that_are_not_in_the_file_are_named(deliver: Callable[[Corrupt], None]) -> None:
+    def leave_out(folder: Path) -> None:
+        file = folder / "adapter_model.safetensors"
+        save_file({name: tensor for name, tensor in load_file(file).items() if "0.self_attn.q_proj" not in name}, file)
+
+    with pytest.raises(RuntimeError, match=r"does not apply it to model\.layers\.0\.self_attn\.q_proj:"):
+        deliver(leave_out)
+
+
+def test_a_vllm_that_does_not_show_its_adapter_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match=r"model_executor.*Install vllm 0\.23\.0"):
+        unserved_modules(SimpleNamespace(llm_engine=SimpleNamespace()), adapter_id=1, adapted=["lm_head"])
+
+
 def test_the_temperature_not_applied(
     engine: VLLMEngine, policy: PeftModel, prompts: list[Prompt], sampling: SamplingSettings
 ) -> None:
@@ -174,6 +211,7 @@ def test_rank_stabilised_scaling_is_delivered(
     prompts: list[Prompt],
     sampling: SamplingSettings,
 ) -> None:
+    """With one part of a fused layer alone."""
     policy = make_policy(use_rslora=True, r=2, target_modules=["q_proj", "down_proj"])
     engine.sync(policy, version=1)
     assert logprob_difference(policy, engine.generate(prompts, sampling, step=1), sampling.temperature) < SOUND
@@ -292,7 +330,7 @@ def test_a_cut_distribution_needs_the_policys_own_logprobs(
 def test_options_that_would_make_rollouts_wrong_are_refused(
     checkpoint: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    with pytest.raises(ValueError, match="`logprobs_mode` cannot be set in vllm_config"):
+    with pytest.raises(ValueError, match="`logprobs_mode` cannot be set in `vllm_config`"):
         vllm_engine(checkpoint, tokenizer, options={"block_size": 32, "logprobs_mode": "raw_logits"})
     with pytest.raises(ValueError, match="rank is 513"):
         vllm_engine(checkpoint, tokenizer, max_lora_rank=513)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from grpo_stage.rollout import vllm_process
+from grpo_stage import workflow
+from grpo_stage.rollout import vllm_delivery, vllm_process
+from grpo_stage.rollout.vllm_options import OWNED_OPTIONS, OWNED_OPTIONS_ON_CPU, known_options
 from grpo_stage.rollout.weights import checkpoint_weights
 from grpo_stage.types import SamplingSettings
 
@@ -41,9 +44,10 @@ class RecordingLLM:
         assert method == "reload_weights"
         self.calls.append("deliver")
         list(kwargs["weights_iterator"])
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").debug("%s: Processed", "Linear")
 
-    def apply_model(self, function: Callable[..., None]) -> None:
-        """For the CPU alone."""
+    def apply_model(self, function: Callable[..., Any]) -> list[set[str]]:
+        return [set()]
 
     def reset_prefix_cache(self) -> bool:
         self.calls.append("reset cache")
@@ -62,6 +66,7 @@ def recorded(
 ) -> Iterator[Callable[..., Any]]:
     monkeypatch.setattr(vllm_process, "start", lambda arguments, options: RecordingLLM(arguments | options))
     monkeypatch.setattr(vllm_process, "release", lambda llm, owns_process_group: None)
+    monkeypatch.setattr(vllm_delivery, "unserved_modules", lambda llm, adapter_id, adapted: [])
     return lambda **changed: vllm_engine(checkpoint, tokenizer, **changed)
 
 
@@ -118,9 +123,62 @@ def test_vllm_has_the_arguments_that_are_passed(recorded: Callable[..., Any]) ->
     for adapter in (True, False):
         arguments = recorded(adapter=adapter, sleep_level=1, quantization="bitsandbytes")._llm.arguments
         assert set(arguments) - known == set()
+        assert arguments["hf_token"] is arguments["download_dir"] is None
         assert arguments["enable_sleep_mode"] is True
         assert arguments["quantization"] == "bitsandbytes"
         assert arguments.get("enable_lora", False) is adapter
+
+
+def test_the_arguments_read_out_of_vllms_source_are_those_it_has() -> None:
+    from vllm import LLM
+    from vllm.engine.arg_utils import EngineArgs
+
+    assert known_options() == {field.name for field in dataclasses.fields(EngineArgs)}
+    assert {*OWNED_OPTIONS, *OWNED_OPTIONS_ON_CPU} <= known_options()
+    inspect.signature(LLM.__init__).bind(None, "model", **dict.fromkeys(known_options() - {"model"}))
+
+
+@pytest.mark.parametrize(("own", "used"), [(None, False), ("1", True)])
+def test_vllms_first_model_runner_is_used_unless_the_user_wants_the_second(
+    own: str | None, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import vllm
+    from vllm import envs
+    from vllm.config import VllmConfig
+
+    def start(**arguments: Any) -> bool:
+        envs.disable_envs_cache()
+        assert envs.VLLM_USE_V2_MODEL_RUNNER is used, "and no None, which leaves the choice to vLLM"
+        return VllmConfig.use_v2_model_runner.fget(SimpleNamespace())
+
+    monkeypatch.delenv("VLLM_USE_V2_MODEL_RUNNER", raising=False)
+    if own is not None:
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", own)
+    monkeypatch.setattr(vllm_process, "is_on_cpu", lambda: False)
+    monkeypatch.setattr(vllm, "LLM", start, raising=False)
+    with vllm_process.process_unchanged():
+        assert vllm_process.start({}, {}) is used
+
+
+def test_vllm_quantizes_only_files_that_it_quantizes_as_the_host_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    arguments: Any = SimpleNamespace(model=SimpleNamespace(compute_dtype=torch.bfloat16))
+
+    def alike(quantization: BitsAndBytesConfig = nf4, **config: Any) -> bool:
+        files = LlamaConfig(**{"dtype": torch.bfloat16} | config)
+        monkeypatch.setattr(workflow.facade, "load_config", lambda model_args: files)
+        model = SimpleNamespace(config=SimpleNamespace(quantization_config=quantization))
+        return workflow._vllm_quantizes_alike(arguments, model)
+
+    assert alike()
+    assert not alike(dtype=torch.float32)
+    assert not alike(dtype=None)
+    assert not alike(num_local_experts=8)
+    assert not alike(BitsAndBytesConfig(load_in_8bit=True))
+    stored = {"quantization_config": nf4.to_dict(), "dtype": torch.float32}
+    assert alike(nf4, **stored)
+    other = BitsAndBytesConfig(**nf4.to_dict() | {"bnb_4bit_quant_storage": torch.bfloat16})
+    assert not alike(other, **stored)
 
 
 def test_vllm_sleeps_at_these_levels_and_wakes_up_by_these_tags() -> None:

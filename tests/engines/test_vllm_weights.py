@@ -3,6 +3,7 @@
 Faults are found as the canary finds them, as in test_vllm_delivery.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_stage.rollout import vllm_process
+from grpo_stage.rollout.vllm_delivery import _ReloadReport
 from grpo_stage.rollout.vllm_engine import VLLMEngine
 from grpo_stage.types import Prompt, SamplingSettings
 
@@ -95,20 +97,40 @@ def test_an_update_that_was_not_delivered(engine: VLLMEngine, policy: LlamaForCa
     assert measure() > FAULTY
 
 
-def test_a_weight_lost_on_the_way(
-    engine: VLLMEngine, policy: LlamaForCausalLM, measure: Measure, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("lost", "named"),
+    [
+        ("layers.1.mlp.down_proj", r"'model\.layers\.1\.mlp\.down_proj\.weight'"),
+        ("layers.0.self_attn.k_proj", "a weight of a QKVParallelLinear"),
+        ("model.norm", r"'model\.norm\.weight'"),
+    ],
+)
+def test_a_weight_lost_on_the_way_is_named(
+    lost: str, named: str, engine: VLLMEngine, policy: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """vLLM would go on with the old one, or with whatever is in memory for a part of a fused one."""
     rpc = engine._llm.collective_rpc
 
     def lossy(method: str, kwargs: dict[str, Any]) -> Any:
-        weights = ((name, t) for name, t in kwargs["weights_iterator"] if "layers.1.mlp.down_proj" not in name)
+        weights = ((name, tensor) for name, tensor in kwargs["weights_iterator"] if lost not in name)
         return rpc(method, kwargs={"weights_iterator": weights})
 
-    engine.sync(policy, version=1)
-    update(policy, seed=6)
+    loggers = [logging.getLogger(name) for name in _ReloadReport._LOGGERS]
+    before = [(logger.level, list(logger.filters)) for logger in loggers]
     monkeypatch.setattr(engine._llm, "collective_rpc", lossy)
-    engine.sync(policy, version=2)
-    assert measure() > FAULTY
+    with pytest.raises(RuntimeError, match=f"weights of version 2: .*{named}"):
+        engine.sync(policy, version=2)
+    assert [(logger.level, list(logger.filters)) for logger in loggers] == before
+
+
+def test_a_vllm_whose_log_is_silent_is_an_error(engine: VLLMEngine, policy: LlamaForCausalLM) -> None:
+    """Nothing would be heard of a lost weight either."""
+    logging.disable()
+    try:
+        with pytest.raises(RuntimeError, match="weights of version 2: no layer"):
+            engine.sync(policy, version=2)
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def test_the_old_packed_output_layer(

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -89,3 +90,23 @@ def test_writing_changes_nothing_of_the_policy(make_policy: Callable[..., PeftMo
     assert policy.get_base_model().config.to_dict() == config
     assert set(policy.state_dict()) == names
     assert not any("lora" in name or "base_layer" in name for name in load_file(tmp_path / "model.safetensors"))
+
+
+def test_the_code_of_a_model_that_transformers_does_not_have_is_written_too(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint, source)
+    (source / "config_own.py").write_text(
+        'from transformers import LlamaConfig\n\n\nclass OwnConfig(LlamaConfig):\n    model_type = "own"\n'
+    )
+    (source / "own.py").write_text(
+        "from transformers import LlamaForCausalLM\n\nfrom .config_own import OwnConfig\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((source / "config.json").read_text())
+    code = {"AutoConfig": "config_own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (source / "config.json").write_text(json.dumps(config | {"model_type": "own", "auto_map": code}))
+    (tmp_path / "base").mkdir()
+    write_base(AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True), tmp_path / "base")
+    read = AutoModelForCausalLM.from_pretrained(tmp_path / "base", trust_remote_code=True)
+    assert type(read).__name__ == "OwnForCausalLM"
+    assert torch.equal(logprobs(read), logprobs(AutoModelForCausalLM.from_pretrained(checkpoint)))

@@ -5,10 +5,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from llamafactory.model import loader
+from llamafactory.model.model_utils.rope import configure_rope
+from transformers import AutoConfig
 
 from grpo_stage import checkpoints
 from grpo_stage.checkpoints import STATE_FILE
@@ -137,6 +141,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"vllm_enforce_eager": True}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"vllm_sleep": 1}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"vllm_base": "trainer"}, ["rollout_backend: hf", "vllm_*", "no effect"]),
+    ({"ddp_broadcast_buffers": True}, ["ddp_broadcast_buffers: true", "memory"]),
     ({"enable_jit_checkpoint": True}, ["enable_jit_checkpoint: true", "SIGTERM"]),
     ({"torch_empty_cache_steps": 2}, ["torch_empty_cache_steps: 2"]),
     ({"dataloader_drop_last": True}, ["dataloader_drop_last: true", "once an epoch"]),
@@ -146,6 +151,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"optim": "galore_adamw_layerwise"}, ["optim: galore_adamw_layerwise", "backward", "adamw_torch"]),
     ({"auto_find_batch_size": True}, ["auto_find_batch_size: true", "max_tokens_per_micro_batch"]),
     ({"torch_compile": True}, ["torch_compile: true", "Leave it out"]),
+    ({"rope_scaling": "linear"}, ["rope_scaling: linear", "fraction", "`rope_parameters`", "config.json"]),
+    (VLLM | {"rope_scaling": "yarn"}, ["rope_scaling: yarn", "config.json"]),
     ({"torch_compile_mode": "default"}, ["torch_compile_mode: default", "Leave it out"]),
     # evaluation
     ({"per_device_eval_batch_size": 1}, ["per_device_eval_batch_size: 1", "all of its prompts at once"]),
@@ -209,6 +216,12 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (VLLM | {"vllm_maxlen": 95}, ["vllm_maxlen: 95", "cutoff_len: 64", "max_new_tokens: 32", "Leave it out"]),
     (VLLM | {"vllm_gpu_util": 1.5}, ["vllm_gpu_util: 1.5", "at most 1"]),
     (VLLM | {"vllm_config": "max_num_seqs"}, ["vllm_config: max_num_seqs", '{"max_num_seqs": 64}']),
+    (VLLM | {"vllm_config": {"dtype": "float32"}}, ["`dtype` cannot be set in `vllm_config`", "Leave it out"]),
+    (VLLM | {"vllm_config": {"enable_lora": False}}, ["`enable_lora` cannot be set", "tuning method"]),
+    (VLLM | {"vllm_config": {"max_num_seq": 4}}, ["`max_num_seq` cannot be set", "Did you mean `max_num_seqs`?"]),
+    (VLLM | {"vllm_config": '{"unheard_of": 4}'}, ["`unheard_of` cannot be set", "no such argument", "Leave it out"]),
+    (VLLM | {"vllm_config": {"enable_chunked_prefill": True}}, ["`enable_chunked_prefill` cannot be set", "CPU"]),
+    (VLLM | {"vllm_maxlen": 513}, ["vllm_maxlen: 513", "512 positions", "Leave it out for the 96"]),
 ]
 
 
@@ -304,10 +317,6 @@ def test_greedy_evaluation_takes_one_completion(recipe):
 # The model
 
 
-def test_positions_that_rope_scaling_adds_count(recipe):
-    assert parse(recipe | {"max_new_tokens": 600, "rope_scaling": "linear"}).model.model_max_length == 664
-
-
 def test_positions_that_the_config_scales_count(recipe):
     file = Path(recipe["model_name_or_path"], "config.json")
     config = json.loads(file.read_text())
@@ -330,6 +339,25 @@ def test_vllm_gets_a_quantized_checkpoint_where_it_can_be_dequantized(recipe, me
         assert "rollout_backend: hf" in message
 
 
+@pytest.mark.parametrize("tuning", ["full", "freeze"])
+def test_a_quantized_checkpoint_is_not_trained_whole(recipe, tuning):
+    file = Path(recipe["model_name_or_path"], "config.json")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    message = refusal(recipe | {"finetuning_type": tuning})
+    assert f"finetuning_type: {tuning}" in message
+    assert "quantized with bitsandbytes" in message
+    assert "finetuning_type: lora" in message
+
+
+def test_rope_scaling_is_refused_since_the_host_cannot_apply_it(recipe):
+    """Should this fail, `rope_scaling` works again and need not be refused."""
+    model_args = SimpleNamespace(rope_scaling="linear", model_max_length=1024)
+    config = AutoConfig.from_pretrained(recipe["model_name_or_path"])
+    with pytest.raises(StrictDataclassFieldValidationError, match=r"max_position_embeddings.*expected int, got float"):
+        configure_rope(config, model_args)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -341,7 +369,6 @@ def test_vllm_gets_a_quantized_checkpoint_where_it_can_be_dequantized(recipe, me
         {"adapter_name_or_path": "a/b", "resize_vocab": True},
         {"pissa_init": True, "vllm_base": "trainer"},
         {"train_from_scratch": True},
-        {"rope_scaling": "yarn"},
     ],
     ids=", ".join,
 )
@@ -378,6 +405,11 @@ def test_an_adapter_in_a_subfolder(recipe, adapter):
     [
         ("use_dora", True),
         ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("trainable_token_indices", [1]),
+        ("target_parameters", ["mlp.experts.gate_up_proj"]),
+        ("layer_replication", [[0, 2]]),
+        ("alora_invocation_tokens", [1, 2]),
         ("modules_to_save", ["lm_head"]),
         ("peft_type", "OFT"),
         ("rank_pattern", {"q_proj": 2}),
@@ -393,6 +425,17 @@ def test_an_adapter_that_vllm_does_not_serve(recipe, adapter, key, value):
     parse(recipe | {"adapter_name_or_path": str(adapter)})
     if key != "peft_type":
         parse(recipe | VLLM | {"adapter_name_or_path": str(adapter), "create_new_adapter": True})  # merged
+
+
+def test_new_tokens_beside_an_adapter_that_goes_on_would_be_lost(recipe, adapter):
+    own = recipe | {"adapter_name_or_path": str(adapter), "resize_vocab": True}
+    message = refusal(own)
+    assert "not trained, and in no checkpoint" in message
+    assert "create_new_adapter: true" in message
+    parse(own | {"create_new_adapter": True})
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"modules_to_save": ["embed_tokens"]}))
+    parse(own)
 
 
 def test_the_continued_adapters_rank_bounds_vllms(recipe, adapter):

@@ -7,11 +7,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from llamafactory.train import tuner
-from llamafactory.train.callbacks import LogCallback
+from llamafactory.train.callbacks import LogCallback, PissaConvertCallback
+from peft import PeftModel
 
 from grpo_stage.host import facade
 from grpo_stage.host.parser import RunArguments
+from grpo_stage.stop import StopRequested
 from grpo_stage.workflow import stop_token_ids
 
 
@@ -39,10 +42,51 @@ def test_callbacks_are_those_the_host_gives_every_stage(monkeypatch, finetuning,
     monkeypatch.setattr(tuner, "run_sft", lambda *args: given_to_stage.extend(args[-1]))
     tuner._training_function({"args": {"stage": "sft"}, "callbacks": []})
 
-    expected = [
-        LogCallback if type(c) is facade.MetricsLogCallback else type(c) for c in facade.stage_callbacks(arguments)
-    ]
+    ours = {facade.MetricsLogCallback: LogCallback, facade.PissaCallback: PissaConvertCallback}
+    expected = [ours.get(type(callback), type(callback)) for callback in facade.stage_callbacks(arguments)]
     assert [type(callback) for callback in given_to_stage] == expected
+
+
+def test_a_resumed_run_keeps_the_adapter_that_pissa_began_with(tmp_path):
+    """The host would take the resumed adapter for the initial one, and convert to another policy."""
+
+    class Policy(PeftModel):
+        peft_config = {"default": SimpleNamespace(init_lora_weights="pissa")}  # noqa: RUF012
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+
+        def save_pretrained(self, folder, **kwargs):
+            Path(folder).mkdir()
+
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    callback = facade.PissaCallback()
+    with pytest.raises(ValueError, match=r"`pissa_convert: true` .*pissa_init is not there"):
+        callback.on_train_begin(args, SimpleNamespace(global_step=3), None, model=Policy())
+    callback.on_train_begin(args, SimpleNamespace(global_step=0), None, model=Policy())
+    assert (tmp_path / "pissa_init").is_dir()
+    callback.on_train_begin(args, SimpleNamespace(global_step=3), None, model=Policy())  # would fail to make it again
+
+
+def test_the_boards_stop_while_the_model_is_loaded_is_a_stop(tmp_path):
+    callback = facade.MetricsLogCallback()
+    callback._set_abort(6, None)
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    with pytest.raises(StopRequested, match="SIGABRT"):
+        callback.on_train_begin(args, SimpleNamespace(global_step=0, max_steps=3), None)
+
+
+def test_a_resumed_run_keeps_its_log_where_the_folder_may_be_overwritten(tmp_path):
+    log = tmp_path / "trainer_log.jsonl"
+    lines = [json.dumps({"current_steps": step}) + "\n" for step in (1, 2, 3)]
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True, overwrite_output_dir=True)
+    for resumed_at, kept in ((2, lines[:2]), (0, [])):
+        log.write_text("".join(lines))
+        callback = facade.MetricsLogCallback()
+        callback.on_init_end(args, None, None)
+        callback.on_train_begin(args, SimpleNamespace(global_step=resumed_at, max_steps=3), None)
+        callback.on_train_end(args, None, None)
+        assert log.read_text() == "".join(kept)
 
 
 @pytest.mark.parametrize("module", ["grpo_stage.workflow", "grpo_stage.host.datasets", "grpo_stage.host.checks"])
