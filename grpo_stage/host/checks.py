@@ -149,8 +149,9 @@ def _check_best_metric(values: SimpleNamespace) -> None:
     if not wants_best(values):
         return
     metric = values.metric_for_best_model
+    functions = [name.rpartition(":")[2].strip() for name in items(values.reward_funcs)]
     logged = rewarding_metrics(
-        [name.rpartition(":")[2].strip() for name in items(values.reward_funcs)],
+        functions,
         values.eval_num_generations or values.num_generations,
         items(values.eval_dataset),
     )
@@ -165,6 +166,19 @@ def _check_best_metric(values: SimpleNamespace) -> None:
             f"`metric_for_best_model: {metric}` is no reward that this run's evaluations log. "
             f"{f'Did you mean `{near[0]}`? ' if near else ''}There are: {', '.join(logged)}."
         )
+    for function, weight in zip(functions, items(values.reward_weights), strict=False):
+        if f"rewards/{function}/" in metric and _is_negative(weight):
+            raise ValueError(
+                f"`metric_for_best_model: {metric}` would keep the model with the most of `{function}`, whose weight in "
+                f"`reward_weights` is {weight}: it is punished. Write `metric_for_best_model: eval_reward`."
+            )
+
+
+def _is_negative(weight: Any) -> bool:
+    try:
+        return float(weight) < 0
+    except (TypeError, ValueError):
+        return False  # no number: refused with the other weights
 
 
 def _check_model_config(arguments: "RunArguments") -> None:

@@ -170,6 +170,12 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (BEST, ["`metric_for_best_model` is missing", "metric_for_best_model: eval_reward"]),
     (EVAL | {"early_stopping_steps": 3}, ["early_stopping_steps", "metric_for_best_model: eval_reward"]),
     (EVAL | {"save_strategy": "best"}, ["save_strategy: best", "metric_for_best_model: eval_reward"]),
+    (
+        BEST
+        | {"metric_for_best_model": "eval_rewards/format/mean@8"}
+        | {"reward_funcs": "accuracy,format", "reward_weights": "1,-0.5"},
+        ["eval_rewards/format/mean@8", "-0.5", "punished"],
+    ),
     (EVAL | {"metric_for_best_model": "loss"}, ["metric_for_best_model: loss", "eval_reward, eval_rewards/accuracy/"]),
     (
         BEST | {"metric_for_best_model": "eval_rewards/acuracy/pass@4"},
