@@ -169,8 +169,8 @@ def _check_best_metric(values: SimpleNamespace) -> None:
     for function, weight in zip(functions, items(values.reward_weights), strict=False):
         if f"rewards/{function}/" in metric and _is_negative(weight):
             raise ValueError(
-                f"`metric_for_best_model: {metric}` would keep the model with the most of `{function}`, whose weight in "
-                f"`reward_weights` is {weight}: it is punished. Write `metric_for_best_model: eval_reward`."
+                f"`metric_for_best_model: {metric}` would keep the model with the most of `{function}`, which is "
+                f"punished: its weight in `reward_weights` is {weight}. Write `metric_for_best_model: eval_reward`."
             )
 
 
