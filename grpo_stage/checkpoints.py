@@ -227,10 +227,12 @@ def _failure_message(folder: Path, failure: str, unsaved: list[str]) -> str:
     last = newest_whole(folder.parent)
     good = f"The last good checkpoint is {last}" if last else "There is no earlier checkpoint to resume from"
     free = shutil.disk_usage(folder.parent).free / 1e9 if folder.parent.exists() else 0.0
+    # Not "the same command": that starts afresh, and deletes the checkpoints, where the folder may be overwritten.
+    go_on = f"go on with `resume_from_checkpoint: {last}`" if last else "start again"
     return (
         f"The checkpoint {folder} could not be saved: {failure}. Left to save were {', '.join(unsaved)}; what was "
         f"written is removed. {good}. Check the disk ({free:.2f} GB are free there) and the folder's permissions, "
-        f"then give the same command again: the run goes on {'from that checkpoint' if last else 'from its start'}."
+        f"then {go_on}."
     )
 
 

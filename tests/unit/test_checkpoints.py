@@ -187,6 +187,7 @@ def test_a_full_disk_at_any_file_leaves_the_last_good_checkpoint(tmp_path, posit
     assert f"Left to save were {', '.join(stems[position:])};" in message
     assert f"The last good checkpoint is {last}." in message
     assert "GB are free" in message
+    assert f"go on with `resume_from_checkpoint: {last}`" in message
     assert isinstance(error.value.__cause__, OSError)
 
 
@@ -219,7 +220,7 @@ def test_a_failure_between_the_two_renames_brings_the_replaced_one_back(tmp_path
 
 
 def test_without_an_earlier_checkpoint_the_error_says_so(tmp_path):
-    with pytest.raises(CheckpointSaveError, match=r"no earlier checkpoint to resume from.*from its start"):
+    with pytest.raises(CheckpointSaveError, match=r"no earlier checkpoint to resume from.*start again"):
         save(tmp_path, 6, optimizer=full_disk)
     assert names(tmp_path) == []
 
