@@ -370,6 +370,11 @@ RULES = (
         "weights cannot be trained. Write `finetuning_type: lora`, or leave `quantization_bit` out.",
     ),
     Rule(
+        lambda v: v.num_completions_to_print != 4 and not v.log_completions,
+        "`num_completions_to_print: {num_completions_to_print}` would have no effect: no table is printed. Write "
+        "`log_completions: true`, or leave it out.",
+    ),
+    Rule(
         _loses_new_embeddings,
         "`resize_vocab`, `add_tokens`, `add_special_tokens` and `new_special_tokens_config` cannot go with "
         "`adapter_name_or_path: {adapter_name_or_path}`, which has no embeddings of its own: those of the new tokens "

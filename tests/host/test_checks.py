@@ -142,6 +142,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"vllm_sleep": 1}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"vllm_base": "trainer"}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"ddp_broadcast_buffers": True}, ["ddp_broadcast_buffers: true", "memory"]),
+    ({"num_completions_to_print": 2}, ["num_completions_to_print: 2", "log_completions: true"]),
     ({"enable_jit_checkpoint": True}, ["enable_jit_checkpoint: true", "SIGTERM"]),
     ({"torch_empty_cache_steps": 2}, ["torch_empty_cache_steps: 2"]),
     ({"dataloader_drop_last": True}, ["dataloader_drop_last: true", "once an epoch"]),
@@ -588,7 +589,7 @@ def test_a_moved_model_is_another_recipe(recipe, tmp_path):
     "changes",
     [
         {"logging_steps": 5, "save_steps": 7, "plot_loss": True, "log_completions": True},
-        {"max_tokens_per_micro_batch": 64, "num_completions_to_print": 1},
+        {"max_tokens_per_micro_batch": 64, "log_completions": True, "num_completions_to_print": 1},
         {"reward_funcs": ["accuracy"], "beta": 0, "warmup_steps": 0.0, "cutoff_len": "64"},
     ],
 )
