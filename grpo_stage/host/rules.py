@@ -492,6 +492,12 @@ VLLM_RULES = (
         f"{USE_HF}, or lower `lora_rank`",
     ),
     _vllm(
+        lambda v: v.vllm_max_lora_rank is not None and v.finetuning_type in ("full", "freeze"),
+        "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
+        "`finetuning_type: {finetuning_type}` trains no adapter, so that it would have no effect",
+        "Leave it out",
+    ),
+    _vllm(
         lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank not in LORA_RANKS,
         "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
         f"vLLM takes one of {', '.join(map(str, LORA_RANKS))}",

@@ -142,6 +142,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"vllm_sleep": 1}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"vllm_base": "trainer"}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"ddp_broadcast_buffers": True}, ["ddp_broadcast_buffers: true", "memory"]),
+    (VLLM | {"finetuning_type": "full", "vllm_max_lora_rank": 16}, ["vllm_max_lora_rank: 16", "no adapter"]),
     ({"num_completions_to_print": 2}, ["num_completions_to_print: 2", "log_completions: true"]),
     ({"enable_jit_checkpoint": True}, ["enable_jit_checkpoint: true", "SIGTERM"]),
     ({"torch_empty_cache_steps": 2}, ["torch_empty_cache_steps: 2"]),
