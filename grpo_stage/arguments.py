@@ -2,12 +2,14 @@
 
 The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
 `metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
-inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal.
+inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps other
+keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
 """
 
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -178,6 +180,7 @@ class GRPOArguments:
         default=None,
         metadata={
             "group": EVALUATION,
+            "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 1,
             "help": (
                 "Completions sampled for each prompt in an evaluation: the k of mean@k, pass@k and maj@k. "
@@ -189,6 +192,7 @@ class GRPOArguments:
         default=None,
         metadata={
             "group": EVALUATION,
+            "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 0.0,
             "help": (
                 "Sampling temperature of evaluations; 0 takes the most probable token each time, and goes with "
@@ -213,6 +217,7 @@ class GRPOArguments:
         default="auto",
         metadata={
             "group": MEMORY,
+            "only_with": {"rollout_backend": ("vllm",)},
             "help": (
                 "Where vLLM gets the model that an adapter stands on: `auto` reads `model_name_or_path` where that is "
                 "the model that is trained (on a GPU a 4-bit base stays in 4 bits), and otherwise has the trainer's "
@@ -224,6 +229,7 @@ class GRPOArguments:
         default=0,
         metadata={
             "group": MEMORY,
+            "only_with": {"rollout_backend": ("vllm",)},
             "min": 0,
             "max": 2,
             "help": (
@@ -297,7 +303,12 @@ class GRPOArguments:
     )
     num_completions_to_print: int = field(
         default=4,
-        metadata={"group": MONITORING, "min": 1, "help": "Rows of the table that `log_completions` prints."},
+        metadata={
+            "group": MONITORING,
+            "only_with": {"log_completions": (True,)},
+            "min": 1,
+            "help": "Rows of the table that `log_completions` prints.",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -316,6 +327,7 @@ class GRPOArguments:
         """
         for spec in dataclasses.fields(GRPOArguments):
             _check_bounds(spec, getattr(self, spec.name))
+            _check_effect(spec, vars(self))
 
         _check_rewards(list(self.reward_funcs or ()), self.reward_weights, self.reward_kwargs or {})
         _check_clip_range(self.epsilon, self.epsilon_high)
@@ -324,6 +336,30 @@ class GRPOArguments:
 def grpo_field_names() -> frozenset[str]:
     """The YAML keys that only this stage knows."""
     return frozenset(f.name for f in dataclasses.fields(GRPOArguments))
+
+
+def applies(spec: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> bool:
+    """Whether a key has an effect beside these values of other keys; one that `values` lacks stands in no way."""
+    conditions = spec.metadata.get("only_with", {})
+    return all(values[key] in allowed for key, allowed in conditions.items() if key in values)
+
+
+def _check_effect(spec: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> None:
+    value = values[spec.name]
+    if value == spec.default or applies(spec, values):
+        return
+    conditions = spec.metadata["only_with"].items()
+    broken = {key: allowed for key, allowed in conditions if key in values and values[key] not in allowed}
+    there = ", ".join(f"`{key}: {_shown(values[key])}`" for key in broken)
+    remedy = " and ".join(f"`{key}: {' or '.join(map(_shown, allowed))}`" for key, allowed in broken.items())
+    raise ValueError(
+        f"`{spec.name}: {_shown(value)}` would have no effect with {there}. Write {remedy}, or leave it out. "
+        f"{spec.metadata['help']}"
+    )
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:

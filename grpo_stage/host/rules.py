@@ -274,8 +274,8 @@ def _loses_new_embeddings(v: SimpleNamespace) -> bool:
 
 def _vllm_keys(v: SimpleNamespace) -> list[str]:
     """Those that the user wrote: the ones with a default of this stage's own are None otherwise."""
-    keys = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config", "vllm_sleep")
-    return [key for key in keys if getattr(v, key)] + ["vllm_base"] * (v.vllm_base != "auto")
+    keys = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config")
+    return [key for key in keys if getattr(v, key)]
 
 
 RULES = (
@@ -368,11 +368,6 @@ RULES = (
         lambda v: v.quantization_bit is not None and v.finetuning_type not in ("lora", "oft"),
         "`quantization_bit: {quantization_bit}` cannot go with `finetuning_type: {finetuning_type}`: quantized "
         "weights cannot be trained. Write `finetuning_type: lora`, or leave `quantization_bit` out.",
-    ),
-    Rule(
-        lambda v: v.num_completions_to_print != 4 and not v.log_completions,
-        "`num_completions_to_print: {num_completions_to_print}` would have no effect: no table is printed. Write "
-        "`log_completions: true`, or leave it out.",
     ),
     Rule(
         _loses_new_embeddings,

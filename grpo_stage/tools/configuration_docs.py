@@ -64,4 +64,9 @@ def _kind(spec: "dataclasses.Field[Any]", hint: Any) -> str:
         if bound in spec.metadata
     ]
     default = "none" if spec.default is None else f"`{json.dumps(spec.default)}`".replace('"', "")
-    return f"{', '.join([kind, *bounds])}. Default: {default}."
+    conditions = [
+        f"`{key}: {' or '.join(json.dumps(value).strip(chr(34)) for value in allowed)}`"
+        for key, allowed in spec.metadata.get("only_with", {}).items()
+    ]
+    only = f" Only with {' and '.join(conditions)}." if conditions else ""
+    return f"{', '.join([kind, *bounds])}. Default: {default}.{only}"
