@@ -2,8 +2,8 @@
 
 The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
 `metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
-inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps other
-keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
+inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps
+other keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
 """
 
 import dataclasses
