@@ -18,10 +18,18 @@ if TYPE_CHECKING:
 
 WATCHED = frozenset(
     {
+        "llamafactory.extras.constants",
         "llamafactory.hparams.parser",
         "llamafactory.launcher",
         "llamafactory.train.tuner",
         "llamafactory.v1.launcher",
+        "llamafactory.webui.common",
+        "llamafactory.webui.components.top",
+        "llamafactory.webui.components.train",
+        "llamafactory.webui.engine",
+        "llamafactory.webui.interface",
+        "llamafactory.webui.locales",
+        "llamafactory.webui.runner",
     }
 )
 
@@ -32,8 +40,9 @@ def is_enabled(variable: str) -> bool:
 
 
 def is_watched(name: str) -> bool:
-    """Whether the module called `name` is to be changed. The launcher concerns us under `USE_MCA=1` only."""
-    return name in WATCHED and (name != "llamafactory.launcher" or is_enabled("USE_MCA"))
+    """Whether the module called `name` is to be changed. The launcher concerns us in training only."""
+    is_training = sys.argv[1:2] == ["train"] or is_enabled("USE_MCA")
+    return name in WATCHED and (name != "llamafactory.launcher" or is_training)
 
 
 class PostImportFinder:
@@ -77,9 +86,8 @@ def register() -> None:
     if _FINDER in sys.meta_path:
         return
     sys.meta_path.insert(0, _FINDER)
-    for name in filter(is_watched, WATCHED):
-        if name in sys.modules:
-            _on_import(sys.modules[name])
+    for name in filter(is_watched, WATCHED & sys.modules.keys()):
+        _on_import(sys.modules[name])
 
 
 def unregister() -> None:

@@ -63,7 +63,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
 
     model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     _warn_of_slow_precision(model)
-    sampling = _sampling_settings(arguments, model, template, tokenizer)
+    sampling = sampling_settings(arguments, model, template, tokenizer)
     reference = _reference_policy(arguments, model, tokenizer)
     engine = _rollout_engine(arguments, model, tokenizer, sampling)
     try:
@@ -116,7 +116,7 @@ def _run(trainer: GRPOTrainer, arguments: "RunArguments") -> None:
     facade.create_modelcard_and_push(trainer, arguments.model, arguments.data, training_args, arguments.finetuning)
 
 
-def _sampling_settings(
+def sampling_settings(
     arguments: "RunArguments", model: Any, template: Any, tokenizer: PreTrainedTokenizerBase
 ) -> SamplingSettings:
     generating = arguments.generating
@@ -174,7 +174,7 @@ def _rollout_engine(
 ) -> RolloutEngine:
     model_args = arguments.model
     if arguments.finetuning.rollout_backend == "hf":
-        return HFEngine(tokenizer, autocast_dtype=_autocast_dtype(arguments))
+        return HFEngine(tokenizer, autocast_dtype=autocast_dtype(arguments))
     from .rollout.vllm_engine import VLLMEngine
 
     on_cpu = arguments.training.device.type == "cpu"
@@ -295,7 +295,7 @@ def _vllm_quantizes_alike(arguments: "RunArguments", model: Any) -> bool:
     return text_config.dtype == arguments.model.compute_dtype
 
 
-def _autocast_dtype(arguments: "RunArguments") -> torch.dtype | None:
+def autocast_dtype(arguments: "RunArguments") -> torch.dtype | None:
     """The precision of mixed-precision passes; None where the model computes in its own."""
     if arguments.training.bf16:
         return torch.bfloat16
@@ -303,7 +303,7 @@ def _autocast_dtype(arguments: "RunArguments") -> torch.dtype | None:
 
 
 def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
-    return _autocast_dtype(arguments) or model.get_input_embeddings().weight.dtype
+    return autocast_dtype(arguments) or model.get_input_embeddings().weight.dtype
 
 
 def _canary_bound(arguments: "RunArguments", model: Any) -> float:

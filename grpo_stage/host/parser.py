@@ -49,7 +49,8 @@ STAGE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "logging_steps": 1}
 )
 DEFAULT_VLLM_GPU_UTIL = 0.3
-_DERIVED_KEYS = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank")
+DERIVED_KEYS = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank")
+"""Those that the stage sets from others where they are not written; the host's default for them counts for nothing."""
 
 
 def refuse_grpo_keys(raw: RawArguments) -> None:
@@ -75,21 +76,39 @@ def parse(raw: RawArguments) -> RunArguments:
     """
     if isinstance(raw, list) and {"-h", "--help"} & set(raw):
         host.get_train_args(raw)  # prints the help and exits
-    hints = _hints()
-    written = known_keys(read(raw), hints, allow_others=is_env_enabled("ALLOW_EXTRA_ARGS"))
-    values = {key: as_hinted(key, value, hints[key]) for key, value in written.items()}
-    given = frozenset(key for key, value in values.items() if value is not None)
-    values = {**STAGE_DEFAULTS, **values}
-
-    GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate()
-    refuse_impossible(SimpleNamespace(**{**_defaults(), **dict.fromkeys(_DERIVED_KEYS), **values}), given)
-
-    model, data, training, finetuning, generating = host.get_train_args(values)
+    written = check(raw)
+    given = frozenset(key for key, value in written.items() if value is not None)
+    model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})
     arguments = RunArguments(model, data, training, finetuning, generating, given)
     assert isinstance(arguments.finetuning, GRPOFinetuningArguments), "grpo_stage.host.registration is not installed"
     _derive(arguments)
     refuse_unfit(arguments)
     return arguments
+
+
+def check(raw: RawArguments) -> dict[str, Any]:
+    """The keys that were written, their values in their types: all that `parse` does before the host's own parser.
+
+    Raises:
+        ValueError: for what the keys alone, or small local files, show to be wrong.
+    """
+    written = typed(raw)
+    values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
+    given = frozenset(key for key, value in written.items() if value is not None)
+    GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate()
+    refuse_impossible(SimpleNamespace(**values), given)
+    return written
+
+
+def typed(raw: RawArguments) -> dict[str, Any]:
+    """The keys that were written, their values in their types.
+
+    Raises:
+        ValueError: for a key that nobody knows, and for a value of another type.
+    """
+    hints = _hints()
+    written = known_keys(read(raw), hints, allow_others=is_env_enabled("ALLOW_EXTRA_ARGS"))
+    return {key: as_hinted(key, value, hints[key]) for key, value in written.items()}
 
 
 def _derive(arguments: RunArguments) -> None:
@@ -117,10 +136,12 @@ def _hints() -> dict[str, Any]:
     return hints
 
 
-def _defaults() -> dict[str, Any]:
-    return {
+def effective_defaults() -> dict[str, Any]:
+    """What a run of this stage takes where a key is not written, less what is derived from others."""
+    host_defaults = {
         spec.name: spec.default_factory() if callable(spec.default_factory) else spec.default
         for cls in ARGUMENT_CLASSES
         for spec in dataclasses.fields(cls)
         if spec.init
     }
+    return {**host_defaults, **STAGE_DEFAULTS}

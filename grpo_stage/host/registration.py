@@ -5,6 +5,7 @@ there already, and `uninstall()` takes all of them back. On a host that the stag
 applied: they refuse `stage: grpo` with the reason, and all other stages are left alone.
 """
 
+import importlib
 import json
 import sys
 from collections.abc import Callable
@@ -31,7 +32,7 @@ RawArguments = dict[str, Any] | list[str]
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One change to the host. A list is changed in place, since others may hold it by name."""
+    """One change to the host. A list or a mapping is changed in place, since others may hold it by name."""
 
     module: str
     attribute: str
@@ -73,8 +74,8 @@ def uninstall() -> None:
             )
     _autoload.unregister()
     for row, applied in _applied.items():
-        if isinstance(applied.current, list):
-            applied.current[:] = applied.original
+        if isinstance(applied.current, list | dict):
+            _fill(applied.current, applied.original)
         else:
             setattr(applied.module, row.attribute, applied.original)
     _applied.clear()
@@ -88,13 +89,22 @@ def on_import(module: ModuleType) -> None:
         if row.module != module.__name__ or not (row.is_guard or is_supported) or not hasattr(module, row.attribute):
             continue
         original = getattr(module, row.attribute)
-        if isinstance(original, list):
-            saved = list(original)
-            original[:] = row.replace(saved)
+        if isinstance(original, list | dict):
+            saved = original.copy()
+            _fill(original, row.replace(saved))
             _applied[row] = Applied(module, original, saved)
         else:
             setattr(module, row.attribute, current := row.replace(original))
             _applied[row] = Applied(module, current, original)
+
+
+def _fill(container: Any, content: Any) -> None:
+    """Give a list or a mapping another content."""
+    container.clear()
+    if isinstance(container, dict):
+        container.update(content)
+    else:
+        container.extend(content)
 
 
 def run_cli() -> None:
@@ -142,6 +152,31 @@ def _read_json_from_paths(module: ModuleType) -> SimpleNamespace:
     return SimpleNamespace(**{**vars(module), "load": load})
 
 
+def _add_grpo_to_stages(stages: dict[str, str]) -> dict[str, str]:
+    """In the Board's list, right behind PPO."""
+    names = list(stages)
+    names.insert(names.index("PPO") + 1 if "PPO" in names else len(names), "GRPO")
+    return {name: stages.get(name, STAGE) for name in names}
+
+
+def _keep_arguments_whole(module: ModuleType) -> SimpleNamespace:
+    """The host's launcher joins its arguments with spaces and splits the whole at spaces."""
+
+    def run(command: list[str], **kwargs: Any) -> Any:
+        arguments = sys.argv[1:]
+        words = " ".join(arguments).split()
+        if words and stage_of(read_command_line(arguments)) == STAGE:
+            command = [*command[: -len(words)], *arguments]
+        return module.run(command, **kwargs)
+
+    return SimpleNamespace(**{**vars(module), "run": run})
+
+
+def _by(module: str, function: str) -> Callable[[Any], Any]:
+    """What `function` makes of the host's value; the module is imported once a Board is."""
+    return lambda original: getattr(importlib.import_module(f"grpo_stage.host.{module}"), function)(original)
+
+
 @wrapt.decorator
 def _refuse_unsupported_host(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     given = args[0] if args else kwargs.get("args")
@@ -172,7 +207,7 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 @wrapt.decorator
 def _refuse_megatron_launch(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if _launches_grpo():
+    if _autoload.is_enabled("USE_MCA") and _launches_grpo():
         _refuse_megatron()
     return wrapped(*args, **kwargs)
 
@@ -257,10 +292,70 @@ ROWS: tuple[Row, ...] = (
         is_guard=True,
     ),
     Row(
+        "llamafactory.launcher",
+        "subprocess",
+        _keep_arguments_whole,
+        "On several devices a value with a space in it would reach the run in pieces.",
+    ),
+    Row(
         "llamafactory.v1.launcher",
         "launch",
         _refuse_v1_launch,
         "USE_V1=1 leads to trainers that know neither the stage nor its keys.",
         is_guard=True,
+    ),
+    Row(
+        "llamafactory.extras.constants",
+        "TRAINING_STAGES",
+        _add_grpo_to_stages,
+        "LLaMA Board's stage list.",
+    ),
+    Row(
+        "llamafactory.webui.locales",
+        "LOCALES",
+        _by("locales", "add_texts"),
+        "The texts of our elements; the Board looks them up by an element's name.",
+    ),
+    Row(
+        "llamafactory.webui.interface",
+        "create_train_tab",
+        _by("board", "with_grpo"),
+        "The panel and the run view.",
+    ),
+    Row(
+        "llamafactory.webui.engine",
+        "Runner",
+        _by("board_runner", "grpo_runner"),
+        "From the form to a run's arguments, and to and from a saved configuration.",
+    ),
+    Row(
+        "llamafactory.webui.common",
+        "_clean_cmd",
+        _by("board_command", "keep_false"),
+        "The host drops False and empty text from what it runs, which may be a choice.",
+    ),
+    Row(
+        "llamafactory.webui.runner",
+        "gen_cmd",
+        _by("board_command", "quote"),
+        "The host's preview does not quote, so that a shell would read other values.",
+    ),
+    Row(
+        "llamafactory.webui.components.top",
+        "get_model_info",
+        _by("board_loaded", "keep_model"),
+        "The model that a configuration names brings its own path and template along.",
+    ),
+    Row(
+        "llamafactory.webui.components.top",
+        "list_checkpoints",
+        _by("board_loaded", "keep_checkpoints"),
+        "So do its adapters.",
+    ),
+    Row(
+        "llamafactory.webui.components.train",
+        "change_stage",
+        _by("board_loaded", "keep_dataset"),
+        "And the stage its datasets.",
     ),
 )

@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 
 from .. import __version__
-from . import configuration_docs, quickstart_model
+from . import configuration_docs, quickstart_model, try_rewards
 
 
-SUBCOMMANDS = (quickstart_model, configuration_docs)
+SUBCOMMANDS = (quickstart_model, try_rewards, configuration_docs)
 
 
 def build_parser() -> argparse.ArgumentParser:

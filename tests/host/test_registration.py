@@ -143,7 +143,10 @@ class TestRows:
         def contents() -> dict[tuple[str, str], tuple[int, list[int]]]:
             """Identities: a wrapt wrapper equals what it wraps."""
             return {
-                (module.__name__, name): (id(value), [id(item) for item in value] if isinstance(value, list) else [])
+                (module.__name__, name): (
+                    id(value),
+                    [id(item) for item in value] if isinstance(value, list | dict) else [],
+                )
                 for module in modules
                 for name, value in vars(module).items()
             }
@@ -284,6 +287,30 @@ class TestModes:
                 launcher.launch()
         assert len(commands) == 1
         assert commands[0][0] == "torchrun"
+
+    def test_arguments_reach_torchrun_whole(
+        self, tuner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The host joins them with spaces and splits the whole at spaces."""
+        registration.uninstall()
+        monkeypatch.setenv("FORCE_TORCHRUN", "1")
+        commands: list[list[str]] = []
+        launcher = importlib.import_module("llamafactory.launcher")
+        monkeypatch.setattr(
+            launcher.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)
+        )
+        arguments = ["--default_system", "Think  first,\nthen 'answer'.", "--output_dir", "my runs/a b", "--seed", "7"]
+        monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "train"])
+        registration.install()
+        for stage in ("grpo", "sft"):
+            monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "train", "--stage", stage, *arguments])
+            with pytest.raises(SystemExit):
+                launcher.launch()
+        ours, hosts = commands
+        script = ours.index(launcher.__file__)
+        assert ours[script + 1 :] == ["--stage", "grpo", *arguments]
+        assert [word for word in ours[:script] if not word.isdigit()] == [w for w in hosts[:script] if not w.isdigit()]
+        assert "Think" in hosts
 
     def test_megatron_is_refused_in_process(self, tuner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("USE_MCA", "1")

@@ -1,0 +1,261 @@
+"""Try a recipe's rewards on its own dataset before a run: do they tell a perfect completion from a broken one?
+
+Scores completions that are made from the reference answers, or sampled from the model. Needs no GPU, and without
+`--completions model` no model either. Nothing is written but the file of `--json`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..host.parser import RunArguments
+    from ..rewards import RewardSuite
+    from ..rewards.trial import TrialRow
+    from ..types import Completion, Prompt
+
+
+NAME = "try-rewards"
+HELP = "score perfect, broken or sampled completions with a recipe's rewards, before a run"
+
+SHOWN_CHARACTERS = 80
+# The parser reads the model's config. Of this kind it knows no limit of positions, nor any quantization.
+_STAND_IN_CONFIG = {"model_type": "t5"}
+# References need no device; and a recipe for a GPU can be tried where there is none.
+_WITHOUT_DEVICE = {"use_cpu": True, "bf16": False, "fp16": False, "pure_bf16": False, "tf32": None}
+_IN_BYTES = (
+    "No model is chosen, so that lengths are counted in bytes: `num_tokens`, and what `length`, `overlong` and "
+    "`repetition` see, are not what they will be in a run. Name `model_name_or_path` to count its tokens."
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TrialResult:
+    """What is written to the file of `--json`."""
+
+    functions: Sequence[str]
+    weights: Sequence[float]
+    notes: Sequence[str]
+    rows: "Sequence[TrialRow]"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="the recipe, a YAML or JSON file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the file")
+    parser.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the dataset (default: 4)")
+    parser.add_argument(
+        "--completions",
+        choices=("reference", "model"),
+        default="reference",
+        help="made from the reference answers (default), or also sampled from the model, `num_generations` a row",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, too")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.rows < 1:
+        raise ValueError(f"`--rows {args.rows}` must be at least 1.")
+    # Before the host is imported, which reads it then.
+    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
+    # Before torch looks for devices: the host refuses several of them in one process.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    with contextlib.redirect_stdout(sys.stderr):  # the host prints, and logs to stdout
+        result = _try(args)
+    if args.json is not None:
+        _write(args.json, result)
+    _print(result)
+
+
+def _try(args: argparse.Namespace) -> TrialResult:
+    from datasets.exceptions import DatasetsError
+
+    from ..host.contract import UnsupportedHostError, check_contract
+    from ..host.registration import install
+    from ..rewards import RewardError
+
+    configuration = _read(args.config, args.overrides)
+    install()
+    try:
+        check_contract()
+        return _try_recipe(configuration, args.rows, samples=args.completions == "model")
+    except (RewardError, UnsupportedHostError) as error:
+        raise ValueError(str(error)) from error
+    except (OSError, DatasetsError) as error:  # files of the model or of a dataset are not there, or damaged
+        named = ", ".join(f"`{key}: {configuration.get(key)}`" for key in ("model_name_or_path", "dataset"))
+        raise ValueError(f"One of {named} cannot be loaded: {error} {error.__cause__ or ''}".rstrip()) from error
+
+
+def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """The recipe as the host reads it.
+
+    Raises:
+        ValueError: if that is no mapping, or another stage's.
+    """
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    from ..host.registration import STAGE, read_command_line, stage_of
+
+    if config.suffix not in (".yaml", ".yml", ".json"):
+        raise ValueError(f"{config} is no recipe: the name of one ends with .yaml, .yml or .json.")
+    try:
+        configuration = read_command_line([str(config), *overrides])
+    except (OSError, TypeError, YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{config} cannot be read as a mapping of keys to values: {error}") from error
+    if not isinstance(configuration, dict) or stage_of(configuration) != STAGE:
+        raise ValueError(f"{config} is no recipe of `stage: {STAGE}`, the stage that has rewards.")
+    return configuration
+
+
+def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
+    from ..rewards import load_rewards
+    from ..rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
+
+    has_model = bool(configuration.get("model_name_or_path"))
+    if samples and not has_model:
+        raise ValueError("`--completions model` samples from `model_name_or_path`, which is missing. Name a model.")
+    arguments = _parse(configuration, num_rows, has_model, on_device=samples)
+    rewards = load_rewards(
+        cast(list[str], arguments.finetuning.reward_funcs),
+        cast(list[float] | None, arguments.finetuning.reward_weights),
+        cast(dict[str, Any] | None, arguments.finetuning.reward_kwargs),
+        max_new_tokens=arguments.generating.max_new_tokens,
+        timeout_s=arguments.finetuning.reward_timeout,
+    )
+    with contextlib.closing(rewards):
+        tokenizer, template, prompts = _load_prompts(arguments, num_rows, has_model, rewards)
+        completions = [list(completions_from(prompt.reference, tokenizer).items()) for prompt in prompts]
+        if samples:
+            for of_prompt, sampled in zip(completions, _sample(arguments, tokenizer, template, prompts), strict=True):
+                of_prompt += [(SAMPLED, completion) for completion in sampled]
+        rows = try_rewards(rewards, prompts, completions)
+    notes = [*warnings_about(rows, rewards.names), *([] if has_model else [_IN_BYTES])]
+    return TrialResult(functions=rewards.names, weights=rewards.weights, notes=notes, rows=rows)
+
+
+def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_device: bool) -> "RunArguments":
+    """As a run's arguments are parsed, with harmless values for what matters to a run alone."""
+    from ..host.parser import parse
+
+    with tempfile.TemporaryDirectory(prefix="grpo-stage-try-") as folder:
+        values = {
+            **configuration,
+            "do_train": True,
+            "output_dir": os.path.join(folder, "output"),  # which is never made; the user's may hold a run
+            "resume_from_checkpoint": None,
+        }
+        if not on_device:
+            values |= _WITHOUT_DEVICE
+        if not has_model:
+            Path(folder, "config.json").write_text(json.dumps(_STAND_IN_CONFIG), encoding="utf-8")
+            values["model_name_or_path"] = folder
+        arguments = parse(values)
+
+    data = arguments.data
+    data.max_samples = min(num_rows, data.max_samples or num_rows)  # of each dataset
+    data.preprocessing_num_workers = None
+    data.val_size, data.eval_dataset = 0.0, None
+    if not has_model:
+        # Rewards see no template. Many want the model's tokens or its processor, and `cutoff_len` counts its tokens.
+        data.template, data.cutoff_len = "default", sys.maxsize
+    return arguments
+
+
+def _load_prompts(
+    arguments: "RunArguments", num_rows: int, has_model: bool, rewards: "RewardSuite"
+) -> "tuple[PreTrainedTokenizerBase, Any, list[Prompt]]":
+    """The tokenizer, the template, and prompts from all of the recipe's datasets."""
+    from transformers import ByT5Tokenizer
+
+    from ..host import facade
+    from ..host.datasets import load_prompts
+
+    module = facade.load_tokenizer(arguments.model) if has_model else {"tokenizer": ByT5Tokenizer(), "processor": None}
+    tokenizer = module["tokenizer"]
+    template = facade.get_template_and_fix_tokenizer(tokenizer, arguments.data)
+    prompts = load_prompts(
+        template,
+        tokenizer,
+        module["processor"],
+        arguments.model,
+        arguments.data,
+        arguments.training,
+        arguments.finetuning,
+    ).train
+    rewards.check(prompts)
+    num_rows = min(num_rows, len(prompts))
+    return tokenizer, template, [prompts[i * len(prompts) // num_rows] for i in range(num_rows)]
+
+
+def _sample(
+    arguments: "RunArguments", tokenizer: "PreTrainedTokenizerBase", template: Any, prompts: "Sequence[Prompt]"
+) -> "list[tuple[Completion, ...]]":
+    from ..host import facade
+    from ..rollout.hf import HFEngine
+    from ..workflow import autocast_dtype, sampling_settings
+
+    model = facade.load_model(tokenizer, arguments.model, arguments.finetuning, arguments.training.do_train)
+    engine = HFEngine(tokenizer, autocast_dtype=autocast_dtype(arguments))
+    with contextlib.closing(engine):
+        engine.sync(model, version=0)
+        groups = engine.generate(prompts, sampling_settings(arguments, model, template, tokenizer), step=0)
+    return [group.completions for group in groups]
+
+
+def _write(path: Path, result: TrialResult) -> None:
+    """All at once: whoever waits for the file reads it whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False), encoding="utf-8")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _print(result: TrialResult) -> None:
+    from rich.console import Console
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table("prompt", Column("kind", no_wrap=True), "completion")
+    for name, weight in zip(result.functions, result.weights, strict=True):
+        table.add_column(Text(f"{name}\nx {weight:g}"), justify="right")
+    table.add_column("total", justify="right")
+    last_index = None
+    for row in result.rows:
+        is_first = row.prompt_index != last_index
+        if is_first:
+            table.add_section()
+        last_index = row.prompt_index
+        table.add_row(
+            Text(_shortened(row.prompt) if is_first else ""),  # Text: what is in brackets is no markup
+            row.kind,
+            Text(_shortened(row.completion)),
+            *(_number(value) for value in row.rewards.values()),
+            _number(row.reward),
+        )
+    console = Console()
+    console.print(table)
+    for note in result.notes:
+        console.print(Text(f"Note: {note}"))
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    half = SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{round(value, 2) + 0.0:.2f}"  # no -0.00

@@ -1,0 +1,107 @@
+"""Every text of ours in every language of the Board."""
+
+import re
+from string import Formatter
+from typing import Any
+
+import pytest
+
+from grpo_stage.host.board_fields import FORM_FIELDS
+from grpo_stage.host.board_run_view import PLOTS
+from grpo_stage.host.locales import LANGUAGES, add_texts, message, texts
+
+from .conftest import Board
+
+
+SCRIPTS = {
+    "ru": "[\u0430-\u044f]",
+    "zh": "[\u4e00-\u9fff]",
+    "ko": "[\uac00-\ud7a3]",
+    "ja": "[\u3040-\u30ff\u4e00-\u9fff]",
+}
+
+
+def test_the_languages_are_the_boards() -> None:
+    from llamafactory.webui.locales import LOCALES
+
+    assert set(LANGUAGES) == set(LOCALES["title"])
+
+
+def test_every_element_of_ours_has_its_texts(board: Board) -> None:
+    from llamafactory.webui.locales import LOCALES
+
+    names = [name for name, _ in board.manager.get_elem_iter() if name.startswith("grpo_")]
+    assert len(names) > len(FORM_FIELDS) + len(PLOTS)
+    assert [name for name in names if set(LOCALES.get(name, {})) != set(LANGUAGES)] == []
+
+
+def test_no_text_is_without_an_element(board: Board) -> None:
+    assert set(texts("en")["elements"]) == {n for n, _ in board.manager.get_elem_iter() if n.startswith("grpo_")}
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_field_has_a_label_and_says_what_it_does(language: str) -> None:
+    elements = texts(language)["elements"]
+    missing = [
+        (field.key, what)
+        for field in FORM_FIELDS
+        for what in ("label", "info")
+        if not elements[field.element].get(what)
+    ]
+    assert missing == []
+    # A label that is the bare key is what a field gets that nobody has written a label for.
+    assert [field.key for field in FORM_FIELDS if elements[field.element]["label"] == field.key] == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+def test_a_language_has_what_english_has(language: str) -> None:
+    english, ours = texts("en"), texts(language)
+    assert {name: set(element) for name, element in ours["elements"].items()} == {
+        name: set(element) for name, element in english["elements"].items()
+    }
+    assert set(ours["messages"]) == set(english["messages"])
+    for name, sentence in english["messages"].items():
+        assert placeholders(ours["messages"][name]) == placeholders(sentence)
+        assert ours["messages"][name].count("|") == sentence.count("|")
+
+
+def placeholders(sentence: str) -> set[str]:
+    return {name for _, name, _, _ in Formatter().parse(sentence) if name}
+
+
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+def test_a_language_is_translated(language: str) -> None:
+    same = [
+        f"{name}.{what}"
+        for name, element in texts(language)["elements"].items()
+        for what, text in element.items()
+        if not re.search(SCRIPTS[language], text, re.IGNORECASE) and text not in ("Top-p", "Top-k", "nat/token")
+    ]
+    assert same == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+def test_keys_and_values_stay_as_they_are_written_in_yaml(language: str) -> None:
+    lost = [
+        f"{name}: {code}"
+        for name, element in texts("en")["elements"].items()
+        for code in re.findall(r"`[^`]+`", element.get("info", ""))
+        if code not in texts(language)["elements"][name]["info"]
+    ]
+    assert lost == []
+
+
+def test_the_hosts_texts_stay_as_they_are() -> None:
+    host: dict[str, Any] = {"lang": {"en": {"label": "Language"}}}
+    assert add_texts(host)["lang"] is host["lang"]
+    assert host.keys() == {"lang"}
+
+
+def test_the_language_changes_live(board: Board) -> None:
+    changed = board.by_id(board.engine.change_lang("ko"))
+    assert changed["train.grpo_beta"].label == texts("ko")["elements"]["grpo_beta"]["label"]
+    assert changed["train.grpo_plot_time"].y_title == texts("ko")["elements"]["grpo_plot_time"]["y_title"]
+
+
+def test_messages_are_filled_in() -> None:
+    assert message("progress", "en", step=3, steps=24) == "**Step 3 of 24.**"

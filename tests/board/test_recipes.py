@@ -1,0 +1,243 @@
+"""Configurations saved and loaded, recipes imported and exported: no choice is lost."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grpo_stage.host import board_loaded
+from grpo_stage.host.board_fields import FORM_FIELDS
+from grpo_stage.host.board_recipes import export_recipe, import_recipe
+from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
+from grpo_stage.host.registration import read_command_line
+
+from .conftest import REPOSITORY, Board
+from .test_form import companions, values_of
+
+
+RECIPES = [
+    path
+    for path in sorted((REPOSITORY / "yaml_examples").rglob("*.yaml"))
+    if yaml.safe_load(path.read_text()).get("stage") == "grpo"
+]
+OTHER_FILES = sorted(set((REPOSITORY / "yaml_examples").rglob("*.yaml")) - set(RECIPES))
+MADE_UP: dict[str, dict[str, Any]] = {
+    "bounds of widgets": {"save_steps": 3, "logging_steps": 5000, "top_k": -1, "lora_rank": 2000, "cutoff_len": 2},
+    "kinds": {
+        "save_strategy": "no",
+        "load_best_model_at_end": False,
+        "dataloader_pin_memory": False,
+        "warmup_steps": 0.1,
+        "default_system": "Say 'it', \"then\" this:\n  a, b # c",
+        "reward_kwargs": {"regex": {"pattern": "a, b 'c' \"d\""}},
+        "reward_weights": [1, 0.5],
+        "reward_funcs": ["regex", "my rewards/some file.py:score"],
+        "lr_scheduler_kwargs": {"num_cycles": 2},
+        "report_to": ["tensorboard", "wandb"],
+    },
+    "evaluation": {"eval_dataset": "addition", "eval_strategy": "epoch", "eval_num_generations": 4, "val_size": 3},
+    "no evaluation of a split": {"val_size": 0.1},
+    "full": {"finetuning_type": "full", "pure_bf16": True, "lora_alpha": 7},
+    "freeze": {"finetuning_type": "freeze", "freeze_trainable_layers": 0, "freeze_extra_modules": "norm"},
+    "qlora": {"quantization_bit": 4, "double_quantization": False, "quantization_type": "fp4"},
+    "adapters": {"adapter_name_or_path": "first,second", "create_new_adapter": True, "output_dir": "plain name"},
+    "lora": {
+        "lora_rank": 64,
+        "use_rslora": True,
+        "pissa_init": True,
+        "lora_target": "q_proj,v_proj",
+        "lora_dropout": 0,
+    },
+    "galore": {"finetuning_type": "full", "use_galore": True, "galore_rank": 4, "galore_target": "mlp"},
+    "derived": {
+        "vllm_maxlen": 4096,
+        "vllm_gpu_util": 0.7,
+        "vllm_max_lora_rank": 32,
+        "vllm_config": {"max_num_seqs": 8},
+    },
+    "model of the host's list": {"model_name_or_path": "Qwen/Qwen2.5-1.5B-Instruct", "template": "qwen"},
+    "defaults taken back": {"trust_remote_code": False, "plot_loss": False, "max_samples": 10, "flash_attn": "sdpa"},
+    "fast attention": {"flash_attn": "fa2", "enable_liger_kernel": False},
+    "thinking": {"enable_thinking": False, "template": "qwen3"},
+    "almost nothing": {"template": None, "dataset": None, "model_name_or_path": None},
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    return read_command_line([str(path)])  # type: ignore[return-value]
+
+
+def what_runs(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Every key's value in a run of the recipe; of a derived key, whether it is given. Paths as they resolve."""
+    written = {key: value for key, value in typed(recipe).items() if value is not None}
+    values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
+    for key in ("reward_weights", "reward_funcs"):
+        values[key] = [str(item) for item in str(values[key]).split(",")]
+    values["lora_alpha"] = values["lora_alpha"] or 2 * values["lora_rank"]
+    for key in ("output_dir", "adapter_name_or_path"):
+        values[key] = values[key] and [str(Path(item).resolve()) for item in str(values[key]).split(",")]
+    return values
+
+
+def round_trip(board: Board, recipe: dict[str, Any]) -> dict[str, Any]:
+    """Into the form as a page would hold it, and out again."""
+    form = import_recipe(board.runner, recipe)
+    data = {**board.data(), **form}
+    Path("exported.yaml").write_text(export_recipe(board.runner._parse_train_args(data)), encoding="utf-8")
+    return load(Path("exported.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_example_survives_the_form(path: Path, board: Board) -> None:
+    recipe = load(path)
+    assert what_runs(round_trip(board, recipe)) == what_runs(recipe)
+
+
+@pytest.mark.parametrize("changes", MADE_UP.values(), ids=MADE_UP)
+def test_every_kind_of_recipe_survives_the_form(changes: dict[str, Any], board: Board) -> None:
+    recipe = {**load(REPOSITORY / "yaml_examples" / "quickstart.yaml"), **changes}
+    assert what_runs(round_trip(board, recipe)) == what_runs(recipe)
+
+
+@pytest.mark.parametrize("field", FORM_FIELDS, ids=lambda field: field.key)
+def test_every_field_survives_a_file(field: Any, board: Board) -> None:
+    for value in values_of(field):
+        values = {**companions(field), f"train__grpo_{field.key}": value}
+        made = board.arguments(**values)
+        assert what_runs(round_trip(board, made)) == what_runs(made)
+
+
+def test_the_form_shows_the_recipe(board: Board) -> None:
+    form = board.by_id(import_recipe(board.runner, load(REPOSITORY / "yaml_examples" / "quickstart.yaml")))
+    shown = {
+        "top.model_name": "Custom",
+        "top.model_path": "quickstart/model",
+        "top.template": "smollm2",
+        "train.training_stage": "GRPO",
+        "train.dataset": ["addition"],
+        "train.learning_rate": "0.0003",
+        "train.batch_size": 8,
+        "train.lora_rank": 16,
+        "train.lora_alpha": 32,
+        "train.compute_type": "fp32",
+        "train.grpo_reward_funcs": ["accuracy"],
+        "train.grpo_max_new_tokens": 16,
+        "train.grpo_log_completions": True,
+    }
+    assert {key: form[key] for key in shown} == shown
+    extra = json.loads(form["train.extra_args"])
+    assert {"max_steps": 24, "seed": 44, "use_cpu": True}.items() <= extra.items()
+    assert [key for key in ("lora_rank", "num_generations", "reward_funcs", "bf16") if key in extra] == []
+
+
+@pytest.mark.parametrize("path", OTHER_FILES, ids=lambda path: path.stem)
+def test_files_of_other_stages_are_refused(path: Path, board: Board) -> None:
+    with pytest.raises(ValueError, match=r"stage: none.*stage: grpo"):
+        import_recipe(board.runner, load(path))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"stage": "sft"}, "stage: sft"),
+        ({"num_generatons": 4}, "num_generations"),
+        ({"beta": "much"}, "a finite number"),
+    ],
+    ids=str,
+)
+def test_what_nobody_knows_is_refused(changes: dict[str, Any], said: str, board: Board) -> None:
+    with pytest.raises(ValueError, match=said):
+        import_recipe(board.runner, {**load(REPOSITORY / "yaml_examples" / "quickstart.yaml"), **changes})
+
+
+def save_and_load(board: Board, data: dict[Any, Any]) -> dict[Any, Any]:
+    said = board.by_id(board.runner.save_args(data))["train.output_box"]
+    assert said == "Arguments have been saved at: llamaboard_config/saved.yaml"
+    return {**board.data(), **board.runner.load_args("en", "saved.yaml")}
+
+
+@pytest.mark.parametrize("field", FORM_FIELDS, ids=lambda field: field.key)
+def test_every_field_is_saved_and_loaded(field: Any, board: Board) -> None:
+    for value in values_of(field):
+        data = board.data(**companions(field), **{f"train__grpo_{field.key}": value})
+        if board.runner._initialize(data, do_train=True, from_preview=True):
+            continue  # what the run would refuse cannot be saved
+        loaded = save_and_load(board, data)
+        assert board.runner._parse_train_args(loaded) == board.runner._parse_train_args(data)
+
+
+def test_a_saved_configuration_opens_without_the_package(board: Board) -> None:
+    from llamafactory.webui.manager import Manager
+    from llamafactory.webui.runner import Runner
+
+    board.runner.save_args(board.data(train__grpo_num_generations=4, train__grpo_beta=0.04))
+    manager = Manager()
+    for element_id, element in board.manager._id_to_elem.items():
+        if "grpo_" not in element_id:
+            tab, _, name = element_id.partition(".")
+            manager.add_elems(tab, {name: element})
+    opened = Runner(manager).load_args("en", "saved.yaml")
+    values = {manager.get_id_by_elem(element): value for element, value in opened.items()}
+    assert json.loads(values["train.extra_args"]) == {
+        **{"optim": "adamw_torch", "num_generations": 4, "beta": 0.04},
+        **{"reward_funcs": "accuracy", "log_completions": True},
+    }
+
+
+def test_a_configuration_of_before_a_field_existed_opens(board: Board) -> None:
+    board.runner.save_args(board.data(train__grpo_num_generations=4))
+    path = Path("llamaboard_config/saved.yaml")
+    config = yaml.safe_load(path.read_text())
+    extra = json.loads(config["train.extra_args"])
+    del extra["num_generations"], config["train.warmup_steps"]
+    path.write_text(yaml.safe_dump({**config, "train.extra_args": json.dumps(extra)}))
+    loaded = board.by_id(board.runner.load_args("en", "saved.yaml"))
+    assert loaded["train.grpo_num_generations"] == 8
+    assert loaded["train.grpo_reward_funcs"] == ["accuracy"]
+
+
+def test_loading_another_stage_leaves_the_panel_alone(board: Board) -> None:
+    board.runner.save_args(board.data(train__training_stage="Supervised Fine-Tuning"))
+    loaded = board.by_id(board.runner.load_args("en", "saved.yaml"))
+    assert [element_id for element_id in loaded if "grpo_" in element_id] == []
+
+
+def test_a_value_that_a_field_cannot_hold_stays_in_the_extra_arguments(board: Board) -> None:
+    board.runner.save_args(board.data(train__extra_args='{"top_k": -1}'))
+    loaded = board.by_id(board.runner.load_args("en", "saved.yaml"))
+    assert (loaded["train.grpo_top_k"], json.loads(loaded["train.extra_args"])) == (0, {"top_k": -1})
+
+
+def test_the_host_does_not_undo_what_was_loaded(board: Board) -> None:
+    """Its handlers fire when a load changes model, method or stage, and fill in its own defaults."""
+    from llamafactory.webui.components import top, train
+
+    recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
+    import_recipe(board.runner, {**recipe, "adapter_name_or_path": "a/b"})
+    assert top.get_model_info("Custom") == ("quickstart/model", "smollm2")
+    assert top.list_checkpoints("Custom", "lora").constructor_args["value"] == ["a/b"]
+    assert train.change_stage("GRPO")[0]["__type__"] == "update"
+    # A person's own choice afterwards is the host's business.
+    assert top.get_model_info("Qwen2.5-1.5B-Instruct") == ("Qwen/Qwen2.5-1.5B-Instruct", "qwen")
+    assert top.list_checkpoints("Custom", "full").constructor_args["value"] is None
+    assert train.change_stage("Supervised Fine-Tuning") == ([], False)
+    board_loaded.remember({})
+    assert top.get_model_info("Custom") == ("quickstart/model", "default")
+
+
+def test_a_run_of_the_command_line_is_opened(board: Board) -> None:
+    Path("saves/Custom/lora/by_hand/checkpoint-2").mkdir(parents=True)
+    shown = board.by_id(board.runner.check_output_dir("en", "Custom", "lora", "by_hand"))
+    assert list(shown) == ["train.output_box"]
+    assert "already exists" in shown["train.output_box"]
+
+
+def test_a_run_of_the_board_brings_its_form_back(board: Board) -> None:
+    folder = Path("saves/Custom/lora/run")
+    folder.mkdir(parents=True)
+    config = board.runner._build_config_dict(board.data(train__grpo_num_generations=4))
+    (folder / "llamaboard_config.yaml").write_text(yaml.safe_dump(config))
+    shown = board.by_id(board.runner.check_output_dir("en", "Custom", "lora", "run"))
+    assert shown["train.grpo_num_generations"] == 4
