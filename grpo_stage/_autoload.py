@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 WATCHED = frozenset(
     {
-        "llamafactory.extras.constants",
         "llamafactory.hparams.parser",
         "llamafactory.launcher",
         "llamafactory.train.tuner",
@@ -26,6 +25,7 @@ WATCHED = frozenset(
         "llamafactory.webui.common",
         "llamafactory.webui.components.top",
         "llamafactory.webui.components.train",
+        "llamafactory.webui.control",
         "llamafactory.webui.engine",
         "llamafactory.webui.interface",
         "llamafactory.webui.locales",

@@ -19,7 +19,7 @@ from .completions_log import COMPLETIONS_FILE
 LOG_FILE = "trainer_log.jsonl"
 Order = Literal["best", "worst", "sampled"]
 
-_STEP = re.compile(rb'^\{"step": (\d+),', re.MULTILINE)
+_STEP = re.compile(rb'\n\{"step": (\d+),')  # ten times as fast as with ^
 Point = tuple[int, float]
 
 
@@ -143,7 +143,7 @@ class CompletionPages:
 def _runs_of_steps(lines: bytes) -> Iterator[tuple[int, int, int]]:
     """(step, begin, end) of neighbouring lines of one step; every line begins with its step."""
     begin, current = 0, None
-    for match in _STEP.finditer(lines):
+    for match in _STEP.finditer(b"\n" + lines):
         step = int(match.group(1))
         if step != current:
             if current is not None:

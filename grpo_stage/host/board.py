@@ -96,11 +96,11 @@ class Panel:
     def __init__(self) -> None:
         self.fields: dict[str, Component] = {}
         self.elements: dict[str, gr.blocks.Block] = {}
-        with gr.Accordion(open=True, visible=False) as self.accordion:
+        with gr.Accordion(open=True, visible=False, elem_id="grpo_tab") as self.accordion:
             with gr.Row():
-                self._import = gr.UploadButton(file_types=[".yaml", ".yml"])
+                self._import = gr.UploadButton(file_types=[".yaml", ".yml"], elem_id="grpo_import")
                 self._export = gr.Button()
-                self._exported = gr.File(visible=False, interactive=False)
+                self._exported = gr.File(visible=False, interactive=False, elem_id="grpo_exported")
             for group, fields in groupby(FORM_FIELDS, key=lambda field: field.group):
                 with gr.Accordion(open=group in OPEN_GROUPS) as section:
                     self._add_rows(list(fields))
@@ -130,9 +130,13 @@ class Panel:
         with gr.Row():
             self._num_rows = gr.Slider(minimum=1, maximum=16, value=4, step=1)
             self._source = gr.Dropdown(choices=["reference", "model"], value="reference")
-            self._try = gr.Button()
-        self._report = gr.Textbox(visible=False, interactive=False, lines=1, max_lines=20, show_label=False)
-        self._scores = gr.Dataframe(visible=False, interactive=False, wrap=True, datatype="str", max_height=500)
+            self._try = gr.Button(elem_id="grpo_try_btn")
+        self._report = gr.Textbox(
+            visible=False, interactive=False, max_lines=20, show_label=False, elem_id="grpo_try_report"
+        )
+        self._scores = gr.Dataframe(
+            visible=False, interactive=False, wrap=True, datatype="str", max_height=500, elem_id="grpo_try_table"
+        )
         self.elements |= {
             "grpo_try_rows": self._num_rows,
             "grpo_try_source": self._source,
@@ -151,7 +155,9 @@ class Panel:
             try:
                 recipe = read_command_line([data[self._import]])
                 assert isinstance(recipe, dict)
-                return {**import_recipe(engine.runner, recipe), output_box: message("imported", data[lang])}
+                form = import_recipe(engine.runner, recipe)
+                said = message("imported", data[lang])
+                return {element: value for element, value in form.items() if element in inputs} | {output_box: said}
             except ValueError as refusal:
                 gr.Warning(str(refusal))
                 return {output_box: str(refusal)}

@@ -61,24 +61,23 @@ class FormField:
 
     def widget(self) -> gr.components.Component:
         """A new widget; its texts follow from the Board's language."""
+        shared = {"value": self.initial, "elem_id": self.element}
         if self.kind == "choice":
-            return gr.Dropdown(choices=list(self.choices), value=self.initial)
+            return gr.Dropdown(choices=list(self.choices), **shared)
         if self.kind == "flag":
-            return gr.Checkbox(value=self.initial)
+            return gr.Checkbox(**shared)
         if self.kind == "list":
-            return gr.Dropdown(
-                choices=list(self.choices), value=self.initial, multiselect=True, allow_custom_value=True
-            )
-        if self.kind in ("whole", "number"):
-            return gr.Number(
-                value=self.initial,
-                precision=0 if self.kind == "whole" else None,
-                minimum=self.minimum,
-                maximum=self.maximum,
-                step=1 if self.kind == "whole" else 0.01,
-                placeholder="–",  # noqa: RUF001 (a blank number shows 0 otherwise)
-            )
-        return gr.Textbox(value=self.initial)
+            return gr.Dropdown(choices=list(self.choices), multiselect=True, allow_custom_value=True, **shared)
+        if self.kind == "text" or self.kind == "mapping":
+            return gr.Textbox(**shared)
+        return gr.Number(
+            precision=0 if self.kind == "whole" else None,
+            minimum=self.minimum,
+            maximum=self.maximum,
+            step=1 if self.kind == "whole" else 0.01,
+            placeholder="–",  # noqa: RUF001 (a blank number shows 0 otherwise)
+            **shared,
+        )
 
     def to_argument(self, value: Any) -> Any:
         """The widget's value as the recipe has it; None where there is nothing in the widget.

@@ -1,5 +1,6 @@
 """The Board's view of a run, while it trains and when it is opened again: curves, and completions by step."""
 
+import os
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -70,8 +71,8 @@ class RunView:
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         self._lock = Lock()
         self.elements: dict[str, gr.blocks.Block] = {}
-        with gr.Accordion(open=True, visible=False) as self.panel:
-            self._status = gr.Markdown(container=False)
+        with gr.Accordion(open=True, visible=False, elem_id="grpo_run") as self.panel:
+            self._status = gr.Markdown(elem_id="grpo_run_status")
             for row in (PLOTS[:3], PLOTS[3:6], PLOTS[6:9], PLOTS[9:]):
                 with gr.Row():
                     for plot in row:
@@ -83,10 +84,11 @@ class RunView:
                             height=260,
                             min_width=320,
                             visible=False,
+                            elem_id=plot.element,
                             show_fullscreen_button=True,
                         )
             with gr.Row():
-                self._step = gr.Number(value=None, precision=0, minimum=0, placeholder="–")  # noqa: RUF001
+                self._step = gr.Number(value=None, precision=0, minimum=0, placeholder="–", elem_id="grpo_run_step")  # noqa: RUF001
                 self._order = gr.Dropdown(choices=list(ORDERS), value=ORDERS[0])
                 self._page = gr.Number(value=1, precision=0, minimum=1)
                 with gr.Column():
@@ -94,6 +96,7 @@ class RunView:
                     self._next = gr.Button()
             self._table = gr.Dataframe(
                 visible=False,
+                elem_id="grpo_run_table",
                 datatype="str",
                 interactive=False,
                 wrap=True,
@@ -144,7 +147,9 @@ class RunView:
         page: int | None,
         seen: Any,
     ) -> Any:
-        folder = str(get_save_dir(model_name, finetuning_type, output_dir)) if model_name and output_dir else ""
+        folder = output_dir or ""
+        if folder and os.path.sep not in folder:  # the host takes a path as it is, and warns of it each time
+            folder = str(get_save_dir(model_name, finetuning_type, folder)) if model_name else ""
         run = self._run(folder)
         with run.lock:
             run.update()

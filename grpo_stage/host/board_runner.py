@@ -124,7 +124,7 @@ def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], ext
     Args:
         arguments: what the host makes of its own fields and of the extra arguments.
         values: what the panel's widgets hold, by key.
-        extra: the "extra arguments", which come last: they are the person's own words.
+        extra: the "extra arguments", which come last: they are the person's own words, and null takes a key back.
 
     Raises:
         ValueError: if a value is not what its field takes, or stands in the panel and in the extra arguments.
@@ -147,7 +147,7 @@ def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], ext
                 f"`{key}` is {panel[key]!r} in the panel and {extra[key]!r} in the extra arguments. Leave it out of "
                 "the extra arguments."
             )
-    return {**shown, **panel, **extra}
+    return {key: value for key, value in {**shown, **panel, **extra}.items() if value is not None}
 
 
 def panel_arguments(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

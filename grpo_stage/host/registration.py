@@ -305,7 +305,7 @@ ROWS: tuple[Row, ...] = (
         is_guard=True,
     ),
     Row(
-        "llamafactory.extras.constants",
+        "llamafactory.webui.control",
         "TRAINING_STAGES",
         _add_grpo_to_stages,
         "LLaMA Board's stage list.",

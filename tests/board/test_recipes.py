@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from grpo_stage.host import board_loaded
+from grpo_stage.host import board_loaded, board_recipes
 from grpo_stage.host.board_fields import FORM_FIELDS
 from grpo_stage.host.board_recipes import export_recipe, import_recipe
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
@@ -130,6 +130,13 @@ def test_the_form_shows_the_recipe(board: Board) -> None:
     extra = json.loads(form["train.extra_args"])
     assert {"max_steps": 24, "seed": 44, "use_cpu": True}.items() <= extra.items()
     assert [key for key in ("lora_rank", "num_generations", "reward_funcs", "bf16") if key in extra] == []
+
+
+def test_an_imported_recipe_is_accepted(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(board_recipes, "save_config", lambda *args, **kwargs: None)
+    form = import_recipe(board.runner, load(REPOSITORY / "yaml_examples" / "quickstart.yaml"))
+    assert board.runner._initialize({**board.data(), **form}, do_train=True, from_preview=True) == ""
 
 
 @pytest.mark.parametrize("path", OTHER_FILES, ids=lambda path: path.stem)

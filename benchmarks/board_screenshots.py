@@ -1,0 +1,54 @@
+"""Pictures of LLaMA Board's GRPO panel and run view, for docs/.
+
+Start the Board in the repository's root, after a run of a recipe that logs its completions:
+
+    llamafactory-cli train yaml_examples/quickstart.yaml
+    GRADIO_SERVER_PORT=7860 llamafactory-cli webui
+    python benchmarks/board_screenshots.py http://127.0.0.1:7860 yaml_examples/quickstart.yaml docs --width 1280
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("url")
+    parser.add_argument("recipe", type=Path, help="is imported into the form; its run is shown")
+    parser.add_argument("output", type=Path, help="the folder of board_panel.png and board_run.png")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--language", default="en")
+    args = parser.parse_args()
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": args.width, "height": 1000})
+        page.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
+        page.route("https://**", lambda route: route.abort())  # web fonts
+        take(page, args)
+        browser.close()
+
+
+def take(page: Page, args: argparse.Namespace) -> None:
+    page.goto(args.url)
+    page.wait_for_function("document.querySelector('input[aria-label=\"Output dir\"]')?.value.startsWith('train_')")
+    page.get_by_label("Stage", exact=True).click()
+    page.get_by_role("option", name="GRPO", exact=True).click()
+    page.locator("#grpo_tab input[type=file]").set_input_files(args.recipe)
+    expect(page.locator("#grpo_run_status")).to_contain_text("Completions of step")
+    if args.language != "en":
+        page.get_by_role("listbox").first.click()
+        page.get_by_role("option", name=args.language, exact=True).click()
+    page.wait_for_timeout(4000)  # plots are drawn
+    page.locator("#grpo_run").screenshot(path=args.output / "board_run.png")
+    page.locator("#grpo_try_btn").click()
+    expect(page.locator("#grpo_try_table")).to_be_visible(timeout=120_000)
+    page.wait_for_timeout(2000)
+    page.locator("#grpo_tab").screenshot(path=args.output / "board_panel.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,340 @@
+"""The Board in a real Chromium, with a real server and a real run."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+
+from grpo_stage.host.locales import LANGUAGES, texts
+
+
+CLI = Path(sys.executable).with_name("llamafactory-cli")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE_MS = 60_000
+EVIL = "<img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>&amp;"
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the Board is started: a dataset, a reward function, and a recipe."""
+    folder = tmp_path_factory.mktemp("board")
+    (folder / "data").mkdir()
+    rows = [{"question": f"{EVIL} What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
+    (folder / "data" / "sums.json").write_text(json.dumps(rows))
+    columns = {"prompt": "question", "response": "answer"}
+    info = {"sums": {"file_name": "sums.json", "columns": columns}}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "my rewards.py").write_text(
+        "def even(completion_ids):\n    return [sum(t % 2 == 0 for t in c) / len(c) for c in completion_ids]\n\n\n"
+        "def broken(completions):\n    return [1 / len(text) for text in completions]\n"
+    )
+    recipe = {
+        **{"stage": "grpo", "do_train": True, "model_name_or_path": str(tiny_model_dir), "template": "smollm2"},
+        **{"dataset": "sums", "dataset_dir": "data", "cutoff_len": 128, "finetuning_type": "lora", "lora_rank": 4},
+        **{"rollout_backend": "hf", "num_generations": 4, "max_new_tokens": 8, "beta": 0.04, "learning_rate": 1e-3},
+        **{"reward_funcs": "my rewards.py:even,accuracy", "reward_weights": "1,0.5", "log_completions": True},
+        **{"per_device_train_batch_size": 2, "max_steps": 400, "save_steps": 10, "logging_steps": 1, "seed": 7},
+        **{"output_dir": "saves/Custom/lora/seen", "use_cpu": True, "dataloader_pin_memory": False},
+        **{"default_system": "Say 'it', \"briefly\", please.", "disable_gradient_checkpointing": True},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def board_url(workplace: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PATH": f"{CLI.parent}{os.pathsep}{os.environ['PATH']}",
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "BROWSER": "true",
+    }
+    log = workplace / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [CLI, "webui"], cwd=workplace, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while not _answers(url):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        say = pytest.fail if os.environ.get("CI") else pytest.skip
+        say("No Chromium is installed: `apt-get install chromium`, and these tests run.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
+    """The Board as it opens the first time, with GRPO chosen."""
+    (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)  # the model of another test
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    page.route("https://**", lambda route: route.abort())  # web fonts
+    open_board(page, board_url)
+    yield page
+    page.close()
+
+
+def open_board(page: Page, url: str) -> None:
+    page.goto(url)
+    page.wait_for_function("document.querySelector('input[aria-label=\"Output dir\"]')?.value.startsWith('train_')")
+    choose(page, "Stage", "GRPO")
+    expect(page.locator("#grpo_tab")).to_be_visible()
+
+
+def choose(page: Page, label: str, option: str) -> None:
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def import_recipe(page: Page, path: Path) -> None:
+    page.locator("#grpo_tab input[type=file]").set_input_files(path)
+    expect(page.get_by_text(texts("en")["messages"]["imported"])).to_be_visible()
+
+
+def text_field(page: Page, label: str) -> Locator:
+    """A field whose label holds what it says below as well."""
+    return page.locator("label").filter(has=page.get_by_text(label, exact=True)).locator("input, textarea").first
+
+
+def value_of(page: Page, label: str) -> str:
+    return page.get_by_label(label, exact=True).first.input_value()
+
+
+def test_the_panel_comes_and_goes_with_the_stage(page: Page) -> None:
+    expect(text_field(page, "Learning rate")).to_have_value("1e-5")
+    assert value_of(page, "LR scheduler") == "constant_with_warmup"
+    assert value_of(page, "Compute type") == "fp32"  # no accelerator here
+    choose(page, "Finetuning method", "full")
+    expect(text_field(page, "Learning rate")).to_have_value("1e-6")
+    choose(page, "Stage", "DPO")
+    expect(page.locator("#grpo_tab")).to_be_hidden()
+    expect(page.locator("#grpo_run")).to_be_hidden()
+    expect(text_field(page, "Learning rate")).to_have_value("5e-5")
+    expect(page.get_by_label("LR scheduler", exact=True)).to_have_value("cosine")
+
+
+def test_fields_that_do_not_apply_are_hidden(page: Page) -> None:
+    page.get_by_role("button", name="Memory").click()
+    expect(page.locator("#grpo_vllm_sleep")).to_be_visible()
+    choose(page, "Rollout engine", "hf")
+    expect(page.locator("#grpo_vllm_sleep")).to_be_hidden()
+    page.get_by_role("button", name="Monitoring").click()
+    expect(page.locator("#grpo_num_completions_to_print")).to_be_visible()
+    page.get_by_label("Log completions").uncheck()
+    expect(page.locator("#grpo_num_completions_to_print")).to_be_hidden()
+    page.get_by_role("button", name="Objective").click()
+    expect(page.locator("#grpo_ref_model")).to_be_hidden()
+    page.locator("#grpo_beta input").fill("0.04")
+    page.locator("#grpo_beta input").blur()
+    expect(page.locator("#grpo_ref_model")).to_be_visible()
+
+
+def test_a_filled_form_is_previewed(page: Page, tiny_model_dir: Path) -> None:
+    choose(page, "Model name", "Custom")
+    text_field(page, "Model path").fill(str(tiny_model_dir))
+    page.get_by_label("Dataset", exact=True).first.fill("sums")
+    page.get_by_label("Dataset", exact=True).first.press("Enter")
+    choose(page, "Rollout engine", "hf")
+    page.locator("#grpo_num_generations input").fill("4")
+    page.get_by_role("button", name="Preview command").click()
+    expect(page.get_by_text("`reward_funcs` is missing").first).to_be_visible()  # refused, with the reason
+    page.locator("#grpo_reward_funcs input").click()
+    page.get_by_role("option", name="accuracy", exact=True).click()
+    page.locator("#grpo_reward_funcs input").fill("my rewards.py:even")
+    page.locator("#grpo_reward_funcs input").press("Enter")
+    text_field(page, "Reward weights").fill("1, 0.5")
+    page.get_by_role("button", name="Preview command").click()
+    preview = page.locator("pre").filter(has_text="llamafactory-cli train")
+    expect(preview).to_contain_text("--reward_funcs 'accuracy,my rewards.py:even'")
+    expect(preview).to_contain_text("--num_generations 4")
+    expect(preview).to_contain_text("--reward_weights '1, 0.5'")
+    expect(preview).not_to_contain_text("vllm")
+
+
+def test_languages_switch_live(page: Page) -> None:
+    for language in (*LANGUAGES[1:], "en"):
+        page.get_by_role("listbox").first.click()
+        page.get_by_role("option", name=language, exact=True).click()
+        elements = texts(language)["elements"]
+        expect(page.get_by_role("button", name=elements["grpo_export_btn"]["value"])).to_be_visible()
+        for name in ("grpo_num_generations", "grpo_reward_funcs", "grpo_max_new_tokens"):
+            expect(page.locator(f"#{name}")).to_contain_text(elements[name]["label"])
+        # Markdown takes the back-quotes away.
+        said = page.locator("#grpo_overlong_prompts").inner_text().replace("\n", " ")
+        assert elements["grpo_overlong_prompts"]["info"].replace("`", "")[:20] in said
+
+
+def test_rewards_are_tried(page: Page) -> None:
+    page.get_by_label("Dataset", exact=True).first.fill("sums")
+    page.get_by_label("Dataset", exact=True).first.press("Enter")
+    choose(page, "Rollout engine", "hf")
+    functions = page.locator("#grpo_reward_funcs input")
+    functions.fill("accuracy")
+    functions.press("Enter")
+    page.get_by_role("button", name="Try the rewards").click()
+    table = page.locator("#grpo_try_table")
+    expect(table).to_be_visible(timeout=120_000)
+    expect(table.get_by_text("wrong_number").first).to_be_visible()
+    expect(table.get_by_text("<img src=x onerror").first).to_be_visible()  # text, and no picture
+    assert table.locator("img[src=x]").count() == 0
+    expect(page.locator("#grpo_try_report textarea")).to_have_value(_containing("No model is chosen"))
+    functions.fill("my rewards.py:broken")
+    functions.press("Enter")
+    page.get_by_role("button", name="Try the rewards").click()
+    report = page.locator("#grpo_try_report textarea")
+    expect(report).to_have_value(_containing("ZeroDivisionError"), timeout=120_000)
+    assert 'my rewards.py", line 6' in report.input_value()
+    expect(table).to_be_hidden()
+    assert page.title() != "evil"
+
+
+def _containing(text: str) -> re.Pattern[str]:
+    return re.compile(re.escape(text))
+
+
+def step_shown(page: Page) -> int:
+    match = re.search(r"Step (\d+) of", page.locator("#grpo_run_status").inner_text())
+    assert match is not None
+    return int(match[1])
+
+
+def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> None:
+    import_recipe(page, workplace / "recipe.yaml")
+    expect(page.get_by_label("Model name", exact=True)).to_have_value("Custom")
+    expect(page.get_by_label("Chat template", exact=True)).to_have_value("smollm2")
+    expect(page.locator("#grpo_num_generations input")).to_have_value("4")
+    expect(page.get_by_text("my rewards.py:even").first).to_be_visible()
+    page.wait_for_timeout(1500)  # what the host's own handlers would undo, they have undone
+    assert value_of(page, "Chat template") == "smollm2"
+
+    page.get_by_role("button", name="Export YAML").click()
+    expect(page.locator("#grpo_exported")).to_be_visible()
+    with page.expect_download() as download:
+        page.locator("#grpo_exported a").first.click()
+    exported = yaml.safe_load(Path(download.value.path()).read_text())
+    recipe = yaml.safe_load((workplace / "recipe.yaml").read_text())
+    texts_of = {key: str(value) for key, value in recipe.items()}
+    assert {key: str(exported.get(key)) for key in recipe} == texts_of
+
+    page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.locator("#grpo_run_status")).to_contain_text("of 400", timeout=240_000)
+    first = step_shown(page)
+    expect(page.locator("#grpo_plot_reward canvas, #grpo_plot_reward svg").first).to_be_visible()
+    expect(page.locator("#grpo_run_table").get_by_text("<img src=x onerror").first).to_be_visible()
+    deadline = time.monotonic() + 120
+    while step_shown(page) < max(first + 2, 11):  # the curves move, and there is a checkpoint
+        assert time.monotonic() < deadline
+        page.wait_for_timeout(500)
+    assert page.title() != "evil"
+    assert page.locator("#grpo_run_table img[src=x]").count() == 0
+
+    page.get_by_role("button", name="Abort").click()
+    expect(page.get_by_text("Finished.").first).to_be_visible(timeout=120_000)
+    checkpoints = sorted((workplace / "saves/Custom/lora/seen").glob("checkpoint-*/grpo_state.json"))
+    last = json.loads((workplace / "saves/Custom/lora/seen/trainer_log.jsonl").read_text().splitlines()[-1])
+    assert f"checkpoint-{last['current_steps']}" in [path.parent.name for path in checkpoints]
+
+    # Another page, later: the run is there, with its form.
+    page.close()
+    page = page.context.browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[union-attr]
+    page.set_default_timeout(PATIENCE_MS)
+    page.route("https://**", lambda route: route.abort())
+    open_board(page, board_url)
+    choose(page, "Model name", "Custom")
+    choose(page, "Output dir", "seen")
+    expect(page.locator("#grpo_run_status")).to_contain_text(f"Step {last['current_steps']} of 400")
+    expect(page.locator("#grpo_plot_kl canvas, #grpo_plot_kl svg").first).to_be_visible()
+    expect(page.locator("#grpo_num_generations input")).to_have_value("4")
+    page.locator("#grpo_run_step input").fill("1")
+    page.locator("#grpo_run_step input").blur()
+    expect(page.locator("#grpo_run_status")).to_contain_text("Completions of step 1: 1 to 8 of 8")
+    page.close()
+
+
+def test_a_large_run_opens_at_once_and_its_text_stays_text(page: Page, workplace: Path) -> None:
+    """10,000 log lines and 100,000 completions; the last ones try to be a page of their own."""
+    folder = workplace / "saves" / "Custom" / "lora" / "large"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    metrics = {f"rewards/{name}/mean": 0.5 for name in ("accuracy", "format")}
+    progress = {"total_steps": 10_000, "percentage": 50, "elapsed_time": "0:01", "remaining_time": "0:01"}
+    with (folder / "trainer_log.jsonl").open("w") as log:
+        for step in range(1, 10_001):
+            log.write(json.dumps({"current_steps": step, **progress, "reward": step / 10_000, **metrics}) + "\n")
+    plain = {"prompt": "What is 1 + 1? " * 8, "reference": "2", "rewards": {"accuracy": 1.0}, "advantage": 0.5}
+    ending = {"num_tokens": 9, "finish_reason": "stop"}
+    with (folder / "completions.jsonl").open("w") as completions:
+        for i in range(100_000):
+            text = (
+                f"{EVIL} **bold** [link](javascript:alert(1)) number {i}" if i >= 99_900 else "The answer is 2. " * 10
+            )
+            record = {"step": 1 + i // 100, **plain, "completion": text, "reward": i / 100_000, **ending}
+            completions.write(json.dumps(record) + "\n")
+
+    choose(page, "Model name", "Custom")
+    page.get_by_label("Output dir", exact=True).click()
+    large = page.get_by_role("option", name="large", exact=True)
+    expect(large).to_be_visible()
+    started = time.perf_counter()
+    large.click()
+    # Looks at every frame; `expect` looks once a second.
+    page.wait_for_function("document.querySelector('#grpo_run_table')?.innerText.includes('number 99999')")
+    seconds = time.perf_counter() - started
+    print(f"opened in {seconds:.2f} s")
+    table = page.locator("#grpo_run_table")
+    expect(table.get_by_text("number 99999").last).to_be_visible()
+    expect(page.locator("#grpo_run_status")).to_contain_text("Completions of step 1000: 1 to 8 of 100")
+    expect(page.locator("#grpo_plot_reward canvas, #grpo_plot_reward svg").first).to_be_visible()
+    expect(
+        table.get_by_text("<script>document.title='evil'</script>&amp; **bold** [link](javascript").first
+    ).to_be_visible()
+    assert table.locator("img[src=x], script, a, strong").count() == 0
+    assert page.title() != "evil"
+    assert seconds < 4  # 1.3 on an idle machine; the reading alone has its bound in tests/unit/test_run_files.py
+
+    choose(page, "Order", "worst")
+    expect(table.get_by_text("number 99900").last).to_be_visible()
+    page.get_by_role("button", name="Next", exact=True).click()
+    expect(page.locator("#grpo_run_status")).to_contain_text("9 to 16 of 100")
+    expect(table.get_by_text("number 99908").last).to_be_visible()
