@@ -90,6 +90,13 @@ def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
     siblings.insert(siblings.index(neighbour) + 1, block)
 
 
+def _widths(num_scores: int) -> list[str]:
+    """Of prompt, kind, completion and scores, 100 % together."""
+    narrow = min(9, 45 // num_scores)
+    rest = 100 - 14 - narrow * num_scores
+    return [f"{rest * 2 // 5}%", "14%", f"{rest - rest * 2 // 5}%", *[f"{narrow}%"] * num_scores]
+
+
 class Panel:
     """The form of the stage's keys, with what can be done before a run: recipes in and out, a try of the rewards."""
 
@@ -201,7 +208,7 @@ class Panel:
                 table = gr.Dataframe(
                     [list(row) for row in trial.rows],
                     headers=[prompt, kind, completion, *trial.headers, total],
-                    column_widths=["25%", "10%", "35%", *["10%"] * (len(trial.headers) + 1)],
+                    column_widths=_widths(len(trial.headers) + 1),
                     visible=True,
                 )
                 yield [gr.Textbox("\n".join(trial.notes), visible=bool(trial.notes)), table]

@@ -181,8 +181,16 @@ def _progress(run: _Run, lang: str) -> str:
 
 def _drawn(run: _Run, plot: Plot) -> gr.LinePlot:
     curves = run.curves.matching(plot.patterns, MAX_POINTS)
-    points = [(step, value, name) for name, curve in curves.items() for step, value in curve]
+    points = [(step, value, _legend(name)) for name, curve in curves.items() for step, value in curve]
     return gr.LinePlot(pd.DataFrame(points, columns=list(_COLUMNS)), visible=bool(points))
+
+
+def _legend(metric: str) -> str:
+    """What tells a metric from the others of its plot, short enough for the legend."""
+    first, _, rest = metric.partition("/")
+    if first == "rewards":
+        return rest.rpartition("/")[0]
+    return rest.rpartition("/")[2].removesuffix("_length") if first in ("completions", "sampling", "time") else metric
 
 
 def _table(run: _Run, lang: str, step: int | None, order: Any, page: int) -> tuple[str, gr.Dataframe]:
@@ -208,7 +216,10 @@ def _table(run: _Run, lang: str, step: int | None, order: Any, page: int) -> tup
         ]
         for record in shown
     ]
-    widths = ["22%", "36%", "12%", *["8%"] * (len(names) + 2), "10%"]
+    narrow = min(9, 50 // (len(names) + 3))
+    rest = 100 - narrow * (len(names) + 3)
+    widths = [f"{share}%" for share in (rest // 4, rest // 2, rest - rest // 4 - rest // 2)]
+    widths += [f"{narrow}%"] * (len(names) + 3)
     table = gr.Dataframe(
         value=data, headers=[*headers[:3], *names, *headers[3:]], column_widths=widths, datatype="str", visible=True
     )
