@@ -2,8 +2,8 @@
 
 The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
 `metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
-inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps other
-keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
+inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps
+other keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
 """
 
 import dataclasses
@@ -17,6 +17,19 @@ from typing import Any, Literal
 ROLLOUT, REWARDS, OBJECTIVE, EVALUATION = "Rollout", "Rewards", "Objective", "Evaluation"
 MEMORY, LIMITS, MONITORING = "Memory", "Limits", "Monitoring"
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
+
+
+@dataclass(frozen=True)
+class Above:
+    """Stands in `metadata["only_with"]` for all numbers above a bound."""
+
+    bound: float
+
+    def __contains__(self, value: Any) -> bool:
+        return value is not None and value > self.bound
+
+    def __str__(self) -> str:
+        return f"above {self.bound:g}"
 
 
 @dataclass
@@ -338,24 +351,28 @@ def grpo_field_names() -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(GRPOArguments))
 
 
-def applies(spec: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> bool:
-    """Whether a key has an effect beside these values of other keys; one that `values` lacks stands in no way."""
-    conditions = spec.metadata.get("only_with", {})
+def applies(conditions: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
+    """Whether a key with these `only_with` conditions has an effect; a key that `values` lacks stands in no way."""
     return all(values[key] in allowed for key, allowed in conditions.items() if key in values)
 
 
 def _check_effect(spec: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> None:
     value = values[spec.name]
-    if value == spec.default or applies(spec, values):
+    conditions = spec.metadata.get("only_with", {})
+    if value == spec.default or applies(conditions, values):
         return
-    conditions = spec.metadata["only_with"].items()
-    broken = {key: allowed for key, allowed in conditions if key in values and values[key] not in allowed}
+    broken = {key: allowed for key, allowed in conditions.items() if key in values and values[key] not in allowed}
     there = ", ".join(f"`{key}: {_shown(values[key])}`" for key in broken)
-    remedy = " and ".join(f"`{key}: {' or '.join(map(_shown, allowed))}`" for key, allowed in broken.items())
+    remedy = " and ".join(f"`{key}: {shown_condition(allowed)}`" for key, allowed in broken.items())
     raise ValueError(
         f"`{spec.name}: {_shown(value)}` would have no effect with {there}. Write {remedy}, or leave it out. "
         f"{spec.metadata['help']}"
     )
+
+
+def shown_condition(allowed: Above | tuple[Any, ...]) -> str:
+    """The values of a condition in `metadata["only_with"]`, for a reader."""
+    return str(allowed) if isinstance(allowed, Above) else " or ".join(map(_shown, allowed))
 
 
 def _shown(value: Any) -> str:

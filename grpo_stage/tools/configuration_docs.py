@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ..arguments import GRPOArguments
+from ..arguments import GRPOArguments, shown_condition
 
 
 NAME = "configuration-docs"
@@ -64,9 +64,6 @@ def _kind(spec: "dataclasses.Field[Any]", hint: Any) -> str:
         if bound in spec.metadata
     ]
     default = "none" if spec.default is None else f"`{json.dumps(spec.default)}`".replace('"', "")
-    conditions = [
-        f"`{key}: {' or '.join(json.dumps(value).strip(chr(34)) for value in allowed)}`"
-        for key, allowed in spec.metadata.get("only_with", {}).items()
-    ]
+    conditions = [f"`{key}: {shown_condition(allowed)}`" for key, allowed in spec.metadata.get("only_with", {}).items()]
     only = f" Only with {' and '.join(conditions)}." if conditions else ""
     return f"{', '.join([kind, *bounds])}. Default: {default}.{only}"
