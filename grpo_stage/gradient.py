@@ -13,14 +13,14 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .algorithm.kl import k3
-from .algorithm.losses import StepTotals, clipped_surrogate
+from .algorithm.losses import StepTotals
 from .arguments import GRPOArguments
 from .batch import count_totals, dummy_batch, micro_batches
 from .buffer import StepData
 from .canary import check_difference
 from .distributed import all_gather, sum_gradients
-from .metrics import MetricTracker, record_update
+from .metrics import MetricTracker
+from .objective import Objective
 from .policy import token_logprobs
 from .types import PolicyBatch, SamplingSettings, ScoredGroup
 
@@ -53,6 +53,7 @@ class PolicyGradient:
             safe_point: called on all ranks before each micro-batch; what it raises ends the pass.
         """
         self.token_budget = grpo_args.max_tokens_per_micro_batch
+        self.objective = Objective(grpo_args)
         self._grpo_args = grpo_args
         self._sampling = sampling
         self._max_sampling_logprob_diff = max_sampling_logprob_diff
@@ -114,18 +115,8 @@ class PolicyGradient:
         if check and torch.isfinite(logprobs).all():
             self._check_canary(model, batch, logprobs.detach(), data.logprob_temperature, metrics)
         old = logprobs.detach() if data.old_logprobs is None else _padded(data.old_logprobs, batch)
-        surrogate = clipped_surrogate(
-            logprobs,
-            old,
-            batch.advantages,
-            self._grpo_args.epsilon,
-            self._grpo_args.epsilon if self._grpo_args.epsilon_high is None else self._grpo_args.epsilon_high,
-        )
-        token_losses, kl = surrogate.token_losses, None
-        if data.ref_logprobs is not None:
-            kl = k3(logprobs, _padded(data.ref_logprobs, batch))
-            token_losses = token_losses + self._grpo_args.beta * kl
-        record_update(metrics, batch, surrogate, entropy, kl)
+        ref = None if data.ref_logprobs is None else _padded(data.ref_logprobs, batch)
+        token_losses = self.objective.token_losses(batch, logprobs, entropy, old, ref, metrics)
         return (batch.loss_weights * token_losses).sum()
 
     def _check_canary(

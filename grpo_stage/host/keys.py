@@ -27,7 +27,6 @@ def _of_bool(when_true: str, when_false: str) -> Callable[[Any], str]:
 _SERVER = (
     "this version runs the engine in the training process and talks to no server; `rollout_backend: vllm` starts it"
 )
-_CORRECTION = "`max_sampling_logprob_diff` stops the run instead, when engine and trainer drift apart"
 TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
     {
         "max_completion_length": TRLKey("max_new_tokens"),
@@ -59,13 +58,8 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "vllm_tensor_parallel_size": TRLKey(None, note="the engine runs on the device that trains"),
         "vllm_enable_sleep_mode": TRLKey("vllm_sleep", _of_bool("1", "0")),
         "vllm_guided_decoding_regex": TRLKey(None, note="the reward `regex` scores a form instead of forcing it"),
-        "vllm_importance_sampling_correction": TRLKey(None, note=_CORRECTION),
-        "vllm_importance_sampling_cap": TRLKey(None, note=_CORRECTION),
-        "delta": TRLKey(None, note="`epsilon` and `epsilon_high` clip the ratio"),
-        "importance_sampling_level": TRLKey(None, note="ratios are taken for each token, which TRL calls `token`"),
-        "sync_ref_model": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
-        "ref_model_mixup_alpha": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
-        "ref_model_sync_steps": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
+        "vllm_importance_sampling_correction": TRLKey("rollout_correction", _of_bool("token", "none")),
+        "vllm_importance_sampling_cap": TRLKey("rollout_correction_max"),
         "top_entropy_quantile": TRLKey(None, note="every token of a completion is in the loss, which TRL calls 1.0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
         "reward_processing_classes": TRLKey(None, note="reward models are not supported by this version"),

@@ -64,6 +64,8 @@ def _kind(spec: "dataclasses.Field[Any]", hint: Any) -> str:
         if bound in spec.metadata
     ]
     default = "none" if spec.default is None else f"`{json.dumps(spec.default)}`".replace('"', "")
-    conditions = [f"`{key}: {shown_condition(allowed)}`" for key, allowed in spec.metadata.get("only_with", {}).items()]
+    conditions = [
+        f"`{key}: {shown_condition(allowed)}`" for key, allowed in spec.metadata.get("only_with", {}).items()
+    ]
     only = f" Only with {' and '.join(conditions)}." if conditions else ""
     return f"{', '.join([kind, *bounds])}. Default: {default}.{only}"

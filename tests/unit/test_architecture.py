@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workflow",),
     ("trainer",),
     ("evaluation", "gradient"),
+    ("objective",),
     ("policy", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "prompts", "rewards", "rollout"),
     ("stop",),
     ("checkpoints", "distributed", "jsonl", "watchdog"),
