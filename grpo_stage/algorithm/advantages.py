@@ -67,7 +67,7 @@ def leave_one_out_advantages(rewards: torch.Tensor, scale_rewards: Literal["batc
     Raises:
         ValueError: as `group_advantages`.
     """
-    count = (~rewards.isnan()).sum(dim=1, keepdim=True)  # [P, 1]
+    count = (~rewards.isnan()).sum(dim=1, keepdim=True).to(rewards.dtype)  # [P, 1]
     return group_advantages(rewards, scale_rewards) * (count / (count - 1).clamp(min=1))
 
 
