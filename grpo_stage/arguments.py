@@ -376,6 +376,106 @@ class GRPOArguments:
             ),
         },
     )
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={
+            "group": OBJECTIVE,
+            "min": 0.0,
+            "help": (
+                "What the policy is paid in the loss for a nat of entropy a token, against a collapse of its "
+                "entropy. It takes memory, since the gradient flows through the whole distribution. With "
+                "`entropy_target` it is where the coefficient starts."
+            ),
+        },
+    )
+    entropy_target: float | None = field(
+        default=None,
+        metadata={
+            "group": OBJECTIVE,
+            "above": 0.0,
+            "help": (
+                "The `entropy` of the log, in nats a token, that the coefficient of the bonus is adapted to: it rises "
+                "by `entropy_coef_delta` after a step at or under it and falls after one over it, and is paid only "
+                "after the former (Skywork-OR1). Fixed by default."
+            ),
+        },
+    )
+    entropy_coef_delta: float = field(
+        default=0.0005,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"entropy_target": Above(0)},
+            "above": 0.0,
+            "help": "How much the coefficient of the entropy bonus changes in a step.",
+        },
+    )
+    entropy_coef_max: float = field(
+        default=0.05,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"entropy_target": Above(0)},
+            "above": 0.0,
+            "help": "The highest coefficient of the entropy bonus.",
+        },
+    )
+    top_entropy_quantile: float = field(
+        default=1.0,
+        metadata={
+            "group": OBJECTIVE,
+            "above": 0.0,
+            "max": 1.0,
+            "help": (
+                "The share of tokens, those of the highest entropy in the whole step, that the policy learns from; "
+                "0.2 in the paper. Below 1 a step takes one more forward pass."
+            ),
+        },
+    )
+    covariance_control: Literal["none", "clip_cov", "kl_cov"] = field(
+        default="none",
+        metadata={
+            "group": OBJECTIVE,
+            "help": (
+                "What is done about the few tokens that lower the entropy most, those of a high covariance of "
+                "log-probability and advantage: `clip_cov` leaves some out of the loss, `kl_cov` holds the highest to "
+                "where they were before the update. A step takes one more forward pass."
+            ),
+        },
+    )
+    covariance_frac: float = field(
+        default=0.0002,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("clip_cov", "kl_cov")},
+            "above": 0.0,
+            "max": 1.0,
+            "help": "The share of all tokens that it is done to; the paper has 2e-4, and 2e-3 for `kl_cov` on 7B.",
+        },
+    )
+    clip_cov_min: float = field(
+        default=1.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("clip_cov",)},
+            "help": "The lowest covariance of a token that may be left out.",
+        },
+    )
+    clip_cov_max: float = field(
+        default=5.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("clip_cov",)},
+            "help": "The highest covariance of a token that may be left out.",
+        },
+    )
+    kl_cov_coef: float = field(
+        default=1.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("kl_cov",)},
+            "above": 0.0,
+            "help": "Weight of the distance from the old log-probability in the loss of such a token.",
+        },
+    )
     num_iterations: int = field(
         default=1,
         metadata={
@@ -554,6 +654,7 @@ class GRPOArguments:
         _check_scale(self.advantage_estimator, self.scale_rewards)
         _check_clip_range(self.loss_type, self.epsilon, self.epsilon_high, self.delta)
         _check_kl(self)
+        _check_exploration(self)
 
 
 def grpo_field_names() -> frozenset[str]:
@@ -701,6 +802,25 @@ def _check_kl(args: GRPOArguments) -> None:
         raise ValueError(
             "`kl_in_reward: true` cannot go with `advantage_estimator: gdpo`, which normalizes each reward function "
             "on its own and has no place for a term that is none. Leave `kl_in_reward` out to have the KL in the loss."
+        )
+
+
+def _check_exploration(args: GRPOArguments) -> None:
+    if args.entropy_target is not None and args.entropy_coef > args.entropy_coef_max:
+        raise ValueError(
+            f"`entropy_coef: {args.entropy_coef}` is above `entropy_coef_max: {args.entropy_coef_max}`, which it may "
+            "not pass where `entropy_target` adapts it. Lower the one or raise the other."
+        )
+    if args.clip_cov_min >= args.clip_cov_max:
+        raise ValueError(
+            f"`clip_cov_min: {args.clip_cov_min}` must be below `clip_cov_max: {args.clip_cov_max}`: no covariance is "
+            "between them. The paper has 1 and 5."
+        )
+    if args.covariance_control == "kl_cov" and args.num_iterations == args.steps_per_generation == 1:
+        raise ValueError(
+            "`covariance_control: kl_cov` has no effect where each rollout makes one step: no token has left the "
+            "log-probability that it is held to. Write for example `steps_per_generation: 4` or `num_iterations: 2`, "
+            "or `covariance_control: clip_cov`."
         )
 
 

@@ -16,7 +16,12 @@ from .types import PolicyBatch
 
 
 def token_logprobs(
-    model: nn.Module, batch: PolicyBatch, temperature: float, *, with_entropy: bool = False
+    model: nn.Module,
+    batch: PolicyBatch,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each completion token, and the entropy of the distribution it was drawn from.
 
@@ -28,10 +33,11 @@ def token_logprobs(
         batch: a micro-batch.
         temperature: the sampling temperature.
         with_entropy: also return the entropy.
+        entropy_gradient: let the gradient flow through the entropy, too.
 
     Returns:
-        [B, T] log-probabilities and [B, T] entropies in nats (without gradient; None unless asked for), both float32
-        and 0 outside the completion mask.
+        [B, T] log-probabilities and [B, T] entropies in nats (None unless asked for), both float32 and 0 outside the
+        completion mask.
     """
     num_tokens = batch.completion_ids.size(1)
     position_ids = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -49,7 +55,10 @@ def token_logprobs(
     logprobs = logits.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1) - log_normalizer  # [B, T]
     mask = batch.completion_mask.bool()
     entropy = None
-    if with_entropy:
+    if with_entropy and entropy_gradient:
+        probabilities = (logits - log_normalizer.unsqueeze(-1)).exp()
+        entropy = (log_normalizer - (probabilities * logits).sum(dim=-1)).masked_fill(~mask, 0.0)
+    elif with_entropy:
         with torch.no_grad():
             probabilities = (logits - log_normalizer.unsqueeze(-1)).exp_()
             entropy = (log_normalizer - probabilities.mul_(logits).sum(dim=-1)).masked_fill(~mask, 0.0)

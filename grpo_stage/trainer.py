@@ -256,7 +256,7 @@ class GRPOTrainer(Trainer):
         """Accumulate the gradient of one optimizer step. The loss is the mean of what the ranks return."""
         with self._timed("update"):
             model.train()
-            loss, metrics = self.gradient.accumulate(model, data)
+            loss, metrics = self.gradient.accumulate(model, data, self.state.global_step)
             is_finite = self._is_finite(model, loss)
         loss = loss * self.args.world_size
         self.tracker.count("skipped_steps", 0.0 if is_finite or self.args.process_index > 0 else 1.0)

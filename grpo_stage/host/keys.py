@@ -60,7 +60,6 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "vllm_guided_decoding_regex": TRLKey(None, note="the reward `regex` scores a form instead of forcing it"),
         "vllm_importance_sampling_correction": TRLKey("rollout_correction", _of_bool("token", "none")),
         "vllm_importance_sampling_cap": TRLKey("rollout_correction_max"),
-        "top_entropy_quantile": TRLKey(None, note="every token of a completion is in the loss, which TRL calls 1.0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
         "reward_processing_classes": TRLKey(None, note="reward models are not supported by this version"),
         "num_generations_eval": TRLKey("eval_num_generations"),

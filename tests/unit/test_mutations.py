@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from grpo_stage.algorithm import advantages, correction, kl, losses
+from grpo_stage.algorithm import advantages, correction, exploration, kl, losses
 
 
 def oracle_of(file: str) -> ModuleType:
@@ -29,6 +29,7 @@ oracle, objective = oracle_of("test_algorithm_oracle.py"), oracle_of("test_objec
 CHECKS: dict[ModuleType, tuple[Callable[[ModuleType], None], ...]] = {
     advantages: (oracle.check_advantages, objective.check_advantages),
     correction: (objective.check_correction,),
+    exploration: (objective.check_exploration,),
     kl: (oracle.check_kl, objective.check_kl),
     losses: (oracle.check_losses, objective.check_losses),
 }
@@ -343,6 +344,48 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         correction,
         "((sampling_logprobs - policy_logprobs) * mask)",
         "(sampling_logprobs - policy_logprobs)",
+    ),
+    # Exploration.
+    ("quantile: the lowest", exploration, "entropies >= entropies", "entropies <= entropies"),
+    (
+        "quantile: rounded down",
+        exploration,
+        "max(1, -int(-quantile * len(entropies) // 1))",
+        "max(1, int(quantile * len(entropies)))",
+    ),
+    ("covariance: sign", exploration, "(logprobs - logprobs.mean())", "(logprobs.mean() - logprobs)"),
+    ("covariance: not centred", exploration, "(advantages - advantages.mean())", "advantages"),
+    ("clip_cov: no lower bound", exploration, "(covariances >= lower) & ", ""),
+    ("clip_cov: no upper bound", exploration, " & (covariances <= upper)", ""),
+    (
+        "clip_cov: the first ones",
+        exploration,
+        "torch.randperm(len(candidates), generator=generator)",
+        "torch.arange(len(candidates))",
+    ),
+    (
+        "clip_cov: all of them",
+        exploration,
+        "generator=generator)[: _number(fraction, len(covariances))]",
+        "generator=generator)",
+    ),
+    (
+        "kl_cov: the lowest",
+        exploration,
+        "topk(_number(fraction, len(covariances)))",
+        "topk(_number(fraction, len(covariances)), largest=False)",
+    ),
+    (
+        "adaptive entropy: the wrong way",
+        exploration,
+        "delta if entropy <= target else -delta",
+        "-delta if entropy <= target else delta",
+    ),
+    (
+        "adaptive entropy: not bounded",
+        exploration,
+        "max(coefficient + (delta if entropy <= target else -delta), 0.0)",
+        "(coefficient + (delta if entropy <= target else -delta))",
     ),
 ]
 

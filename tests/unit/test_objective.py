@@ -36,7 +36,17 @@ FACTORS: list[dict[str, Any]] = [
     {"rollout_correction": "token", "rollout_correction_min": 0.5},
     {"rollout_correction": "sequence", "rollout_correction_mode": "mask", "rollout_correction_max": 50.0},
     {"off_policy_mask_threshold": 0.01},
+    {"top_entropy_quantile": 0.3},
+    {"covariance_control": "kl_cov", "covariance_frac": 0.2, "kl_cov_coef": 0.5},
+    {"entropy_coef": 0.05},
 ]
+# What it draws hangs on the order, so that only the split is without effect.
+CLIP_COV: dict[str, Any] = {
+    "covariance_control": "clip_cov",
+    "covariance_frac": 0.2,
+    "clip_cov_min": 0.1,
+    "clip_cov_max": 9.0,
+}
 KLS: list[dict[str, Any]] = [
     {"beta": 0.1},
     {"beta": 0.1, "kl_estimator": "k2"},
@@ -81,18 +91,17 @@ def reversed_order(data: StepData) -> StepData:
     return dataclasses.replace(data, groups=groups, old_logprobs=old, ref_logprobs=ref)
 
 
-def check_invariance(tmp_path, **options):
+def check_invariance(tmp_path, *, with_order=True, **options):
     trainer = make_trainer(tmp_path, num_iterations=2, reference=InitialWeightsReference, **options)
     data = trainer.collect()[1]
     moved(trainer)
     trainer.gradient.token_budget = 10_000
     whole = gradient_of(trainer, data)
     assert whole.norm() > 1e-4
-    assert relative(gradient_of(trainer, reversed_order(data)), whole) < 1e-5
-    for budget in (1, 23):
+    others = [data, reversed_order(data)] if with_order else [data]
+    for budget, same in itertools.product((10_000, 1, 23), others):
         trainer.gradient.token_budget = budget
-        assert relative(gradient_of(trainer, data), whole) < 1e-5
-        assert relative(gradient_of(trainer, reversed_order(data)), whole) < 1e-5
+        assert relative(gradient_of(trainer, same), whole) < 1e-5
 
 
 @pytest.mark.parametrize("options", OBJECTIVES, ids=named)
@@ -103,6 +112,10 @@ def test_no_loss_depends_on_the_split_or_the_order(tmp_path, options):
 @pytest.mark.parametrize("options", [*FACTORS[1:], *(kl for kl in KLS if "kl_target" not in kl)], ids=named)
 def test_no_factor_depends_on_the_split_or_the_order(tmp_path, options):
     check_invariance(tmp_path, **{"beta": 0.0, **options})
+
+
+def test_what_clip_cov_draws_does_not_depend_on_the_split(tmp_path):
+    check_invariance(tmp_path, with_order=False, mask_truncated_completions=True, **CLIP_COV)
 
 
 def test_the_tables_and_the_arguments_know_the_same_names():
@@ -126,14 +139,15 @@ def test_the_tables_and_the_arguments_know_the_same_names():
     [
         *(objective | kl for objective in OBJECTIVES for kl in ({}, KLS[2])),
         *KLS,
-        *(factor | objective for factor in FACTORS[1:] for objective in OBJECTIVES),
+        *(factor | objective for factor in [*FACTORS[1:], CLIP_COV] for objective in OBJECTIVES),
+        *({"entropy_target": target, "entropy_coef": 0.01} for target in (0.1, 9.0)),
         *(estimator | kl for estimator in ESTIMATORS for kl in ({}, IN_REWARD)),
         *({"delta": 3.0, "loss_type": loss} for loss in CLIPPED_LOSSES),
     ],
     ids=named,
 )
 def test_two_steps(tmp_path, options):
-    arguments = {"reward_funcs": "even", "rollout_backend": "hf", **options}
+    arguments = {"reward_funcs": "even", "rollout_backend": "hf", "num_iterations": 2, **options}
     if options.get("kl_in_reward") and options.get("advantage_estimator") == "gdpo":
         with pytest.raises(ValueError, match="gdpo"):
             GRPOArguments(**arguments).validate()
@@ -157,6 +171,15 @@ def test_two_steps(tmp_path, options):
             assert 0 <= line["off_policy_masked_frac"] <= 1
         if "delta" in options:
             assert line["clip_ratio/delta_mean"] >= 0
+        if "top_entropy_quantile" in options:
+            assert 0.3 <= line["token_selection/learned_frac"] < 0.4
+        if "covariance_control" in options:
+            left, held = 1 - line["token_selection/learned_frac"], line["token_selection/held_frac"]
+            touched, other = (left, held) if options["covariance_control"] == "clip_cov" else (held, left)
+            assert 0 < touched <= 0.25
+            assert other == 0
+        if "entropy_target" in options:
+            assert line["entropy_coef"] >= 0
         if "kl_target" in options:
             assert line["beta"] > 0
         if options.get("beta"):

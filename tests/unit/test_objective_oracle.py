@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages, correction, kl, losses
+from grpo_stage.algorithm import advantages, correction, exploration, kl, losses
 
 
 NAN = math.nan
@@ -609,3 +609,51 @@ def test_correction_by_hand() -> None:
     assert weights(level="sequence", mode="mask", lower=0.0, upper=1.4) == pytest.approx([0.0, 0.0])
     with pytest.raises(ValueError, match="level is 'tokens'"):
         weights(level="tokens", mode="mask", lower=0.0, upper=2.0)
+
+
+# Exploration
+
+
+def check_exploration(module: ModuleType) -> None:
+    """`module` is `grpo_stage.algorithm.exploration` or a mutant of it."""
+    rng = np.random.default_rng(4)
+    for count, share in itertools.product((1, 7, 40), (0.01, 0.2, 0.5, 1.0)):
+        entropies = rng.permutation(np.linspace(0.0, 3.0, count)).tolist()
+        number = math.ceil(share * count - 1e-12)
+        highest = sorted(entropies, reverse=True)[:number]
+        kept = module.highest_entropy_tokens(f64(entropies), share)
+        assert kept.tolist() == [entropy in highest for entropy in entropies]
+
+        logprobs, advantage = rng.normal(-1.0, 1.0, count).tolist(), rng.normal(0.0, 2.0, count).tolist()
+        expected = [(p - mean(logprobs)) * (a - mean(advantage)) for p, a in zip(logprobs, advantage, strict=True)]
+        covariances = module.token_covariances(f64(logprobs), f64(advantage))
+        assert covariances.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-13)
+
+        held = module.kl_cov_tokens(f64(expected), share)
+        assert held.tolist() == [value in sorted(expected, reverse=True)[:number] for value in expected]
+
+        candidates = {i for i, value in enumerate(expected) if 0.3 <= value <= 2.0}
+        draws = []
+        for seed in range(4):
+            drawn = module.clip_cov_tokens(f64(expected), share, 0.3, 2.0, torch.Generator().manual_seed(seed))
+            again = module.clip_cov_tokens(f64(expected), share, 0.3, 2.0, torch.Generator().manual_seed(seed))
+            assert torch.equal(drawn, again)
+            draws.append(set(drawn.nonzero().squeeze(1).tolist()))
+            assert draws[-1] <= candidates
+            assert len(draws[-1]) == min(number, len(candidates))
+        if len(candidates) > number + 3:
+            assert len(set(map(frozenset, draws))) > 1, "at random"
+    adapted = module.adapted_entropy_coefficient
+    assert adapted(0.01, 0.2, 0.3, 0.002, 0.05) == pytest.approx(0.012), "under the target: more"
+    assert adapted(0.01, 0.3, 0.3, 0.002, 0.05) == pytest.approx(0.012), "at the target: more"
+    assert adapted(0.01, 0.4, 0.3, 0.002, 0.05) == pytest.approx(0.008), "over it: less"
+    assert adapted(0.001, 0.4, 0.3, 0.002, 0.05) == 0.0
+    assert adapted(0.049, 0.2, 0.3, 0.002, 0.05) == 0.05
+
+
+def test_exploration_is_the_papers() -> None:
+    check_exploration(exploration)
+
+
+def test_nothing_is_selected_of_nothing() -> None:
+    assert exploration.highest_entropy_tokens(torch.zeros(0), 0.5).tolist() == []

@@ -109,8 +109,13 @@ def make_trainer(
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     arguments = GRPOArguments(rollout_backend="hf", num_generations=4, **grpo)
-    defaults = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "save_strategy": "no", "logging_steps": 1}
-    defaults["learning_rate"] = 1e-2
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
     training = defaults | (training or {})
     return GRPOTrainer(
         model=model,
