@@ -435,9 +435,9 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "help": (
-                "What is done about the few tokens that lower the entropy most, those of a high covariance of "
-                "log-probability and advantage: `clip_cov` leaves some out of the loss, `kl_cov` holds the highest to "
-                "where they were before the update. A step takes one more forward pass."
+                "What is done about the few tokens that lower the entropy most: of those with a high covariance of "
+                "log-probability and advantage `clip_cov` leaves some out of the loss, and `kl_cov` holds the highest "
+                "to where they were before the update. A step takes one more forward pass."
             ),
         },
     )
