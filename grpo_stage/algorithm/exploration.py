@@ -14,7 +14,7 @@ def highest_entropy_tokens(entropies: torch.Tensor, quantile: float) -> torch.Te
     .. math:: H_t \geq \text{the } \lceil quantile \cdot N \rceil \text{-th highest}
 
     Wang et al., "Beyond the 80/20 rule" (arXiv:2506.01939), with a quantile of 0.2. TRL interpolates the threshold,
-    and 0.24 takes it over the local micro-batch.
+    over the micro-batches that the ranks have in hand.
 
     Args:
         entropies: [N], in nats.
