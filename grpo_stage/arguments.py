@@ -774,7 +774,7 @@ def _check_clip_range(loss_type: str, epsilon: float, epsilon_high: float | None
                 "nothing else. Write for example `epsilon_high: 4.0`, which is TRL's 5.0."
             )
         return
-    if epsilon >= 1.0:
+    if epsilon >= 1.0 and loss_type != "gmpo":  # which clips the log
         raise ValueError(
             f"`epsilon: {epsilon}` must be below 1: a ratio is never negative, so that a lower clip at 1 - epsilon "
             "<= 0 would never act. Write for example `epsilon: 0.2`; the upper range is `epsilon_high`."

@@ -60,6 +60,18 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "vllm_guided_decoding_regex": TRLKey(None, note="the reward `regex` scores a form instead of forcing it"),
         "vllm_importance_sampling_correction": TRLKey("rollout_correction", _of_bool("token", "none")),
         "vllm_importance_sampling_cap": TRLKey("rollout_correction_max"),
+        "vllm_importance_sampling_mode": TRLKey(
+            None,
+            note="`rollout_correction` says whether tokens or sequences, `rollout_correction_mode` what with them",
+        ),
+        "vllm_importance_sampling_clip_max": TRLKey("rollout_correction_max"),
+        "vllm_importance_sampling_clip_min": TRLKey("rollout_correction_min"),
+        "multi_objective_aggregation": TRLKey(
+            "advantage_estimator", lambda value: "gdpo" if value == "normalize_then_sum" else "grpo"
+        ),
+        "normalize_advantages": TRLKey("scale_rewards", _of_bool("batch", "none")),
+        "use_adaptive_entropy": TRLKey(None, note="`entropy_target` switches it on"),
+        "entropy_coef_min": TRLKey(None, note="with `entropy_target` the coefficient stays above 0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
         "reward_processing_classes": TRLKey(None, note="reward models are not supported by this version"),
         "num_generations_eval": TRLKey("eval_num_generations"),

@@ -173,6 +173,7 @@ def test_a_weight_may_be_negative(weights):
         {"loss_type": "cispo", "epsilon_high": 0.1},
         {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
         {"delta": 1.21},
+        {"loss_type": "gmpo", "epsilon": 1.5, "epsilon_high": 1.5},
         {"rollout_correction": "sequence", "rollout_correction_max": 1.0, "rollout_correction_min": 1.0},
         {"top_entropy_quantile": 1.0},
         {"covariance_control": "kl_cov", "num_iterations": 2},
