@@ -11,11 +11,27 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Literal
 
 
 ROLLOUT, REWARDS, OBJECTIVE, EVALUATION = "Rollout", "Rewards", "Objective", "Evaluation"
 MEMORY, LIMITS, MONITORING = "Memory", "Limits", "Monitoring"
+CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "gspo", "gspo_token")
+"""Those of `loss_type` that PPO's clip is in."""
+ADVANTAGE_SCALES = MappingProxyType(
+    {
+        "grpo": ("group", "batch", "none"),
+        "dr_grpo": ("none",),
+        "rloo": ("none", "batch"),
+        "reinforce_plus_plus": ("batch",),
+        "reinforce_plus_plus_baseline": ("batch",),
+        "gdpo": ("batch",),
+        "passk": ("none", "group", "batch"),
+        "opo": ("none",),
+    }
+)
+"""The values of `scale_rewards` that each `advantage_estimator` goes with; the first is the paper's."""
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
 
 
@@ -120,14 +136,54 @@ class GRPOArguments:
         },
     )
     # Objective
-    beta: float = field(
-        default=0.0,
+    advantage_estimator: Literal[
+        "grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "gdpo", "passk", "opo"
+    ] = field(
+        default="grpo",
         metadata={
             "group": OBJECTIVE,
-            "min": 0.0,
             "help": (
-                "Weight of the KL divergence to the reference policy in the loss. 0 needs no reference policy; "
-                "DeepSeekMath used 0.04."
+                "What a completion's reward is compared with: `grpo` the mean of its group, divided as "
+                "`scale_rewards` says, `dr_grpo` the same undivided, `rloo` the mean of the others of its group, "
+                "`opo` the group's mean weighted by length, `passk` the best of the others (pass@k with k = "
+                "num_generations), `reinforce_plus_plus` the mean of the batch, `reinforce_plus_plus_baseline` the "
+                "group's mean, whitened over the batch, `gdpo` each reward function on its own."
+            ),
+        },
+    )
+    scale_rewards: Literal["auto", "group", "batch", "none"] = field(
+        default="auto",
+        metadata={
+            "group": OBJECTIVE,
+            "help": (
+                "What advantages are divided by: the standard deviation of the `group`, of the whole `batch` of one "
+                "generation over all devices, or `none`. `auto` is what the paper of `advantage_estimator` has: "
+                "`group` for `grpo`."
+            ),
+        },
+    )
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo", "cispo", "sapo", "gspo", "gspo_token", "gmpo"] = field(
+        default="dapo",
+        metadata={
+            "group": OBJECTIVE,
+            "help": (
+                "What a token's loss is, and how they are averaged. PPO's clip: `grpo` over each completion and then "
+                "over completions, `dapo` over all tokens of the step, `dr_grpo` over completions x max_new_tokens; "
+                "`bnpo` is `dapo` here, since denominators are counted over the whole optimizer step. `gspo` and "
+                "`gspo_token` clip the ratio of the whole completion. `cispo` bounds the importance weight and clips "
+                "nothing, `sapo` fades where others clip, `gmpo` takes the geometric mean over tokens."
+            ),
+        },
+    )
+    importance_sampling_level: Literal["token", "sequence", "sequence_token"] = field(
+        default="token",
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"loss_type": ("grpo", "bnpo", "dr_grpo", "dapo")},
+            "help": (
+                "Whose ratio is clipped: each `token`'s, or the completion's (`sequence`, the geometric mean of its "
+                "tokens'); `sequence_token` has the completion's value and each token's gradient. "
+                "`loss_type: gspo` is `grpo` with `sequence`."
             ),
         },
     )
@@ -135,40 +191,289 @@ class GRPOArguments:
         default=0.2,
         metadata={
             "group": OBJECTIVE,
+            "only_with": {"loss_type": (*CLIPPED_LOSSES, "gmpo")},
             "above": 0.0,
-            "help": "Lower clip range of the ratio: it is kept above 1 - epsilon.",
+            "help": (
+                "Lower clip range of the ratio: it is kept above 1 - epsilon (`gmpo`: above exp(-epsilon)). The ratio "
+                "of a whole completion moves less: GSPO's paper has 3e-4, GMPO's 0.4."
+            ),
         },
     )
     epsilon_high: float | None = field(
         default=None,
         metadata={
             "group": OBJECTIVE,
+            "only_with": {"loss_type": (*CLIPPED_LOSSES, "gmpo", "cispo")},
             "above": 0.0,
             "help": (
-                "Upper clip range of the ratio: it is kept below 1 + epsilon_high. `epsilon` by default; "
-                "DAPO recommends 0.28."
+                "Upper clip range of the ratio: it is kept below 1 + epsilon_high (`gmpo`: below exp(epsilon_high)). "
+                "`epsilon` by default; DAPO recommends 0.28, GSPO 4e-4. `cispo` needs it: TRL's 5.0 is 4.0 here."
             ),
         },
     )
-    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = field(
-        default="dapo",
+    delta: float | None = field(
+        default=None,
         metadata={
             "group": OBJECTIVE,
+            "only_with": {"loss_type": CLIPPED_LOSSES},
+            "above": 1.0,
             "help": (
-                "How token losses are averaged: `grpo` over each completion and then over completions, `dapo` over "
-                "all tokens of the step, `dr_grpo` over completions x max_new_tokens. `bnpo` is `dapo` here, since "
-                "denominators are counted over the whole optimizer step."
+                "Upper bound of the ratio where the advantage is negative (dual clip), which the clip leaves without "
+                "one. Above 1 + epsilon_high; verl has 3.0. No bound by default."
             ),
         },
     )
-    scale_rewards: Literal["group", "batch", "none"] = field(
-        default="group",
+    sapo_temperature_pos: float = field(
+        default=1.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"loss_type": ("sapo",)},
+            "above": 0.0,
+            "help": "How fast the gradient fades away from ratio 1 where the advantage is positive.",
+        },
+    )
+    sapo_temperature_neg: float = field(
+        default=1.05,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"loss_type": ("sapo",)},
+            "above": 0.0,
+            "help": "How fast the gradient fades away from ratio 1 where the advantage is not positive.",
+        },
+    )
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "group": OBJECTIVE,
+            "min": 0.0,
+            "help": (
+                "Weight of the KL divergence to the reference policy. 0 needs no reference policy; "
+                "DeepSeekMath used 0.04."
+            ),
+        },
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = field(
+        default="k3",
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"beta": Above(0)},
+            "help": (
+                "How the divergence is estimated from the sampled tokens: `k1` the log-ratio, `k2` half its square, "
+                "`k3` GRPO's own. `k1` goes with `kl_in_reward` or `use_bias_correction_kl`, where it is unbiased."
+            ),
+        },
+    )
+    use_bias_correction_kl: bool = field(
+        default=False,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"beta": Above(0), "kl_in_reward": (False,), "kl_estimator": ("k1", "k3")},
+            "help": (
+                "Multiply the KL estimate by the ratio, through which the gradient flows too (DeepSeek-V3.2): then "
+                "the gradient is that of the divergence, and not of the reversed one."
+            ),
+        },
+    )
+    kl_in_reward: bool = field(
+        default=False,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"beta": Above(0), "kl_estimator": ("k1",)},
+            "help": (
+                "Take beta x the sum of k1 over a completion off its reward, before advantages are computed, in the "
+                "place of a KL term in the loss (PPO, RLOO and REINFORCE++ have it so)."
+            ),
+        },
+    )
+    kl_target: float | None = field(
+        default=None,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"beta": Above(0)},
+            "above": 0.0,
+            "help": (
+                "The `kl` of the log, in nats a token, that `beta` is adapted to: it starts as written and changes by "
+                "up to 2 percent a step. Fixed by default."
+            ),
+        },
+    )
+    sync_ref_model: bool = field(
+        default=False,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"beta": Above(0)},
+            "help": (
+                "Move the reference towards the policy every `ref_model_sync_steps` steps. It takes a copy of the "
+                "trainable weights."
+            ),
+        },
+    )
+    ref_model_mixup_alpha: float = field(
+        default=0.6,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"sync_ref_model": (True,)},
+            "above": 0.0,
+            "max": 1.0,
+            "help": "The policy's share in the new reference; the rest is the old one's.",
+        },
+    )
+    ref_model_sync_steps: int = field(
+        default=512,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"sync_ref_model": (True,)},
+            "min": 1,
+            "help": "Optimizer steps between two moves of the reference.",
+        },
+    )
+    rollout_correction: Literal["none", "token", "sequence"] = field(
+        default="none",
         metadata={
             "group": OBJECTIVE,
             "help": (
-                "What advantages are divided by: the standard deviation of the `group`, of the whole `batch` of one "
-                "generation, or `none`."
+                "Weigh the policy's loss by how much more probable the trainer finds what the engine sampled: each "
+                "`token`, or the whole `sequence` (the product over its tokens). Only where sampling is neutral."
             ),
+        },
+    )
+    rollout_correction_mode: Literal["truncate", "mask"] = field(
+        default="truncate",
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"rollout_correction": ("token", "sequence")},
+            "help": "What becomes of a weight beyond the bounds: it is set to the bound, or to 0.",
+        },
+    )
+    rollout_correction_max: float = field(
+        default=2.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"rollout_correction": ("token", "sequence")},
+            "min": 1.0,
+            "help": "Upper bound of the weight.",
+        },
+    )
+    rollout_correction_min: float = field(
+        default=0.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"rollout_correction": ("token", "sequence")},
+            "min": 0.0,
+            "max": 1.0,
+            "help": "Lower bound of the weight; 0 is none.",
+        },
+    )
+    off_policy_mask_threshold: float | None = field(
+        default=None,
+        metadata={
+            "group": OBJECTIVE,
+            "above": 0.0,
+            "help": (
+                "Leave a completion with a negative advantage out of the policy's loss where its tokens have become "
+                "less probable than they were sampled by more than this mean, in nats (DeepSeek-V3.2). Only where "
+                "sampling is neutral. Off by default."
+            ),
+        },
+    )
+    entropy_coef: float = field(
+        default=0.0,
+        metadata={
+            "group": OBJECTIVE,
+            "min": 0.0,
+            "help": (
+                "What the policy is paid in the loss for a nat of entropy a token, against a collapse of its "
+                "entropy. It takes memory, since the gradient flows through the whole distribution. With "
+                "`entropy_target` it is where the coefficient starts."
+            ),
+        },
+    )
+    entropy_target: float | None = field(
+        default=None,
+        metadata={
+            "group": OBJECTIVE,
+            "above": 0.0,
+            "help": (
+                "The `entropy` of the log, in nats a token, that the coefficient of the bonus is adapted to: it rises "
+                "by `entropy_coef_delta` after a step at or under it and falls after one over it, and is paid only "
+                "after the former (Skywork-OR1). Fixed by default."
+            ),
+        },
+    )
+    entropy_coef_delta: float = field(
+        default=0.0005,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"entropy_target": Above(0)},
+            "above": 0.0,
+            "help": "How much the coefficient of the entropy bonus changes in a step.",
+        },
+    )
+    entropy_coef_max: float = field(
+        default=0.05,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"entropy_target": Above(0)},
+            "above": 0.0,
+            "help": "The highest coefficient of the entropy bonus.",
+        },
+    )
+    top_entropy_quantile: float = field(
+        default=1.0,
+        metadata={
+            "group": OBJECTIVE,
+            "above": 0.0,
+            "max": 1.0,
+            "help": (
+                "The share of tokens, those of the highest entropy in the whole step, that the policy learns from; "
+                "0.2 in the paper. Below 1 a step takes one more forward pass."
+            ),
+        },
+    )
+    covariance_control: Literal["none", "clip_cov", "kl_cov"] = field(
+        default="none",
+        metadata={
+            "group": OBJECTIVE,
+            "help": (
+                "What is done about the few tokens that lower the entropy most: of those with a high covariance of "
+                "log-probability and advantage `clip_cov` leaves some out of the loss, and `kl_cov` holds the highest "
+                "to where they were before the update. A step takes one more forward pass."
+            ),
+        },
+    )
+    covariance_frac: float = field(
+        default=0.0002,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("clip_cov", "kl_cov")},
+            "above": 0.0,
+            "max": 1.0,
+            "help": "The share of all tokens that it is done to; the paper has 2e-4, and 2e-3 for `kl_cov` on 7B.",
+        },
+    )
+    clip_cov_min: float = field(
+        default=1.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("clip_cov",)},
+            "help": "The lowest covariance of a token that may be left out.",
+        },
+    )
+    clip_cov_max: float = field(
+        default=5.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("clip_cov",)},
+            "help": "The highest covariance of a token that may be left out.",
+        },
+    )
+    kl_cov_coef: float = field(
+        default=1.0,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"covariance_control": ("kl_cov",)},
+            "above": 0.0,
+            "help": "Weight of the distance from the old log-probability in the loss of such a token.",
         },
     )
     num_iterations: int = field(
@@ -332,6 +637,9 @@ class GRPOArguments:
         if isinstance(self.reward_kwargs, str):
             self.reward_kwargs = _mapping(self.reward_kwargs)
 
+        if self.scale_rewards == "auto":
+            self.scale_rewards = ADVANTAGE_SCALES.get(self.advantage_estimator, ("group",))[0]  # type: ignore[assignment]
+
     def validate(self) -> None:
         """Refuse values that are out of bounds, and those that contradict one another.
 
@@ -343,7 +651,10 @@ class GRPOArguments:
             _check_effect(spec, vars(self))
 
         _check_rewards(list(self.reward_funcs or ()), self.reward_weights, self.reward_kwargs or {})
-        _check_clip_range(self.epsilon, self.epsilon_high)
+        _check_scale(self.advantage_estimator, self.scale_rewards)
+        _check_clip_range(self.loss_type, self.epsilon, self.epsilon_high, self.delta)
+        _check_kl(self)
+        _check_exploration(self)
 
 
 def grpo_field_names() -> frozenset[str]:
@@ -434,8 +745,36 @@ def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
         )
 
 
-def _check_clip_range(epsilon: float, epsilon_high: float | None) -> None:
-    if epsilon >= 1.0:
+_WHY_NOT_DIVIDED = MappingProxyType(
+    {
+        "dr_grpo": "it is `grpo` without the division",
+        "rloo": "divided by the group's deviation it is `grpo` times G / (G - 1)",
+        "reinforce_plus_plus": "it has no groups, and is whitened over the batch",
+        "reinforce_plus_plus_baseline": "it is whitened over the batch",
+        "gdpo": "each function is divided by the group's deviation, and their sum by the batch's",
+        "opo": "its baseline is the best for rewards as they are",
+    }
+)
+
+
+def _check_scale(estimator: str, scale: str) -> None:
+    if scale not in ADVANTAGE_SCALES[estimator]:
+        raise ValueError(
+            f"`scale_rewards: {scale}` cannot go with `advantage_estimator: {estimator}`: "
+            f"{_WHY_NOT_DIVIDED[estimator]}. Write `scale_rewards: {' or '.join(ADVANTAGE_SCALES[estimator])}`, leave "
+            "it out, or write `advantage_estimator: grpo`."
+        )
+
+
+def _check_clip_range(loss_type: str, epsilon: float, epsilon_high: float | None, delta: float | None) -> None:
+    if loss_type == "cispo":
+        if epsilon_high is None:
+            raise ValueError(
+                "`loss_type: cispo` needs `epsilon_high`: the importance weight is bounded by 1 + epsilon_high and by "
+                "nothing else. Write for example `epsilon_high: 4.0`, which is TRL's 5.0."
+            )
+        return
+    if epsilon >= 1.0 and loss_type != "gmpo":  # which clips the log
         raise ValueError(
             f"`epsilon: {epsilon}` must be below 1: a ratio is never negative, so that a lower clip at 1 - epsilon "
             "<= 0 would never act. Write for example `epsilon: 0.2`; the upper range is `epsilon_high`."
@@ -444,6 +783,44 @@ def _check_clip_range(epsilon: float, epsilon_high: float | None) -> None:
         raise ValueError(
             f"`epsilon_high: {epsilon_high}` is below `epsilon: {epsilon}`: the upper clip range is meant to be the "
             "wider one (DAPO: 0.2 and 0.28). Raise `epsilon_high`, or leave it out to use `epsilon` for both."
+        )
+    upper = 1 + (epsilon if epsilon_high is None else epsilon_high)
+    if delta is not None and delta <= upper:
+        raise ValueError(
+            f"`delta: {delta}` must be above 1 + epsilon_high = {upper:g}: below it, a bad completion would lose its "
+            "gradient before a good one does. Write for example `delta: 3.0`, or leave it out."
+        )
+
+
+def _check_kl(args: GRPOArguments) -> None:
+    if args.beta > 0 and args.kl_estimator == "k1" and not (args.kl_in_reward or args.use_bias_correction_kl):
+        raise ValueError(
+            "`kl_estimator: k1` does nothing in the loss: the mean of its gradient is 0, whatever the divergence. "
+            "Write `use_bias_correction_kl: true` or `kl_in_reward: true`, or `kl_estimator: k2` or `k3`."
+        )
+    if args.kl_in_reward and args.advantage_estimator == "gdpo":
+        raise ValueError(
+            "`kl_in_reward: true` cannot go with `advantage_estimator: gdpo`, which normalizes each reward function "
+            "on its own and has no place for a term that is none. Leave `kl_in_reward` out to have the KL in the loss."
+        )
+
+
+def _check_exploration(args: GRPOArguments) -> None:
+    if args.entropy_target is not None and args.entropy_coef > args.entropy_coef_max:
+        raise ValueError(
+            f"`entropy_coef: {args.entropy_coef}` is above `entropy_coef_max: {args.entropy_coef_max}`, which it may "
+            "not pass where `entropy_target` adapts it. Lower the one or raise the other."
+        )
+    if args.clip_cov_min >= args.clip_cov_max:
+        raise ValueError(
+            f"`clip_cov_min: {args.clip_cov_min}` must be below `clip_cov_max: {args.clip_cov_max}`: no covariance is "
+            "between them. The paper has 1 and 5."
+        )
+    if args.covariance_control == "kl_cov" and args.num_iterations == args.steps_per_generation == 1:
+        raise ValueError(
+            "`covariance_control: kl_cov` has no effect where each rollout makes one step: no token has left the "
+            "log-probability that it is held to. Write for example `steps_per_generation: 4` or `num_iterations: 2`, "
+            "or `covariance_control: clip_cov`."
         )
 
 

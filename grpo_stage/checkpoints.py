@@ -28,6 +28,8 @@ STATE_FILE = "grpo_state.json"
 """In every checkpoint: the recipe, where the prompts are, and the list of files."""
 ROLLOUT_FILE = "grpo_rollout_{rank}.json"
 """In every checkpoint: what is left of the last rollout on that rank."""
+REFERENCE_FILE = "grpo_reference.pt"
+"""With `sync_ref_model`: the reference's weights that have moved."""
 MAX_HASHED_BYTES = 2**30
 """Larger files are known by their size alone: hashing them would hold up every start."""
 

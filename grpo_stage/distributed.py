@@ -18,6 +18,11 @@ def all_gather(value: T) -> list[T]:
     return values
 
 
+def process_index() -> int:
+    """Where this rank's value stands in `all_gather`."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def sum_gradients(model: torch.nn.Module) -> None:
     """Give every rank the sum of all ranks' gradients. Each rank must have run the model at least once."""
     if not (dist.is_available() and dist.is_initialized()):

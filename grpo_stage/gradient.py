@@ -13,16 +13,16 @@ from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import nn
 
-from .algorithm.kl import k3
-from .algorithm.losses import StepTotals, clipped_surrogate
+from .algorithm.losses import StepTotals
 from .arguments import GRPOArguments
 from .batch import count_totals, dummy_batch, micro_batches
 from .buffer import StepData
 from .canary import check_difference
 from .distributed import all_gather, sum_gradients
-from .metrics import MetricTracker, record_update
+from .metrics import MetricTracker
+from .objective import Objective, TokenSelection
 from .policy import token_logprobs
-from .types import PolicyBatch, SamplingSettings, ScoredGroup
+from .types import FinishReason, PolicyBatch, SamplingSettings, ScoredGroup
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -53,6 +53,7 @@ class PolicyGradient:
             safe_point: called on all ranks before each micro-batch; what it raises ends the pass.
         """
         self.token_budget = grpo_args.max_tokens_per_micro_batch
+        self.objective = Objective(grpo_args)
         self._grpo_args = grpo_args
         self._sampling = sampling
         self._max_sampling_logprob_diff = max_sampling_logprob_diff
@@ -61,8 +62,13 @@ class PolicyGradient:
         self._autocast = autocast
         self._safe_point = safe_point
 
-    def accumulate(self, model: nn.Module, data: StepData) -> tuple[torch.Tensor, MetricTracker]:
+    def accumulate(self, model: nn.Module, data: StepData, step: int) -> tuple[torch.Tensor, MetricTracker]:
         """Leave the gradient of one optimizer step, summed over ranks, in the parameters.
+
+        Args:
+            model: the policy, wrapped (DDP) or not.
+            data: what the step trains on.
+            step: its number, which what is drawn at random depends on.
 
         Returns:
             This rank's share of the loss, and the metrics of the pass.
@@ -72,14 +78,15 @@ class PolicyGradient:
             RuntimeError: if not even a single completion fits into memory.
         """
         totals = self._global_totals(data.groups)
+        selection = self._selection(model, data, step) if self.objective.selects else None
         outcome = None
         while outcome is None:
-            outcome = self._try_to_accumulate(model, data, totals)
+            outcome = self._try_to_accumulate(model, data, totals, selection)
         sum_gradients(model)
         return outcome
 
     def _try_to_accumulate(
-        self, model: nn.Module, data: StepData, totals: StepTotals
+        self, model: nn.Module, data: StepData, totals: StepTotals, selection: TokenSelection | None
     ) -> tuple[torch.Tensor, MetricTracker] | None:
         """This rank's loss and gradient; None, and no gradient, where memory ran out on some rank."""
         metrics = MetricTracker()
@@ -91,7 +98,7 @@ class PolicyGradient:
                 memory_error = None
                 try:
                     is_checked = data.is_fresh and index == 0 and len(data.groups) > 0
-                    micro_loss = self._micro_batch_loss(model, batch, data, metrics, check=is_checked)
+                    micro_loss = self._micro_batch_loss(model, batch, data, selection, metrics, check=is_checked)
                     self._accelerator.backward(micro_loss)
                     loss += micro_loss.detach()
                 except RuntimeError as error:
@@ -106,26 +113,30 @@ class PolicyGradient:
         return loss, metrics
 
     def _micro_batch_loss(
-        self, model: nn.Module, batch: PolicyBatch, data: StepData, metrics: MetricTracker, check: bool
+        self,
+        model: nn.Module,
+        batch: PolicyBatch,
+        data: StepData,
+        selection: TokenSelection | None,
+        metrics: MetricTracker,
+        check: bool,
     ) -> torch.Tensor:
         with self._autocast():
-            logprobs, entropy = token_logprobs(model, batch, self._sampling.temperature, with_entropy=True)  # [B, T]
+            logprobs, entropy = token_logprobs(  # [B, T]
+                model,
+                batch,
+                self._sampling.temperature,
+                with_entropy=True,
+                entropy_gradient=self.objective.pays_entropy,
+            )
         assert entropy is not None
         if check and torch.isfinite(logprobs).all():
             self._check_canary(model, batch, logprobs.detach(), data.logprob_temperature, metrics)
         old = logprobs.detach() if data.old_logprobs is None else _padded(data.old_logprobs, batch)
-        surrogate = clipped_surrogate(
-            logprobs,
-            old,
-            batch.advantages,
-            self._grpo_args.epsilon,
-            self._grpo_args.epsilon if self._grpo_args.epsilon_high is None else self._grpo_args.epsilon_high,
-        )
-        token_losses, kl = surrogate.token_losses, None
-        if data.ref_logprobs is not None:
-            kl = k3(logprobs, _padded(data.ref_logprobs, batch))
-            token_losses = token_losses + self._grpo_args.beta * kl
-        record_update(metrics, batch, surrogate, entropy, kl)
+        ref = None if data.ref_logprobs is None else _padded(data.ref_logprobs, batch)
+        learned = None if selection is None else _padded(selection.learned, batch)
+        held = None if selection is None else _padded(selection.held, batch)
+        token_losses = self.objective.token_losses(batch, logprobs, entropy, old, ref, metrics, learned, held)
         return (batch.loss_weights * token_losses).sum()
 
     def _check_canary(
@@ -146,28 +157,55 @@ class PolicyGradient:
         mean = (difference.sum() / batch.completion_mask.sum()).item()
         check_difference(mean, self._max_sampling_logprob_diff, self._grpo_args.rollout_backend)
 
-    @torch.no_grad()
+    def _selection(self, model: nn.Module, data: StepData, step: int) -> TokenSelection:
+        policy = self._accelerator.unwrap_model(model)
+        logprobs, entropies = self._frozen(policy, data.groups, with_entropy=True)
+        leaves_out = self._grpo_args.mask_truncated_completions
+        pairs = [
+            pair for scored in data.groups for pair in zip(scored.group.completions, scored.advantages, strict=True)
+        ]
+        return self.objective.select(
+            logprobs,
+            entropies,
+            [advantage for _, advantage in pairs],
+            [not (leaves_out and completion.finish_reason is FinishReason.LENGTH) for completion, _ in pairs],
+            step,
+            self._sampling.seed,
+        )
+
     def frozen_logprobs(self, model: nn.Module, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
         """Log-probabilities under `model` as it is now: one tensor a completion, prompt-major, on the CPU."""
+        return self._frozen(model, groups, with_entropy=False)[0]
+
+    @torch.no_grad()
+    def _frozen(
+        self, model: nn.Module, groups: Sequence[ScoredGroup], with_entropy: bool
+    ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
+        """Log-probabilities, and entropies where they are asked for."""
         totals = count_totals(groups, self._sampling.max_new_tokens, mask_truncated_completions=False)
         result: dict[int, torch.Tensor] = {}
+        entropies: dict[int, torch.Tensor] = {}
         while len(result) < totals.num_completions:
             for batch in self._split(groups, totals):
                 try:
                     with self._autocast():
-                        logprobs, _ = token_logprobs(model, batch, self._sampling.temperature)
+                        logprobs, entropy = token_logprobs(
+                            model, batch, self._sampling.temperature, with_entropy=with_entropy
+                        )
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):
                         raise
                     memory_error = error.with_traceback(None)
                 else:
                     lengths = batch.completion_mask.sum(dim=1).int()
-                    for row, values, length in zip(batch.rows, logprobs, lengths, strict=True):
-                        result[row] = values[:length].cpu()
+                    for position, (row, length) in enumerate(zip(batch.rows, lengths, strict=True)):
+                        result[row] = logprobs[position, :length].cpu()
+                        if entropy is not None:
+                            entropies[row] = entropy[position, :length].cpu()
                     continue
                 self._halve_token_budget(batch, memory_error)
                 break
-        return tuple(result[row] for row in range(len(result)))
+        return tuple(tuple(each[row] for row in range(len(each))) for each in (result, entropies))  # type: ignore[return-value]
 
     def _halve_token_budget(self, batch: PolicyBatch, error: RuntimeError) -> None:
         """Make micro-batches of this rank smaller than `batch`, which did not fit into memory."""

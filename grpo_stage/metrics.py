@@ -119,6 +119,11 @@ def record_completions(tracker: MetricTracker, completions: Sequence[Completion]
             tracker.highest("completions/max_terminated_length", length)
 
 
+def used_tokens(batch: PolicyBatch) -> torch.Tensor:
+    """[B, T] float, 1 on the completion tokens that the loss uses."""
+    return (batch.loss_weights > 0).float()
+
+
 def record_update(
     tracker: MetricTracker,
     batch: PolicyBatch,
@@ -128,17 +133,17 @@ def record_update(
 ) -> None:
     """Metrics of a micro-batch, all means over the completion tokens that the loss uses (TRL's names).
 
-    entropy in nats a token; kl the k3 estimate to the reference; clip_ratio/low_mean, high_mean, region_mean the
-    share of tokens whose gradient the lower, the upper, either bound cut.
+    entropy in nats a token; kl the k3 estimate to the reference; clip_ratio/low_mean, high_mean, delta_mean,
+    region_mean the share of tokens whose gradient the lower bound, the upper, `delta`, any of them cut.
     """
-    used = (batch.loss_weights > 0).float()  # [B, T]
+    used = used_tokens(batch)  # [B, T]
     count = used.sum()
     tracker.add("entropy", (entropy * used).sum(), count)
     if kl is not None:
         tracker.add("kl", (kl.detach() * used).sum(), count)
-    for name, clipped in (
-        ("low_mean", surrogate.clipped_low),
-        ("high_mean", surrogate.clipped_high),
-        ("region_mean", surrogate.clipped_low | surrogate.clipped_high),
-    ):
-        tracker.add(f"clip_ratio/{name}", (clipped * used).sum(), count)
+    clipped = {"low_mean": surrogate.clipped_low, "high_mean": surrogate.clipped_high}
+    if surrogate.clipped_delta is not None:
+        clipped["delta_mean"] = surrogate.clipped_delta
+    clipped["region_mean"] = torch.stack(list(clipped.values())).any(dim=0)
+    for name, tokens in clipped.items():
+        tracker.add(f"clip_ratio/{name}", (tokens * used).sum(), count)

@@ -4,18 +4,24 @@ B completions in a micro-batch    T completion tokens    V vocabulary
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from .types import PolicyBatch
 
 
 def token_logprobs(
-    model: nn.Module, batch: PolicyBatch, temperature: float, *, with_entropy: bool = False
+    model: nn.Module,
+    batch: PolicyBatch,
+    temperature: float,
+    *,
+    with_entropy: bool = False,
+    entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Log-probability of each completion token, and the entropy of the distribution it was drawn from.
 
@@ -27,10 +33,11 @@ def token_logprobs(
         batch: a micro-batch.
         temperature: the sampling temperature.
         with_entropy: also return the entropy.
+        entropy_gradient: let the gradient flow through the entropy, too.
 
     Returns:
-        [B, T] log-probabilities and [B, T] entropies in nats (without gradient; None unless asked for), both float32
-        and 0 outside the completion mask.
+        [B, T] log-probabilities and [B, T] entropies in nats (None unless asked for), both float32 and 0 outside the
+        completion mask.
     """
     num_tokens = batch.completion_ids.size(1)
     position_ids = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
@@ -48,7 +55,10 @@ def token_logprobs(
     logprobs = logits.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1) - log_normalizer  # [B, T]
     mask = batch.completion_mask.bool()
     entropy = None
-    if with_entropy:
+    if with_entropy and entropy_gradient:
+        probabilities = (logits - log_normalizer.unsqueeze(-1)).exp()
+        entropy = (log_normalizer - (probabilities * logits).sum(dim=-1)).masked_fill(~mask, 0.0)
+    elif with_entropy:
         with torch.no_grad():
             probabilities = (logits - log_normalizer.unsqueeze(-1)).exp_()
             entropy = (log_normalizer - probabilities.mul_(logits).sum(dim=-1)).masked_fill(~mask, 0.0)
@@ -75,6 +85,32 @@ class ReferencePolicy(Protocol):
         """Yield the reference; `policy` (unwrapped) is itself again afterwards."""
 
 
+class MovingReference(ReferencePolicy, Protocol):
+    """One that can follow the policy (`sync_ref_model`)."""
+
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        """Become alpha x `policy` (unwrapped) + (1 - alpha) x what it is, weight by weight."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights that `mix` changes."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+
+
+class ReferenceSync(TrainerCallback):
+    """Moves the reference towards the policy (`sync_ref_model`), as a part of the step that it follows."""
+
+    def __init__(
+        self, reference: MovingReference, alpha: float, every: int, unwrap: Callable[[Any], nn.Module]
+    ) -> None:
+        self._reference, self._alpha, self._every, self._unwrap = reference, alpha, every, unwrap
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._reference.mix(self._unwrap(model), self._alpha)
+
+
 class AdapterOffReference:
     """The base model: right where training starts from a new adapter, which changes nothing at first."""
 
@@ -93,6 +129,16 @@ class InitialWeightsReference:
 
     def __init__(self, policy: nn.Module) -> None:
         self._initial = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        _mix(self._initial, dict(policy.named_parameters()), alpha)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._initial
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _mix(self._initial, state, 1.0)
 
     @contextmanager
     def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
@@ -113,9 +159,38 @@ class ModelReference:
     def __init__(self, model: nn.Module) -> None:
         self._model = model.eval()
 
+    def check_alike(self, policy: nn.Module) -> None:
+        """Raise ValueError unless `policy` has a weight of the same name and shape for each of its own."""
+        theirs = {name: p.shape for name, p in policy.named_parameters()}
+        unlike = [name for name, p in self._model.named_parameters() if theirs.get(name) != p.shape]
+        if unlike:
+            raise ValueError(
+                f"`sync_ref_model: true` mixes the policy's weights into `ref_model`, and {len(unlike)} weights of it "
+                f"are of another name or shape ({unlike[0]}). Name a model of the same size, or leave `ref_model` "
+                "out: the reference is then the policy as it starts."
+            )
+
+    @torch.no_grad()
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        _mix(dict(self._model.named_parameters()), dict(policy.named_parameters()), alpha)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self._model.named_parameters())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _mix(dict(self._model.named_parameters()), state, 1.0)
+
     @contextmanager
     def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
         yield self._model
+
+
+def _mix(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], alpha: float) -> None:
+    """Move `old` in place. In float32, where a small alpha does not vanish in rounding before it is added."""
+    for name, tensor in old.items():
+        target = new[name].to(tensor.device, torch.float32)
+        tensor.copy_(target if alpha == 1.0 else tensor.float().lerp(target, alpha))
 
 
 def _takes_logits_to_keep(model: Any) -> bool:

@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -32,17 +32,17 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoints
-from .algorithm.advantages import group_advantages
+from .advantages import with_advantages
 from .arguments import GRPOArguments
 from .buffer import RolloutBuffer, StepData, step_state
 from .canary import check_versions
-from .checkpoints import ROLLOUT_FILE
+from .checkpoints import REFERENCE_FILE, ROLLOUT_FILE
 from .completions_log import CompletionsLog
 from .distributed import all_gather
 from .evaluation import record_evaluation
 from .gradient import PolicyGradient
 from .metrics import MetricTracker, record_rollout
-from .policy import ReferencePolicy, disable_dropout
+from .policy import MovingReference, ReferencePolicy, ReferenceSync, disable_dropout
 from .prompts import PromptStream
 from .rewards import RewardError, RewardSuite
 from .stop import SafeStop, StopRequested
@@ -125,6 +125,11 @@ class GRPOTrainer(Trainer):
             autocast=self.compute_loss_context_manager,
             safe_point=self.stop.check_together,
         )
+        self._moving_reference: MovingReference | None = None
+        if grpo_args.sync_ref_model:
+            self._moving_reference = cast(MovingReference, reference)
+            alpha, every = grpo_args.ref_model_mixup_alpha, grpo_args.ref_model_sync_steps
+            self.add_callback(ReferenceSync(self._moving_reference, alpha, every, self.accelerator.unwrap_model))
         self._optimizer_factory = optimizer_factory
         self._prepare_scheduler = prepare_scheduler
         self._num_tokens = 0
@@ -164,23 +169,29 @@ class GRPOTrainer(Trainer):
                 groups = self._generate([self.prompts[i] for i in indices], self.sampling, self.state.global_step)
         with self._timed("reward"):
             scored = self.score(groups)
-        self._record_rollout(scored, seconds=timer())
 
         prompts_per_rank = self.prompts_per_step // self.args.world_size
-        chunks = [tuple(scored[start : start + prompts_per_rank]) for start in range(0, len(scored), prompts_per_rank)]
-        num_chunks = max(all_gather(len(chunks)))  # the last prompts of an epoch may not reach every rank
-        chunks += [()] * (num_chunks - len(chunks))
-        uses_per_rollout = num_chunks * self.grpo_args.num_iterations
+        starts = range(0, len(scored), prompts_per_rank)
+        num_chunks = max(all_gather(len(starts)))  # the last prompts of an epoch may not reach every rank
+        starts = range(0, num_chunks * prompts_per_rank, prompts_per_rank)
+        chunks = [tuple(scored[start : start + prompts_per_rank]) for start in starts]
+        is_reused = num_chunks * self.grpo_args.num_iterations > 1
+        needs_old = is_reused or self.grpo_args.kl_in_reward
         with self._timed("logprobs"):
-            old = [self.gradient.frozen_logprobs(policy, chunk) if uses_per_rollout > 1 else None for chunk in chunks]
+            old = [self.gradient.frozen_logprobs(policy, chunk) if needs_old else None for chunk in chunks]
             ref: list[tuple[torch.Tensor, ...] | None] = [None] * num_chunks
             if self.reference is not None:
                 with self.reference.activate(policy) as reference:
                     ref = [self.gradient.frozen_logprobs(reference, chunk) for chunk in chunks]
+        if self.grpo_args.kl_in_reward:
+            flat_old, flat_ref = ([t for chunk in of_chunks for t in chunk or ()] for of_chunks in (old, ref))
+            scored = self._with_advantages(scored, self.gradient.objective.reward_penalty(flat_old, flat_ref))
+            chunks = [tuple(scored[start : start + prompts_per_rank]) for start in starts]
+        self._record_rollout(scored, seconds=timer())
         return [
             StepData(
                 groups=chunk,
-                old_logprobs=old[i],
+                old_logprobs=old[i] if is_reused else None,
                 ref_logprobs=ref[i],
                 logprob_temperature=self.engine.logprob_temperature,
                 is_fresh=iteration == 0 and i == 0,
@@ -210,46 +221,49 @@ class GRPOTrainer(Trainer):
         """Rewards and advantages. Statistics of a batch are taken over all ranks of the generation."""
         rewards = self._reward(groups)  # [P][G][F]
         totals = [[self.rewards.total(row) for row in group] for group in rewards]  # [P][G]
-        totals_of_ranks = all_gather(totals)
-        everyone = torch.tensor(
-            [
-                [float("nan") if total is None else total for total in group]
-                for rank in totals_of_ranks
-                for group in rank
-            ],
-            dtype=torch.float64,
-        )
-        if everyone.isnan().all():
+        flat = [total for group in totals for total in group]
+        counts = all_gather((len(flat), sum(total is not None for total in flat)))
+        if not any(num_scored for _, num_scored in counts):
             raise ValueError(
-                f"No reward function applied to any of the {everyone.numel()} completions of step "
+                f"No reward function applied to any of the {sum(number for number, _ in counts)} completions of step "
                 f"{self.state.global_step + 1} ({', '.join(self.rewards.names)} all returned None), so nothing can be "
                 "learned from them. Check that the dataset's references are of the kind that the functions expect."
             )
-        first = sum(len(rank) for rank in totals_of_ranks[: self.args.process_index])
-        advantages = group_advantages(everyone, self.grpo_args.scale_rewards)[first : first + len(groups)].tolist()
-        return [
-            ScoredGroup(
-                group=group,
-                rewards=tuple(tuple(row) for row in group_rewards),
-                total_rewards=tuple(group_totals),
-                advantages=tuple(group_advantage),
-            )
-            for group, group_rewards, group_totals, group_advantage in zip(
-                groups, rewards, totals, advantages, strict=True
-            )
-        ]
+        return self._with_advantages(
+            [
+                ScoredGroup(
+                    group=group,
+                    rewards=tuple(tuple(row) for row in group_rewards),
+                    total_rewards=tuple(group_totals),
+                    advantages=(),
+                )
+                for group, group_rewards, group_totals in zip(groups, rewards, totals, strict=True)
+            ]
+        )
+
+    def _with_advantages(
+        self, groups: Sequence[ScoredGroup], penalties: Sequence[float] | None = None
+    ) -> list[ScoredGroup]:
+        return with_advantages(
+            groups,
+            estimator=self.grpo_args.advantage_estimator,
+            scale_rewards=self.grpo_args.scale_rewards,
+            weights=self.rewards.weights,
+            penalties=penalties,
+        )
 
     def update(self, model: nn.Module, data: StepData) -> torch.Tensor:
         """Accumulate the gradient of one optimizer step. The loss is the mean of what the ranks return."""
         with self._timed("update"):
             model.train()
-            loss, metrics = self.gradient.accumulate(model, data)
+            loss, metrics = self.gradient.accumulate(model, data, self.state.global_step)
             is_finite = self._is_finite(model, loss)
         loss = loss * self.args.world_size
         self.tracker.count("skipped_steps", 0.0 if is_finite or self.args.process_index > 0 else 1.0)
         if is_finite:
             self._num_skipped = 0
             self._num_learned += 1
+            self.gradient.objective.adapt(metrics)
             self.tracker.merge(metrics.state_dict())
             # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.
             self.tracker.add("loss", loss)
@@ -439,6 +453,7 @@ class GRPOTrainer(Trainer):
                 "prompts": self.stream.state_dict(),
                 "num_tokens": self._num_tokens,
                 "evaluation_due": self._is_evaluation_due,
+                "objective": self.gradient.objective.state_dict(),
             }
             parts |= {
                 "the optimizer and the schedule": self._save_optimizer_and_scheduler,
@@ -446,6 +461,8 @@ class GRPOTrainer(Trainer):
                 "the random states": self._save_rng_state,
                 "the rollouts": self._save_rank_state,
             }
+            if self._moving_reference is not None and self.args.should_save:
+                parts["the reference"] = self._save_reference
         parts["the trainer's state"] = self._save_trainer_state
         checkpoints.save(folder, parts, state, is_saver=self.args.should_save)
         self._saved = None if state is None else (self.state.global_step, self._is_evaluation_due)
@@ -463,6 +480,11 @@ class GRPOTrainer(Trainer):
             "token_budget": self.gradient.token_budget,
         }
         _write_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)), state)
+
+    def _save_reference(self, folder: str) -> None:
+        assert self._moving_reference is not None
+        state = {name: tensor.detach().cpu() for name, tensor in self._moving_reference.state_dict().items()}
+        torch.save(state, os.path.join(folder, REFERENCE_FILE))
 
     def _save_trainer_state(self, folder: str) -> None:
         """What Trainer keeps in `trainer_state.json`, the states of the callbacks included."""
@@ -595,6 +617,10 @@ class GRPOTrainer(Trainer):
         self.stream.load_state_dict(state["prompts"])
         self._num_tokens, self._evaluation_due = state["num_tokens"], state["evaluation_due"]
         self._evaluated_step = -1 if self._evaluation_due else step
+        self.gradient.objective.load_state_dict(state["objective"])
+        if self._moving_reference is not None:
+            weights = torch.load(os.path.join(folder, REFERENCE_FILE), map_location="cpu", weights_only=True)
+            self._moving_reference.load_state_dict(weights)
         of_rank = _read_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
         self.buffer.load_state_dict(of_rank["steps"], self.prompts)
         self.tracker.load_state_dict(of_rank["metrics"])

@@ -150,7 +150,12 @@ def _reference_policy(
     if finetuning_args.ref_model is not None:
         reference = facade.create_ref_model(arguments.model, finetuning_args)
         _check_reference_vocabulary(reference, model, finetuning_args.ref_model, tokenizer)
-        return ModelReference(reference)
+        other = ModelReference(reference)
+        if finetuning_args.sync_ref_model:
+            other.check_alike(model)
+        return other
+    if finetuning_args.sync_ref_model:
+        return InitialWeightsReference(model)
     starts_at_base = arguments.model.adapter_name_or_path is None or finetuning_args.create_new_adapter
     if finetuning_args.finetuning_type in ("lora", "oft") and starts_at_base and not finetuning_args.pissa_init:
         return AdapterOffReference()

@@ -1,8 +1,13 @@
-"""Group-relative advantages: how much better a completion is than the others of its prompt.
+"""Advantages: how much better a completion is than what is to be expected of its prompt, or of the batch.
 
-P prompts    G completions a prompt (a group)
+A reward of NaN means "no reward function applied": everywhere here it takes no part in any mean or deviation, and its
+advantage is 0. All statistics of a batch are over the prompts that are given: all of a generation, over all ranks.
+
+    P prompts    G completions a prompt (a group)    F reward functions
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -38,19 +43,185 @@ def group_advantages(
     Raises:
         ValueError: if `rewards` is not of two dimensions, G < 2, or `scale_rewards` is unknown.
     """
-    if rewards.dim() != 2 or rewards.size(1) < 2:
-        raise ValueError(f"rewards must be [prompts, completions >= 2], got shape {tuple(rewards.shape)}.")
-    if scale_rewards not in ("group", "batch", "none"):
-        raise ValueError(f"scale_rewards is {scale_rewards!r}; it is one of group, batch, none.")
-
+    _check_shape(rewards)
     centred = rewards - rewards.nanmean(dim=1, keepdim=True)  # [P, G]
-    # Rounding in the mean would leave 1e-8 in a group of equal rewards, which the division then blows up.
-    centred = torch.where(has_reward_variance(rewards).unsqueeze(1), centred, torch.zeros_like(centred))
-    if scale_rewards == "group":
-        centred = centred / (_nanstd(rewards, dim=1).unsqueeze(1) + STD_EPS)
-    elif scale_rewards == "batch":
-        centred = centred / (_nanstd(rewards.flatten(), dim=0) + STD_EPS)
-    return torch.where(rewards.isnan(), torch.zeros_like(centred), centred)
+    return _divided(_only_where_rewards_differ(centred, rewards), rewards, scale_rewards)
+
+
+def leave_one_out_advantages(rewards: torch.Tensor, scale_rewards: Literal["batch", "none"] = "none") -> torch.Tensor:
+    r"""RLOO: the baseline of a completion is the mean of the others of its group.
+
+    .. math:: A_i = r_i - \frac{1}{G - 1} \sum_{j \neq i} r_j = \frac{G}{G - 1} (r_i - mean(r))
+
+    Ahmadian et al., "Back to Basics" (arXiv:2402.14740); unlike GRPO's, the baseline does not contain the reward
+    itself, so that the gradient is unbiased. With `batch` it is divided by (the deviation of the batch's rewards +
+    1e-4); TRL's `normalize_advantages` takes that of the advantages.
+
+    Args:
+        rewards: [P, G] total rewards, NaN where not applicable.
+        scale_rewards: what to divide by.
+
+    Returns:
+        [P, G]; exactly 0 in a group of equal rewards.
+
+    Raises:
+        ValueError: as `group_advantages`.
+    """
+    count = (~rewards.isnan()).sum(dim=1, keepdim=True).to(rewards.dtype)  # [P, 1]
+    return group_advantages(rewards, scale_rewards) * (count / (count - 1).clamp(min=1))
+
+
+def whitened_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    r"""REINFORCE++: no group at all, the batch is the baseline.
+
+    .. math:: A = (r - mean_{batch}(r)) / (std_{batch}(r) + 1e-4)
+
+    Hu et al. (arXiv:2501.03262). OpenRLHF and verl whiten over tokens, so that a long completion counts more, with
+    1e-8 under the root; here a completion counts once.
+
+    Args:
+        rewards: [P, G] total rewards, NaN where not applicable.
+
+    Returns:
+        [P, G]; exactly 0 where all rewards of the batch are equal.
+
+    Raises:
+        ValueError: as `group_advantages`.
+    """
+    _check_shape(rewards)
+    return group_advantages(rewards.reshape(1, -1), "group").reshape(rewards.shape)
+
+
+def whitened_group_advantages(rewards: torch.Tensor) -> torch.Tensor:
+    r"""REINFORCE++ with the group's baseline: centred in the group, divided by the batch's deviation of the result.
+
+    .. math:: A = (r - mean_{group}(r)) / (std_{batch}(r - mean_{group}(r)) + 1e-4)
+
+    Hu et al. (arXiv:2501.03262), "REINFORCE++-baseline". The mean over the batch, which they subtract, is 0 after the
+    group's. GRPO with `scale_rewards: batch` divides by the deviation of the rewards themselves, in which the prompts'
+    difficulties stand as well.
+
+    Args:
+        rewards: [P, G] total rewards, NaN where not applicable.
+
+    Returns:
+        [P, G]; exactly 0 in a group of equal rewards.
+
+    Raises:
+        ValueError: as `group_advantages`.
+    """
+    return _whitened(group_advantages(rewards, "none"), ~rewards.isnan())
+
+
+def decoupled_advantages(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    r"""GDPO: each reward function is normalised within the group on its own, so that none drowns another.
+
+    .. math:: A = \sum_f w_f \frac{r_f - mean_{group}(r_f)}{std_{group}(r_f) + 1e-4},\quad
+              \hat A = A / (std_{batch}(A) + 1e-4)
+
+    Liu et al. (arXiv:2601.05242). The mean over the batch, which they subtract, is 0 after the groups'. TRL 1.16's
+    `normalize_then_sum` is this one; verl has 1e-6. A function that does not apply to a completion adds nothing to it.
+
+    Args:
+        rewards: [P, G, F] of each function, unweighted, NaN where it does not apply.
+        weights: [F].
+
+    Returns:
+        [P, G]; exactly 0 where no function tells the completions of a group apart.
+
+    Raises:
+        ValueError: if `rewards` is not of three dimensions, or as `group_advantages`.
+    """
+    if rewards.dim() != 3:
+        raise ValueError(f"rewards must be [prompts, completions, functions], got shape {tuple(rewards.shape)}.")
+    parts = [
+        weight * group_advantages(part, "group") for weight, part in zip(weights, rewards.unbind(-1), strict=True)
+    ]
+    counts = (~rewards.isnan() & (weights != 0)).any(dim=-1)  # [P, G]
+    return _whitened(torch.stack(parts).sum(dim=0), counts)
+
+
+def best_of_group_advantages(
+    rewards: torch.Tensor, scale_rewards: Literal["group", "batch", "none"] = "none"
+) -> torch.Tensor:
+    r"""pass@k for k = G: what a completion adds to the best of its group.
+
+    .. math:: A_i = \max_j r_j - \max_{j \neq i} r_j
+
+    Tang et al. (arXiv:2503.19595), the leave-one-out form for k = G, as verl's `grpo_passk` has it: the best
+    completion, where there is but one, gets its lead over the second, and all others 0. verl divides by (the group's
+    deviation + 1e-6) unless told not to; here `scale_rewards` says, with 1e-4.
+
+    Args:
+        rewards: [P, G] total rewards, NaN where not applicable.
+        scale_rewards: what to divide by.
+
+    Returns:
+        [P, G], never negative; exactly 0 in a group of equal rewards, or of fewer than two.
+
+    Raises:
+        ValueError: as `group_advantages`.
+    """
+    _check_shape(rewards)
+    known = rewards.nan_to_num(nan=-torch.inf)
+    best, second = known.topk(2, dim=1).values.unbind(dim=1)  # [P]
+    lead = torch.where(second.isfinite(), best - second, torch.zeros_like(best)).unsqueeze(1)  # [P, 1]
+    advantages = torch.where(known == best.unsqueeze(1), lead, torch.zeros_like(rewards))
+    return _divided(advantages, rewards, scale_rewards)
+
+
+def optimal_baseline_advantages(rewards: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    r"""OPO: the group's mean, in which a completion counts by its length.
+
+    .. math:: A_i = r_i - \frac{\sum_j |o_j| r_j}{\sum_j |o_j|}
+
+    Hao et al. (arXiv:2505.23585): the baseline of least variance, if a completion's squared gradient is as long as the
+    completion. Made for on-policy training. verl's `opo` is the same.
+
+    Args:
+        rewards: [P, G] total rewards, NaN where not applicable.
+        lengths: [P, G] tokens of each completion, at least 1.
+
+    Returns:
+        [P, G]; exactly 0 in a group of equal rewards. They sum to 0 when weighted by length.
+
+    Raises:
+        ValueError: as `group_advantages`.
+    """
+    _check_shape(rewards)
+    known = torch.where(rewards.isnan(), torch.zeros_like(rewards), lengths.to(rewards.dtype))
+    baseline = (known * rewards.nan_to_num(nan=0.0)).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(
+        min=1
+    )
+    return _only_where_rewards_differ(rewards - baseline, rewards)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardTable:
+    """The rewards of one generation, over all ranks."""
+
+    totals: torch.Tensor
+    """[P, G], weighted sums, NaN where no function applied."""
+    parts: torch.Tensor
+    """[P, G, F], unweighted, NaN where a function does not apply."""
+    weights: torch.Tensor
+    """[F]."""
+    lengths: torch.Tensor
+    """[P, G], tokens of each completion."""
+
+
+ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTable, str], torch.Tensor]] = {
+    "grpo": lambda table, scale: group_advantages(table.totals, scale),  # type: ignore[arg-type]
+    "dr_grpo": lambda table, _: group_advantages(table.totals, "none"),
+    "rloo": lambda table, scale: leave_one_out_advantages(table.totals, scale),  # type: ignore[arg-type]
+    "reinforce_plus_plus": lambda table, _: whitened_advantages(table.totals),
+    "reinforce_plus_plus_baseline": lambda table, _: whitened_group_advantages(table.totals),
+    "gdpo": lambda table, _: decoupled_advantages(table.parts, table.weights),
+    "passk": lambda table, scale: best_of_group_advantages(table.totals, scale),  # type: ignore[arg-type]
+    "opo": lambda table, _: optimal_baseline_advantages(table.totals, table.lengths),
+}
+"""`advantage_estimator` to the advantages [P, G] under a `scale_rewards`; `arguments.ADVANTAGE_SCALES` says which go
+together."""
 
 
 def has_reward_variance(rewards: torch.Tensor) -> torch.Tensor:
@@ -58,6 +229,32 @@ def has_reward_variance(rewards: torch.Tensor) -> torch.Tensor:
     highest = rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest = rewards.nan_to_num(nan=torch.inf).amin(dim=1)
     return highest > lowest
+
+
+def _check_shape(rewards: torch.Tensor) -> None:
+    if rewards.dim() != 2 or rewards.size(1) < 2:
+        raise ValueError(f"rewards must be [prompts, completions >= 2], got shape {tuple(rewards.shape)}.")
+
+
+def _only_where_rewards_differ(advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:
+    """Exact zeros for what teaches nothing: rounding in a mean would leave 1e-8, which a division then blows up."""
+    teaches = has_reward_variance(rewards).unsqueeze(1) & ~rewards.isnan()
+    return torch.where(teaches, advantages, torch.zeros_like(advantages))
+
+
+def _divided(advantages: torch.Tensor, rewards: torch.Tensor, scale_rewards: str) -> torch.Tensor:
+    if scale_rewards == "group":
+        return advantages / (_nanstd(rewards, dim=1).unsqueeze(1) + STD_EPS)
+    if scale_rewards == "batch":
+        return advantages / (_nanstd(rewards.flatten(), dim=0) + STD_EPS)
+    if scale_rewards == "none":
+        return advantages
+    raise ValueError(f"scale_rewards is {scale_rewards!r}; it is one of group, batch, none.")
+
+
+def _whitened(centred: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Divided by the deviation over the batch of those that count; their mean is 0 already."""
+    return centred / (_nanstd(torch.where(counts, centred, torch.nan).flatten(), dim=0) + STD_EPS)
 
 
 def _nanstd(values: torch.Tensor, dim: int) -> torch.Tensor:

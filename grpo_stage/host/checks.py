@@ -279,6 +279,14 @@ def _warn(arguments: "RunArguments") -> None:
             f"{', '.join(skewed)}: completions are sampled from another distribution than the policy that is trained "
             "on them, which biases every gradient. Leave these keys out unless you mean it."
         )
+    finetuning = arguments.finetuning
+    of_sequence = finetuning.loss_type in ("gspo", "gspo_token") or finetuning.importance_sampling_level != "token"
+    if of_sequence and "epsilon" not in arguments.given:
+        logger.warning_rank0(
+            f"`epsilon: {finetuning.epsilon}` by default, with the ratio of the whole completion (`loss_type: "
+            f"{finetuning.loss_type}`), which moves far less than a token's: hardly anything will be clipped. GSPO's "
+            "paper has `epsilon: 3.0e-4` and `epsilon_high: 4.0e-4`."
+        )
     if training.device.type == "cpu" and (training.bf16 or training.fp16 or arguments.finetuning.pure_bf16):
         logger.warning_rank0(
             "`bf16: true` or `fp16: true` on a CPU: most processors compute these 8 to 25 times slower than float32. "

@@ -27,7 +27,6 @@ def _of_bool(when_true: str, when_false: str) -> Callable[[Any], str]:
 _SERVER = (
     "this version runs the engine in the training process and talks to no server; `rollout_backend: vllm` starts it"
 )
-_CORRECTION = "`max_sampling_logprob_diff` stops the run instead, when engine and trainer drift apart"
 TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
     {
         "max_completion_length": TRLKey("max_new_tokens"),
@@ -59,14 +58,20 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "vllm_tensor_parallel_size": TRLKey(None, note="the engine runs on the device that trains"),
         "vllm_enable_sleep_mode": TRLKey("vllm_sleep", _of_bool("1", "0")),
         "vllm_guided_decoding_regex": TRLKey(None, note="the reward `regex` scores a form instead of forcing it"),
-        "vllm_importance_sampling_correction": TRLKey(None, note=_CORRECTION),
-        "vllm_importance_sampling_cap": TRLKey(None, note=_CORRECTION),
-        "delta": TRLKey(None, note="`epsilon` and `epsilon_high` clip the ratio"),
-        "importance_sampling_level": TRLKey(None, note="ratios are taken for each token, which TRL calls `token`"),
-        "sync_ref_model": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
-        "ref_model_mixup_alpha": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
-        "ref_model_sync_steps": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
-        "top_entropy_quantile": TRLKey(None, note="every token of a completion is in the loss, which TRL calls 1.0"),
+        "vllm_importance_sampling_correction": TRLKey("rollout_correction", _of_bool("token", "none")),
+        "vllm_importance_sampling_cap": TRLKey("rollout_correction_max"),
+        "vllm_importance_sampling_mode": TRLKey(
+            None,
+            note="`rollout_correction` says whether tokens or sequences, `rollout_correction_mode` what with them",
+        ),
+        "vllm_importance_sampling_clip_max": TRLKey("rollout_correction_max"),
+        "vllm_importance_sampling_clip_min": TRLKey("rollout_correction_min"),
+        "multi_objective_aggregation": TRLKey(
+            "advantage_estimator", lambda value: "gdpo" if value == "normalize_then_sum" else "grpo"
+        ),
+        "normalize_advantages": TRLKey("scale_rewards", _of_bool("batch", "none")),
+        "use_adaptive_entropy": TRLKey(None, note="`entropy_target` switches it on"),
+        "entropy_coef_min": TRLKey(None, note="with `entropy_target` the coefficient stays above 0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
         "reward_processing_classes": TRLKey(None, note="reward models are not supported by this version"),
         "num_generations_eval": TRLKey("eval_num_generations"),

@@ -256,6 +256,10 @@ def _evaluates(v: SimpleNamespace) -> bool:
     return v.eval_strategy != "no" or v.eval_on_start or v.do_eval
 
 
+def _is_neutral(v: SimpleNamespace) -> bool:
+    return v.top_p == 1 and v.top_k <= 0 and v.repetition_penalty == 1
+
+
 def _asks_for_new_tokens(v: SimpleNamespace) -> bool:
     return bool(v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config)
 
@@ -386,6 +390,25 @@ RULES = (
         lambda v: v.ref_model is not None and v.beta == 0,
         "`ref_model: {ref_model}` has no effect with `beta: 0`: the KL to the reference has no weight in the loss. "
         "Write for example `beta: 0.04`, or leave `ref_model` out.",
+    ),
+    Rule(
+        lambda v: v.sync_ref_model and v.ref_model is not None and v.finetuning_type not in ("full", "freeze"),
+        "`sync_ref_model: true` cannot go with `ref_model: {ref_model}` and `finetuning_type: {finetuning_type}`: an "
+        "adapter's weights have no counterpart in another model to be mixed with. Leave `ref_model` out: the "
+        "reference is then the policy as it starts, and moves.",
+    ),
+    Rule(
+        lambda v: v.sync_ref_model and v.ref_model is not None and v.ref_model_quantization_bit is not None,
+        "`sync_ref_model: true` cannot go with `ref_model_quantization_bit: {ref_model_quantization_bit}`: quantized "
+        "weights cannot be mixed. Leave one of them out.",
+    ),
+    Rule(
+        lambda v: (v.rollout_correction != "none" or v.off_policy_mask_threshold is not None) and not _is_neutral(v),
+        "`rollout_correction: {rollout_correction}` and `off_policy_mask_threshold: {off_policy_mask_threshold}` need "
+        "neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `repetition_penalty: "
+        "{repetition_penalty}`: tokens are then drawn from another distribution than the policy's, whose "
+        "probabilities the engine does not give, so that every weight would be wrong. Leave these three out, or the "
+        "correction.",
     ),
     Rule(
         lambda v: (

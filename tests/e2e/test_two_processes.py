@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
 
@@ -22,7 +23,11 @@ SETTINGS: dict[str, Any] = {
     "max_steps": -1,
     "max_samples": 9,
     "loss_type": "grpo",
-    "scale_rewards": "batch",
+    "advantage_estimator": "reinforce_plus_plus_baseline",
+    "rollout_correction": "token",
+    "kl_target": 0.01,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 2,
     "log_completions": True,
     "max_grad_norm": 0.0,
     "beta": 0.05,
@@ -121,7 +126,7 @@ def test_two_processes_train_as_one_does(recipe, run_exp, two, tmp_path):
     logs = [[line for line in trainer_log(run["output_dir"]) if "loss" in line] for run in (one, two)]
     assert len(logs[0]) == 3
     for theirs, ours in zip(*logs, strict=True):
-        for name in ("loss", "reward", "reward_std", "entropy", "kl", "completions/mean_length", "grad_norm"):
+        for name in ("loss", "reward", "reward_std", "entropy", "kl", "beta", "completions/mean_length", "grad_norm"):
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
     evaluations = [[line for line in trainer_log(run["output_dir"]) if "eval_reward" in line] for run in (one, two)]
     assert len(evaluations[0]) == 1
@@ -132,3 +137,14 @@ def test_two_processes_train_as_one_does(recipe, run_exp, two, tmp_path):
     reference = load_file(Path(one["output_dir"]) / "adapter_model.safetensors")
     for name, tensor in load_file(Path(two["output_dir"]) / "adapter_model.safetensors").items():
         assert (tensor - reference[name]).norm() <= 1e-4 * reference[name].norm() + 1e-6, name
+
+
+def test_no_objective_depends_on_the_number_of_ranks(tmp_path):
+    from tests.unit.gradients_of_ranks import OBJECTIVES, gradients
+
+    script = Path(__file__).parents[1] / "unit" / "gradients_of_ranks.py"
+    file = tmp_path / "gradients.pt"
+    launch("torchrun", "--nproc_per_node", "2", "--master_port", "29613", str(script), str(file))
+    for options, ours, theirs in zip(OBJECTIVES, torch.load(file), gradients(num_ranks=1), strict=True):
+        assert theirs.norm() > 1e-3, options
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5, options

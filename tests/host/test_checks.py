@@ -126,6 +126,26 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     ({"ref_model": "other"}, ["ref_model: other", "beta: 0", "beta: 0.04"]),
     ({"beta": 0.1, "ref_model_adapters": "other"}, ["ref_model_adapters", "Write `ref_model`"]),
+    (
+        {"beta": 0.1, "sync_ref_model": True, "ref_model": "other"},
+        ["sync_ref_model: true", "ref_model: other", "finetuning_type: lora", "Leave `ref_model` out"],
+    ),
+    (
+        {
+            "beta": 0.1,
+            "sync_ref_model": True,
+            "ref_model": "other",
+            "finetuning_type": "full",
+            "ref_model_quantization_bit": 4,
+        },
+        ["sync_ref_model: true", "ref_model_quantization_bit: 4", "quantized"],
+    ),
+    ({"rollout_correction": "token", "top_p": 0.9}, ["rollout_correction: token", "top_p: 0.9", "neutral", "Leave"]),
+    ({"rollout_correction": "sequence", "top_k": 50}, ["rollout_correction: sequence", "top_k: 50", "neutral"]),
+    (
+        {"off_policy_mask_threshold": 0.1, "repetition_penalty": 1.1},
+        ["off_policy_mask_threshold: 0.1", "repetition_penalty: 1.1", "neutral"],
+    ),
     # optimisation
     ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "DDP"]),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed: {", "DDP"]),

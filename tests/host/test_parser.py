@@ -181,6 +181,18 @@ def test_skewed_sampling_is_honoured_with_a_warning(recipe, monkeypatch):
     assert "`top_p: 0.9`" in said[0]
 
 
+@pytest.mark.parametrize("options", [{"loss_type": "gspo"}, {"importance_sampling_level": "sequence"}])
+def test_a_clip_range_of_tokens_for_sequences_warns(recipe, monkeypatch, options):
+    said: list[str] = []
+    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+    parse(recipe | options | {"epsilon": 3e-4})
+    assert said == []
+    parse(recipe | options)
+    assert len(said) == 1
+    assert "`epsilon: 0.2` by default" in said[0]
+    assert "`epsilon: 3.0e-4`" in said[0]
+
+
 def test_half_precision_on_a_cpu_warns(recipe, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
@@ -282,7 +294,12 @@ def test_every_key_that_only_trl_has_is_answered():
         ("vllm_gpu_memory_utilization", 0.4, "vllm_gpu_util: 0.4"),
         ("vllm_max_model_length", 1024, "vllm_maxlen: 1024"),
         ("shuffle_dataset", False, "disable_shuffling: true"),
-        ("top_entropy_quantile", 0.2, "does not have"),
+        ("vllm_importance_sampling_correction", True, "rollout_correction: token"),
+        ("vllm_importance_sampling_cap", 3.0, "rollout_correction_max: 3.0"),
+        ("vllm_importance_sampling_clip_min", 0.5, "rollout_correction_min: 0.5"),
+        ("multi_objective_aggregation", "normalize_then_sum", "advantage_estimator: gdpo"),
+        ("normalize_advantages", False, "scale_rewards: none"),
+        ("use_liger_loss", True, "does not have"),
         ("generation_batch_size", 64, "steps_per_generation"),
         ("vllm_mode", "server", "does not have"),
     ],

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workflow",),
     ("trainer",),
     ("evaluation", "gradient"),
-    ("run_files",),
+    ("objective", "run_files"),
     ("policy", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "prompts", "rewards", "rollout"),
     ("stop",),
     ("checkpoints", "distributed", "jsonl", "watchdog"),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from grpo_stage.arguments import BUILTIN_REWARDS, GRPOArguments, grpo_field_names
+from grpo_stage.arguments import ADVANTAGE_SCALES, BUILTIN_REWARDS, GRPOArguments, grpo_field_names
 
 
 def arguments(**changes):
@@ -62,6 +62,72 @@ def test_reward_kwargs_may_be_json():
         ({"epsilon": 0}, ["epsilon: 0", "above 0"]),
         ({"epsilon": 1.0}, ["epsilon: 1.0", "below 1", "epsilon: 0.2"]),
         ({"epsilon_high": 0.1}, ["epsilon_high: 0.1", "epsilon: 0.2", "leave it out"]),
+        # combinations of the objective
+        (
+            {"advantage_estimator": "rloo", "scale_rewards": "group"},
+            ["scale_rewards: group", "advantage_estimator: rloo", "G / (G - 1)", "scale_rewards: none or batch"],
+        ),
+        ({"advantage_estimator": "opo", "scale_rewards": "batch"}, ["scale_rewards: batch", "opo", "leave it out"]),
+        ({"advantage_estimator": "dr_grpo", "scale_rewards": "group"}, ["scale_rewards: group", "dr_grpo", "none"]),
+        ({"advantage_estimator": "gdpo", "scale_rewards": "none"}, ["scale_rewards: none", "gdpo", "batch"]),
+        (
+            {"advantage_estimator": "reinforce_plus_plus", "scale_rewards": "group"},
+            ["scale_rewards: group", "no groups", "batch"],
+        ),
+        (
+            {"advantage_estimator": "reinforce_plus_plus_baseline", "scale_rewards": "none"},
+            ["scale_rewards: none", "whitened", "batch"],
+        ),
+        ({"loss_type": "cispo"}, ["loss_type: cispo", "epsilon_high", "4.0"]),
+        (
+            {"loss_type": "cispo", "epsilon_high": 4.0, "epsilon": 0.1},
+            ["epsilon: 0.1", "no effect", "loss_type: cispo"],
+        ),
+        ({"loss_type": "sapo", "epsilon_high": 0.3}, ["epsilon_high: 0.3", "no effect", "loss_type: sapo"]),
+        ({"loss_type": "gmpo", "delta": 3.0}, ["delta: 3.0", "no effect", "loss_type: gmpo"]),
+        ({"sapo_temperature_pos": 2.0}, ["sapo_temperature_pos: 2.0", "no effect", "loss_type: sapo"]),
+        (
+            {"loss_type": "gspo", "importance_sampling_level": "sequence_token"},
+            ["importance_sampling_level: sequence_token", "no effect", "loss_type: gspo"],
+        ),
+        ({"delta": 1.1}, ["delta: 1.1", "1.2", "delta: 3.0"]),
+        ({"delta": 1.28, "epsilon_high": 0.28}, ["delta: 1.28", "above 1 + epsilon_high", "delta: 3.0"]),
+        ({"delta": 0.5}, ["delta: 0.5", "above 1"]),
+        ({"kl_target": 0.1}, ["kl_target: 0.1", "no effect", "beta: above 0"]),
+        ({"kl_estimator": "k2"}, ["kl_estimator: k2", "no effect", "beta: above 0"]),
+        ({"sync_ref_model": True}, ["sync_ref_model: true", "no effect", "beta: above 0"]),
+        ({"beta": 0.1, "ref_model_sync_steps": 8}, ["ref_model_sync_steps: 8", "sync_ref_model: true"]),
+        ({"beta": 0.1, "kl_estimator": "k1"}, ["kl_estimator: k1", "gradient is 0", "use_bias_correction_kl: true"]),
+        (
+            {"beta": 0.1, "kl_estimator": "k2", "use_bias_correction_kl": True},
+            ["use_bias_correction_kl: true", "kl_estimator: k2", "k1 or k3"],
+        ),
+        ({"beta": 0.1, "kl_in_reward": True}, ["kl_in_reward: true", "kl_estimator: k3", "kl_estimator: k1"]),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1", "use_bias_correction_kl": True},
+            ["use_bias_correction_kl: true", "kl_in_reward: true", "kl_in_reward: false"],
+        ),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1", "advantage_estimator": "gdpo"},
+            ["kl_in_reward: true", "gdpo", "Leave `kl_in_reward` out"],
+        ),
+        ({"rollout_correction_max": 3.0}, ["rollout_correction_max: 3.0", "rollout_correction: token or sequence"]),
+        (
+            {"rollout_correction": "token", "rollout_correction_max": 0.9},
+            ["rollout_correction_max: 0.9", "at least 1"],
+        ),
+        ({"rollout_correction": "token", "rollout_correction_min": 1.1}, ["rollout_correction_min: 1.1", "at most 1"]),
+        ({"off_policy_mask_threshold": 0.0}, ["off_policy_mask_threshold: 0.0", "above 0"]),
+        ({"top_entropy_quantile": 0.0}, ["top_entropy_quantile: 0.0", "above 0"]),
+        ({"top_entropy_quantile": 1.1}, ["top_entropy_quantile: 1.1", "at most 1"]),
+        ({"entropy_coef_delta": 0.1}, ["entropy_coef_delta: 0.1", "no effect", "entropy_target: above 0"]),
+        ({"entropy_target": 0.5, "entropy_coef": 0.1}, ["entropy_coef: 0.1", "entropy_coef_max: 0.05", "Lower"]),
+        ({"clip_cov_min": 0.5}, ["clip_cov_min: 0.5", "covariance_control: clip_cov"]),
+        (
+            {"covariance_control": "clip_cov", "clip_cov_min": 5.0},
+            ["clip_cov_min: 5.0", "clip_cov_max: 5.0", "1 and 5"],
+        ),
+        ({"covariance_control": "kl_cov"}, ["covariance_control: kl_cov", "no effect", "num_iterations: 2"]),
         ({"reward_timeout": 0}, ["reward_timeout: 0", "above 0"]),
         ({"max_sampling_logprob_diff": 0.0}, ["max_sampling_logprob_diff: 0.0", "above 0"]),
         ({"reward_weights": "1,2"}, ["reward_weights: 1.0, 2.0", "2 values", "1 functions", "one weight for each"]),
@@ -98,10 +164,34 @@ def test_a_weight_may_be_negative(weights):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epsilon_high": 0.2}, {"epsilon_high": 3.0}, {"num_generations": 2}, {"beta": 0}]
+    "changes",
+    [
+        {"epsilon_high": 0.2},
+        {"epsilon_high": 3.0},
+        {"num_generations": 2},
+        {"beta": 0},
+        {"loss_type": "cispo", "epsilon_high": 0.1},
+        {"loss_type": "sapo", "sapo_temperature_neg": 2.0},
+        {"delta": 1.21},
+        {"loss_type": "gmpo", "epsilon": 1.5, "epsilon_high": 1.5},
+        {"rollout_correction": "sequence", "rollout_correction_max": 1.0, "rollout_correction_min": 1.0},
+        {"top_entropy_quantile": 1.0},
+        {"covariance_control": "kl_cov", "num_iterations": 2},
+        {"covariance_control": "kl_cov", "steps_per_generation": 2},
+    ],
 )
 def test_bounds_are_inclusive_where_they_say_so(changes):
     arguments(**changes).validate()
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGE_SCALES)
+def test_every_estimator_has_the_scale_of_its_paper_and_takes_those_of_its_row(estimator):
+    assert arguments(advantage_estimator=estimator).scale_rewards == ADVANTAGE_SCALES[estimator][0]
+    for scale in ADVANTAGE_SCALES[estimator]:
+        arguments(advantage_estimator=estimator, scale_rewards=scale).validate()
+    for scale in {"group", "batch", "none"} - set(ADVANTAGE_SCALES[estimator]):
+        with pytest.raises(ValueError, match=f"scale_rewards: {scale}"):
+            arguments(advantage_estimator=estimator, scale_rewards=scale).validate()
 
 
 def test_booleans_default_to_false():

@@ -22,4 +22,4 @@ def test_every_key_stands_on_it_with_its_default(capsys):
         assert f"### `{spec.name}`" in page
         assert spec.metadata["help"] in page
     assert "Whole number, at least 2. Default: `8`." in page
-    assert "One of `grpo`, `bnpo`, `dr_grpo`, `dapo`. Default: `dapo`." in page
+    assert "One of `truncate`, `mask`. Default: `truncate`. Only with `rollout_correction: token or sequence`." in page

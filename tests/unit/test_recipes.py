@@ -16,7 +16,7 @@ from grpo_stage.arguments import GRPOArguments, grpo_field_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 EXAMPLES = REPOSITORY / "yaml_examples"
-RECIPES = sorted(EXAMPLES.glob("*.yaml"))
+RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
 HOST_CLASSES = (
     hparams.ModelArguments,
     hparams.DataArguments,
@@ -47,7 +47,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def test_the_recipes_of_the_readme_are_the_recipes_there_are() -> None:
     listed = set(re.findall(r"^\| `(\S+\.yaml)`", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
-    assert listed == {path.name for path in RECIPES}
+    assert listed == {path.relative_to(EXAMPLES).as_posix() for path in RECIPES}
     assert "quickstart.yaml" in listed
 
 

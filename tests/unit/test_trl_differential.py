@@ -18,8 +18,10 @@ import pytest
 import torch
 
 from grpo_stage.algorithm.advantages import group_advantages
+from grpo_stage.algorithm.correction import correction_weights
+from grpo_stage.algorithm.exploration import highest_entropy_tokens
 from grpo_stage.algorithm.kl import k3
-from grpo_stage.algorithm.losses import StepTotals, clipped_surrogate, token_weights
+from grpo_stage.algorithm.losses import LOSSES, LossSettings, StepTotals, TokenInputs, token_weights
 
 
 EPSILON, EPSILON_HIGH, MAX_LENGTH = 0.2, 0.28, 12
@@ -59,11 +61,22 @@ class Batch:
         self.ref = self.old + torch.randn(shape, generator=generator, dtype=torch.float64) * 0.4
         self.advantages = torch.randn(num_completions, generator=generator, dtype=torch.float64)
         self.lengths = torch.randint(1, shape[1] + 1, (num_completions,), generator=generator)
+        self.entropies = torch.rand(shape, generator=generator, dtype=torch.float64)
+        self.sampling = self.old + torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3
         self.mask = (torch.arange(shape[1]) < self.lengths.unsqueeze(1)).double()
 
 
 def trl_losses(
-    trl_grpo: ModuleType, batches: list[Batch], loss_type: str, beta: float, on_policy: bool = False
+    trl_grpo: ModuleType,
+    batches: list[Batch],
+    loss_type: str,
+    beta: float,
+    on_policy: bool = False,
+    *,
+    level: str = "token",
+    delta: float | None = None,
+    quantile: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[float, list[torch.Tensor], dict[str, list[float]]]:
     """The loss of a step, its gradients by micro-batch, and TRL's metrics."""
     metrics: dict[str, list[float]] = defaultdict(list)
@@ -74,18 +87,21 @@ def trl_losses(
         epsilon_high=EPSILON_HIGH,
         max_completion_length=MAX_LENGTH,
         current_gradient_accumulation_steps=len(batches),
-        importance_sampling_level="token",
-        top_entropy_quantile=1.0,
-        use_vllm=False,
-        args=SimpleNamespace(delta=None),
-        accelerator=SimpleNamespace(num_processes=1, gather=lambda tensor: tensor),
+        importance_sampling_level=level,
+        top_entropy_quantile=quantile,
+        use_vllm=cap is not None,
+        vllm_importance_sampling_correction=True,
+        args=SimpleNamespace(delta=delta),
+        accelerator=SimpleNamespace(num_processes=1, gather=lambda tensor: tensor, device=torch.device("cpu")),
         model=SimpleNamespace(training=True),
         _metrics={"train": metrics},
     )
+    stand_in.get_high_entropy_mask = lambda *a: trl_grpo.GRPOTrainer.get_high_entropy_mask(stand_in, *a)
+    stand_in.accelerator.pad_across_processes = lambda tensor, **_: tensor
     total, gradients = 0.0, []
     for batch in batches:
         policy = batch.policy.clone().requires_grad_()
-        logprobs_and_entropies = policy, torch.zeros_like(policy)
+        logprobs_and_entropies = policy, batch.entropies
         stand_in._get_per_token_logps_and_entropies = lambda *_, given=logprobs_and_entropies, **__: given
         ids = torch.zeros_like(batch.mask, dtype=torch.long)
         inputs: dict[str, Any] = {
@@ -97,6 +113,8 @@ def trl_losses(
             "ref_per_token_logps": batch.ref,
             "num_items_in_batch": sum(other.mask.sum() for other in batches),
         }
+        if cap is not None:  # as `_generate_and_score_completions` has it
+            inputs["importance_sampling_ratio"] = torch.clamp(torch.exp(batch.old - batch.sampling), max=cap)
         if not on_policy:
             inputs["old_per_token_logps"] = batch.old
         loss = trl_grpo.GRPOTrainer._compute_loss(stand_in, None, inputs)
@@ -108,7 +126,15 @@ def trl_losses(
 
 
 def our_losses(
-    batches: list[Batch], loss_type: str, beta: float, on_policy: bool = False
+    batches: list[Batch],
+    loss_type: str,
+    beta: float,
+    on_policy: bool = False,
+    *,
+    level: str = "token",
+    delta: float | None = None,
+    quantile: float = 1.0,
+    cap: float | None = None,
 ) -> tuple[float, list[torch.Tensor], list[Any]]:
     totals = StepTotals(
         num_completions=sum(int(batch.mask.any(1).sum()) for batch in batches),
@@ -119,8 +145,21 @@ def our_losses(
     for batch in batches:
         policy = batch.policy.clone().requires_grad_()
         old = policy.detach() if on_policy else batch.old
-        output = clipped_surrogate(policy, old, batch.advantages, EPSILON, EPSILON_HIGH)
-        token_losses = output.token_losses + beta * k3(policy, batch.ref)
+        settings = LossSettings(
+            epsilon=EPSILON, epsilon_high=EPSILON_HIGH, delta=delta, importance_sampling_level=level
+        )
+        output = LOSSES[loss_type].surrogate(TokenInputs(policy, old, batch.advantages, batch.mask), settings)
+        token_losses = output.token_losses
+        if quantile < 1:
+            used = batch.mask > 0
+            kept = torch.zeros_like(batch.mask)
+            kept[used] = highest_entropy_tokens(batch.entropies[used], quantile).double()
+            token_losses = token_losses * kept
+        if cap is not None:
+            token_losses = token_losses * correction_weights(
+                batch.old, batch.sampling, batch.mask, level="token", mode="truncate", lower=0.0, upper=cap
+            )
+        token_losses = token_losses + beta * k3(policy, batch.ref)
         loss = (token_weights(batch.mask, totals, loss_type) * token_losses).sum()
         loss.backward()
         assert policy.grad is not None
@@ -159,6 +198,52 @@ def test_masked_completions_where_trl_counts_the_tokens_left(trl_grpo: ModuleTyp
     batch = Batch(20)
     batch.mask[2] = 0.0
     assert_same(our_losses([batch], loss_type, 0.04), trl_losses(trl_grpo, [batch], loss_type, 0.04))
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("delta", [None, 1.5])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_levels_and_dual_clip(trl_grpo: ModuleType, loss_type: str, delta: float | None, level: str) -> None:
+    for seed in range(5):
+        batch = Batch(seed)
+        batch.policy += 0.6  # ratios over delta
+        options: dict[str, Any] = {"level": level, "delta": delta}
+        ours = our_losses([batch], loss_type, 0.04, **options)
+        assert_same(ours, trl_losses(trl_grpo, [batch], loss_type, 0.04, **options))
+        assert delta is None or ours[2][0].clipped_delta.any()
+
+
+def test_gspo_is_trls_grpo_of_sequences(trl_grpo: ModuleType) -> None:
+    for seed in range(5):
+        assert_same(
+            our_losses([Batch(seed)], "gspo", 0.0),
+            trl_losses(trl_grpo, [Batch(seed)], "grpo", 0.0, level="sequence"),
+        )
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_truncated_importance_sampling(trl_grpo: ModuleType, loss_type: str) -> None:
+    for seed in range(5):
+        batch = Batch(seed)
+        assert (torch.exp(batch.old - batch.sampling) > 1.2).any()
+        ours = our_losses([batch], loss_type, 0.04, cap=1.2)
+        assert_same(ours, trl_losses(trl_grpo, [batch], loss_type, 0.04, cap=1.2))
+        assert ours[0] != our_losses([batch], loss_type, 0.04)[0]
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_the_tokens_of_the_highest_entropy(trl_grpo: ModuleType, loss_type: str) -> None:
+    # TRL interpolates the threshold between two tokens, which makes one token more or less at most: none at 0.5 of an
+    # even number.
+    for seed in range(8):
+        batch = Batch(seed)
+        if batch.mask.sum() % 2:
+            continue
+        ours = our_losses([batch], loss_type, 0.04, quantile=0.5)
+        theirs = trl_losses(trl_grpo, [batch], loss_type, 0.04, quantile=0.5)
+        assert ours[0] == pytest.approx(theirs[0], rel=1e-12)
+        torch.testing.assert_close(ours[1], theirs[1], rtol=1e-11, atol=1e-15)
+        assert ours[0] != our_losses([batch], loss_type, 0.04)[0]
 
 
 def test_bnpo_is_dapo_under_one_denominator_and_not_trls(trl_grpo: ModuleType) -> None:

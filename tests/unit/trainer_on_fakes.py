@@ -109,13 +109,19 @@ def make_trainer(
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     arguments = GRPOArguments(rollout_backend="hf", num_generations=4, **grpo)
-    defaults = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "save_strategy": "no", "logging_steps": 1}
+    defaults = {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "logging_steps": 1,
+    }
     training = defaults | (training or {})
     return GRPOTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True,
-            learning_rate=1e-2, lr_scheduler_type="constant", **training,
+            lr_scheduler_type="constant", **training,
         ),
         grpo_args=arguments,
         sampling=SamplingSettings(num_generations=4, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0),

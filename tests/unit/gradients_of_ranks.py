@@ -1,0 +1,72 @@
+"""The gradients of one step under every objective, by as many processes as torchrun starts: argv names the file."""
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from grpo_stage.policy import InitialWeightsReference
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.unit.trainer_on_fakes import gradient_of, make_trainer
+
+
+NUM_PROMPTS = 4
+# What takes statistics over the step or the generation goes along with each loss.
+TOGETHER: dict[str, Any] = {
+    "beta": 0.1,
+    "mask_truncated_completions": True,
+    "top_entropy_quantile": 0.5,
+    "rollout_correction": "token",
+    "advantage_estimator": "reinforce_plus_plus_baseline",
+}
+OBJECTIVES: list[dict[str, Any]] = [
+    {"loss_type": "grpo"},
+    {"loss_type": "bnpo"},
+    {"loss_type": "dapo"},
+    {"loss_type": "dr_grpo"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "dapo", "importance_sampling_level": "sequence_token"},
+    {"loss_type": "cispo", "epsilon_high": 1.0},
+    {"loss_type": "sapo"},
+    {"loss_type": "gspo"},
+    {"loss_type": "gspo_token"},
+    {"loss_type": "gmpo"},
+    {"advantage_estimator": "gdpo"},
+    {"advantage_estimator": "reinforce_plus_plus"},
+    {"advantage_estimator": "rloo", "scale_rewards": "batch"},
+    {"kl_in_reward": True, "kl_estimator": "k1"},
+    {"covariance_control": "kl_cov", "covariance_frac": 0.2},
+    {"entropy_coef": 0.1},
+]
+
+
+def gradients(num_ranks: int) -> list[torch.Tensor]:
+    """On each rank the whole gradient, of the same completions however many ranks share them."""
+    result = []
+    for options in OBJECTIVES:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(
+                Path(folder),
+                num_prompts=NUM_PROMPTS,
+                num_iterations=2,
+                reference=InitialWeightsReference,
+                training={"per_device_train_batch_size": NUM_PROMPTS // num_ranks},
+                **{**TOGETHER, **options},
+            )
+        data = trainer.collect()[1]
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        result.append(gradient_of(trainer, data))
+    return result
+
+
+if __name__ == "__main__":
+    of_all = gradients(num_ranks=2)
+    if torch.distributed.get_rank() == 0:
+        torch.save(of_all, sys.argv[1])
+    torch.distributed.destroy_process_group()

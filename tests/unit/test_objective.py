@@ -1,0 +1,409 @@
+"""The objective in the trainer: what the options do together, whatever the split, and over a resume."""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_stage.advantages import with_advantages
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS
+from grpo_stage.algorithm.kl import KL_ESTIMATORS
+from grpo_stage.algorithm.losses import LEVELS, LOSSES
+from grpo_stage.arguments import ADVANTAGE_SCALES, CLIPPED_LOSSES, GRPOArguments
+from grpo_stage.buffer import StepData
+from grpo_stage.metrics import MetricTracker
+from grpo_stage.objective import Objective
+from grpo_stage.policy import InitialWeightsReference, ModelReference
+from grpo_stage.types import PolicyBatch
+
+from .trainer_on_fakes import LengthRewards, gradient_of, make_trainer, relative
+
+
+# What a loss needs beside its name.
+NEEDS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 1.0}}
+OBJECTIVES: list[dict[str, Any]] = [
+    *(
+        {"loss_type": loss, "importance_sampling_level": level}
+        for loss, level in itertools.product(("grpo", "bnpo", "dapo", "dr_grpo"), LEVELS)
+    ),
+    *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in ("cispo", "sapo", "gspo", "gspo_token", "gmpo")),
+]
+FACTORS: list[dict[str, Any]] = [
+    {},
+    {"rollout_correction": "token", "rollout_correction_min": 0.5},
+    {"rollout_correction": "sequence", "rollout_correction_mode": "mask", "rollout_correction_max": 50.0},
+    {"off_policy_mask_threshold": 0.01},
+    {"top_entropy_quantile": 0.3},
+    {"covariance_control": "kl_cov", "covariance_frac": 0.2, "kl_cov_coef": 0.5},
+    {"entropy_coef": 0.05},
+]
+# What it draws hangs on the order, so that only the split is without effect.
+CLIP_COV: dict[str, Any] = {
+    "covariance_control": "clip_cov",
+    "covariance_frac": 0.2,
+    "clip_cov_min": 0.1,
+    "clip_cov_max": 9.0,
+}
+KLS: list[dict[str, Any]] = [
+    {"beta": 0.1},
+    {"beta": 0.1, "kl_estimator": "k2"},
+    {"beta": 0.1, "use_bias_correction_kl": True},
+    {"beta": 0.1, "use_bias_correction_kl": True, "kl_estimator": "k1"},
+    {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1"},
+    {"beta": 0.1, "kl_target": 0.01},
+    {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
+]
+IN_REWARD = next(kl for kl in KLS if "kl_in_reward" in kl)
+ESTIMATORS = [
+    {"advantage_estimator": estimator, "scale_rewards": scale}
+    for estimator, scales in ADVANTAGE_SCALES.items()
+    for scale in scales
+]
+
+
+def named(options: dict[str, Any]) -> str:
+    return " ".join(f"{key}={value}" for key, value in options.items()) or "plain"
+
+
+def moved(trainer: Any, seed: int = 1, scale: float = 0.02) -> None:
+    """Take the weights somewhere else, so that ratios differ from 1."""
+    with torch.no_grad():
+        for p in trainer.model.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def reversed_order(data: StepData) -> StepData:
+    """The same completions in another order, of groups and within them."""
+    groups = tuple(
+        dataclasses.replace(
+            scored,
+            group=dataclasses.replace(scored.group, completions=scored.group.completions[::-1]),
+            rewards=scored.rewards[::-1],
+            total_rewards=scored.total_rewards[::-1],
+            advantages=scored.advantages[::-1],
+        )
+        for scored in data.groups[::-1]
+    )
+    old, ref = (None if each is None else each[::-1] for each in (data.old_logprobs, data.ref_logprobs))
+    return dataclasses.replace(data, groups=groups, old_logprobs=old, ref_logprobs=ref)
+
+
+def check_invariance(tmp_path, *, with_order=True, **options):
+    trainer = make_trainer(tmp_path, num_iterations=2, reference=InitialWeightsReference, **options)
+    data = trainer.collect()[1]
+    moved(trainer)
+    trainer.gradient.token_budget = 10_000
+    whole = gradient_of(trainer, data)
+    assert whole.norm() > 1e-4
+    others = [data, reversed_order(data)] if with_order else [data]
+    for budget, same in itertools.product((10_000, 1, 23), others):
+        trainer.gradient.token_budget = budget
+        assert relative(gradient_of(trainer, same), whole) < 1e-5
+
+
+@pytest.mark.parametrize("options", OBJECTIVES, ids=named)
+def test_no_loss_depends_on_the_split_or_the_order(tmp_path, options):
+    check_invariance(tmp_path, beta=0.1, mask_truncated_completions=True, **options)
+
+
+@pytest.mark.parametrize("options", [*FACTORS[1:], *(kl for kl in KLS if "kl_target" not in kl)], ids=named)
+def test_no_factor_depends_on_the_split_or_the_order(tmp_path, options):
+    check_invariance(tmp_path, **{"beta": 0.0, **options})
+
+
+def test_what_clip_cov_draws_does_not_depend_on_the_split(tmp_path):
+    check_invariance(tmp_path, with_order=False, mask_truncated_completions=True, **CLIP_COV)
+
+
+def test_the_tables_and_the_arguments_know_the_same_names():
+    hints = {f.name: f for f in dataclasses.fields(GRPOArguments)}
+
+    def choices(key):
+        return set(hints[key].type.__args__)
+
+    assert choices("loss_type") == LOSSES.keys()
+    assert choices("advantage_estimator") == ADVANTAGE_ESTIMATORS.keys() == ADVANTAGE_SCALES.keys()
+    assert choices("importance_sampling_level") == set(LEVELS)
+    assert choices("kl_estimator") == KL_ESTIMATORS.keys()
+    assert set(CLIPPED_LOSSES) < LOSSES.keys()
+
+
+# Two steps with each option and each pair of kinds
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(objective | kl for objective in OBJECTIVES for kl in ({}, KLS[2])),
+        *KLS,
+        *(factor | objective for factor in [*FACTORS[1:], CLIP_COV] for objective in OBJECTIVES),
+        *({"entropy_target": target, "entropy_coef": 0.01} for target in (0.1, 9.0)),
+        *(estimator | kl for estimator in ESTIMATORS for kl in ({}, IN_REWARD)),
+        *({"delta": 3.0, "loss_type": loss} for loss in CLIPPED_LOSSES),
+    ],
+    ids=named,
+)
+def test_two_steps(tmp_path, options):
+    arguments = {"reward_funcs": "even", "rollout_backend": "hf", "num_iterations": 2, **options}
+    if options.get("kl_in_reward") and options.get("advantage_estimator") == "gdpo":
+        with pytest.raises(ValueError, match="gdpo"):
+            GRPOArguments(**arguments).validate()
+        return
+    GRPOArguments(**arguments).validate()
+    reference = InitialWeightsReference if options.get("beta") else None
+    # A step so small that no second one finds every token clipped.
+    run = {"max_steps": 2, "learning_rate": 1e-5}
+    trainer = make_trainer(tmp_path, num_iterations=2, reference=reference, training=run, **options)
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    trainer.train()
+    assert any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
+    for line in trainer.state.log_history[:2]:
+        assert math.isfinite(line["loss"])
+        assert line["grad_norm"] > 0
+        assert line["skipped_steps"] == 0
+        if options.get("rollout_correction"):
+            assert 0 < line["rollout_correction/weight_mean"] <= options.get("rollout_correction_max", 2.0)
+            assert 0 <= line["rollout_correction/bounded_frac"] <= 1
+        if "off_policy_mask_threshold" in options:
+            assert 0 <= line["off_policy_masked_frac"] <= 1
+        if "delta" in options:
+            assert line["clip_ratio/delta_mean"] >= 0
+        if "top_entropy_quantile" in options:
+            assert 0.3 <= line["token_selection/learned_frac"] < 0.4
+        if "covariance_control" in options:
+            left, held = 1 - line["token_selection/learned_frac"], line["token_selection/held_frac"]
+            touched, other = (left, held) if options["covariance_control"] == "clip_cov" else (held, left)
+            assert 0 < touched <= 0.25
+            assert other == 0
+        if "entropy_target" in options:
+            assert line["entropy_coef"] >= 0
+        if "kl_target" in options:
+            assert line["beta"] > 0
+        if options.get("beta"):
+            assert "kl" in line
+
+
+# What the objective adds up
+
+
+def tiny_batch(**changes: Any) -> PolicyBatch:
+    fields = {
+        "input_ids": torch.zeros(2, 3),
+        "attention_mask": torch.ones(2, 3),
+        "completion_ids": torch.zeros(2, 2),
+        "completion_mask": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        "loss_weights": torch.tensor([[0.25, 0.25], [0.5, 0.0]]),
+        "advantages": torch.tensor([1.0, -1.0]),
+        "sampling_logprobs": torch.tensor([[-1.0, -2.0], [-1.5, 0.0]]),
+        "rows": (0, 1),
+    }
+    return PolicyBatch(**{**fields, **changes})
+
+
+def token_losses(options: dict[str, Any], policy, old, ref, batch=None) -> tuple[list[list[float]], MetricTracker]:
+    batch, metrics = batch or tiny_batch(), MetricTracker()
+    objective = Objective(GRPOArguments(**options))
+    losses = objective.token_losses(batch, policy, torch.zeros_like(policy), old, ref, metrics)
+    return (losses * batch.completion_mask).tolist(), metrics
+
+
+def test_the_correction_weighs_the_policys_loss_and_not_the_kl():
+    policy = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]])
+    old = torch.tensor([[-1.2, -2.0], [-0.8, 0.0]])
+    ref = torch.tensor([[-1.5, -2.5], [-0.5, 0.0]])
+    options = {"rollout_correction": "token", "rollout_correction_max": 1.5, "beta": 0.5, "loss_type": "grpo"}
+    losses, metrics = token_losses(options, policy, old, ref)
+
+    def k3(p, r):
+        return math.exp(r - p) - (r - p) - 1
+
+    first = min(math.exp(-0.2), 1.5) * -min(math.exp(0.2), 1.2) + 0.5 * k3(-1.0, -1.5)
+    second = 1.0 * -1.0 + 0.5 * k3(-2.0, -2.5)
+    third = 1.5 * max(math.exp(-0.2), 0.8) + 0.5 * k3(-1.0, -0.5)  # exp(-0.8 + 1.5) is over the bound
+    assert losses == [pytest.approx([first, second], rel=1e-5), pytest.approx([third, 0.0], rel=1e-5)]
+    weights, count = metrics.state_dict()["means"]["rollout_correction/weight_mean"]
+    assert (weights, count) == (pytest.approx(math.exp(-0.2) + 1 + 1.5, rel=1e-5), 3)
+    assert metrics.state_dict()["means"]["rollout_correction/bounded_frac"] == (1, 3)
+    assert metrics.state_dict()["means"]["kl"] == (
+        pytest.approx(k3(-1.0, -1.5) + k3(-2.0, -2.5) + k3(-1.0, -0.5), rel=1e-5),
+        3,
+    )
+
+
+def test_the_off_policy_mask_leaves_the_kl():
+    policy = torch.tensor([[-3.0, -4.0], [-2.5, 0.0]])  # both completions have lost two nats or one a token
+    ref = policy + 0.5
+    options = {"off_policy_mask_threshold": 0.9, "beta": 0.5, "loss_type": "grpo"}
+    losses, metrics = token_losses(options, policy, policy, ref)
+    kl = 0.5 * (math.exp(0.5) - 0.5 - 1)
+    assert losses == [pytest.approx([-1.0 + kl] * 2), pytest.approx([kl, 0.0])]
+    assert metrics.state_dict()["means"]["off_policy_masked_frac"] == (1.0, 2.0)
+
+
+def test_with_the_kl_in_the_reward_there_is_none_in_the_loss():
+    policy = torch.tensor([[-1.0, -2.0], [-1.0, 0.0]])
+    plain, _ = token_losses({"loss_type": "grpo"}, policy, policy, None)
+    in_reward = {"loss_type": "grpo", "beta": 0.5, "kl_in_reward": True, "kl_estimator": "k1"}
+    losses, metrics = token_losses(in_reward, policy, policy, policy - 1.0)
+    assert losses == plain
+    assert metrics.state_dict()["means"]["kl"] == (pytest.approx(3 * math.exp(-1.0)), 3)
+    penalty = Objective(GRPOArguments(**in_reward)).reward_penalty(
+        [torch.tensor([-1.0, -2.0]), torch.tensor([-1.0])], [torch.tensor([-1.5, -2.5]), torch.tensor([-0.5])]
+    )
+    assert penalty == pytest.approx([0.5 * 1.0, 0.5 * -0.5])
+
+
+def test_the_kl_in_the_reward_moves_the_advantages(tmp_path):
+    """Every reward is the same, so that the KL alone tells the completions of a group apart."""
+    same = type("Same", (LengthRewards,), {"score": lambda _, groups: [[[0.5]] * 4 for _ in groups]})()
+    trainer = make_trainer(
+        tmp_path,
+        beta=0.2,
+        kl_in_reward=True,
+        kl_estimator="k1",
+        advantage_estimator="rloo",
+        num_iterations=2,
+        reference=InitialWeightsReference,
+        rewards=same,
+        log_completions=True,
+    )
+    moved(trainer)
+    data = trainer.collect()[0]
+    penalties = [
+        0.2 * (old.double() - ref.double()).sum().item()
+        for old, ref in zip(data.old_logprobs, data.ref_logprobs, strict=True)
+    ]
+    for group, scored in enumerate(data.groups):
+        assert scored.total_rewards == (0.5,) * 4, "the reward that is logged is the functions'"
+        own = penalties[4 * group : 4 * group + 4]
+        expected = [-own[i] + (sum(own) - own[i]) / 3 for i in range(4)]
+        assert scored.advantages == pytest.approx(expected, rel=1e-6)
+        assert max(map(abs, expected)) > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+def test_an_estimator_sees_the_parts_the_weights_and_the_lengths(tmp_path, estimator):
+    trainer = make_trainer(tmp_path, advantage_estimator=estimator, num_prompts=2)
+    groups = trainer.collect()[0].groups
+    scale = ADVANTAGE_SCALES[estimator][0]
+    rows = [[[0.1 * i + 0.3 * g, float(i % 2)] for i in range(4)] for g in range(2)]
+    scored = [
+        dataclasses.replace(
+            group,
+            rewards=tuple(map(tuple, rows[g])),
+            total_rewards=tuple(2 * a - b for a, b in rows[g]),
+            advantages=(),
+        )
+        for g, group in enumerate(groups)
+    ]
+    options = {"estimator": estimator, "scale_rewards": scale}
+    actual = with_advantages(scored, weights=(2.0, -1.0), **options)
+    from grpo_stage.algorithm.advantages import RewardTable
+
+    table = RewardTable(
+        totals=torch.tensor([[2 * a - b for a, b in row] for row in rows], dtype=torch.float64),
+        parts=torch.tensor(rows, dtype=torch.float64),
+        weights=torch.tensor([2.0, -1.0], dtype=torch.float64),
+        lengths=torch.tensor([[len(c.token_ids) for c in group.group.completions] for group in groups]),
+    )
+    expected = ADVANTAGE_ESTIMATORS[estimator](table, scale)
+    assert torch.equal(torch.tensor([g.advantages for g in actual], dtype=torch.float64), expected)
+    assert expected.abs().max() > 0
+
+
+# What adapts, and goes on after a resume
+
+
+def test_beta_follows_the_divergence(tmp_path):
+    run = {"num_train_epochs": 2}
+    far = make_trainer(tmp_path / "far", beta=0.1, kl_target=1e-9, reference=InitialWeightsReference, training=run)
+    far.train()
+    near = make_trainer(tmp_path / "near", beta=0.1, kl_target=1e9, reference=InitialWeightsReference, training=run)
+    near.train()
+    # The first step is at the reference itself: no divergence, 2 percent down. Then it is over the target.
+    betas = [line["beta"] for line in far.state.log_history if "loss" in line]
+    assert betas == pytest.approx([0.1, 0.1 * 0.98, *(0.1 * 0.98 * 1.02**i for i in range(1, len(betas) - 1))])
+    betas = [line["beta"] for line in near.state.log_history if "loss" in line]
+    assert betas == pytest.approx([0.1 * 0.98**i for i in range(len(betas))])
+    assert far.gradient.objective.beta > near.gradient.objective.beta
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4])
+def test_beta_and_the_reference_are_part_of_a_checkpoint(tmp_path, stop_at):
+    settings: dict[str, Any] = {
+        "num_iterations": 2,
+        "beta": 0.1,
+        "kl_target": 0.01,
+        "sync_ref_model": True,
+        "ref_model_mixup_alpha": 0.4,
+        "ref_model_sync_steps": 2,
+        "reference": InitialWeightsReference,
+    }
+    run = {"save_strategy": "steps", "save_steps": stop_at, "num_train_epochs": 2}
+    whole = make_trainer(tmp_path / "whole", training=run, **settings)
+    whole.train()
+    resumed = make_trainer(tmp_path / "resumed", training=run, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop_at}"))
+    assert resumed.gradient.objective.beta == whole.gradient.objective.beta != 0.1
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    ours, theirs = resumed.reference.state_dict(), whole.reference.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_the_reference_moves_as_written(tmp_path):
+    trainer = make_trainer(
+        tmp_path,
+        beta=0.1,
+        sync_ref_model=True,
+        ref_model_mixup_alpha=0.25,
+        ref_model_sync_steps=2,
+        reference=InitialWeightsReference,
+    )
+    initial = {name: p.clone() for name, p in trainer.reference.state_dict().items()}
+    seen = []
+
+    class Watcher(type(trainer.callback_handler.callbacks[0])):
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
+
+    trainer.add_callback(Watcher())
+    trainer.train()
+    assert len(seen) == 3
+    for name, p in trainer.reference.state_dict().items():
+        torch.testing.assert_close(p, 0.75 * initial[name] + 0.25 * seen[1][name])
+        assert not torch.equal(p, initial[name])
+
+
+def test_another_model_moves_only_if_it_is_of_the_same_shape(tmp_path):
+    policy, other = make_trainer(tmp_path / "a").model, make_trainer(tmp_path / "b").model
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(1.0)
+    reference = ModelReference(other)
+    reference.check_alike(policy)
+    before = {name: p.detach().clone() for name, p in other.named_parameters()}
+    reference.mix(policy, 0.5)
+    for name, p in other.named_parameters():
+        torch.testing.assert_close(p, before[name] + 0.5)
+    saved = {name: p.detach().clone() for name, p in reference.state_dict().items()}
+    reference.mix(policy, 1.0)
+    reference.load_state_dict(saved)
+    for name, p in other.named_parameters():
+        torch.testing.assert_close(p, before[name] + 0.5)
+    with pytest.raises(ValueError, match=r"2 weights of it are of another name or shape"):
+        ModelReference(torch.nn.Linear(2, 3)).check_alike(policy)
+
+
+def test_a_mix_in_bfloat16_does_not_vanish_in_rounding():
+    model = torch.nn.Linear(1, 1, bias=False).to(torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    reference = InitialWeightsReference(model)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    reference.mix(model, 0.01)
+    assert reference.state_dict()["weight"].item() == pytest.approx(1.0078125), "the nearest to 1.01 there is"
