@@ -2,8 +2,8 @@
 
 The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
 `metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
-inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps other
-keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
+inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps
+other keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
 """
 
 import dataclasses
@@ -58,6 +58,29 @@ class GRPOArguments:
             ),
         },
     )
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={
+            "group": ROLLOUT,
+            "help": (
+                "DAPO's dynamic sampling: leave out groups whose total rewards are all equal, which teach nothing, "
+                "and roll out further prompts until the batch is full. What is sampled too much waits for the next "
+                "batch. An epoch then has fewer steps: it ends when its prompts are used up."
+            ),
+        },
+    )
+    max_resample_times: int = field(
+        default=3,
+        metadata={
+            "group": ROLLOUT,
+            "only_with": {"dynamic_sampling": (True,)},
+            "min": 1,
+            "help": (
+                "How many further rollouts, each of as many prompts as the first, dynamic sampling may take for a "
+                "batch. After them the step trains on the groups it has."
+            ),
+        },
+    )
     overlong_prompts: Literal["drop", "truncate"] = field(
         default="drop",
         metadata={
@@ -85,7 +108,8 @@ class GRPOArguments:
             "group": REWARDS,
             "help": (
                 "Reward functions, separated by commas or as a YAML list: a built-in name, `path/file.py:function`, "
-                "or `package.module:function`."
+                "or `package.module:function`; and `reward_model` for the model that LLaMA-Factory's `reward_model` "
+                "gives, which is what this key is by default where there is one."
             ),
         },
     )
@@ -385,7 +409,8 @@ def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
     if not names:
         raise ValueError(
             "`reward_funcs` is missing: without a reward there is nothing to learn from. Name one or more of "
-            f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`."
+            f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`; or give a "
+            "`reward_model`."
         )
     if len(set(names)) < len(names):
         raise ValueError(
