@@ -34,7 +34,7 @@ def token_logprobs(
     """
     num_tokens = batch.completion_ids.size(1)
     position_ids = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    kwargs = {"logits_to_keep": num_tokens + 1} if _takes_logits_to_keep(model) else {}
+    kwargs = {"logits_to_keep": num_tokens + 1} if takes_logits_to_keep(model) else {}
     output = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -118,7 +118,7 @@ class ModelReference:
         yield self._model
 
 
-def _takes_logits_to_keep(model: Any) -> bool:
+def takes_logits_to_keep(model: Any) -> bool:
     while hasattr(model, "module"):  # DDP
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

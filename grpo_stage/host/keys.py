@@ -68,7 +68,9 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "ref_model_sync_steps": TRLKey(None, note="the reference is the policy at the start, or `ref_model`"),
         "top_entropy_quantile": TRLKey(None, note="every token of a completion is in the loss, which TRL calls 1.0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
-        "reward_processing_classes": TRLKey(None, note="reward models are not supported by this version"),
+        "reward_processing_classes": TRLKey(
+            None, note="a `reward_model` reads the policy's tokens, and is trained with LLaMA-Factory's `stage: rm`"
+        ),
         "num_generations_eval": TRLKey("eval_num_generations"),
     }
 )

@@ -19,6 +19,7 @@ from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
 
 from ..arguments import GRPOArguments, grpo_field_names
+from ..rewards import REWARD_MODEL
 from ..rollout.vllm_options import LORA_RANKS
 from .adapters import lora_rank
 from .checks import refuse_impossible, refuse_unfit
@@ -80,6 +81,8 @@ def parse(raw: RawArguments) -> RunArguments:
     values = {key: as_hinted(key, value, hints[key]) for key, value in written.items()}
     given = frozenset(key for key, value in values.items() if value is not None)
     values = {**STAGE_DEFAULTS, **values}
+    if values.get("reward_funcs") is None and values.get("reward_model") is not None:
+        values["reward_funcs"] = REWARD_MODEL  # alone
 
     GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate()
     refuse_impossible(SimpleNamespace(**{**_defaults(), **dict.fromkeys(_DERIVED_KEYS), **values}), given)
