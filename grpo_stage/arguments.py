@@ -195,7 +195,20 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "help": (
-                "Leave completions that reached `max_new_tokens` out of the loss. They still count in the rewards."
+                "DAPO's overlong filtering: leave completions that reached `max_new_tokens` out of the loss and of "
+                "its averages. They still count in the rewards and in the statistics of their group."
+            ),
+        },
+    )
+    mask_zero_std_groups: bool = field(
+        default=False,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"dynamic_sampling": (False,)},
+            "help": (
+                "Leave groups whose total rewards are all equal out of the loss, of its KL term and of its averages: "
+                "their advantages are 0, and they would be pulled to the reference (`beta`) for nothing. With "
+                "`dynamic_sampling` there are none."
             ),
         },
     )

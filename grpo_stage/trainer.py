@@ -171,6 +171,8 @@ class GRPOTrainer(Trainer):
         chunks = [tuple(batch[start : start + prompts_per_rank]) for start in range(0, len(batch), prompts_per_rank)]
         num_chunks = max(1, *all_gather(len(chunks)))  # the last prompts of an epoch may not reach every rank
         chunks += [()] * (num_chunks - len(chunks))
+        if self.grpo_args.mask_zero_std_groups:
+            chunks = [tuple(each for each in chunk if each.scored.has_reward_variance) for chunk in chunks]
         is_reused = num_chunks * self.grpo_args.num_iterations > 1
         groups = [tuple(each.scored for each in chunk) for chunk in chunks]
         with self._timed("logprobs"):
@@ -645,10 +647,11 @@ class GRPOTrainer(Trainer):
             return
         if self._num_skipped == 0:
             raise RuntimeError(
-                f"None of the {num_steps} steps found a group of completions whose rewards differ (`dynamic_sampling: "
-                "true`), so that nothing was learned: the task is too hard or too easy for the policy, or the reward "
-                "functions do not tell its completions apart. Raise `num_generations` or `temperature`, or choose "
-                "other prompts or `reward_funcs`; `completions.jsonl` shows them with `log_completions: true`."
+                f"None of the {num_steps} steps had a group of completions whose rewards differ, and others are left "
+                "out (`dynamic_sampling`, `mask_zero_std_groups`), so that nothing was "
+                "learned: the task is too hard or too easy for the policy, or the reward functions do not tell its "
+                "completions apart. Raise `num_generations` or `temperature`, or choose other prompts or "
+                "`reward_funcs`; `completions.jsonl` shows them with `log_completions: true`."
             )
         raise FloatingPointError(
             f"None of the {num_steps} steps had a finite loss and gradient, so that all were skipped and "

@@ -143,6 +143,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     # dynamic sampling
     ({"max_resample_times": 5}, ["max_resample_times: 5", "no effect", "dynamic_sampling: true"]),
     ({"dynamic_sampling": True, "max_resample_times": 0}, ["max_resample_times: 0", "at least 1"]),
+    (
+        {"dynamic_sampling": True, "mask_zero_std_groups": True},
+        ["mask_zero_std_groups: true", "no effect", "dynamic_sampling: false"],
+    ),
     # optimisation
     ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "DDP"]),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed: {", "DDP"]),

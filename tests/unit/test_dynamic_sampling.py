@@ -21,7 +21,7 @@ from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.stop import StopRequested
 from grpo_stage.types import Prompt, RolloutGroup, ScoredGroup
 
-from .trainer_on_fakes import FakeEngine, LengthRewards, fake_completion, make_trainer
+from .trainer_on_fakes import FakeEngine, LengthRewards, fake_completion, gradient_of, make_trainer, relative
 
 
 class PickyRewards(LengthRewards):
@@ -150,7 +150,7 @@ def test_a_batch_for_which_nothing_was_found_has_no_gradient(tmp_path):
 
 def test_a_run_that_never_found_a_group_to_learn_from_is_no_success(tmp_path):
     trainer = make(tmp_path, teaching=())
-    with pytest.raises(RuntimeError, match=r"None of the 2 steps found a group .*rewards differ.*num_generations"):
+    with pytest.raises(RuntimeError, match=r"None of the 2 steps had a group .*rewards differ.*num_generations"):
         trainer.train()
 
 
@@ -481,3 +481,63 @@ torch.distributed.destroy_process_group()
     assert two[0]["weights"] == two[1]["weights"]
     reference = weights_of(one)[::1000]
     assert (torch.tensor(two[0]["weights"]) - reference).norm() <= 1e-3 * reference.norm()
+
+
+# Groups that teach nothing, left out without being replaced
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_masked_groups_are_in_no_part_of_the_gradient_and_in_no_average(tmp_path, loss_type):
+    """Away from the reference, the gradient is that of a batch without them; unmasked, the KL term pulls on them."""
+    options = {"dynamic_sampling": False, "beta": 0.5, "reference": InitialWeightsReference, "loss_type": loss_type}
+    training = {"per_device_train_batch_size": 4}
+    gradients = {}
+    for name, own in (
+        ("masked", {"num_prompts": 4, "mask_zero_std_groups": True}),
+        ("unmasked", {"num_prompts": 4}),
+        ("alone", {"num_prompts": 2}),  # prompts 0 and 1
+    ):
+        trainer = make(tmp_path / name, teaching={0, 1}, training=training, **options, **own)
+        with torch.no_grad():
+            for p in trainer.model.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        (data,) = trainer.collect()
+        gradients[name] = gradient_of(trainer, data)
+        assert trainer.tracker.take()["frac_reward_zero_std"] == (0.0 if name == "alone" else 0.5)
+    assert relative(gradients["masked"], gradients["alone"]) < 1e-5
+    assert relative(gradients["unmasked"], gradients["alone"]) > 0.1
+
+
+def test_a_masked_run_takes_the_same_steps_and_one_without_anything_to_learn_is_no_success(tmp_path):
+    """Steps of a rollout stay apart, and be one of them empty."""
+    options = {"dynamic_sampling": False, "mask_zero_std_groups": True, "steps_per_generation": 2, "num_iterations": 2}
+    trainer = make(tmp_path / "some", teaching={0, 1, 6, 9}, **options)
+    batches = watch_batches(trainer)
+    trainer.train()
+    assert [[index for index, _ in groups] for _, groups in batches] == [
+        *([0, 1], [], [0, 1], []),
+        *([], [6], [], [6]),
+        *([9], [], [9], []),
+    ]
+    with pytest.raises(RuntimeError, match=r"None of the 12 steps had a group .*`mask_zero_std_groups`"):
+        make(tmp_path / "none", teaching=(), **options).train()
+
+
+def test_a_truncated_completion_counts_in_its_group_and_in_no_average_of_the_loss(tmp_path):
+    trainer = make(
+        tmp_path,
+        teaching=range(6),
+        num_prompts=6,
+        training={"per_device_train_batch_size": 6},
+        mask_truncated_completions=True,
+    )
+    (data,) = trainer.collect()
+    completions = [c for scored in data.groups for c in scored.group.completions]
+    whole = [c for c in completions if c.finish_reason == "stop"]
+    assert 0 < len(whole) < len(completions)
+    totals = trainer.gradient._global_totals(data.groups)
+    assert (totals.num_completions, totals.num_tokens) == (len(whole), sum(len(c.token_ids) for c in whole))
+    for scored in data.groups:
+        rewards = torch.arange(4.0, dtype=torch.float64)
+        expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+        assert torch.allclose(torch.tensor(scored.advantages, dtype=torch.float64), expected)
