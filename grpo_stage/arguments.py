@@ -32,6 +32,8 @@ ADVANTAGE_SCALES = MappingProxyType(
     }
 )
 """The values of `scale_rewards` that each `advantage_estimator` goes with; the first is the paper's."""
+GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "passk", "opo")
+"""Those of `advantage_estimator` by which a group of equal totals has advantages of 0."""
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
 
 
@@ -46,6 +48,17 @@ class Above:
 
     def __str__(self) -> str:
         return f"above {self.bound:g}"
+
+
+@dataclass(frozen=True)
+class Given:
+    """Stands in `metadata["only_with"]` for any value at all."""
+
+    def __contains__(self, value: Any) -> bool:
+        return bool(value)
+
+    def __str__(self) -> str:
+        return "..."
 
 
 @dataclass
@@ -87,6 +100,30 @@ class GRPOArguments:
             ),
         },
     )
+    dynamic_sampling: bool = field(
+        default=False,
+        metadata={
+            "group": ROLLOUT,
+            "only_with": {"advantage_estimator": GROUP_ESTIMATORS},
+            "help": (
+                "DAPO's dynamic sampling: leave out groups whose total rewards are all equal, which teach nothing, "
+                "and roll out further prompts until the batch is full. What is sampled too much waits for the next "
+                "batch. An epoch then has fewer steps: it ends when its prompts are used up."
+            ),
+        },
+    )
+    max_resample_times: int = field(
+        default=3,
+        metadata={
+            "group": ROLLOUT,
+            "only_with": {"dynamic_sampling": (True,)},
+            "min": 1,
+            "help": (
+                "How many further rollouts, each of as many prompts as the first, dynamic sampling may take for a "
+                "batch. After them the step trains on the groups it has."
+            ),
+        },
+    )
     overlong_prompts: Literal["drop", "truncate"] = field(
         default="drop",
         metadata={
@@ -114,7 +151,8 @@ class GRPOArguments:
             "group": REWARDS,
             "help": (
                 "Reward functions, separated by commas or as a YAML list: a built-in name, `path/file.py:function`, "
-                "or `package.module:function`."
+                "or `package.module:function`; and `reward_model` for the model that LLaMA-Factory's `reward_model` "
+                "gives, which is what this key is by default where there is one."
             ),
         },
     )
@@ -278,7 +316,12 @@ class GRPOArguments:
         default=False,
         metadata={
             "group": OBJECTIVE,
-            "only_with": {"beta": Above(0), "kl_estimator": ("k1",)},
+            "only_with": {
+                "beta": Above(0),
+                "kl_estimator": ("k1",),
+                "dynamic_sampling": (False,),
+                "mask_zero_std_groups": (False,),
+            },
             "help": (
                 "Take beta x the sum of k1 over a completion off its reward, before advantages are computed, in the "
                 "place of a KL term in the loss (PPO, RLOO and REINFORCE++ have it so)."
@@ -489,7 +532,20 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "help": (
-                "Leave completions that reached `max_new_tokens` out of the loss. They still count in the rewards."
+                "DAPO's overlong filtering: leave completions that reached `max_new_tokens` out of the loss and of "
+                "its averages. They still count in the rewards and in the statistics of their group."
+            ),
+        },
+    )
+    mask_zero_std_groups: bool = field(
+        default=False,
+        metadata={
+            "group": OBJECTIVE,
+            "only_with": {"dynamic_sampling": (False,), "advantage_estimator": GROUP_ESTIMATORS},
+            "help": (
+                "Leave groups whose total rewards are all equal out of the loss, of its KL term and of its averages: "
+                "their advantages are 0, and they would be pulled to the reference (`beta`) for nothing. With "
+                "`dynamic_sampling` there are none."
             ),
         },
     )
@@ -681,9 +737,9 @@ def _check_effect(spec: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> 
     )
 
 
-def shown_condition(allowed: Above | tuple[Any, ...]) -> str:
+def shown_condition(allowed: Above | Given | tuple[Any, ...]) -> str:
     """The values of a condition in `metadata["only_with"]`, for a reader."""
-    return str(allowed) if isinstance(allowed, Above) else " or ".join(map(_shown, allowed))
+    return str(allowed) if isinstance(allowed, Above | Given) else " or ".join(map(_shown, allowed))
 
 
 def _shown(value: Any) -> str:
@@ -713,7 +769,8 @@ def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
     if not names:
         raise ValueError(
             "`reward_funcs` is missing: without a reward there is nothing to learn from. Name one or more of "
-            f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`."
+            f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`; or give a "
+            "`reward_model`."
         )
     if len(set(names)) < len(names):
         raise ValueError(

@@ -20,14 +20,15 @@ class StepData:
 
     groups: tuple[ScoredGroup, ...]
     old_logprobs: tuple[torch.Tensor, ...] | None
-    """Per completion (prompt-major), one float a token: the trainer's own, before the first update on this rollout.
-    None where that is the policy of this very step: the ratio is then 1 by definition."""
+    """Per completion (prompt-major), one float a token: the trainer's own, under the policy that sampled it. None
+    where that is the policy of this very step for all of them: the ratio is then 1 by definition."""
     ref_logprobs: tuple[torch.Tensor, ...] | None
     """Per completion, of the reference; None without a KL term."""
     logprob_temperature: float
     """The temperature that `sampling_logprobs` refer to."""
-    is_fresh: bool
-    """True at the first use right after sampling, when the engine's log-probabilities must equal the trainer's."""
+    fresh_rows: frozenset[int]
+    """Where in the flat list of completions (prompt-major) those stand that the policy of this very step has sampled:
+    their log-probabilities must be the engine's. Empty where the policy has moved since."""
 
 
 class RolloutBuffer:
@@ -56,11 +57,11 @@ class RolloutBuffer:
         """Restore what `state_dict` gave. `prompts` is the dataset that the indices point into."""
         self._steps = deque(
             StepData(
-                groups=tuple(_load_group(group, prompts) for group in step["groups"]),
-                old_logprobs=_load_tensors(step["old_logprobs"]),
-                ref_logprobs=_load_tensors(step["ref_logprobs"]),
+                groups=tuple(load_group(group, prompts) for group in step["groups"]),
+                old_logprobs=load_tensors(step["old_logprobs"]),
+                ref_logprobs=load_tensors(step["ref_logprobs"]),
                 logprob_temperature=step["logprob_temperature"],
-                is_fresh=step["is_fresh"],
+                fresh_rows=frozenset(step["fresh_rows"]),
             )
             for step in state
         )
@@ -69,15 +70,16 @@ class RolloutBuffer:
 def step_state(step: StepData) -> dict[str, Any]:
     """One element of `RolloutBuffer.state_dict`."""
     return {
-        "groups": [_group_state(scored) for scored in step.groups],
-        "old_logprobs": _tensors_state(step.old_logprobs),
-        "ref_logprobs": _tensors_state(step.ref_logprobs),
+        "groups": [group_state(scored) for scored in step.groups],
+        "old_logprobs": tensors_state(step.old_logprobs),
+        "ref_logprobs": tensors_state(step.ref_logprobs),
         "logprob_temperature": step.logprob_temperature,
-        "is_fresh": step.is_fresh,
+        "fresh_rows": sorted(step.fresh_rows),
     }
 
 
-def _group_state(scored: ScoredGroup) -> dict[str, Any]:
+def group_state(scored: ScoredGroup) -> dict[str, Any]:
+    """A group for JSON, its prompt as its index in the dataset; `load_group` reads it."""
     return {
         "prompt": scored.group.prompt.index,
         "policy_version": scored.group.policy_version,
@@ -96,7 +98,8 @@ def _group_state(scored: ScoredGroup) -> dict[str, Any]:
     }
 
 
-def _load_group(state: dict[str, Any], prompts: Sequence[Prompt]) -> ScoredGroup:
+def load_group(state: dict[str, Any], prompts: Sequence[Prompt]) -> ScoredGroup:
+    """What `group_state` gave; `prompts` is the dataset."""
     return ScoredGroup(
         group=RolloutGroup(
             prompt=prompts[state["prompt"]],
@@ -117,9 +120,11 @@ def _load_group(state: dict[str, Any], prompts: Sequence[Prompt]) -> ScoredGroup
     )
 
 
-def _tensors_state(tensors: tuple[torch.Tensor, ...] | None) -> list[list[float]] | None:
+def tensors_state(tensors: tuple[torch.Tensor, ...] | None) -> list[list[float]] | None:
+    """Tensors of one dimension for JSON; `load_tensors` reads them."""
     return None if tensors is None else [tensor.tolist() for tensor in tensors]
 
 
-def _load_tensors(state: list[list[float]] | None) -> tuple[torch.Tensor, ...] | None:
+def load_tensors(state: list[list[float]] | None) -> tuple[torch.Tensor, ...] | None:
+    """What `tensors_state` gave."""
     return None if state is None else tuple(torch.tensor(values) for values in state)

@@ -92,13 +92,15 @@ class PolicyGradient:
         metrics = MetricTracker()
         loss = torch.zeros((), device=self._accelerator.device)
         # Gradients are summed over ranks after the last backward: a rank can run out of memory in any.
+        is_checked = False
         with self._accelerator.no_sync(model):
-            for index, batch in enumerate(self._micro_batches(data.groups, totals)):
+            for batch in self._micro_batches(data.groups, totals):
                 self._safe_point()
                 memory_error = None
                 try:
-                    is_checked = data.is_fresh and index == 0 and len(data.groups) > 0
-                    micro_loss = self._micro_batch_loss(model, batch, data, selection, metrics, check=is_checked)
+                    check = not is_checked and not data.fresh_rows.isdisjoint(batch.rows)
+                    micro_loss = self._micro_batch_loss(model, batch, data, selection, metrics, check)
+                    is_checked = is_checked or check
                     self._accelerator.backward(micro_loss)
                     loss += micro_loss.detach()
                 except RuntimeError as error:
@@ -131,7 +133,7 @@ class PolicyGradient:
             )
         assert entropy is not None
         if check and torch.isfinite(logprobs).all():
-            self._check_canary(model, batch, logprobs.detach(), data.logprob_temperature, metrics)
+            self._check_canary(model, batch, logprobs.detach(), data, metrics)
         old = logprobs.detach() if data.old_logprobs is None else _padded(data.old_logprobs, batch)
         ref = None if data.ref_logprobs is None else _padded(data.ref_logprobs, batch)
         learned = None if selection is None else _padded(selection.learned, batch)
@@ -144,17 +146,19 @@ class PolicyGradient:
         model: nn.Module,
         batch: PolicyBatch,
         logprobs: torch.Tensor,
-        temperature: float,
+        data: StepData,
         metrics: MetricTracker,
     ) -> None:
-        if temperature != self._sampling.temperature:
+        if data.logprob_temperature != self._sampling.temperature:
             with torch.no_grad(), self._autocast():
                 policy = self._accelerator.unwrap_model(model)
-                logprobs, _ = token_logprobs(policy, batch, temperature)
-        difference = (logprobs - batch.sampling_logprobs).abs() * batch.completion_mask
-        metrics.add("sampling/sampling_logp_difference/mean", difference.sum(), batch.completion_mask.sum())
+                logprobs, _ = token_logprobs(policy, batch, data.logprob_temperature)
+        fresh = torch.tensor([row in data.fresh_rows for row in batch.rows], device=logprobs.device)  # [B]
+        mask = batch.completion_mask * fresh.unsqueeze(1)  # [B, T]
+        difference = (logprobs - batch.sampling_logprobs).abs() * mask
+        metrics.add("sampling/sampling_logp_difference/mean", difference.sum(), mask.sum())
         metrics.highest("sampling/sampling_logp_difference/max", difference.max().item())
-        mean = (difference.sum() / batch.completion_mask.sum()).item()
+        mean = (difference.sum() / mask.sum()).item()
         check_difference(mean, self._max_sampling_logprob_diff, self._grpo_args.rollout_backend)
 
     def _selection(self, model: nn.Module, data: StepData, step: int) -> TokenSelection:

@@ -94,7 +94,7 @@ def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward
         tracker.add("reward", sum(totals), len(totals))
         if len(totals) > 1:
             tracker.add("reward_std", stdev(totals))
-        tracker.add("frac_reward_zero_std", float(len(set(totals)) <= 1))
+        tracker.add("frac_reward_zero_std", float(not scored.has_reward_variance))
         for name, column in zip(reward_names, zip(*scored.rewards, strict=True), strict=True):
             applicable = [value for value in column if value is not None]
             tracker.add(f"rewards/{name}/mean", sum(applicable), len(applicable))

@@ -41,7 +41,7 @@ def token_logprobs(
     """
     num_tokens = batch.completion_ids.size(1)
     position_ids = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    kwargs = {"logits_to_keep": num_tokens + 1} if _takes_logits_to_keep(model) else {}
+    kwargs = {"logits_to_keep": num_tokens + 1} if takes_logits_to_keep(model) else {}
     output = model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
@@ -193,7 +193,7 @@ def _mix(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], alpha
         tensor.copy_(target if alpha == 1.0 else tensor.float().lerp(target, alpha))
 
 
-def _takes_logits_to_keep(model: Any) -> bool:
+def takes_logits_to_keep(model: Any) -> bool:
     while hasattr(model, "module"):  # DDP
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

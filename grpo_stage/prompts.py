@@ -101,17 +101,26 @@ class PromptStream:
         """
         if count < 1:
             raise ValueError(f"At least one prompt must be taken at a time, got {count}.")
-        if self.remaining() == 0:
-            self.epoch += 1
-            self._cursor = 0
-            self._order = self._permutation()
+        self.begin_epoch_if_due()
         dealt = self._order[self._cursor : self._cursor + count]
         self._cursor += len(dealt)
         return dealt[self.rank :: self.world_size]
 
+    def begin_epoch_if_due(self) -> None:
+        """Go on to the next epoch where no prompt of this one is left."""
+        if self.remaining() == 0:
+            self.epoch += 1
+            self._cursor = 0
+            self._order = self._permutation()
+
     def remaining(self) -> int:
         """How many prompts of this epoch are left, over all ranks."""
         return self.num_prompts - self._cursor
+
+    @property
+    def num_taken(self) -> int:
+        """How many prompts were taken since the run's start, over all epochs and ranks."""
+        return self.epoch * self.num_prompts + self._cursor
 
     def state_dict(self) -> dict[str, Any]:
         """Where the stream stands, ready for JSON."""

@@ -3,6 +3,7 @@
 One Trainer step is one optimizer step:
 
     slot -> [buffer empty?] -> prompts -> sync -> rollout -> rewards -> advantages -> old / ref log-probs -> buffer
+                               ^-- again, with dynamic_sampling --'
          -> next of buffer -> micro-batches -> policy log-probs -> loss -> backward -> (Trainer) clip, step, log, save
 
     P prompts    G completions a prompt    B completions in a micro-batch    T completion tokens
@@ -39,6 +40,7 @@ from .canary import check_versions
 from .checkpoints import REFERENCE_FILE, ROLLOUT_FILE
 from .completions_log import CompletionsLog
 from .distributed import all_gather
+from .dynamic_sampling import BatchGroup, DynamicSampling, Filled, fresh_rows, record_filled
 from .evaluation import record_evaluation
 from .gradient import PolicyGradient
 from .metrics import MetricTracker, record_rollout
@@ -110,6 +112,9 @@ class GRPOTrainer(Trainer):
         self.reference = reference
         self.recipe = recipe
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
+        self.dynamic: DynamicSampling | None = None
+        if grpo_args.dynamic_sampling:
+            self.dynamic = DynamicSampling(grpo_args.max_resample_times, args.process_index, args.world_size)
         self.buffer = RolloutBuffer()
         self.tracker = MetricTracker()
         self.completions_log = CompletionsLog(args.output_dir, rewards.names, grpo_args.num_completions_to_print)
@@ -134,7 +139,7 @@ class GRPOTrainer(Trainer):
         self._prepare_scheduler = prepare_scheduler
         self._num_tokens = 0
         self._num_skipped = 0  # in a row
-        self._num_learned = 0  # steps that were not skipped
+        self._num_learned = 0  # steps that had something to learn from and were not skipped
         self._saved: tuple[int, bool] | None = None  # the step of the last checkpoint, and whether evaluation was due
         self._evaluation_due = False
         self._evaluated_step = -1
@@ -155,50 +160,120 @@ class GRPOTrainer(Trainer):
                 self.buffer.extend(self.collect())
         loss = self.update(model, self.buffer.first())
         self.buffer.drop_first()
+        if self.dynamic is not None:
+            self._end_with_the_prompts()
         self.tracker.add("step_time", time.perf_counter() - started)
         return loss
 
     def collect(self) -> list[StepData]:
         """Sample, score and prepare one rollout: the data of its optimizer steps, in the order of use."""
         policy = self.accelerator.unwrap_model(self.model)
-        indices = self.stream.take(self.prompts_per_step * self.grpo_args.steps_per_generation)
-        with self.stop.together():
-            with self._timed("sync"):
-                self._sync()
-            with self._timed("rollout") as timer:
-                groups = self._generate([self.prompts[i] for i in indices], self.sampling, self.state.global_step)
-        with self._timed("reward"):
-            scored = self.score(groups)
+        with self.stop.together(), self._timed("sync"):
+            self._sync()
+        batch = self._sample_batch(self.prompts_per_step * self.grpo_args.steps_per_generation)
 
         prompts_per_rank = self.prompts_per_step // self.args.world_size
-        starts = range(0, len(scored), prompts_per_rank)
-        num_chunks = max(all_gather(len(starts)))  # the last prompts of an epoch may not reach every rank
-        starts = range(0, num_chunks * prompts_per_rank, prompts_per_rank)
-        chunks = [tuple(scored[start : start + prompts_per_rank]) for start in starts]
+        chunks = [tuple(batch[start : start + prompts_per_rank]) for start in range(0, len(batch), prompts_per_rank)]
+        num_chunks = max(1, *all_gather(len(chunks)))  # the last prompts of an epoch may not reach every rank
+        chunks += [()] * (num_chunks - len(chunks))
+        if self.grpo_args.mask_zero_std_groups:
+            chunks = [tuple(each for each in chunk if each.scored.has_reward_variance) for chunk in chunks]
         is_reused = num_chunks * self.grpo_args.num_iterations > 1
-        needs_old = is_reused or self.grpo_args.kl_in_reward
+        groups = [tuple(each.scored for each in chunk) for chunk in chunks]
         with self._timed("logprobs"):
-            old = [self.gradient.frozen_logprobs(policy, chunk) if needs_old else None for chunk in chunks]
+            needs_old = is_reused or self.grpo_args.kl_in_reward
+            old = [self._old_logprobs(policy, chunk, needs_old) for chunk in chunks]
             ref: list[tuple[torch.Tensor, ...] | None] = [None] * num_chunks
             if self.reference is not None:
                 with self.reference.activate(policy) as reference:
-                    ref = [self.gradient.frozen_logprobs(reference, chunk) for chunk in chunks]
+                    ref = [self.gradient.frozen_logprobs(reference, chunk) for chunk in groups]
         if self.grpo_args.kl_in_reward:
-            flat_old, flat_ref = ([t for chunk in of_chunks for t in chunk or ()] for of_chunks in (old, ref))
-            scored = self._with_advantages(scored, self.gradient.objective.reward_penalty(flat_old, flat_ref))
-            chunks = [tuple(scored[start : start + prompts_per_rank]) for start in starts]
-        self._record_rollout(scored, seconds=timer())
+            groups = self._penalized(groups, old, ref)
+            old = old if is_reused else [None] * num_chunks  # what is used once is used on-policy
         return [
             StepData(
-                groups=chunk,
-                old_logprobs=old[i] if is_reused else None,
+                groups=groups[i],
+                old_logprobs=old[i],
                 ref_logprobs=ref[i],
                 logprob_temperature=self.engine.logprob_temperature,
-                is_fresh=iteration == 0 and i == 0,
+                fresh_rows=fresh_rows(chunk) if iteration == 0 and i == 0 else frozenset(),
             )
             for iteration in range(self.grpo_args.num_iterations)
             for i, chunk in enumerate(chunks)
         ]
+
+    def _sample_batch(self, count: int) -> list[BatchGroup]:
+        """This rank's share of the groups, `count` over all ranks, that the next steps train on, with advantages."""
+        if self.dynamic is None:
+            scored = self._with_advantages(self._roll_out(count))
+            if not self.grpo_args.kl_in_reward:  # which changes the advantages
+                self._log_completions(scored)
+            return [BatchGroup(scored=each) for each in scored]
+        if self._is_end_of_epoch:
+            self.stream.begin_epoch_if_due()
+        policy = self.accelerator.unwrap_model(self.model)
+        filled = self.dynamic.fill(
+            count, partial(self._roll_out, count), self._may_roll_out, partial(self.gradient.frozen_logprobs, policy)
+        )
+        self.engine.sleep()
+        record_filled(self.tracker, filled, count, is_counter=self.args.process_index == 0)
+        scored = self._with_advantages([each.scored for each in filled.groups])
+        self._log_completions([*scored, *filled.dropped])
+        self._say_if_short(filled, count)
+        return [dataclasses.replace(each, scored=own) for each, own in zip(filled.groups, scored, strict=True)]
+
+    def _roll_out(self, count: int) -> list[ScoredGroup]:
+        """Sample and score this rank's share of the next `count` prompts."""
+        indices = self.stream.take(count)
+        with self.stop.together(), self._timed("rollout") as timer:
+            groups = self._generate([self.prompts[i] for i in indices], self.sampling, self.state.global_step)
+        if self.dynamic is None:  # otherwise it may have to sample once more
+            self.engine.sleep()
+        with self._timed("reward"):
+            scored = self.score(groups)
+        self._record_rollout(scored, seconds=timer())
+        return scored
+
+    def _say_if_short(self, filled: Filled, count: int) -> None:
+        if filled.num_kept == count or self.args.process_index > 0:
+            return
+        where = f"The batch of step {self.state.global_step + 1} has {filled.num_kept} of {count} groups"
+        if self._may_roll_out():
+            logger.warning(
+                f"{where}: in {filled.num_rollouts} rollouts (`max_resample_times: "
+                f"{self.grpo_args.max_resample_times}`) no more were found whose rewards differ. It is trained on as "
+                "it is. Where that is the rule, the task is too hard or too easy for the policy."
+            )
+        else:
+            logger.info(f"{where}, the last of the epoch.")
+
+    def _old_logprobs(
+        self, policy: nn.Module, chunk: Sequence[BatchGroup], are_needed: bool
+    ) -> tuple[torch.Tensor, ...] | None:
+        """Those of the policies that sampled the chunk; None where they are the present one's and not needed."""
+        fresh = [each.scored for each in chunk if each.old_logprobs is None]
+        if not are_needed and len(fresh) == len(chunk):
+            return None
+        logprobs = iter(self.gradient.frozen_logprobs(policy, fresh))
+        return tuple(
+            values
+            for each in chunk
+            for values in each.old_logprobs or [next(logprobs) for _ in each.scored.group.completions]
+        )
+
+    def _penalized(
+        self,
+        chunks: Sequence[tuple[ScoredGroup, ...]],
+        old: Sequence[tuple[torch.Tensor, ...] | None],
+        ref: Sequence[tuple[torch.Tensor, ...] | None],
+    ) -> list[tuple[ScoredGroup, ...]]:
+        """The chunks with advantages of rewards that the KL was taken off (`kl_in_reward`)."""
+        flat_old, flat_ref = ([tokens for chunk in of_chunks for tokens in chunk or ()] for of_chunks in (old, ref))
+        penalties = self.gradient.objective.reward_penalty(flat_old, flat_ref)
+        scored = self._with_advantages([each for chunk in chunks for each in chunk], penalties)
+        self._log_completions(scored)
+        remaining = iter(scored)
+        return [tuple(next(remaining) for _ in chunk) for chunk in chunks]
 
     def _sync(self) -> None:
         with self.watchdog.limit("sync", self.grpo_args.sync_timeout, "sync_timeout"):
@@ -207,7 +282,6 @@ class GRPOTrainer(Trainer):
     def _generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         with self.watchdog.limit("rollout", self.grpo_args.rollout_timeout, "rollout_timeout"):
             groups = self.engine.generate(prompts, sampling, step)
-        self.engine.sleep()
         check_versions(groups, self.state.global_step)
         return groups
 
@@ -218,32 +292,31 @@ class GRPOTrainer(Trainer):
             return self.rewards.score(groups)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[ScoredGroup]:
-        """Rewards and advantages. Statistics of a batch are taken over all ranks of the generation."""
+        """The groups with their rewards; advantages wait for the batch to be complete."""
         rewards = self._reward(groups)  # [P][G][F]
         totals = [[self.rewards.total(row) for row in group] for group in rewards]  # [P][G]
-        flat = [total for group in totals for total in group]
-        counts = all_gather((len(flat), sum(total is not None for total in flat)))
-        if not any(num_scored for _, num_scored in counts):
+        num_applied = sum(total is not None for group in totals for total in group)
+        if sum(all_gather(num_applied)) == 0:
+            num_completions = sum(all_gather(sum(map(len, totals))))
             raise ValueError(
-                f"No reward function applied to any of the {sum(number for number, _ in counts)} completions of step "
+                f"No reward function applied to any of the {num_completions} completions of step "
                 f"{self.state.global_step + 1} ({', '.join(self.rewards.names)} all returned None), so nothing can be "
                 "learned from them. Check that the dataset's references are of the kind that the functions expect."
             )
-        return self._with_advantages(
-            [
-                ScoredGroup(
-                    group=group,
-                    rewards=tuple(tuple(row) for row in group_rewards),
-                    total_rewards=tuple(group_totals),
-                    advantages=(),
-                )
-                for group, group_rewards, group_totals in zip(groups, rewards, totals, strict=True)
-            ]
-        )
+        return [
+            ScoredGroup(
+                group=group,
+                rewards=tuple(tuple(row) for row in group_rewards),
+                total_rewards=tuple(group_totals),
+                advantages=(0.0,) * len(group_totals),
+            )
+            for group, group_rewards, group_totals in zip(groups, rewards, totals, strict=True)
+        ]
 
     def _with_advantages(
         self, groups: Sequence[ScoredGroup], penalties: Sequence[float] | None = None
     ) -> list[ScoredGroup]:
+        """The groups of a batch with their advantages. Statistics are taken over the whole batch, on all ranks."""
         return with_advantages(
             groups,
             estimator=self.grpo_args.advantage_estimator,
@@ -262,7 +335,7 @@ class GRPOTrainer(Trainer):
         self.tracker.count("skipped_steps", 0.0 if is_finite or self.args.process_index > 0 else 1.0)
         if is_finite:
             self._num_skipped = 0
-            self._num_learned += 1
+            self._num_learned += len(data.groups) > 0
             self.gradient.objective.adapt(metrics)
             self.tracker.merge(metrics.state_dict())
             # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.
@@ -309,6 +382,7 @@ class GRPOTrainer(Trainer):
         with self.stop.together():
             self._sync()
             groups = self._generate(mine, self._eval_sampling, step=0)
+            self.engine.sleep()
         rewards = self._reward(groups)  # [P][G][F]
         totals = [[self.rewards.total(row) for row in group] for group in rewards]  # [P][G]
         tracker = MetricTracker()
@@ -345,7 +419,7 @@ class GRPOTrainer(Trainer):
     @property
     def _is_evaluation_due(self) -> bool:
         """Also at the end of an epoch, whose last step is saved before Trainer evaluates."""
-        ends_epoch = self.args.eval_strategy == "epoch" and self.state.global_step % self.steps_per_epoch == 0
+        ends_epoch = self.args.eval_strategy == "epoch" and self._is_end_of_epoch
         return self._evaluation_due or (ends_epoch and self._evaluated_step != self.state.global_step)
 
     @property
@@ -369,6 +443,8 @@ class GRPOTrainer(Trainer):
         self.tracker.add("rollout_tokens_per_second", sum(all_gather(tokens)), seconds)
         prompt_tokens = sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored)
         self._num_tokens += sum(all_gather(tokens + prompt_tokens))
+
+    def _log_completions(self, scored: Sequence[ScoredGroup]) -> None:
         if self.grpo_args.log_completions:
             everyone = [s for rank in all_gather(list(scored)) for s in rank]
             if self.is_world_process_zero():
@@ -385,8 +461,10 @@ class GRPOTrainer(Trainer):
     def _undone_unless_finished(self) -> Iterator[None]:
         """A rollout that is left by an error was never begun: its prompts are due again."""
         stream, metrics, num_tokens = self.stream.state_dict(), self.tracker.state_dict(), self._num_tokens
+        put_back = self.dynamic.undo() if self.dynamic is not None else lambda: None
 
         def undo() -> None:
+            put_back()
             self.stream.load_state_dict(stream)
             self.tracker.load_state_dict(metrics)
             self._num_tokens = num_tokens
@@ -419,6 +497,64 @@ class GRPOTrainer(Trainer):
         """One empty slot an optimizer step: the prompts come from `stream`, whatever a step needs of them."""
         slots: Any = [{} for _ in range(self.steps_per_epoch)]
         return DataLoader(slots, batch_size=1, collate_fn=lambda batch: batch[0])
+
+    @property
+    def _is_end_of_epoch(self) -> bool:
+        """Whether nothing of an epoch is left to be trained on."""
+        if self.dynamic is None:
+            return self.state.global_step % self.steps_per_epoch == 0
+        return self._is_everything_used and self.stream.remaining() == 0
+
+    # An epoch of dynamic sampling has fewer steps than `steps_per_epoch` where groups are dropped: it ends when its
+    # prompts are used up, and so does the run.
+
+    @property
+    def _is_everything_used(self) -> bool:
+        """Whether all that was sampled is trained on."""
+        return not self.buffer and (self.dynamic is None or self.dynamic.num_waiting == 0)
+
+    @property
+    def _has_prompts_left(self) -> bool:
+        """Whether the run may sample further prompts. Under `max_steps` it takes as many epochs as it needs."""
+        return self.args.max_steps > 0 or self.stream.num_taken < self.args.num_train_epochs * len(self.prompts)
+
+    def _may_roll_out(self) -> bool:
+        """Whether a batch may take further prompts: none reaches into the next epoch."""
+        return self._has_prompts_left and self.stream.remaining() > 0
+
+    @property
+    def _is_over_early(self) -> bool:
+        """Whether there is nothing left to train on, however many steps there might be."""
+        return self.dynamic is not None and self._is_everything_used and not self._has_prompts_left
+
+    def _end_with_the_prompts(self) -> None:
+        """Have Trainer end the epoch or the run after this step if its prompts are used up."""
+        if self._is_end_of_epoch:
+            self.control.should_epoch_stop = True
+        if self._is_over_early and self.state.global_step + 1 < self.state.max_steps:
+            logger.info(
+                f"The prompts of all {self.args.num_train_epochs:g} epochs are used up: the run ends with step "
+                f"{self.state.global_step + 1} of at most {self.state.max_steps}."
+            )
+            self.state.max_steps = self.state.global_step + 1
+
+    def set_initial_training_values(self, args: TrainingArguments, dataloader: DataLoader) -> Any:
+        num_train_epochs, *others = super().set_initial_training_values(args, dataloader)
+        if self.dynamic is not None and args.max_steps > 0:
+            num_train_epochs = args.max_steps  # an epoch has a step at least
+        return num_train_epochs, *others
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        num_epochs, num_slots = super()._init_training_state(*args)
+        if self.dynamic is None or self.state.global_step == 0:
+            return num_epochs, num_slots
+        # Of a begun epoch one slot is left out: there are always more than are needed.
+        return (self.stream.epoch + 1, 0) if self._is_end_of_epoch else (self.stream.epoch, 1)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self.dynamic is not None:
+            self.state.epoch = self.stream.num_taken / len(self.prompts)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.prompts)
@@ -474,6 +610,7 @@ class GRPOTrainer(Trainer):
     def _save_rank_state(self, folder: str) -> None:
         state = {
             "steps": self.buffer.state_dict(),
+            "dynamic_sampling": None if self.dynamic is None else self.dynamic.state_dict(),
             "metrics": self.tracker.state_dict(),
             "num_skipped": self._num_skipped,
             "num_learned": self._num_learned,
@@ -533,12 +670,25 @@ class GRPOTrainer(Trainer):
                 if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
                     error.add_note(f"What was trained until then is in {checkpoint}.")
                 raise
-        if self._num_learned == 0:
-            raise FloatingPointError(
-                f"None of the {output.global_step} steps had a finite loss and gradient, so that all were skipped and "
-                f"nothing was learned. {NON_FINITE_REMEDY}"
-            )
+        self._check_learned(output.global_step)
         return output
+
+    def _check_learned(self, num_steps: int) -> None:
+        """No run that learned nothing is a success."""
+        if sum(all_gather(self._num_learned)) > 0:
+            return
+        if self._num_skipped == 0:
+            raise RuntimeError(
+                f"None of the {num_steps} steps had a group of completions whose rewards differ, and others are left "
+                "out (`dynamic_sampling`, `mask_zero_std_groups`), so that nothing was "
+                "learned: the task is too hard or too easy for the policy, or the reward functions do not tell its "
+                "completions apart. Raise `num_generations` or `temperature`, or choose other prompts or "
+                "`reward_funcs`; `completions.jsonl` shows them with `log_completions: true`."
+            )
+        raise FloatingPointError(
+            f"None of the {num_steps} steps had a finite loss and gradient, so that all were skipped and "
+            f"nothing was learned. {NON_FINITE_REMEDY}"
+        )
 
     def _finish(self, checkpoint: str | None = None) -> TrainOutput:
         """What is left of a run whose last step is done: an evaluation that is due, and the best model."""
@@ -591,9 +741,17 @@ class GRPOTrainer(Trainer):
         """Restore prompts and rollouts; returns the optimizer step that the checkpoint was taken at."""
         trainer_state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
         step = trainer_state.global_step
+        state = checkpoints.read_state(Path(folder))
+        of_rank = _read_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
+        self.stream.load_state_dict(state["prompts"])
+        self.buffer.load_state_dict(of_rank["steps"], self.prompts)
+        if self.dynamic is not None:
+            self.dynamic.load_state_dict(of_rank["dynamic_sampling"], self.prompts)
         num_steps = self.args.max_steps
         if num_steps <= 0:
             num_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+            if self._is_over_early:
+                num_steps = step
         control = trainer_state.stateful_callbacks.get("TrainerControl", {})
         stops_early = step < trainer_state.max_steps and control.get("args", {}).get("should_training_stop", False)
         self._is_over = step >= num_steps or stops_early
@@ -613,16 +771,12 @@ class GRPOTrainer(Trainer):
             saved = trainer_state.stateful_callbacks.get(type(callback).__name__)
             if isinstance(callback, ExportableState) and isinstance(saved, dict):
                 vars(callback).update(saved["attributes"])
-        state = checkpoints.read_state(Path(folder))
-        self.stream.load_state_dict(state["prompts"])
         self._num_tokens, self._evaluation_due = state["num_tokens"], state["evaluation_due"]
         self._evaluated_step = -1 if self._evaluation_due else step
         self.gradient.objective.load_state_dict(state["objective"])
         if self._moving_reference is not None:
             weights = torch.load(os.path.join(folder, REFERENCE_FILE), map_location="cpu", weights_only=True)
             self._moving_reference.load_state_dict(weights)
-        of_rank = _read_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)))
-        self.buffer.load_state_dict(of_rank["steps"], self.prompts)
         self.tracker.load_state_dict(of_rank["metrics"])
         self._num_skipped, self._num_learned = of_rank["num_skipped"], of_rank["num_learned"]
         # Either may have been lowered: by the user, or where memory ran out.

@@ -129,7 +129,7 @@ class RolloutEngine(Protocol):
 
 
 class Reward(Protocol):
-    """One reward function, bound to its arguments."""
+    """A reward that is no function of a batch's lists."""
 
     name: str
 
@@ -151,7 +151,12 @@ class ScoredGroup:
     total_rewards: tuple[float | None, ...]
     """[G], the weighted sum over the functions that applied; None where none did."""
     advantages: tuple[float, ...]
-    """[G]; 0 where the total is None."""
+    """[G]; 0 where the total is None, and everywhere until the batch that they are relative to is complete."""
+
+    @property
+    def has_reward_variance(self) -> bool:
+        """Whether two of its total rewards differ: the completions of another group teach nothing."""
+        return len({total for total in self.total_rewards if total is not None}) > 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

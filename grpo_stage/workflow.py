@@ -3,20 +3,23 @@
 import contextlib
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft import PeftConfig, load_peft_weights
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 
 from .canary import BOUND_IN_8_BITS, DEFAULT_BOUNDS
 from .distributed import all_gather
 from .host import facade
+from .host.adapters import items
 from .host.datasets import load_prompts
 from .host.recipe import recipe_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
+from .reward_model import AdapterOnPolicy, ModelReward, ServerScorer, ValueHeadScorer
 from .rewards import load_rewards
 from .rollout.hf import HFEngine
 from .rollout.weights import servable_config, write_base
@@ -60,11 +63,14 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     )
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
+    _check_reward_model(arguments, tokenizer)
 
     model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     _warn_of_slow_precision(model)
     sampling = sampling_settings(arguments, model, template, tokenizer)
     reference = _reference_policy(arguments, model, tokenizer)
+    if finetuning_args.reward_model is not None:
+        rewards.model = _reward_model(arguments, model, tokenizer)
     engine = _rollout_engine(arguments, model, tokenizer, sampling)
     try:
         trainer = GRPOTrainer(
@@ -149,7 +155,7 @@ def _reference_policy(
         return None
     if finetuning_args.ref_model is not None:
         reference = facade.create_ref_model(arguments.model, finetuning_args)
-        _check_reference_vocabulary(reference, model, finetuning_args.ref_model, tokenizer)
+        _check_vocabulary("ref_model", finetuning_args.ref_model, reference, tokenizer)
         other = ModelReference(reference)
         if finetuning_args.sync_ref_model:
             other.check_alike(model)
@@ -162,16 +168,62 @@ def _reference_policy(
     return InitialWeightsReference(model)
 
 
-def _check_reference_vocabulary(reference: Any, model: Any, path: str, tokenizer: PreTrainedTokenizerBase) -> None:
-    sizes = [m.get_input_embeddings().weight.shape[0] for m in (reference, model)]
+def _check_vocabulary(key: str, path: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    size = model.get_input_embeddings().weight.shape[0]
     own_vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
     differing = [token for token, index in tokenizer.get_vocab().items() if own_vocabulary.get(token, index) != index]
-    if sizes[0] < len(tokenizer) or differing:
+    if size < len(tokenizer) or differing:
         raise ValueError(
-            f"`ref_model: {path}` has another vocabulary than the trained model ({sizes[0]} and {sizes[1]} "
-            f"embeddings, {len(differing)} tokens of another id), so the two cannot be compared token by token. Name "
-            "a model of the same family, or leave `ref_model` out: the reference is then the policy as it starts."
+            f"`{key}: {path}` has another vocabulary than the trained model ({size} embeddings for {len(tokenizer)} "
+            f"tokens, {len(differing)} of another id), so that it would misread the policy's tokens. Name a model of "
+            f"the same family, or leave `{key}` out."
         )
+
+
+def _check_reward_model(arguments: "RunArguments", tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be told of a reward model before one is loaded."""
+    finetuning_args = arguments.finetuning
+    path = finetuning_args.reward_model
+    if path is None:
+        return
+    if finetuning_args.reward_model_type == "api":
+        ServerScorer(path, facade.get_rewards_from_server, tokenizer).check()
+        return
+    key, holder = "reward_model", path
+    if adapters := items(finetuning_args.reward_model_adapters):
+        key, holder = "reward_model_adapters", adapters[-1]
+    if facade.load_valuehead_params(holder, arguments.model) is None:
+        raise ValueError(
+            f"`{key}: {holder}` has no value head (value_head.safetensors or value_head.bin), so that it would score "
+            "at random. Give the folder that LLaMA-Factory's `stage: rm` wrote; what it wrote with LoRA is an "
+            "adapter, which `reward_model_type: full` takes as `reward_model_adapters`."
+        )
+
+
+def _reward_model(arguments: "RunArguments", model: Any, tokenizer: PreTrainedTokenizerBase) -> ModelReward:
+    finetuning_args, model_args = arguments.finetuning, arguments.model
+    path = finetuning_args.reward_model
+    autocast = partial(
+        torch.autocast,
+        arguments.training.device.type,
+        autocast_dtype(arguments),
+        enabled=autocast_dtype(arguments) is not None,
+    )
+    score: Callable[[Sequence[tuple[int, ...]]], list[float]]
+    if finetuning_args.reward_model_type == "api":
+        score = ServerScorer(path, facade.get_rewards_from_server, tokenizer)
+    elif finetuning_args.reward_model_type == "lora":
+        hub = {"token": model_args.hf_hub_token, "cache_dir": model_args.cache_dir}
+        adapter = AdapterOnPolicy(
+            model, PeftConfig.from_pretrained(path, **hub), load_peft_weights(path, device="cpu", **hub), path
+        )
+        score = ValueHeadScorer(adapter.activate, facade.load_valuehead_params(path, model_args), autocast)
+    else:
+        own = facade.create_reward_model(model, model_args, finetuning_args)
+        _check_vocabulary("reward_model", path, own.pretrained_model, tokenizer)
+        head = {f"v_head.{name}": value for name, value in own.v_head.state_dict().items()}
+        score = ValueHeadScorer(lambda: contextlib.nullcontext(own.pretrained_model), head, autocast)
+    return ModelReward(score, finetuning_args.max_tokens_per_micro_batch)
 
 
 def _rollout_engine(

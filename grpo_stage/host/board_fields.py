@@ -18,8 +18,10 @@ from ..arguments import (
     EVALUATION,
     MEMORY,
     OBJECTIVE,
+    REWARDS,
     ROLLOUT,
     Above,
+    Given,
     GRPOArguments,
 )
 from .locales import PREFIX
@@ -30,7 +32,7 @@ Kind = Literal["choice", "flag", "whole", "number", "text", "list", "mapping"]
 GROUPS = tuple(dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(GRPOArguments)))
 _INITIAL_VALUES = MappingProxyType({"log_completions": True})
 """Where the form starts with another value than the run: the run view shows what `log_completions` writes."""
-_LISTS = MappingProxyType({"reward_funcs": BUILTIN_REWARDS})
+_LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, "reward_model")})
 """Comma-separated keys that the form shows as a multi-select, and what it offers."""
 
 
@@ -151,6 +153,23 @@ HOST_FIELDS: tuple[FormField, ...] = (
     FormField(key="top_p", group=ROLLOUT, kind="number", default=1.0, minimum=0, maximum=1),
     FormField(key="top_k", group=ROLLOUT, kind="whole", default=0, minimum=0),
     FormField(key="repetition_penalty", group=ROLLOUT, kind="number", default=1.0, minimum=0),
+    FormField(key="reward_model", group=REWARDS, kind="text"),
+    FormField(
+        key="reward_model_type",
+        group=REWARDS,
+        kind="choice",
+        choices=("lora", "full", "api"),
+        default="lora",
+        only_with={"reward_model": Given()},
+    ),
+    FormField(key="reward_model_adapters", group=REWARDS, kind="text", only_with={"reward_model": Given()}),
+    FormField(
+        key="reward_model_quantization_bit",
+        group=REWARDS,
+        kind="choice",
+        choices=(None, 8, 4),
+        only_with={"reward_model": Given()},
+    ),
     FormField(key="ref_model", group=OBJECTIVE, kind="text", only_with={"beta": Above(0)}),
     FormField(key="ref_model_adapters", group=OBJECTIVE, kind="text", only_with={"beta": Above(0)}),
     FormField(

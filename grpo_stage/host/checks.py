@@ -18,6 +18,7 @@ from llamafactory.model.loader import load_config
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation import rewarding_metrics
+from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from ..rollout.vllm_options import refuse_options
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .log import get_logger
@@ -30,12 +31,6 @@ if TYPE_CHECKING:
 
 
 logger = get_logger(__name__)
-
-# Of adapter_config.json: what makes more of an adapter than a LoRA of one rank, as `rollout.weights` refuses it too.
-_ADAPTER_KEYS = (
-    *("peft_type", "bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens"),
-)
 
 
 def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
@@ -73,6 +68,8 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
         # The host trains the last one, and merges the others into the model.
         is_trained = i == len(adapters) - 1 and not values.create_new_adapter
         _check_adapter(adapter, values, is_served=is_trained and values.rollout_backend == "vllm")
+    if values.reward_model is not None and values.reward_model_type == "lora":
+        _check_reward_adapter(values.reward_model)
     _check_datasets(values)
     _check_best_metric(values)
 
@@ -104,13 +101,25 @@ def _check_adapter(adapter: str, values: SimpleNamespace, is_served: bool) -> No
         return
     unserved = [
         f"`{key}: {_yaml(config[key])}`"
-        for key in _ADAPTER_KEYS
-        if config.get(key) and config[key] != {"peft_type": "LORA", "bias": "none"}.get(key)
+        for key in LORA_EXTRAS  # as `rollout.weights` refuses them too
+        if config.get(key) and config[key] != PLAIN_LORA.get(key)
     ]
     if unserved:
         raise ValueError(
             f"`adapter_name_or_path: {adapter}` is not possible with `rollout_backend: vllm`: its adapter_config.json "
             f"has {', '.join(unserved)}, which vLLM does not serve. {USE_HF}."
+        )
+
+
+def _check_reward_adapter(path: str) -> None:
+    config = adapter_config(path, None)
+    if config is not None:
+        refuse_extras(config, path)
+    elif not looks_like_hub_id(path):
+        raise ValueError(
+            f"`reward_model: {path}` with `reward_model_type: lora` (the default) is no adapter: there is no "
+            f"adapter_config.json in {adapter_folder(path, None)}. Give the folder that LLaMA-Factory's `stage: rm` "
+            "wrote with LoRA, or write `reward_model_type: full` for a whole model."
         )
 
 
@@ -258,8 +267,10 @@ def _check_fresh_start(arguments: "RunArguments") -> None:
     for key, path in (
         ("model_name_or_path", model.model_name_or_path),
         ("ref_model", finetuning.ref_model),
+        ("reward_model", finetuning.reward_model),
         *(("adapter_name_or_path", adapter) for adapter in items(model.adapter_name_or_path)),
         *(("ref_model_adapters", adapter) for adapter in items(finetuning.ref_model_adapters)),
+        *(("reward_model_adapters", adapter) for adapter in items(finetuning.reward_model_adapters)),
     ):
         if path and str(Path(path).resolve()).startswith(os.path.join(Path(output_dir).resolve(), "checkpoint-")):
             raise ValueError(

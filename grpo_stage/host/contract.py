@@ -69,7 +69,10 @@ CONTRACT: tuple[HostSymbol, ...] = (
     HostSymbol("llamafactory.model", "load_config", ("model_args",)),
     HostSymbol("llamafactory.model", "load_tokenizer", ("model_args",)),
     HostSymbol("llamafactory.model", "load_model", ("tokenizer", "model_args", "finetuning_args", "is_trainable")),
+    HostSymbol("llamafactory.model", "load_valuehead_params", ("path_or_repo_id", "model_args")),
     HostSymbol("llamafactory.train.trainer_utils", "create_ref_model", ("model_args", "finetuning_args")),
+    HostSymbol("llamafactory.train.trainer_utils", "create_reward_model", ("model", "model_args", "finetuning_args")),
+    HostSymbol("llamafactory.train.ppo.ppo_utils", "get_rewards_from_server", ("server_url", "messages")),
     HostSymbol(
         "llamafactory.train.trainer_utils", "create_custom_optimizer", ("model", "training_args", "finetuning_args")
     ),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.extras.ploting import plot_loss
-from llamafactory.model import load_config, load_model, load_tokenizer
+from llamafactory.model import load_config, load_model, load_tokenizer, load_valuehead_params
 from llamafactory.train.callbacks import (
     LogCallback,
     ModuleProfilerCallback,
@@ -22,11 +22,13 @@ from llamafactory.train.callbacks import (
     SaveProcessorCallback,
     TorchProfilerCallback,
 )
+from llamafactory.train.ppo.ppo_utils import get_rewards_from_server
 from llamafactory.train.trainer_utils import (
     create_custom_optimizer,
     create_custom_scheduler,
     create_modelcard_and_push,
     create_ref_model,
+    create_reward_model,
     get_swanlab_callback,
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -47,11 +49,14 @@ __all__ = [
     "create_custom_scheduler",
     "create_modelcard_and_push",
     "create_ref_model",
+    "create_reward_model",
     "get_logger",
+    "get_rewards_from_server",
     "get_template_and_fix_tokenizer",
     "load_config",
     "load_model",
     "load_tokenizer",
+    "load_valuehead_params",
     "plot_loss",
     "stage_callbacks",
 ]

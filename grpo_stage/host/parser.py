@@ -19,6 +19,7 @@ from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
 
 from ..arguments import GRPOArguments, grpo_field_names
+from ..rewards import REWARD_MODEL
 from ..rollout.vllm_options import LORA_RANKS
 from .adapters import lora_rank
 from .checks import refuse_impossible, refuse_unfit
@@ -93,6 +94,8 @@ def check(raw: RawArguments) -> dict[str, Any]:
         ValueError: for what the keys alone, or small local files, show to be wrong.
     """
     written = typed(raw)
+    if written.get("reward_funcs") is None and written.get("reward_model") is not None:
+        written["reward_funcs"] = REWARD_MODEL  # alone
     values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
     given = frozenset(key for key, value in written.items() if value is not None)
     GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate()

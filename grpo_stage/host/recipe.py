@@ -39,7 +39,7 @@ _TRAINING = """
 _LENGTH = "num_train_epochs max_steps"
 _FINETUNING = """
     finetuning_type pure_bf16 use_llama_pro use_adam_mini use_muon disable_shuffling ref_model ref_model_adapters
-    ref_model_quantization_bit
+    ref_model_quantization_bit reward_model reward_model_type reward_model_adapters reward_model_quantization_bit
 """
 _GENERATING = "max_new_tokens temperature top_p top_k repetition_penalty"
 _TUNING_METHODS = (FreezeArguments, LoraArguments, OFTArguments, GaloreArguments, ApolloArguments)

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+from ..rewards import REWARD_MODEL
 from ..rollout.vllm_options import LORA_RANKS
 from .adapters import adapter_config, items, lora_rank
 
@@ -45,12 +46,6 @@ UNSUPPORTED = (
         "it belongs to PPO, DPO or KTO and would have no effect",
         "Leave it out; this stage's objective is set by `beta`, `epsilon`, `loss_type`, `scale_rewards` and "
         "`num_iterations`.",
-        harmless=(),
-    ),
-    Unsupported(
-        "reward_model reward_model_adapters reward_model_quantization_bit reward_model_type",
-        "reward models are not supported by this version",
-        "Leave it out and score with `reward_funcs`: a built-in, or your own function as `path/file.py:function`.",
         harmless=(),
     ),
     Unsupported(
@@ -276,6 +271,13 @@ def _loses_new_embeddings(v: SimpleNamespace) -> bool:
     return config is not None and not config.get("modules_to_save")
 
 
+def _stands_on_another_base(v: SimpleNamespace) -> bool:
+    """The policy without its adapter is not what `model_name_or_path` holds."""
+    adapters = items(v.adapter_name_or_path)
+    is_merged = len(adapters) > 1 or (bool(adapters) and v.create_new_adapter)
+    return is_merged or v.pissa_init or v.use_llama_pro or v.train_from_scratch or _asks_for_new_tokens(v)
+
+
 def _vllm_keys(v: SimpleNamespace) -> list[str]:
     """Those that the user wrote: the ones with a default of this stage's own are None otherwise."""
     keys = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config")
@@ -416,6 +418,68 @@ RULES = (
         ),
         "`ref_model_adapters` and `ref_model_quantization_bit` have no effect without `ref_model`: the reference is "
         "then the policy as it was at the start. Write `ref_model`, or leave them out.",
+    ),
+    # A reward model
+    Rule(
+        lambda v: (
+            v.reward_model is None
+            and (v.reward_model_type != "lora" or v.reward_model_adapters or v.reward_model_quantization_bit)
+        ),
+        "`reward_model_type: {reward_model_type}`, `reward_model_adapters: {reward_model_adapters}` and "
+        "`reward_model_quantization_bit: {reward_model_quantization_bit}` have no effect without `reward_model`. "
+        "Write `reward_model`, or leave them out.",
+    ),
+    Rule(
+        lambda v: v.reward_model is None and REWARD_MODEL in items(v.reward_funcs),
+        "`reward_funcs: {reward_funcs}` asks for a reward model, and none is given. Write `reward_model`: the folder "
+        "that LLaMA-Factory's `stage: rm` wrote, or the address of a reward server.",
+    ),
+    Rule(
+        lambda v: v.reward_model is not None and REWARD_MODEL not in items(v.reward_funcs),
+        "`reward_model: {reward_model}` would have no effect with `reward_funcs: {reward_funcs}`, which does not name "
+        "it. Write `reward_funcs: {reward_funcs},reward_model` (and a weight for it where there is `reward_weights`), "
+        "or leave `reward_funcs` out to score with the model alone.",
+    ),
+    Rule(
+        lambda v: v.reward_model is not None and v.reward_model_type == "lora" and v.finetuning_type != "lora",
+        "`reward_model_type: lora` (the default) cannot go with `finetuning_type: {finetuning_type}`: the reward "
+        "model's adapter stands on the policy's base, which that changes. Write `reward_model_type: full` with the "
+        "reward model's base as `reward_model` and its adapter as `reward_model_adapters`.",
+    ),
+    Rule(
+        lambda v: v.reward_model is not None and v.reward_model_type == "lora" and _stands_on_another_base(v),
+        "`reward_model_type: lora` (the default) cannot go with `pissa_init`, `use_llama_pro`, `train_from_scratch`, "
+        "new tokens, several adapters or `create_new_adapter`: the reward model's adapter stands on the policy's "
+        "base, which that makes another one than it was trained on. Write `reward_model_type: full` with the reward "
+        "model's base as `reward_model` and its adapter as `reward_model_adapters`.",
+    ),
+    Rule(
+        lambda v: (
+            v.reward_model_type != "full"
+            and v.reward_model is not None
+            and (v.reward_model_adapters is not None or v.reward_model_quantization_bit is not None)
+        ),
+        "`reward_model_adapters: {reward_model_adapters}` and `reward_model_quantization_bit: "
+        "{reward_model_quantization_bit}` have no effect with `reward_model_type: {reward_model_type}`: they are of a "
+        "model of its own. Write `reward_model_type: full`, or leave them out.",
+    ),
+    Rule(
+        lambda v: (
+            v.reward_model is not None
+            and v.reward_model_type == "api"
+            and not str(v.reward_model).startswith(("http://", "https://"))
+        ),
+        "`reward_model: {reward_model}` with `reward_model_type: api` is no address: requests go there over HTTP. "
+        "Write the whole address, for example `http://localhost:8000/v1/score/evaluation`.",
+    ),
+    Rule(
+        lambda v: (
+            v.reward_model is not None
+            and v.reward_model_type != "api"
+            and str(v.reward_model).startswith(("http://", "https://"))
+        ),
+        "`reward_model: {reward_model}` is an address, and `reward_model_type: {reward_model_type}` (lora by default) "
+        "reads a folder. Write `reward_model_type: api`.",
     ),
     Rule(
         lambda v: _evaluates(v) and not v.val_size and not v.eval_dataset,

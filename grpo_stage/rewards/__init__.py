@@ -2,7 +2,14 @@
 
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
 from grpo_stage.rewards.registry import BUILTIN_REWARDS, load_rewards
-from grpo_stage.rewards.scoring import RewardSuite
+from grpo_stage.rewards.scoring import REWARD_MODEL, RewardSuite
 
 
-__all__ = ["BUILTIN_REWARDS", "RewardError", "RewardSuite", "RewardTimeoutError", "load_rewards"]
+__all__ = [
+    "BUILTIN_REWARDS",
+    "REWARD_MODEL",
+    "RewardError",
+    "RewardSuite",
+    "RewardTimeoutError",
+    "load_rewards",
+]

@@ -1,9 +1,11 @@
 """A user's reward function in a process of its own, which can be killed whatever the function does."""
 
+import asyncio
 import faulthandler
 import hashlib
 import io
 import linecache
+import math
 import os
 import pickle
 import random
@@ -14,13 +16,14 @@ import threading
 import time
 import traceback
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
@@ -28,6 +31,9 @@ from grpo_stage.rewards.processes import WorkerProcess, settle_in_worker, start_
 
 
 CLOSE_GRACE_S = 2.0
+SHOWN_TASKS = 20
+"""Of an async function that takes too long. The pipe that they are written to holds 64 KiB."""
+_TASK = "Task"
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 
 # What a worker answers with: the scores, or position, problem and traceback of a failure.
@@ -37,7 +43,58 @@ Reply = list[float | None] | tuple[int, str, str]
 class Evaluable(Protocol):
     """What runs in the worker: see `scoring.RewardFunction`."""
 
-    def evaluate(self, arguments: Mapping[str, list[Any]], count: int) -> list[float | None]: ...
+    def evaluate(
+        self, arguments: Mapping[str, list[Any]], count: int, wait_for: Callable[[Awaitable[Any]], Any]
+    ) -> list[float | None]: ...
+
+
+class EventLoop:
+    """Where a process waits for its async functions.
+
+    One loop for all calls: what a function keeps from call to call, such as an HTTP client, belongs to its loop.
+    """
+
+    def __init__(self, stacks: int | None = None) -> None:
+        """
+        Args:
+            stacks: the file descriptor that `dump_at` writes to.
+        """
+        self.dump_at = math.inf
+        """When, by `time.monotonic`, to write where the tasks are: a thread's stack does not show what it awaits."""
+        self._stacks = stacks
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def wait_for(self, awaitable: Awaitable[Any]) -> Any:
+        """What `awaitable` returns or raises."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+        dump = None
+        if self._stacks is not None:
+            dump = self._loop.call_later(max(0.0, self.dump_at - time.monotonic()), self._dump)
+        try:
+            return self._loop.run_until_complete(_awaited(awaitable))
+        finally:
+            if dump is not None:
+                dump.cancel()
+
+    def close(self) -> None:
+        """End the loop. May be called twice; a later `wait_for` starts a new one."""
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
+
+    def _dump(self) -> None:
+        """Write the tasks as faulthandler does the threads."""
+        assert self._stacks is not None
+        tasks = sorted(asyncio.all_tasks(self._loop), key=lambda task: (len(task.get_name()), task.get_name()))
+        for task in tasks[:SHOWN_TASKS]:
+            frames = [
+                f'  File "{_as_dumped(frame.f_code.co_filename)}", line {frame.f_lineno} in {frame.f_code.co_name}'
+                for frame in reversed(_awaiting_frames(task.get_coro()))
+            ]
+            os.write(
+                self._stacks, "\n".join(["", f"{_TASK} {task.get_name()}:", *frames, ""]).encode("ascii", "replace")
+            )
 
 
 class FunctionWorker:
@@ -193,18 +250,34 @@ def _kill(process: WorkerProcess) -> None:
 
 
 def _innermost_frame(stacks: str, source_file: str | None) -> str:
-    """Where the thread that runs the function is: the last line of the function's own file, if it is in there."""
-    own_file = _as_dumped(__file__)
-    for thread in stacks.split("\n\n"):
-        frames = list(_FRAME.finditer(thread))
-        if not any(frame["file"] == own_file for frame in frames):
-            continue
-        wanted = _as_dumped(source_file) if source_file else ""
-        frame = next((frame for frame in frames if frame["file"] == wanted), frames[0])
-        path = source_file if source_file and frame["file"] == wanted else frame["file"]
-        line = linecache.getline(path, int(frame["line"])).strip()
-        return f"line {frame['line']} of {path}, in {frame['function']}" + (f": `{line}`" if line else "")
-    return ""
+    """Where the thread that runs the function, or a task of it, is: the last line of its own file, if there is one."""
+    own_file, wanted = _as_dumped(__file__), _as_dumped(source_file) if source_file else ""
+    ours = []
+    for stack in stacks.split("\n\n"):
+        frames = list(_FRAME.finditer(stack))
+        if stack.lstrip().startswith(_TASK) or any(frame["file"] == own_file for frame in frames):
+            ours += [frame for frame in frames if frame["file"] == wanted] or frames[:1]
+    if not ours:
+        return ""
+    frame = next((frame for frame in ours if frame["file"] == wanted), ours[0])
+    path = source_file if source_file and frame["file"] == wanted else frame["file"]
+    line = linecache.getline(path, int(frame["line"])).strip()
+    return f"line {frame['line']} of {path}, in {frame['function']}" + (f": `{line}`" if line else "")
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _awaiting_frames(coroutine: Any) -> list[FrameType]:
+    """From the outermost to the one that waits."""
+    frames = []
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None) or getattr(coroutine, "gi_frame", None)
+        if frame is not None:
+            frames.append(frame)
+        coroutine = getattr(coroutine, "cr_await", None) or getattr(coroutine, "gi_yieldfrom", None)
+    return frames
 
 
 def _as_dumped(path: str) -> str:
@@ -236,17 +309,19 @@ def _serve(
     # A little before the trainer ends this process: the stacks of all threads, even where C code keeps the GIL.
     dump_after_s = timeout_s - min(1.0, timeout_s / 5)
     function: Evaluable | None = None
+    loop = EventLoop(stacks.fileno())
     while True:
         try:
             arguments, count, seed = connection.recv()
         except (EOFError, OSError):  # closed, or the trainer is gone
             return
         faulthandler.dump_traceback_later(dump_after_s, file=stacks.fileno())
+        loop.dump_at = time.monotonic() + dump_after_s
         reply: Reply
         try:
             function = function or _seeded_load(load)
             _seed(seed)
-            reply = function.evaluate(arguments, count)
+            reply = function.evaluate(arguments, count, loop.wait_for)
         except CompletionError as failure:
             reply = (failure.position, failure.problem, failure.traceback)
         faulthandler.cancel_dump_traceback_later()

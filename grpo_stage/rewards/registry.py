@@ -17,7 +17,7 @@ from typing import Any
 from grpo_stage.rewards import answers, shaping, structure
 from grpo_stage.rewards.function_worker import FunctionWorker
 from grpo_stage.rewards.processes import start_fork_server
-from grpo_stage.rewards.scoring import RewardFunction, RewardSuite
+from grpo_stage.rewards.scoring import REWARD_MODEL, RewardFunction, RewardSuite
 from grpo_stage.rewards.workers import AnswerChecker, RewardContext
 
 
@@ -42,7 +42,8 @@ CHECKED = frozenset({"accuracy", "length"})
 
 KNOWN = (
     f"Built in are {', '.join(BUILTIN_REWARDS)}; "
-    "a function of your own is `path/file.py:function` or `package.module:function`"
+    "a function of your own is `path/file.py:function` or `package.module:function`; `reward_model` is the model that "
+    "the key of that name gives"
 )
 
 
@@ -58,8 +59,8 @@ def load_rewards(
     """The suite that `reward_funcs`, `reward_weights` and `reward_kwargs` describe.
 
     Args:
-        names: built-in names, `path/file.py:function` (relative to the working directory) or `package.module:function`
-            (looked for in the working directory, then on `sys.path`).
+        names: built-in names, `reward_model`, `path/file.py:function` (relative to the working directory) or
+            `package.module:function` (looked for in the working directory, then on `sys.path`).
         weights: one for each name; 1 each where None.
         kwargs: settings, by the function's display name: `fn` for `file.py:fn`.
         max_new_tokens: the default length of `length` and `overlong`.
@@ -78,6 +79,11 @@ def load_rewards(
                 f"reward_funcs: two functions are called {display_name!r} ({spec!r} is one): metrics and "
                 "reward_kwargs go by these names, so they must differ; rename one"
             )
+        if display_name == REWARD_MODEL != spec.strip():
+            raise ValueError(
+                f"reward_funcs: {spec!r} would be called {REWARD_MODEL!r}, which is the name of the model that the "
+                "key of that name gives; rename it"
+            )
     kwargs = kwargs or {}
     if not isinstance(kwargs, Mapping):
         raise ValueError(f"reward_kwargs is {kwargs!r}: it must map a function's name to its settings")
@@ -88,10 +94,14 @@ def load_rewards(
             )
         if not isinstance(settings, Mapping):
             raise ValueError(f"reward_kwargs[{key!r}] is {settings!r}: it must map settings to values")
+    if REWARD_MODEL in kwargs:
+        raise ValueError(f"reward_kwargs of {REWARD_MODEL!r}: a model has no settings there: remove them")
     checked_weights = _check_weights(weights, names)
     context = RewardContext(max_new_tokens, AnswerChecker(timeout_s))
     functions, workers = [], {}
     for spec, name in zip(names, display_names, strict=True):
+        if spec.strip() == REWARD_MODEL:
+            continue
         load = partial(_load, spec.strip(), name, dict(kwargs.get(name, {})), Path.cwd())
         function = load(context)
         functions.append(function)
@@ -100,7 +110,7 @@ def load_rewards(
             workers[name] = FunctionWorker(name, load, source_file, timeout_s, dump_dir)
     if workers or not CHECKED.isdisjoint(display_names):
         start_fork_server()  # it gets ready while the model is loaded
-    return RewardSuite(functions, checked_weights, context, workers)
+    return RewardSuite(display_names, functions, checked_weights, context, workers)
 
 
 def _runs_in_worker(spec: str, function: Callable[..., Any]) -> bool:

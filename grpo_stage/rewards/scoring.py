@@ -1,21 +1,24 @@
 """Reward functions called with the arguments they name, and their scores combined."""
 
+import asyncio
 import difflib
 import inspect
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
 from grpo_stage.rewards.errors import CompletionError, RewardError, shorten
-from grpo_stage.rewards.function_worker import FunctionWorker, batch_seed
+from grpo_stage.rewards.function_worker import EventLoop, FunctionWorker, batch_seed
 from grpo_stage.rewards.workers import RewardContext
-from grpo_stage.types import Prompt, RolloutGroup
+from grpo_stage.types import Prompt, Reward, RolloutGroup
 
 
+REWARD_MODEL = "reward_model"
+"""The name in `reward_funcs` of the model that `reward_model` names."""
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references")
 
 
@@ -41,8 +44,6 @@ class RewardFunction:
         """
         if not callable(function) or inspect.isclass(function):
             raise ValueError(f"reward {name!r} is {function!r}: it must be a function or a callable object")
-        if inspect.iscoroutinefunction(function):
-            raise ValueError(f"reward {name!r} is an async function: write it with a plain `def`")
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError as error:
@@ -102,8 +103,15 @@ class RewardFunction:
         names = batch.keys() if self.takes_everything else (*self.required, *self.optional)
         return {name: batch[name] for name in names if name in batch}
 
-    def evaluate(self, arguments: Mapping[str, list[Any]], count: int) -> list[float | None]:
+    def evaluate(
+        self, arguments: Mapping[str, list[Any]], count: int, wait_for: Callable[[Awaitable[Any]], Any]
+    ) -> list[float | None]:
         """One score for each of `count` completions.
+
+        Args:
+            arguments: what `wanted` chose of a batch.
+            count: how many completions it has.
+            wait_for: returns what an async function's awaitable returns.
 
         Raises:
             CompletionError: if the function raises, or returns anything but one finite number or None per completion.
@@ -112,9 +120,12 @@ class RewardFunction:
         try:
             # A copy for each function: what one does to its lists is not another's concern.
             scores = self.function(**{name: list(values) for name, values in arguments.items()}, **self.settings)
+            if inspect.isawaitable(scores):
+                scores = wait_for(scores)
         except CompletionError:
             raise
-        except (Exception, SystemExit) as failure:  # a user's function may raise anything; all of it stops the run
+        # A user's function may raise anything; all of it stops the run.
+        except (Exception, SystemExit, asyncio.CancelledError) as failure:
             problem = f"raised {type(failure).__name__} {where}"
             raise CompletionError(0, problem, traceback.format_exc()) from failure
         if hasattr(scores, "tolist"):  # numpy's and torch's way to Python objects, here and for single elements
@@ -158,14 +169,19 @@ class RewardSuite:
     """The reward functions of a run.
 
     Args:
-        functions: all of them.
-        weights: one for each.
+        names: what metrics and tables call the rewards; unique.
+        functions: those of them that are functions: all but `REWARD_MODEL`.
+        weights: one for each name.
         context: what the built-in ones share.
         workers: of the functions that run in processes of their own, by name.
     """
 
+    model: Reward
+    """What scores `REWARD_MODEL`. It may need the policy, and so is set once that is loaded."""
+
     def __init__(
         self,
+        names: Sequence[str],
         functions: Sequence[RewardFunction],
         weights: Sequence[float],
         context: RewardContext,
@@ -174,9 +190,9 @@ class RewardSuite:
         self._functions = tuple(functions)
         self._workers = dict(workers)
         self._context = context
+        self._loop = EventLoop()
         self._taken: Counter[str] = Counter()
-        self.names = tuple(function.name for function in functions)
-        """What metrics and tables call the functions; unique."""
+        self.names = tuple(names)
         self.weights = tuple(weights)
 
     @property
@@ -207,25 +223,27 @@ class RewardSuite:
         batch = _flatten(groups)
         if not batch["completions"]:
             return [[] for _ in groups]
-        by_name = self._score(batch)
+        by_name = self._score(groups, batch)
         flat = iter([list(scores) for scores in zip(*(by_name[name] for name in self.names), strict=True)])
         return [[next(flat) for _ in group.completions] for group in groups]
 
-    def _score(self, batch: Mapping[str, list[Any]]) -> dict[str, list[float | None]]:
-        """The scores of each function. Those with a process of their own are at it all at the same time."""
+    def _score(self, groups: Sequence[RolloutGroup], batch: Mapping[str, list[Any]]) -> dict[str, list[float | None]]:
+        """The scores of each name. Functions with a process of their own are at it all at the same time."""
         count, seed = len(batch["completions"]), batch_seed(batch["completion_ids"])
-        scores = {}
+        scores: dict[str, list[float | None]] = {}
         in_workers = [function for function in self._functions if function.name in self._workers]
         here = [function for function in self._functions if function.name not in self._workers]
         try:
             for function in in_workers:
                 self._workers[function.name].start(function.wanted(batch), count, seed)
+            if REWARD_MODEL in self.names:
+                scores[REWARD_MODEL] = [score for group in self.model(groups) for score in group]
             for function in (*here, *in_workers):
                 try:
                     if function.name in self._workers:
                         scores[function.name] = self._workers[function.name].result()
                     else:
-                        scores[function.name] = function.evaluate(function.wanted(batch), count)
+                        scores[function.name] = function.evaluate(function.wanted(batch), count, self._loop.wait_for)
                 except CompletionError as failure:
                     raise function.error(failure, batch) from (failure.__cause__ or failure)
         finally:
@@ -244,6 +262,7 @@ class RewardSuite:
 
     def close(self) -> None:
         """End the worker processes. May be called twice."""
+        self._loop.close()
         self._context.checker.close()
         for worker in self._workers.values():
             worker.close()

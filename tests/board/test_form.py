@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from grpo_stage.arguments import GRPOArguments
+from grpo_stage.arguments import Above, GRPOArguments
 from grpo_stage.host.board_fields import FORM_FIELDS, HOST_FIELDS, FormField
 from grpo_stage.host.parser import check, effective_defaults, typed
 
@@ -54,7 +54,13 @@ def companions(field: FormField) -> dict[str, Any]:
         if key == "eval_strategy":
             values["train__val_size"] = 0.5
         else:
-            values[f"train__grpo_{key}"] = allowed[0] if isinstance(allowed, tuple) else allowed.bound + 0.04
+            other = next(one for one in FORM_FIELDS if one.key == key)
+            values |= companions(other)
+            if isinstance(allowed, tuple):
+                value = other.default if other.default in allowed else allowed[0]
+            else:
+                value = allowed.bound + 0.04 if isinstance(allowed, Above) else "something"
+            values[f"train__grpo_{key}"] = value
     return values
 
 

@@ -38,6 +38,7 @@ def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 VLLM = {"rollout_backend": "vllm"}
 EVAL = {"val_size": 2, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+ALONE = {"reward_funcs": None, "reward_model": "a/rm"}
 BEST = EVAL | {"load_best_model_at_end": True}
 # What is written over a recipe that is accepted; what the refusal has to say.
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
@@ -76,8 +77,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"ppo_epochs": 4}, ["ppo_epochs: 4", "no effect", "Leave it out"]),
     ({"dpo_label_smoothing": 0.1}, ["dpo_label_smoothing: 0.1", "no effect", "Leave it out"]),
     ({"kto_chosen_weight": 1.0}, ["kto_chosen_weight: 1.0", "no effect", "Leave it out"]),
-    ({"reward_model": "rm"}, ["reward_model: rm", "this version", "`reward_funcs`"]),
-    ({"reward_model_type": "api"}, ["reward_model_type: api", "this version", "`reward_funcs`"]),
     ({"use_dft_loss": True}, ["use_dft_loss: true", "`loss_type`"]),
     ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor: 0.1", "Leave it out"]),
     ({"moe_aux_loss_coef": 0.01}, ["moe_aux_loss_coef: 0.01", "Leave it out"]),
@@ -145,6 +144,28 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (
         {"off_policy_mask_threshold": 0.1, "repetition_penalty": 1.1},
         ["off_policy_mask_threshold: 0.1", "repetition_penalty: 1.1", "neutral"],
+    ),
+    # a reward model
+    ({"reward_model": "rm"}, ["reward_model: rm", "no effect", "reward_funcs: accuracy,reward_model", "leave"]),
+    ({"reward_model_type": "api"}, ["reward_model_type: api", "no effect", "Write `reward_model`"]),
+    ({"reward_model_adapters": "rm"}, ["reward_model_adapters: rm", "no effect", "Write `reward_model`"]),
+    ({"reward_funcs": "accuracy,reward_model"}, ["accuracy,reward_model", "none is given", "Write `reward_model`"]),
+    (ALONE | {"finetuning_type": "full"}, ["finetuning_type: full", "reward_model_type: full", "base"]),
+    (ALONE | {"pissa_init": True}, ["`pissa_init`", "another one", "reward_model_type: full"]),
+    (ALONE | {"add_tokens": "<a>"}, ["new tokens", "another one", "reward_model_type: full"]),
+    (ALONE | {"adapter_name_or_path": "a/b,a/c"}, ["several adapters", "reward_model_type: full"]),
+    (ALONE | {"reward_model_adapters": "c/d"}, ["reward_model_adapters: c/d", "reward_model_type: lora", "leave"]),
+    (ALONE | {"reward_model_quantization_bit": 4}, ["reward_model_quantization_bit: 4", "model of its own"]),
+    (ALONE | {"reward_model": "rm"}, ["reward_model: rm", "adapter_config.json", "reward_model_type: full"]),
+    (ALONE | {"reward_model_type": "api"}, ["reward_model: a/rm", "HTTP", "http://localhost:8000"]),
+    (ALONE | {"reward_model": "http://here/score"}, ["http://here/score", "Write `reward_model_type: api`"]),
+    (ALONE | {"reward_weights": "1,2"}, ["reward_weights: 1.0, 2.0", "reward_funcs: reward_model"]),
+    # dynamic sampling
+    ({"max_resample_times": 5}, ["max_resample_times: 5", "no effect", "dynamic_sampling: true"]),
+    ({"dynamic_sampling": True, "max_resample_times": 0}, ["max_resample_times: 0", "at least 1"]),
+    (
+        {"dynamic_sampling": True, "mask_zero_std_groups": True},
+        ["mask_zero_std_groups: true", "no effect", "dynamic_sampling: false"],
     ),
     # optimisation
     ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "DDP"]),
@@ -265,6 +286,28 @@ def test_refused(recipe, changes, said):
 def test_the_recipe_itself_is_accepted(recipe):
     parse(recipe)
     parse(recipe | VLLM)
+
+
+def test_a_reward_model_alone_needs_no_functions_and_is_weighed_by_its_name(recipe):
+    assert parse(recipe | ALONE).finetuning.reward_funcs == ["reward_model"]
+    beside = {"reward_model": "a/rm", "reward_funcs": "accuracy,reward_model", "reward_weights": "1,0.3"}
+    finetuning = parse(recipe | beside).finetuning
+    assert (finetuning.reward_funcs, finetuning.reward_weights) == (["accuracy", "reward_model"], [1.0, 0.3])
+    best = BEST | ALONE | {"metric_for_best_model": "eval_rewards/reward_model/mean@8"}
+    assert parse(recipe | best).training.load_best_model_at_end
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [({"use_dora": True}, "use_dora: True"), ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa")],
+)
+def test_a_reward_adapter_that_is_no_plain_lora_is_refused(recipe, adapter, extra, said):
+    parse(recipe | ALONE | {"reward_model": str(adapter)})
+    file = adapter / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | extra))
+    message = refusal(recipe | ALONE | {"reward_model": str(adapter)})
+    assert said in message
+    assert "reward_model_type: full" in message
 
 
 def test_every_unsupported_key_is_the_hosts_and_refused_once():

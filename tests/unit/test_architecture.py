@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("host.registration", "host.launch"),
     ("workflow",),
     ("trainer",),
-    ("evaluation", "gradient"),
+    ("dynamic_sampling", "evaluation", "gradient", "reward_model"),
     ("objective", "run_files"),
     ("policy", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "prompts", "rewards", "rollout"),
     ("stop",),

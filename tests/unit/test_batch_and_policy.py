@@ -171,9 +171,9 @@ def test_buffer_state_survives_json_exactly():
             old_logprobs=tuple(torch.rand(length) for length in (3, 9, 1, 5, 2, 9)),
             ref_logprobs=None,
             logprob_temperature=0.7,
-            is_fresh=True,
+            fresh_rows=frozenset({0, 1}),
         ),
-        StepData(groups=(), old_logprobs=(), ref_logprobs=(), logprob_temperature=1.0, is_fresh=False),
+        StepData(groups=(), old_logprobs=(), ref_logprobs=(), logprob_temperature=1.0, fresh_rows=frozenset()),
     ]
     buffer = RolloutBuffer()
     buffer.extend(steps)
@@ -184,7 +184,7 @@ def test_buffer_state_survives_json_exactly():
     assert first.groups == steps[0].groups
     assert all(torch.equal(a, b) for a, b in zip(first.old_logprobs, steps[0].old_logprobs, strict=True))
     assert first.ref_logprobs is None
-    assert first.is_fresh
+    assert first.fresh_rows == {0, 1}
     assert first.logprob_temperature == 0.7
     restored.drop_first()
     assert restored.first().groups == ()

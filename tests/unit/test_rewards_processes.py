@@ -428,3 +428,82 @@ def test_an_interrupt_while_a_function_hangs_ends_the_trainer_at_once(start: Any
     process.communicate(timeout=15)
     assert "KeyboardInterrupt" in (tmp_path / "err.txt").read_text()
     assert wait_until_gone(pids, 10) == []
+
+
+# Async functions
+
+
+def test_async_functions_wait_together_and_keep_what_belongs_to_their_loop(load: Load) -> None:
+    """Two functions of eight completions, each of which waits for half a second: a second with start-up, not eight."""
+    source = """
+        import asyncio
+        client, calls = None, 0
+        async def ask(text):
+            await asyncio.sleep(0.5)
+            return float(len(text))
+        async def judge(completions):
+            global client, calls
+            client, calls = client or asyncio.Lock(), calls + 1
+            async with client:  # refused by another loop, once it was waited for
+                asker = asyncio.ensure_future(client.acquire())
+                await asyncio.sleep(0)
+            await asker
+            client.release()
+            return await asyncio.gather(*map(ask, completions))
+        async def critic(completions, weight=2.0):
+            return [weight * score for score in await asyncio.gather(*map(ask, completions))]
+        class Here:
+            async def __call__(self, completions):
+                return await asyncio.gather(*map(ask, completions))
+        here = Here()
+        """
+    suite = load(source, "judge", "critic", "here", critic={"weight": 3.0})
+    texts = ["x" * n for n in range(1, 9)]
+    suite.score(groups(*texts))  # starts the processes
+    started = time.monotonic()
+    [scores] = suite.score(groups(*texts))
+    assert time.monotonic() - started < 3.0
+    assert scores == [[n, 3.0 * n, n] for n in map(float, range(1, 9))]
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("await asyncio.sleep(0)\n    raise KeyError('lost')", r"raised KeyError .*(.|\n)*KeyError: 'lost'"),
+        ("raise asyncio.CancelledError", "raised CancelledError"),
+        ("return [1.0]", "returned 1 scores"),
+        ("return 'good'", "returned str"),
+        ("return [math.nan] * len(completions)", "returned nan"),
+    ],
+)
+@pytest.mark.parametrize("place", ["worker", "here"])
+def test_an_async_function_that_fails_is_named_as_any_other(load: Load, place: str, body: str, message: str) -> None:
+    source = f"import asyncio, math\nasync def f(completions):\n    {body}\n"
+    source += "class Here:\n    async def __call__(self, completions): return await f(completions)\nhere = Here()\n"
+    name = "f" if place == "worker" else "here"
+    with pytest.raises(RewardError, match=f"reward function '{name}': {message}"):
+        load(source, name).score(groups("one", "two"))
+
+
+@pytest.mark.parametrize(
+    "wait", ["await asyncio.sleep(60)", "await asyncio.gather(asyncio.sleep(60))", "time.sleep(60)"]
+)
+def test_an_async_function_that_takes_too_long_is_ended_and_where_it_waits_is_named(
+    load: Load, tmp_path: Path, wait: str
+) -> None:
+    source = f"""
+        import asyncio, time
+        async def ask():
+            {wait}  # in ask
+        async def f(completions):
+            await ask()
+            return [1.0] * len(completions)
+        """
+    suite = load(source, "f", timeout_s=3.0)
+    with pytest.raises(RewardTimeoutError) as error:
+        suite.score(groups("one"))
+    assert "'f': took longer than 3 s (`reward_timeout`)" in str(error.value)
+    assert f"It was at line 4 of {tmp_path / 'own.py'}, in ask: `{wait}  # in ask`" in str(error.value)
+    stacks = (tmp_path / "out" / "stacks_reward_f.txt").read_text()
+    assert "in f" in stacks
+    assert not workers()

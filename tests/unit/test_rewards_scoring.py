@@ -309,7 +309,6 @@ def test_a_misspelt_batch_argument_is_answered_with_the_right_one(own: Callable[
         ("own_rewards.py:missing", ["has no 'missing'", "its functions are first, second"]),
         ("own_rewards.py:CONSTANT", ["it must be a function"]),
         ("own_rewards.py:Class", ["it must be a function or a callable object"]),
-        ("own_rewards.py:later", ["async"]),
         ("own_rewards.py:by_position", ["by position only"]),
         ("exits.py:f", ["loading", "exits.py failed with SystemExit: 3"]),
         ("fails.py:f", ["loading", "fails.py failed with ZeroDivisionError"]),
@@ -324,8 +323,8 @@ def test_a_reward_that_cannot_be_loaded(own: Callable[..., str], name: str, mess
         "def _hidden(): pass\n"
     )
     own(
-        (Path("own_rewards.py").read_text() + "async def later(completions): pass\ndef by_position(a, /): pass\n")
-        if name.endswith((":later", ":by_position"))
+        (Path("own_rewards.py").read_text() + "def by_position(a, /): pass\n")
+        if name.endswith(":by_position")
         else Path("own_rewards.py").read_text()
     )
     own("1 / 0", "fails.py")

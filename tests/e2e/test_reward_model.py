@@ -1,0 +1,317 @@
+"""Reward models that the host's `stage: rm` trains, as rewards of GRPO runs."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from grpo_stage import workflow
+from grpo_stage.reward_model import _add_lora
+from grpo_stage.rewards import RewardError
+from grpo_stage.trainer import GRPOTrainer
+
+from .conftest import completions, trainer_log
+
+
+@pytest.fixture(scope="module")
+def reward_adapter(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA adapter with a value head: what `stage: rm` of the host makes of pairs in which the shorter one is
+    preferred."""
+    from llamafactory.train.tuner import run_exp
+
+    folder = tmp_path_factory.mktemp("rm")
+    rows = [
+        {"question": f"What is {i} + {i}?", "chosen": f"{2 * i}", "rejected": f"I do not know what {i} + {i} is."}
+        for i in range(16)
+    ]
+    (folder / "pairs.json").write_text(json.dumps(rows))
+    columns = {"prompt": "question", "chosen": "chosen", "rejected": "rejected"}
+    info = {"pairs": {"file_name": "pairs.json", "ranking": True, "columns": columns}}
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    run_exp(
+        {
+            "stage": "rm",
+            "do_train": True,
+            "model_name_or_path": str(tiny_model_dir),
+            "finetuning_type": "lora",
+            "lora_rank": 8,
+            "lora_target": "q_proj,v_proj,down_proj",
+            "template": "smollm2",
+            "dataset": "pairs",
+            "dataset_dir": str(folder),
+            "cutoff_len": 64,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "max_steps": 12,
+            "logging_steps": 4,
+            "save_strategy": "no",
+            "output_dir": str(folder / "adapter"),
+            "use_cpu": True,
+            "report_to": "none",
+            "dataloader_pin_memory": False,
+        }
+    )
+    log = [json.loads(line) for line in (folder / "adapter" / "trainer_log.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in log if "loss" in line]
+    assert losses[-1] < 0.8 * losses[0], "it has learned something"
+    return folder / "adapter"
+
+
+@pytest.fixture(scope="module")
+def direct_score(tiny_model_dir: Path, reward_adapter: Path) -> Callable[[str], float]:
+    """The score of a text by PEFT and the value head alone: one sequence at a time, nothing padded."""
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_model_dir), reward_adapter).eval()
+    head = load_file(reward_adapter / "value_head.safetensors")
+
+    @torch.no_grad()
+    def score(token_ids: tuple[int, ...]) -> float:
+        hidden = model.base_model.model.model(torch.tensor([token_ids])).last_hidden_state[0, -1]
+        return (head["v_head.summary.weight"] @ hidden + head["v_head.summary.bias"]).item()
+
+    return score
+
+
+@pytest.fixture
+def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], float]]:
+    """Every sequence that a run's reward model was given, and what it said."""
+    seen: list[tuple[tuple[int, ...], float]] = []
+    score = workflow.ModelReward.__call__
+
+    def watched(self: Any, groups: Any) -> Any:
+        scores = score(self, groups)
+        for group, values in zip(groups, scores, strict=True):
+            seen.extend(
+                (group.prompt.token_ids + completion.token_ids, value)
+                for completion, value in zip(group.completions, values, strict=True)
+            )
+        return scores
+
+    monkeypatch.setattr(workflow.ModelReward, "__call__", watched)
+    return seen
+
+
+def keys_of(kind: str, tiny_model_dir: Path, reward_adapter: Path) -> dict[str, Any]:
+    if kind == "lora":
+        return {"reward_model": str(reward_adapter)}
+    return {
+        "reward_model": str(tiny_model_dir),
+        "reward_model_type": "full",
+        "reward_model_adapters": str(reward_adapter),
+    }
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_a_reward_model_alone_scores_as_a_forward_pass_does(
+    recipe, run_exp, tiny_model_dir, reward_adapter, direct_score, scored, kind
+):
+    arguments = recipe(
+        reward_funcs=None,
+        log_completions=True,
+        learning_rate=2e-2,
+        max_tokens_per_micro_batch=70,  # a few completions in a batch
+        eval_dataset="tens,thousand",
+        eval_strategy="steps",
+        eval_steps=2,
+        **keys_of(kind, tiny_model_dir, reward_adapter),
+    )
+    run_exp(arguments)
+    assert len(scored) == 2 * 2 * 4 + 2 * 4 * 4, "two steps, and an evaluation after them and at the end"
+    assert len({len(token_ids) for token_ids, _ in scored}) > 1
+    for token_ids, score in scored:
+        assert score == pytest.approx(direct_score(token_ids), abs=1e-5)
+    lines = completions(arguments["output_dir"])
+    assert [line["reward"] for line in lines] == [score for _, score in scored[: len(lines)]]
+    log = trainer_log(arguments["output_dir"])
+    assert [line["rewards/reward_model/mean"] == line["reward"] for line in log if "loss" in line] == [True, True]
+    assert any("eval_rewards/reward_model/mean@4" in line for line in log)
+
+
+def test_an_adapter_leaves_the_policy_and_what_is_saved_as_if_the_scores_came_from_elsewhere(
+    recipe, run_exp, tiny_model_dir, reward_adapter, tmp_path
+):
+    settings = {
+        "reward_funcs": "reward_model,format",
+        "reward_weights": "1,0.5",
+        "max_steps": 4,
+        "num_iterations": 2,
+        "beta": 0.1,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "log_completions": True,
+    }
+    runs = {}
+    for kind in ("lora", "full"):
+        keys = keys_of(kind, tiny_model_dir, reward_adapter)
+        runs[kind] = recipe(output_dir=str(tmp_path / kind), **settings, **keys)
+        run_exp(runs[kind])
+    assert completions(runs["lora"]["output_dir"])[0]["rewards"].keys() == {"reward_model", "format"}
+    for name in ("", "checkpoint-2", "checkpoint-4"):
+        lora, full = (Path(runs[kind]["output_dir"], name) for kind in runs)
+        assert sorted(p.name for p in lora.iterdir()) == sorted(p.name for p in full.iterdir())
+        weights = [load_file(folder / "adapter_model.safetensors") for folder in (lora, full)]
+        assert weights[0].keys() == weights[1].keys()
+        for key, tensor in weights[0].items():
+            assert torch.allclose(tensor, weights[1][key], atol=1e-5), key
+        configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (lora, full)]
+        assert configs[0]["r"] == configs[1]["r"] == 4
+
+    resumed = dict(runs["lora"], output_dir=str(tmp_path / "resumed"))
+    resumed["resume_from_checkpoint"] = str(Path(runs["lora"]["output_dir"], "checkpoint-2"))
+    run_exp(resumed)
+    weights = [load_file(Path(run["output_dir"], "adapter_model.safetensors")) for run in (resumed, runs["lora"])]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+
+
+def test_while_it_scores_and_after_a_failure_the_policy_is_what_it_was(recipe, run_exp, reward_adapter, monkeypatch):
+    """Parameters, what of them is trained, modes and outputs."""
+    checked = []
+    reward = GRPOTrainer._reward
+
+    def states(model: Any) -> tuple[Any, ...]:
+        parameters = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
+        modes = [module.training for module in model.modules()]
+        with torch.no_grad():
+            logits = model(torch.tensor([[5, 6, 7]])).logits
+        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        own = [hook for hook in hooks if isinstance(hook, partial) and hook.func is _add_lora]
+        return parameters, modes, logits, own  # transformers leaves inert ones of its own where it collects states
+
+    def assert_same(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+        for name, (parameter, requires_grad) in one[0].items():
+            assert torch.equal(parameter, other[0][name][0]), name
+            assert requires_grad == other[0][name][1], name
+        assert one[1] == other[1], "training or evaluation mode"
+        assert torch.equal(one[2], other[2]), "logits"
+        assert one[3] == other[3] == [], "hooks"
+
+    def watched(self: GRPOTrainer, groups: Any) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        before = states(model)
+        scores = reward(self, groups)
+        assert_same(before, states(model))
+
+        def fail(*args: Any) -> None:
+            raise KeyboardInterrupt
+
+        handle = model.base_model.model.lm_head.register_forward_hook(fail)
+        with pytest.raises(KeyboardInterrupt):
+            reward(self, groups)
+        handle.remove()
+        assert_same(before, states(model))
+        checked.append(len(groups))
+        return scores
+
+    monkeypatch.setattr(GRPOTrainer, "_reward", watched)
+    run_exp(recipe(reward_funcs=None, reward_model=str(reward_adapter), learning_rate=2e-2))
+    assert checked == [2, 2]
+
+
+@pytest.mark.parametrize("base", ["quantized", "continued"])
+def test_an_adapter_is_put_on_the_base_of_any_policy_of_the_same_base(
+    recipe, run_exp, reward_adapter, direct_score, scored, tmp_path, base
+):
+    if base == "quantized":
+        run_exp(recipe(reward_funcs=None, reward_model=str(reward_adapter), quantization_bit=4, max_steps=1))
+        assert all(score == pytest.approx(direct_score(token_ids), abs=0.5) for token_ids, score in scored)
+    else:
+        first = recipe(output_dir=str(tmp_path / "first"), learning_rate=2e-2, max_steps=2)
+        run_exp(first)
+        run_exp(
+            recipe(
+                reward_funcs=None,
+                reward_model=str(reward_adapter),
+                adapter_name_or_path=first["output_dir"],
+                max_steps=1,
+            )
+        )
+        assert all(score == pytest.approx(direct_score(token_ids), abs=1e-5) for token_ids, score in scored)
+    assert len(scored) == 8
+
+
+class Server:
+    """The host's reward protocol, with a score that can be told from the text; `answer` overrides it."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+        self.answer: Any = None
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler: BaseHTTPRequestHandler) -> None:
+                request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                assert request["model"] == "model"
+                self.texts += request["messages"]
+                body = self.answer or {"scores": [float(len(text)) for text in request["messages"]]}
+                handler.send_response(200)
+                handler.end_headers()
+                handler.wfile.write(json.dumps(body).encode())
+
+            def log_message(handler: BaseHTTPRequestHandler, *args: Any) -> None: ...
+
+        self.http = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1/score/evaluation"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    running = Server()
+    yield running
+    running.http.shutdown()
+    running.http.server_close()
+
+
+def test_a_reward_server_gets_the_text_with_its_special_tokens(recipe, run_exp, tiny_model_dir, server, scored):
+    run_exp(recipe(reward_funcs=None, reward_model=server.url, reward_model_type="api", max_steps=1))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    expected = {tokenizer.decode(token_ids, skip_special_tokens=False): score for token_ids, score in scored}
+    assert len(scored) == 8
+    assert set(server.texts[1:]) == set(expected), "after the question whether it is there"
+    assert all("<|im_start|>user" in text for text in expected)
+    assert all(score == len(text) for text, score in expected.items())
+
+
+def test_a_reward_server_that_is_not_there_or_fails_stops_the_run(recipe, run_exp, server, monkeypatch):
+    from grpo_stage.host import facade
+
+    api = {"reward_funcs": None, "reward_model_type": "api"}
+    with monkeypatch.context() as patch:
+        patch.setattr(facade, "load_model", lambda *_: pytest.fail("the model was loaded"))
+        for url in ("http://127.0.0.1:9/v1/score/evaluation", server.url):
+            server.answer = {"detail": "no such route"}
+            with pytest.raises(ValueError, match=rf"reward_model: {url}` .*no reward server that answers.*api"):
+                run_exp(recipe(reward_model=url, **api))
+    server.answer = None
+    reward = GRPOTrainer._reward
+
+    def later(self: GRPOTrainer, groups: Any) -> Any:
+        server.answer = {"scores": [1.0]}
+        return reward(self, groups)
+
+    monkeypatch.setattr(GRPOTrainer, "_reward", later)
+    with pytest.raises(RewardError, match=r"'reward_model': .* answered with 1 scores for \d+ texts\nprompt: What is"):
+        run_exp(recipe(reward_model=server.url, **api))
+
+
+def test_what_is_no_reward_model_is_refused_before_a_model_is_loaded(
+    recipe, run_exp, tiny_model_dir, reward_adapter, tmp_path, monkeypatch
+):
+    from grpo_stage.host import facade
+
+    monkeypatch.setattr(facade, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    full = {"reward_funcs": None, "reward_model": str(tiny_model_dir), "reward_model_type": "full"}
+    with pytest.raises(ValueError, match=rf"`reward_model: {tiny_model_dir}` has no value head"):
+        run_exp(recipe(**full))
+    headless = tmp_path / "headless"
+    headless.mkdir()
+    (headless / "adapter_config.json").write_text((reward_adapter / "adapter_config.json").read_text())
+    with pytest.raises(ValueError, match=rf"`reward_model: {headless}` has no value head"):
+        run_exp(recipe(reward_funcs=None, reward_model=str(headless)))
