@@ -54,6 +54,8 @@ def companions(field: FormField) -> dict[str, Any]:
         if key == "eval_strategy":
             values["train__val_size"] = 0.5
         else:
+            other = next(one for one in FORM_FIELDS if one.key == key)
+            values |= companions(other)
             values[f"train__grpo_{key}"] = allowed[0] if isinstance(allowed, tuple) else allowed.bound + 0.04
     return values
 
