@@ -18,7 +18,7 @@ from llamafactory.extras.misc import is_accelerator_available
 from llamafactory.webui.control import list_datasets
 
 from ..arguments import applies
-from .board_fields import FORM_FIELDS, GROUPS, FormField
+from .board_fields import FORM_FIELDS, GROUPS, FormField, effective
 from .board_recipes import export_recipe, import_recipe
 from .board_run_view import RunView
 from .board_runner import GRPORunner
@@ -219,23 +219,22 @@ class Panel:
         conditions = {key for field in conditional for key in field.only_with} - {"eval_strategy"}
         watched = {key: self.fields[key] for key in sorted(conditions | {"eval_dataset"})}
 
-        def visibilities(val_size: float, *values: Any) -> list[Any]:
-            arguments = dict(zip(watched, values, strict=True))
-            arguments["eval_strategy"] = "steps" if val_size or arguments["eval_dataset"] else "no"
-            return [gr.update(visible=applies(field.only_with, arguments)) for field in conditional]
+        def visible(val_size: float, *values: Any) -> list[bool]:
+            given = {key: value for key, value in zip(watched, values, strict=True) if value is not None}
+            run = effective(given, eval_strategy="steps" if val_size or given.get("eval_dataset") else "no")
+            return [applies(field.only_with, run) for field in conditional]
 
         elements = [train["val_size"], *watched.values()]
         gr.on(
             [element.change for element in elements],
-            visibilities,
+            lambda *values: [gr.update(visible=is_visible) for is_visible in visible(*values)],
             elements,
             [self.fields[field.key] for field in conditional],
             queue=False,
             show_progress="hidden",
         )
-        arguments = {key: element.value for key, element in watched.items()} | {"eval_strategy": "no"}
-        for field in conditional:
-            self.fields[field.key].visible = applies(field.only_with, arguments)
+        for field, is_visible in zip(conditional, visible(*(element.value for element in elements)), strict=True):
+            self.fields[field.key].visible = is_visible
 
     def _set_sane_values(self, engine: "Engine", train: Mapping[str, Any]) -> None:
         """A person who chooses the stage gets values for it, and one who leaves it the earlier ones back."""

@@ -23,6 +23,7 @@ from ..arguments import (
     Above,
     Given,
     GRPOArguments,
+    applies,
 )
 from .locales import PREFIX
 
@@ -246,3 +247,23 @@ FORM_FIELDS: tuple[FormField, ...] = tuple(
     sorted((*_own_fields(), *HOST_FIELDS), key=lambda field: GROUPS.index(field.group))
 )
 """All fields, by group; within a group the stage's own first."""
+
+
+def effective(values: Mapping[str, Any], eval_strategy: str) -> dict[str, Any]:
+    """What all fields come to, by key: one that has no effect beside the others is at its default.
+
+    Args:
+        values: arguments by key; a field that is not among them is at its default.
+        eval_strategy: the run's, which conditions name and no field has.
+    """
+    given = {field.key: values.get(field.key, field.default) for field in FORM_FIELDS}
+    current = {**given, "eval_strategy": eval_strategy}
+    while True:  # a condition may name a key that has a condition itself
+        settled = {
+            field.key: given[field.key] if applies(field.only_with, current) else field.default
+            for field in FORM_FIELDS
+        }
+        settled["eval_strategy"] = eval_strategy
+        if settled == current:
+            return current
+        current = settled

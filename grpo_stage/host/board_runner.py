@@ -15,9 +15,8 @@ from llamafactory.webui.common import get_save_dir
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
-from ..arguments import applies
 from . import board_loaded
-from .board_fields import FORM_FIELDS
+from .board_fields import FORM_FIELDS, effective
 from .locales import PREFIX
 from .parser import check, effective_defaults
 from .registration import STAGE
@@ -157,11 +156,7 @@ def panel_arguments(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> 
         ValueError: if a value is not what its field takes.
     """
     panel = {field.key: field.to_argument(values[field.key]) for field in FORM_FIELDS}
-    chosen = {field.key: field.default if panel[field.key] is None else panel[field.key] for field in FORM_FIELDS}
     evaluates = bool(panel["eval_dataset"] or arguments.get("val_size"))
-    conditions = {**chosen, "eval_strategy": "steps" if evaluates else "no"}
-    return {
-        field.key: chosen[field.key]
-        for field in FORM_FIELDS
-        if chosen[field.key] != field.default and applies(field.only_with, conditions)
-    }
+    written = {key: value for key, value in panel.items() if value is not None}
+    run = effective(written, eval_strategy="steps" if evaluates else "no")
+    return {field.key: run[field.key] for field in FORM_FIELDS if run[field.key] != field.default}
