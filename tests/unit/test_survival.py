@@ -1,5 +1,6 @@
 """What may befall a run and must not harm it: stop signals, hangs, too little memory, losses that are not finite."""
 
+import asyncio
 import json
 import os
 import re
@@ -444,7 +445,7 @@ def test_a_stop_passes_through_a_reward_function_in_this_process(tmp_path):
 
         function = RewardFunction.bind("stopped", stopped, {"error": error})
         with pytest.raises(type(error)):
-            function.evaluate({"completions": ["a"]}, 1)
+            function.evaluate({"completions": ["a"]}, 1, asyncio.run)
 
 
 def test_a_signal_after_the_last_safe_point_has_nothing_to_stop():
