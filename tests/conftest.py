@@ -20,6 +20,12 @@ os.environ.update(
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
+@pytest.fixture(autouse=True)
+def _one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` replaces `os.environ` by a copy after a `map` in several processes; what holds the old one goes stale."""
+    monkeypatch.setattr(os, "environ", os.environ)
+
+
 @pytest.fixture(scope="session")
 def smollm2_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
     """A folder with SmolLM2-135M-Instruct's tokenizer alone; kept in pytest's cache, since converting it takes 8 s."""
