@@ -9,7 +9,7 @@ other keys to the values under which this one has an effect: elsewhere it is ref
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
@@ -32,8 +32,10 @@ ADVANTAGE_SCALES = MappingProxyType(
     }
 )
 """The values of `scale_rewards` that each `advantage_estimator` goes with; the first is the paper's."""
-GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "passk", "opo")
-"""Those of `advantage_estimator` by which a group of equal totals has advantages of 0."""
+GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "opo")
+"""Those of `advantage_estimator` by which a group has advantages of 0 just where its totals are equal."""
+SIGNED_ESTIMATORS = tuple(estimator for estimator in ADVANTAGE_SCALES if estimator != "passk")
+"""Those of `advantage_estimator` that give advantages below 0."""
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
 
 
@@ -253,7 +255,7 @@ class GRPOArguments:
         default=None,
         metadata={
             "group": OBJECTIVE,
-            "only_with": {"loss_type": CLIPPED_LOSSES},
+            "only_with": {"loss_type": CLIPPED_LOSSES, "advantage_estimator": SIGNED_ESTIMATORS},
             "above": 1.0,
             "help": (
                 "Upper bound of the ratio where the advantage is negative (dual clip), which the clip leaves without "
@@ -274,7 +276,7 @@ class GRPOArguments:
         default=1.05,
         metadata={
             "group": OBJECTIVE,
-            "only_with": {"loss_type": ("sapo",)},
+            "only_with": {"loss_type": ("sapo",), "advantage_estimator": SIGNED_ESTIMATORS},
             "above": 0.0,
             "help": "How fast the gradient fades away from ratio 1 where the advantage is not positive.",
         },
@@ -411,6 +413,7 @@ class GRPOArguments:
         default=None,
         metadata={
             "group": OBJECTIVE,
+            "only_with": {"advantage_estimator": SIGNED_ESTIMATORS},
             "above": 0.0,
             "help": (
                 "Leave a completion with a negative advantage out of the policy's loss where its tokens have become "
@@ -696,21 +699,28 @@ class GRPOArguments:
         if self.scale_rewards == "auto":
             self.scale_rewards = ADVANTAGE_SCALES.get(self.advantage_estimator, ("group",))[0]  # type: ignore[assignment]
 
-    def validate(self) -> None:
+    def validate(self, given: Collection[str] = ()) -> None:
         """Refuse values that are out of bounds, and those that contradict one another.
+
+        Args:
+            given: the keys that the user wrote; one of another value than its default is taken for written, too.
 
         Raises:
             ValueError: naming the key, its value, the rule and the remedy.
         """
         for spec in dataclasses.fields(GRPOArguments):
-            _check_bounds(spec, getattr(self, spec.name))
-            _check_effect(spec, vars(self))
+            value = getattr(self, spec.name)
+            _check_bounds(spec, value)
+            asks_for_nothing = value is None or value is False or value == "none"
+            if value != spec.default or (spec.name in given and not asks_for_nothing):
+                _check_effect(spec, vars(self))
 
         _check_rewards(list(self.reward_funcs or ()), self.reward_weights, self.reward_kwargs or {})
         _check_scale(self.advantage_estimator, self.scale_rewards)
         _check_clip_range(self.loss_type, self.epsilon, self.epsilon_high, self.delta)
         _check_kl(self)
         _check_exploration(self)
+        _check_tokenwise(self)
 
 
 def grpo_field_names() -> frozenset[str]:
@@ -726,7 +736,7 @@ def applies(conditions: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
 def _check_effect(spec: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> None:
     value = values[spec.name]
     conditions = spec.metadata.get("only_with", {})
-    if value == spec.default or applies(conditions, values):
+    if applies(conditions, values):
         return
     broken = {key: allowed for key, allowed in conditions.items() if key in values and values[key] not in allowed}
     there = ", ".join(f"`{key}: {_shown(values[key])}`" for key in broken)
@@ -860,6 +870,18 @@ def _check_kl(args: GRPOArguments) -> None:
             "`kl_in_reward: true` cannot go with `advantage_estimator: gdpo`, which normalizes each reward function "
             "on its own and has no place for a term that is none. Leave `kl_in_reward` out to have the KL in the loss."
         )
+    if args.kl_in_reward and args.advantage_estimator == "passk":
+        raise ValueError(
+            "`kl_in_reward: true` cannot go with `advantage_estimator: passk`: the best completion of a group alone "
+            "would feel the KL. Leave `kl_in_reward` out to have the KL in the loss."
+        )
+    if args.kl_in_reward and args.scale_rewards == "group":
+        raise ValueError(
+            "`kl_in_reward: true` cannot go with `scale_rewards: group` (the default of `advantage_estimator: "
+            f"{args.advantage_estimator}`): where the rewards of a group are equal, what is left of them is the KL's "
+            "noise, and dividing by its deviation makes advantages of 1 out of it, whatever `beta` is. Write "
+            "`scale_rewards: none` or `batch`, or leave `kl_in_reward` out to have the KL in the loss."
+        )
 
 
 def _check_exploration(args: GRPOArguments) -> None:
@@ -879,6 +901,32 @@ def _check_exploration(args: GRPOArguments) -> None:
             "log-probability that it is held to. Write for example `steps_per_generation: 4` or `num_iterations: 2`, "
             "or `covariance_control: clip_cov`."
         )
+
+
+def _check_tokenwise(args: GRPOArguments) -> None:
+    """Refuse what weighs tokens one by one where each token's loss is that of the whole completion."""
+    if args.loss_type in ("gspo", "gmpo"):
+        there = f"`loss_type: {args.loss_type}`"
+    elif args.importance_sampling_level == "sequence":
+        there = "`importance_sampling_level: sequence`"
+    else:
+        return
+    remedy = {
+        "`loss_type: gspo`": "`loss_type: gspo_token`",
+        "`loss_type: gmpo`": "another `loss_type`",
+        "`importance_sampling_level: sequence`": "`importance_sampling_level: sequence_token`",
+    }[there]
+    for key, is_tokenwise, other in (
+        ("rollout_correction", args.rollout_correction == "token", "write `rollout_correction: sequence`"),
+        ("top_entropy_quantile", args.top_entropy_quantile < 1, "leave `top_entropy_quantile` out"),
+        ("covariance_control", args.covariance_control == "clip_cov", "leave `covariance_control` out"),
+    ):
+        if is_tokenwise:
+            raise ValueError(
+                f"`{key}: {getattr(args, key)}` weighs tokens one by one, and with {there} the loss of each token is "
+                "that of its whole completion: a token that is left out would be learned with the rest. Write "
+                f"{remedy}, or {other}."
+            )
 
 
 def _mapping(text: str) -> dict[str, Any]:

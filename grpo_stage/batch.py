@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from .algorithm.losses import StepTotals, token_weights
-from .types import FinishReason, PolicyBatch, Prompt, ScoredGroup
+from .types import PolicyBatch, Prompt, ScoredGroup
 
 
 def count_totals(groups: Sequence[ScoredGroup], max_new_tokens: int, mask_truncated_completions: bool) -> StepTotals:
@@ -16,8 +16,8 @@ def count_totals(groups: Sequence[ScoredGroup], max_new_tokens: int, mask_trunca
     lengths = [
         len(completion.token_ids)
         for scored in groups
-        for completion in scored.group.completions
-        if not (mask_truncated_completions and completion.finish_reason is FinishReason.LENGTH)
+        for completion, is_used in zip(scored.group.completions, scored.used(mask_truncated_completions), strict=True)
+        if is_used
     ]
     return StepTotals(num_completions=len(lengths), num_tokens=sum(lengths), max_completion_length=max_new_tokens)
 
@@ -50,6 +50,7 @@ def micro_batches(
     rows = [(scored.group.prompt, index) for scored in groups for index in range(len(scored.group.completions))]
     completions = [completion for scored in groups for completion in scored.group.completions]
     advantages = [advantage for scored in groups for advantage in scored.advantages]
+    is_used = [each for scored in groups for each in scored.used(mask_truncated_completions)]
 
     batches = []
     for chosen in _chunks_under_budget(rows, [len(c.token_ids) for c in completions], max_tokens):
@@ -59,7 +60,7 @@ def micro_batches(
         attention_mask = torch.zeros_like(input_ids)  # [B, L]
         completion_mask = torch.zeros(len(chosen), completion_length)  # [B, T]
         sampling_logprobs = torch.zeros_like(completion_mask)  # [B, T]
-        used = torch.ones(len(chosen), 1)  # [B, 1]
+        used = torch.tensor([[float(is_used[row])] for row in chosen])  # [B, 1]
         for position, row in enumerate(chosen):
             prompt_ids, completion = rows[row][0].token_ids, completions[row]
             start, end = prompt_length - len(prompt_ids), prompt_length + len(completion.token_ids)
@@ -67,8 +68,6 @@ def micro_batches(
             attention_mask[position, start:end] = 1
             completion_mask[position, : len(completion.token_ids)] = 1
             sampling_logprobs[position, : len(completion.token_ids)] = torch.tensor(completion.sampling_logprobs)
-            if mask_truncated_completions and completion.finish_reason is FinishReason.LENGTH:
-                used[position] = 0
         batches.append(
             PolicyBatch(
                 input_ids=input_ids.to(device),

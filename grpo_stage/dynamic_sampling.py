@@ -58,14 +58,18 @@ class DynamicSampling:
 
     Args:
         max_resample_times: rollouts beyond the first that one batch may take.
+        teaches: whether a group may be part of a batch.
         rank: this process.
         world_size: how many processes share the work.
     """
 
-    def __init__(self, max_resample_times: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, max_resample_times: int, teaches: Callable[[ScoredGroup], bool], rank: int, world_size: int
+    ) -> None:
         self.num_waiting = 0
         """Groups that wait, over all ranks."""
         self._max_resample_times = max_resample_times
+        self._teaches = teaches
         self._rank = rank
         self._world_size = world_size
         self._waiting: tuple[BatchGroup, ...] = ()  # this rank's share
@@ -90,9 +94,9 @@ class DynamicSampling:
         num_rollouts = num_sampled = 0
         while len(pool) < count and num_rollouts <= self._max_resample_times and may_roll_out():
             share = roll_out()
-            everyone = _dealt_together([each if each.has_reward_variance else None for each in share])
+            everyone = _dealt_together([each if self._teaches(each) else None for each in share])
             pool += [BatchGroup(scored=each) for each in everyone if each is not None]
-            dropped += [each for each in share if not each.has_reward_variance]
+            dropped += [each for each in share if not self._teaches(each)]
             num_rollouts += 1
             num_sampled += len(share)
         batch, rest = pool[:count], pool[count:]
@@ -153,7 +157,7 @@ def record_filled(tracker: MetricTracker, filled: Filled, count: int, is_counter
 
     =================================== ===============================================================================
     dynamic_sampling/num_rollouts       rollouts that a batch took
-    dynamic_sampling/frac_dropped       share of the sampled groups whose rewards were all equal
+    dynamic_sampling/frac_dropped       share of the sampled groups that were left out
     dynamic_sampling/num_kept           groups of a batch, over all ranks
     dynamic_sampling/num_waiting        groups sampled too much, which wait for the next batch
     dynamic_sampling/num_short_batches  batches that were not full, since the last log line

@@ -22,7 +22,7 @@ from .distributed import all_gather, sum_gradients
 from .metrics import MetricTracker
 from .objective import Objective, TokenSelection
 from .policy import token_logprobs
-from .types import FinishReason, PolicyBatch, SamplingSettings, ScoredGroup
+from .types import PolicyBatch, SamplingSettings, ScoredGroup
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -164,15 +164,17 @@ class PolicyGradient:
     def _selection(self, model: nn.Module, data: StepData, step: int) -> TokenSelection:
         policy = self._accelerator.unwrap_model(model)
         logprobs, entropies = self._frozen(policy, data.groups, with_entropy=True)
-        leaves_out = self._grpo_args.mask_truncated_completions
-        pairs = [
-            pair for scored in data.groups for pair in zip(scored.group.completions, scored.advantages, strict=True)
-        ]
+        masks = self._grpo_args.mask_truncated_completions
         return self.objective.select(
             logprobs,
             entropies,
-            [advantage for _, advantage in pairs],
-            [not (leaves_out and completion.finish_reason is FinishReason.LENGTH) for completion, _ in pairs],
+            [advantage for scored in data.groups for advantage in scored.advantages],
+            [is_used for scored in data.groups for is_used in scored.used(masks)],
+            [
+                f"{scored.group.prompt.index} {completion.token_ids}"
+                for scored in data.groups
+                for completion in scored.group.completions
+            ],
             step,
             self._sampling.seed,
         )

@@ -118,6 +118,7 @@ class Objective:
         entropies: Sequence[torch.Tensor],
         advantages: Sequence[float],
         used: Sequence[bool],
+        keys: Sequence[str],
         step: int,
         seed: int,
     ) -> TokenSelection:
@@ -128,16 +129,23 @@ class Objective:
             entropies: likewise.
             advantages: of each completion.
             used: False for the completions that the loss leaves out.
-            step: with `seed`, what is drawn depends on it and on nothing else.
+            keys: what a completion is known by. What is drawn of it depends on this, `step` and `seed` alone: not on
+                the order of completions, nor on how many ranks share them.
+            step: the optimizer step.
             seed: the run's.
         """
         lengths = [len(tokens) if is_used else 0 for tokens, is_used in zip(logprobs, used, strict=True)]
         mine = [
             torch.cat([torch.zeros(0), *(tokens[:n] for tokens, n in zip(each, lengths, strict=True))])
-            for each in (logprobs, entropies, [torch.full((n,), a) for n, a in zip(lengths, advantages, strict=True)])
+            for each in (
+                logprobs,
+                entropies,
+                [torch.full((n,), advantage) for n, advantage in zip(lengths, advantages, strict=True)],
+                [_draws(n, f"{seed} {step} {key}") for n, key in zip(lengths, keys, strict=True)],
+            )
         ]
         ranks = all_gather(mine)
-        all_logprobs, all_entropies, all_advantages = (torch.cat(columns) for columns in zip(*ranks, strict=True))
+        all_logprobs, all_entropies, all_advantages, draws = (torch.cat(each) for each in zip(*ranks, strict=True))
         learned = torch.ones_like(all_logprobs, dtype=torch.bool)
         held = torch.zeros_like(learned)
         if self._args.top_entropy_quantile < 1:
@@ -145,9 +153,8 @@ class Objective:
         if self._args.covariance_control != "none" and len(all_logprobs) > 0:
             covariances = token_covariances(all_logprobs, all_advantages)
             if self._args.covariance_control == "clip_cov":
-                generator = torch.Generator().manual_seed(derived_seed(seed, step))
                 bounds = self._args.clip_cov_min, self._args.clip_cov_max
-                learned &= ~clip_cov_tokens(covariances, self._args.covariance_frac, *bounds, generator)
+                learned &= ~clip_cov_tokens(covariances, self._args.covariance_frac, *bounds, draws)
             else:
                 held = kl_cov_tokens(covariances, self._args.covariance_frac)
         first = sum(len(rank[0]) for rank in ranks[: process_index()])
@@ -229,9 +236,10 @@ class Objective:
         self._entropy_coef, self._is_entropy_low = state["entropy_coef"], state["is_entropy_low"]
 
 
-def derived_seed(seed: int, step: int) -> int:
-    """A seed for one step, unlike those of its neighbours."""
-    return int.from_bytes(hashlib.sha256(f"{seed} {step}".encode()).digest()[:7])
+def _draws(length: int, key: str) -> torch.Tensor:
+    """[length] random numbers that depend on `key` alone."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
+    return torch.rand(length, generator=torch.Generator().manual_seed(seed))
 
 
 def _mean_over_ranks(metrics: MetricTracker, name: str) -> float | None:

@@ -114,7 +114,9 @@ class GRPOTrainer(Trainer):
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.dynamic: DynamicSampling | None = None
         if grpo_args.dynamic_sampling:
-            self.dynamic = DynamicSampling(grpo_args.max_resample_times, args.process_index, args.world_size)
+            self.dynamic = DynamicSampling(
+                grpo_args.max_resample_times, self._can_teach, args.process_index, args.world_size
+            )
         self.buffer = RolloutBuffer()
         self.tracker = MetricTracker()
         self.completions_log = CompletionsLog(args.output_dir, rewards.names, grpo_args.num_completions_to_print)
@@ -168,8 +170,6 @@ class GRPOTrainer(Trainer):
     def collect(self) -> list[StepData]:
         """Sample, score and prepare one rollout: the data of its optimizer steps, in the order of use."""
         policy = self.accelerator.unwrap_model(self.model)
-        with self.stop.together(), self._timed("sync"):
-            self._sync()
         batch = self._sample_batch(self.prompts_per_step * self.grpo_args.steps_per_generation)
 
         prompts_per_rank = self.prompts_per_step // self.args.world_size
@@ -177,7 +177,7 @@ class GRPOTrainer(Trainer):
         num_chunks = max(1, *all_gather(len(chunks)))  # the last prompts of an epoch may not reach every rank
         chunks += [()] * (num_chunks - len(chunks))
         if self.grpo_args.mask_zero_std_groups:
-            chunks = [tuple(each for each in chunk if each.scored.has_reward_variance) for chunk in chunks]
+            chunks = [tuple(each for each in chunk if self._can_teach(each.scored)) for chunk in chunks]
         is_reused = num_chunks * self.grpo_args.num_iterations > 1
         groups = [tuple(each.scored for each in chunk) for chunk in chunks]
         with self._timed("logprobs"):
@@ -215,7 +215,6 @@ class GRPOTrainer(Trainer):
         filled = self.dynamic.fill(
             count, partial(self._roll_out, count), self._may_roll_out, partial(self.gradient.frozen_logprobs, policy)
         )
-        self.engine.sleep()
         record_filled(self.tracker, filled, count, is_counter=self.args.process_index == 0)
         scored = self._with_advantages([each.scored for each in filled.groups])
         self._log_completions([*scored, *filled.dropped])
@@ -224,11 +223,12 @@ class GRPOTrainer(Trainer):
 
     def _roll_out(self, count: int) -> list[ScoredGroup]:
         """Sample and score this rank's share of the next `count` prompts."""
+        with self.stop.together(), self._timed("sync"):
+            self._sync()
         indices = self.stream.take(count)
         with self.stop.together(), self._timed("rollout") as timer:
             groups = self._generate([self.prompts[i] for i in indices], self.sampling, self.state.global_step)
-        if self.dynamic is None:  # otherwise it may have to sample once more
-            self.engine.sleep()
+        self.engine.sleep()  # rewards and log-probabilities may want its memory
         with self._timed("reward"):
             scored = self.score(groups)
         self._record_rollout(scored, seconds=timer())
@@ -238,6 +238,9 @@ class GRPOTrainer(Trainer):
         if filled.num_kept == count or self.args.process_index > 0:
             return
         where = f"The batch of step {self.state.global_step + 1} has {filled.num_kept} of {count} groups"
+        if filled.num_kept == 0:
+            logger.warning(f"{where}: nothing is learned from it. The task is too hard or too easy for the policy.")
+            return
         if self._may_roll_out():
             logger.warning(
                 f"{where}: in {filled.num_rollouts} rollouts (`max_resample_times: "
@@ -313,6 +316,24 @@ class GRPOTrainer(Trainer):
             for group, group_rewards, group_totals in zip(groups, rewards, totals, strict=True)
         ]
 
+    def _can_teach(self, scored: ScoredGroup) -> bool:
+        """Whether its rewards differ, and the loss uses any of its completions."""
+        return scored.has_reward_variance and any(scored.used(self.grpo_args.mask_truncated_completions))
+
+    def _is_used(self, data: StepData) -> bool:
+        """Whether the loss uses any completion."""
+        masks = self.grpo_args.mask_truncated_completions
+        return any(any(scored.used(masks)) for scored in data.groups)
+
+    def _is_learned_from(self, data: StepData) -> bool:
+        """Whether the loss uses a completion whose advantage is not 0."""
+        masks = self.grpo_args.mask_truncated_completions
+        return any(
+            is_used and advantage != 0
+            for scored in data.groups
+            for is_used, advantage in zip(scored.used(masks), scored.advantages, strict=True)
+        )
+
     def _with_advantages(
         self, groups: Sequence[ScoredGroup], penalties: Sequence[float] | None = None
     ) -> list[ScoredGroup]:
@@ -331,11 +352,13 @@ class GRPOTrainer(Trainer):
             model.train()
             loss, metrics = self.gradient.accumulate(model, data, self.state.global_step)
             is_finite = self._is_finite(model, loss)
+            if self.accelerator.scaler is None and not any(all_gather(self._is_used(data))):
+                model.zero_grad()  # gradients of 0 would move the weights, by momentum and by decay
         loss = loss * self.args.world_size
         self.tracker.count("skipped_steps", 0.0 if is_finite or self.args.process_index > 0 else 1.0)
         if is_finite:
             self._num_skipped = 0
-            self._num_learned += len(data.groups) > 0
+            self._num_learned += self._is_learned_from(data)
             self.gradient.objective.adapt(metrics)
             self.tracker.merge(metrics.state_dict())
             # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.
@@ -679,11 +702,11 @@ class GRPOTrainer(Trainer):
             return
         if self._num_skipped == 0:
             raise RuntimeError(
-                f"None of the {num_steps} steps had a group of completions whose rewards differ, and others are left "
-                "out (`dynamic_sampling`, `mask_zero_std_groups`), so that nothing was "
-                "learned: the task is too hard or too easy for the policy, or the reward functions do not tell its "
-                "completions apart. Raise `num_generations` or `temperature`, or choose other prompts or "
-                "`reward_funcs`; `completions.jsonl` shows them with `log_completions: true`."
+                f"In none of the {num_steps} steps was a completion that the loss uses better or worse than the "
+                "others, so that nothing was learned: the task is too hard or too easy for the policy, the reward "
+                "functions do not tell its completions apart, or `mask_truncated_completions` leaves out those that "
+                "differ. Raise `num_generations`, `temperature` or `max_new_tokens`, or choose other prompts or "
+                "`reward_funcs`; `completions.jsonl` shows what was sampled with `log_completions: true`."
             )
         raise FloatingPointError(
             f"None of the {num_steps} steps had a finite loss and gradient, so that all were skipped and "

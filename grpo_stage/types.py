@@ -158,6 +158,13 @@ class ScoredGroup:
         """Whether two of its total rewards differ: the completions of another group teach nothing."""
         return len({total for total in self.total_rewards if total is not None}) > 1
 
+    def used(self, mask_truncated_completions: bool) -> tuple[bool, ...]:
+        """[G], whether the loss uses a completion."""
+        return tuple(
+            not (mask_truncated_completions and completion.finish_reason is FinishReason.LENGTH)
+            for completion in self.group.completions
+        )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyBatch:

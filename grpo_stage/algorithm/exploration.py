@@ -48,7 +48,7 @@ def token_covariances(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch
 
 
 def clip_cov_tokens(
-    covariances: torch.Tensor, fraction: float, lower: float, upper: float, generator: torch.Generator
+    covariances: torch.Tensor, fraction: float, lower: float, upper: float, draws: torch.Tensor
 ) -> torch.Tensor:
     r"""Clip-Cov: tokens drawn from those of a high covariance, to be left out of the policy's loss.
 
@@ -62,13 +62,13 @@ def clip_cov_tokens(
         fraction: of all tokens.
         lower: of the covariance.
         upper: of the covariance.
-        generator: draws them; on the CPU.
+        draws: [N] random numbers. Of the candidates those of the lowest are drawn.
 
     Returns:
         [N] bool.
     """
     candidates = ((covariances >= lower) & (covariances <= upper)).nonzero().squeeze(1)
-    drawn = candidates[torch.randperm(len(candidates), generator=generator)[: _number(fraction, len(covariances))]]
+    drawn = candidates[draws[candidates].argsort(stable=True)[: _number(fraction, len(covariances))]]
     return torch.zeros_like(covariances, dtype=torch.bool).index_fill(0, drawn, True)
 
 

@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+OFF_POLICY_KEYS = frozenset(
+    ("epsilon", "epsilon_high", "delta", "importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")
+)
+"""Keys that act where the policy has moved away from the one that sampled."""
+
 
 def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     """Refuse what can be told from the keys and from small local files.
@@ -291,6 +296,13 @@ def _warn(arguments: "RunArguments") -> None:
             "on them, which biases every gradient. Leave these keys out unless you mean it."
         )
     finetuning = arguments.finetuning
+    uses = finetuning.num_iterations * finetuning.steps_per_generation
+    if uses == 1 and not finetuning.dynamic_sampling and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
+        logger.warning_rank0(
+            f"{', '.join(f'`{key}: {getattr(finetuning, key)}`' for key in idle)}: without effect, since this run "
+            "trains on each rollout once. The policy is then the one that sampled: every ratio is 1, and nothing is "
+            "clipped. Write for example `steps_per_generation: 4` or `num_iterations: 2` if you mean to clip."
+        )
     of_sequence = finetuning.loss_type in ("gspo", "gspo_token") or finetuning.importance_sampling_level != "token"
     if of_sequence and "epsilon" not in arguments.given:
         logger.warning_rank0(

@@ -71,7 +71,7 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         ),
         "normalize_advantages": TRLKey("scale_rewards", _of_bool("batch", "none")),
         "use_adaptive_entropy": TRLKey(None, note="`entropy_target` switches it on"),
-        "entropy_coef_min": TRLKey(None, note="with `entropy_target` the coefficient stays above 0"),
+        "entropy_coef_min": TRLKey(None, note="with `entropy_target` the lowest coefficient is 0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
         "reward_processing_classes": TRLKey(
             None, note="a `reward_model` reads the policy's tokens, and is trained with LLaMA-Factory's `stage: rm`"

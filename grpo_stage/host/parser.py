@@ -98,7 +98,7 @@ def check(raw: RawArguments) -> dict[str, Any]:
         written["reward_funcs"] = REWARD_MODEL  # alone
     values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
     given = frozenset(key for key, value in written.items() if value is not None)
-    GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate()
+    GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate(given)
     refuse_impossible(SimpleNamespace(**values), given)
     return written
 

@@ -42,8 +42,11 @@ def test_the_tables_are_read() -> None:
 @pytest.mark.parametrize(("row", "column", "verdict"), cells())
 def test_a_cell_is_true(row: str, column: str, verdict: str) -> None:
     needed = NEEDS.get(row, {}) | NEEDS.get(column, {})
-    if "kl_in_reward: true" in (row, column) and "kl_estimator" not in row:
-        needed["kl_estimator"] = "k1"
+    if "kl_in_reward: true" in (row, column):
+        if "kl_estimator" not in row:
+            needed["kl_estimator"] = "k1"
+        if row == "advantage_estimator: grpo" or "advantage_estimator" not in row:
+            needed["scale_rewards"] = "none"
     options = needed | yaml.safe_load(row) | yaml.safe_load(column)
     arguments = GRPOArguments(reward_funcs="accuracy", **options)
     if verdict == "yes":

@@ -1,6 +1,7 @@
 """Dynamic sampling: which groups a batch is made of, and that none is lost, repeated, or taken for fresh."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from grpo_stage.canary import StaleRolloutError
 from grpo_stage.dynamic_sampling import DynamicSampling
 from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.stop import StopRequested
-from grpo_stage.types import Prompt, RolloutGroup, ScoredGroup
+from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup
 
 from .trainer_on_fakes import FakeEngine, LengthRewards, fake_completion, gradient_of, make_trainer, relative
 
@@ -91,7 +92,7 @@ def test_groups_that_teach_nothing_are_replaced_and_what_is_too_much_waits(tmp_p
         (2, [(7, 1), (9, 2)]),
         (3, [(10, 3), (11, 3)]),
     ]
-    assert trainer.engine.synced == [0, 1, 2, 3], "one delivery a batch"
+    assert trainer.engine.synced == [0, 0, 1, 1, 2, 3], "before each rollout: the engine may have slept since"
     assert metrics_of(trainer, "num_rollouts") == [2, 2, 1, 1]
     assert metrics_of(trainer, "frac_dropped") == [0.25, 0.5, 0.5, 0]
     assert metrics_of(trainer, "num_kept") == [2, 2, 2, 2]
@@ -145,12 +146,48 @@ def test_a_batch_for_which_nothing_was_found_has_no_gradient(tmp_path):
     assert [each.groups for each in data] == [()]
     loss = trainer.update(trainer.model, data[0])
     assert loss == 0
-    assert all((p.grad == 0).all() for p in trainer.model.parameters())
+    assert all(p.grad is None for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("options", [{}, {"dynamic_sampling": False, "mask_zero_std_groups": True}])
+def test_a_step_without_groups_leaves_the_weights_whatever_the_optimizer_remembers(tmp_path, options):
+    trainer = make(tmp_path, {0, 1}, num_prompts=6, max_resample_times=1, training={"weight_decay": 0.1}, **options)
+    seen = []
+    update = trainer.update
+    trainer.update = lambda *args: (seen.append(weights_of(trainer)), update(*args))[1]
+    trainer.train()
+    seen.append(weights_of(trainer))
+    moved = [not torch.equal(before, after) for before, after in itertools.pairwise(seen)]
+    assert moved == [True, False] if not options else [True, False, False]
+
+
+def test_a_group_of_truncated_completions_alone_is_no_group_to_learn_from(tmp_path):
+    """Where the loss leaves them out, a batch of such groups would be full and teach nothing."""
+    trainer = make(tmp_path, range(12), mask_truncated_completions=True)
+    generate = trainer.engine.generate
+
+    def truncated(prompts, *args):
+        return [
+            group
+            if group.prompt.index % 2
+            else dataclasses.replace(
+                group,
+                completions=tuple(
+                    dataclasses.replace(each, finish_reason=FinishReason.LENGTH) for each in group.completions
+                ),
+            )
+            for group in generate(prompts, *args)
+        ]
+
+    trainer.engine.generate = truncated
+    batches = watch_batches(trainer)
+    trainer.train()
+    assert sorted(index for _, groups in batches for index, _ in groups) == [1, 3, 5, 7, 9, 11]
 
 
 def test_a_run_that_never_found_a_group_to_learn_from_is_no_success(tmp_path):
     trainer = make(tmp_path, teaching=())
-    with pytest.raises(RuntimeError, match=r"None of the 2 steps had a group .*rewards differ.*num_generations"):
+    with pytest.raises(RuntimeError, match=r"In none of the 2 steps .*nothing was learned.*num_generations"):
         trainer.train()
 
 
@@ -216,7 +253,8 @@ def test_no_group_is_lost_or_repeated_and_the_steps_of_an_epoch_are_within_their
 ):
     """Two ranks in turn, on the same decisions as one."""
     teaching = data.draw(st.lists(st.booleans(), min_size=num_prompts, max_size=num_prompts))
-    dynamic = DynamicSampling(data.draw(st.integers(1, 3)), rank=0, world_size=1)
+    teaches = ScoredGroup.has_reward_variance.fget
+    dynamic = DynamicSampling(data.draw(st.integers(1, 3)), teaches, rank=0, world_size=1)
     count, cursor, trained, num_steps = per_step * steps, 0, [], 0
 
     def roll_out():
@@ -519,7 +557,7 @@ def test_a_masked_run_takes_the_same_steps_and_one_without_anything_to_learn_is_
         *([], [6], [], [6]),
         *([9], [], [9], []),
     ]
-    with pytest.raises(RuntimeError, match=r"None of the 12 steps had a group .*`mask_zero_std_groups`"):
+    with pytest.raises(RuntimeError, match=r"In none of the 12 steps .*nothing was learned"):
         make(tmp_path / "none", teaching=(), **options).train()
 
 

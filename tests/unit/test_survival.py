@@ -1,6 +1,7 @@
 """What may befall a run and must not harm it: stop signals, hangs, too little memory, losses that are not finite."""
 
 import asyncio
+import dataclasses
 import json
 import os
 import re
@@ -14,8 +15,10 @@ import pytest
 import torch
 
 from grpo_stage import stop as stop_module
+from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.rewards import RewardError
 from grpo_stage.stop import SafeStop, StopRequested
+from grpo_stage.types import FinishReason
 from grpo_stage.watchdog import HangError, Watchdog
 
 from .trainer_on_fakes import FakeEngine, LengthRewards, gradient_of, make_trainer, relative
@@ -73,6 +76,40 @@ def test_a_run_whose_every_step_was_skipped_is_no_success(tmp_path):
     trainer = make_trainer(tmp_path)  # three steps, and five may be skipped
     SpoiltSteps(trainer, {0, 1, 2}, "loss")
     with pytest.raises(FloatingPointError, match=r"None of the 3 steps .* nothing was learned.*learning_rate"):
+        trainer.train()
+
+
+class SameRewards(LengthRewards):
+    def score(self, groups):
+        return [[[0.5] for _ in group.completions] for group in groups]
+
+
+class TruncatedEngine(FakeEngine):
+    def generate(self, *args):
+        return [
+            dataclasses.replace(
+                group,
+                completions=tuple(
+                    dataclasses.replace(each, finish_reason=FinishReason.LENGTH) for each in group.completions
+                ),
+            )
+            for group in super().generate(*args)
+        ]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rewards": SameRewards()},
+        {"rewards": SameRewards(), "beta": 0.1, "reference": InitialWeightsReference},
+        {"rewards": SameRewards(), "advantage_estimator": "reinforce_plus_plus"},
+        {"engine": TruncatedEngine(), "mask_truncated_completions": True},
+    ],
+    ids=["equal rewards", "and a KL", "and no groups", "nothing that the loss uses"],
+)
+def test_a_run_without_anything_to_learn_from_is_no_success(tmp_path, options):
+    trainer = make_trainer(tmp_path, **options)
+    with pytest.raises(RuntimeError, match=r"In none of the 3 steps .*nothing was learned.*`reward_funcs`"):
         trainer.train()
 
 
