@@ -6,7 +6,6 @@ test_mutations.py can hand them a broken one. Gradients are central differences 
 detaches stays where it was.
 """
 
-import inspect
 import itertools
 import json
 import math
@@ -412,17 +411,17 @@ def on_ranks(module: ModuleType, calls: Sequence[Callable[[], Any]]) -> list[Any
         return list(pool.map(run, range(len(calls))))
 
 
-def selected(of: Any, rows: list[Row], step: int = 3, seed: int = 5, first: int = 0) -> tuple[list[Any], list[Any]]:
-    """`Objective.select` for completions of which the first is number `first` of the step."""
-    by_completion: list[Any] = [
+def selected(of: Any, rows: list[Row], step: int = 3, seed: int = 5) -> tuple[list[Any], list[Any]]:
+    """`Objective.select`, where a completion is known by its log-probabilities."""
+    selection = of.select(
         [f64(row.policy) for row in rows],
         [f64(row.entropy) for row in rows],
         [row.advantage for row in rows],
         [row.is_used for row in rows],
-    ]
-    if "keys" in inspect.signature(of.select).parameters:
-        by_completion.append([str(first + i) for i in range(len(rows))])
-    selection = of.select(*by_completion, step, seed)
+        [str(row.policy) for row in rows],
+        step,
+        seed,
+    )
     return tuple([tokens.tolist() for tokens in each] for each in (selection.learned, selection.held))  # type: ignore[return-value]
 
 
@@ -477,12 +476,13 @@ def check_selection(module: ModuleType) -> None:
             learned = learned - drawn
         whole = selected(of, rows)
         assert whole == (per_completion(learned, rows), per_completion(held, rows))
-        assert selected(of, rows) == whole, "by nothing but the step and the seed"
+        assert selected(of, rows) == whole, "by nothing but the step, the seed and the completions"
+        assert tuple(each[::-1] for each in selected(of, rows[::-1])) == whole, "in whatever order"
         # Ranks with many completions, with none, and with the rest.
         bounds = [(0, 11), (11, 11), (11, 24)]
         parts = on_ranks(
             module,
-            [partial(selected, of, rows[first:last], first=first) for first, last in bounds],
+            [partial(selected, of, rows[first:last]) for first, last in bounds],
         )
         assert tuple([tokens for part in parts for tokens in part[kind]] for kind in (0, 1)) == whole
         left_out = [replace(row, weights=[0.0] * len(row.weights)) for row in rows]
