@@ -1,6 +1,5 @@
 """A trainer with a fake engine and a fake reward: for tests of the trainer alone."""
 
-import copy
 import functools
 import gc
 from pathlib import Path
@@ -100,16 +99,6 @@ def leave_imports_to_themselves() -> None:
     gc.freeze()
 
 
-@functools.cache
-def tiny_model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
 def make_trainer(
     tmp_path: Path,
     *,
@@ -124,7 +113,11 @@ def make_trainer(
 ):
     leave_imports_to_themselves()
     torch.manual_seed(0)
-    model = copy.deepcopy(tiny_model())
+    config = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
     arguments = GRPOArguments(rollout_backend="hf", num_generations=4, **grpo)
     defaults = {
         "per_device_train_batch_size": 2,
