@@ -149,7 +149,7 @@ LEVELS_AND_THE_REST = [
     if objective["importance_sampling_level"] == "sequence_token" or not is_tokenwise(factor)
 ]
 # In words: with each of the forms of the KL.
-KL_CELLS = [options for options in CELLS if options.keys() >= {"beta", "kl_estimator"} and "loss_type" not in options]
+KL_CELLS = [options for options in CELLS if "kl_estimator" in options and "advantage_estimator" not in options]
 WITH_EACH_KL = [
     kl | other
     for kl in KL_CELLS
