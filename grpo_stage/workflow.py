@@ -102,10 +102,11 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
 def _run(trainer: GRPOTrainer, arguments: "RunArguments") -> None:
     training_args = arguments.training
     if training_args.do_train:
+        most = "at most " if trainer.dynamic is not None else ""
         logger.info_rank0(
             f"GRPO: {trainer.prompts_per_step} prompts x {trainer.sampling.num_generations} completions an optimizer "
-            f"step, {trainer.steps_per_epoch} steps an epoch. A loss near 0 is expected: on-policy, the advantages of "
-            "a group cancel out in the loss, though not in its gradient. `reward` is the curve to watch."
+            f"step, {most}{trainer.steps_per_epoch} steps an epoch. A loss near 0 is expected: on-policy, the "
+            "advantages of a group cancel out in the loss, though not in its gradient. `reward` is the curve to watch."
         )
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model()

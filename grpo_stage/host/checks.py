@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from llamafactory.data.parser import get_dataset_list
 from llamafactory.extras.constants import DATA_CONFIG
 from llamafactory.model.loader import load_config
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from ..evaluation import rewarding_metrics
 from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
@@ -297,14 +297,22 @@ def _warn(arguments: "RunArguments") -> None:
         )
     finetuning = arguments.finetuning
     uses = finetuning.num_iterations * finetuning.steps_per_generation
-    if uses == 1 and not finetuning.dynamic_sampling and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
+    is_off_policy = uses > 1 or finetuning.dynamic_sampling  # whose groups may wait for a later step
+    if not is_off_policy and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
         logger.warning_rank0(
             f"{', '.join(f'`{key}: {getattr(finetuning, key)}`' for key in idle)}: without effect, since this run "
             "trains on each rollout once. The policy is then the one that sampled: every ratio is 1, and nothing is "
             "clipped. Write for example `steps_per_generation: 4` or `num_iterations: 2` if you mean to clip."
         )
+    schedule = SchedulerType(training.lr_scheduler_type).value
+    if finetuning.dynamic_sampling and training.max_steps <= 0 and not schedule.startswith("constant"):
+        logger.warning_rank0(
+            f"`lr_scheduler_type: {schedule}` with `dynamic_sampling: true`: the schedule is laid out for the most "
+            "steps that there can be, and an epoch whose groups are left out has fewer, so that the run may end far up "
+            "on it. Write `max_steps`, or `lr_scheduler_type: constant_with_warmup`."
+        )
     of_sequence = finetuning.loss_type in ("gspo", "gspo_token") or finetuning.importance_sampling_level != "token"
-    if of_sequence and "epsilon" not in arguments.given:
+    if of_sequence and is_off_policy and "epsilon" not in arguments.given:
         logger.warning_rank0(
             f"`epsilon: {finetuning.epsilon}` by default, with the ratio of the whole completion (`loss_type: "
             f"{finetuning.loss_type}`), which moves far less than a token's: hardly anything will be clipped. GSPO's "
