@@ -211,7 +211,7 @@ def test_a_clip_that_never_acts_warns(recipe, monkeypatch):
 def test_a_schedule_for_steps_that_dynamic_sampling_may_not_reach_warns(recipe, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
-    epochs = recipe | {"max_steps": None, "num_train_epochs": 1, "lr_scheduler_type": "cosine"}
+    epochs = recipe | {"max_steps": -1, "num_train_epochs": 1, "lr_scheduler_type": "cosine"}
     parse(epochs)
     parse(epochs | {"dynamic_sampling": True, "lr_scheduler_type": "constant_with_warmup"})
     parse(epochs | {"dynamic_sampling": True, "max_steps": 5})
