@@ -308,8 +308,8 @@ def _warn(arguments: "RunArguments") -> None:
     if finetuning.dynamic_sampling and training.max_steps <= 0 and not schedule.startswith("constant"):
         logger.warning_rank0(
             f"`lr_scheduler_type: {schedule}` with `dynamic_sampling: true`: the schedule is laid out for the most "
-            "steps that there can be, and an epoch has fewer if groups are left out, so that the run may end far up on "
-            "it. Write `max_steps`, or `lr_scheduler_type: constant_with_warmup`."
+            "steps that there can be, and an epoch has fewer if groups are left out, so that the run may end far up "
+            "on it. Write `max_steps`, or `lr_scheduler_type: constant_with_warmup`."
         )
     of_sequence = finetuning.loss_type in ("gspo", "gspo_token") or finetuning.importance_sampling_level != "token"
     if of_sequence and is_off_policy and "epsilon" not in arguments.given:
