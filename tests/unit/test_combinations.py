@@ -39,20 +39,58 @@ def test_the_tables_are_read() -> None:
     assert len(verdicts) == 9 * 6 + 9 * 8 + 8 * 4 + 10 * 2 + 3 * 3
 
 
-@pytest.mark.parametrize(("row", "column", "verdict"), cells())
-def test_a_cell_is_true(row: str, column: str, verdict: str) -> None:
+def options_of(row: str, column: str) -> dict[str, Any]:
+    """The keys of a cell, and what they need."""
     needed = NEEDS.get(row, {}) | NEEDS.get(column, {})
     if "kl_in_reward: true" in (row, column):
         if "kl_estimator" not in row:
             needed["kl_estimator"] = "k1"
         if row == "advantage_estimator: grpo" or "advantage_estimator" not in row:
             needed["scale_rewards"] = "none"
-    options = needed | yaml.safe_load(row) | yaml.safe_load(column)
-    arguments = GRPOArguments(reward_funcs="accuracy", **options)
+    return needed | yaml.safe_load(row) | yaml.safe_load(column)
+
+
+@pytest.mark.parametrize(("row", "column", "verdict"), cells())
+def test_a_cell_is_true(row: str, column: str, verdict: str) -> None:
+    options = options_of(row, column)
     if verdict == "yes":
-        arguments.validate()
-        return
+        GRPOArguments(reward_funcs="accuracy", **options).validate()
+    else:
+        check_refusal(options, row.split(":")[0], column.split(":")[0])
+
+
+def check_refusal(options: dict[str, Any], *keys: str) -> None:
+    """The options are refused, and one of the keys is named."""
     with pytest.raises(ValueError, match="`") as refusal:
-        arguments.validate()
-    keys = set(re.findall(r"`(\w+)", str(refusal.value)))
-    assert keys & {row.split(":")[0], column.split(":")[0]}
+        GRPOArguments(reward_funcs="accuracy", **options).validate()
+    assert set(re.findall(r"`(\w+)", str(refusal.value))) & set(keys)
+
+
+# What the page says in words
+
+
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize(
+    "column", ["rollout_correction: token", "top_entropy_quantile: 0.3", "covariance_control: clip_cov"]
+)
+def test_nothing_is_done_to_single_tokens_of_a_sequence(loss: str, column: str) -> None:
+    options = {"loss_type": loss} | yaml.safe_load(column)
+    check_refusal(options | {"importance_sampling_level": "sequence"}, column.split(":")[0])
+    GRPOArguments(reward_funcs="accuracy", importance_sampling_level="sequence_token", **options).validate()
+
+
+@pytest.mark.parametrize(
+    "options", [{"delta": 3.0}, {"loss_type": "sapo", "sapo_temperature_neg": 2.0}, {"off_policy_mask_threshold": 0.1}]
+)
+def test_what_acts_on_negative_advantages_needs_some(options: dict[str, Any]) -> None:
+    check_refusal({"advantage_estimator": "passk", **options}, *options)
+    GRPOArguments(reward_funcs="accuracy", advantage_estimator="rloo", **options).validate()
+
+
+@pytest.mark.parametrize(("scale", "is_refused"), [("auto", True), ("group", True), ("batch", False), ("none", False)])
+def test_the_kl_in_the_reward_is_not_divided_by_the_group(scale: str, is_refused: bool) -> None:
+    options = {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1", "scale_rewards": scale}
+    if is_refused:
+        check_refusal(options, "scale_rewards")
+    else:
+        GRPOArguments(reward_funcs="accuracy", **options).validate()

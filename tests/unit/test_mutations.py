@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+import grpo_stage.gradient
+import grpo_stage.objective
 from grpo_stage.algorithm import advantages, correction, exploration, kl, losses
 
 
@@ -25,6 +27,7 @@ def oracle_of(file: str) -> ModuleType:
 
 
 oracle, objective = oracle_of("test_algorithm_oracle.py"), oracle_of("test_objective_oracle.py")
+terms = oracle_of("test_objective_terms.py")
 
 CHECKS: dict[ModuleType, tuple[Callable[[ModuleType], None], ...]] = {
     advantages: (oracle.check_advantages, objective.check_advantages),
@@ -32,7 +35,221 @@ CHECKS: dict[ModuleType, tuple[Callable[[ModuleType], None], ...]] = {
     exploration: (objective.check_exploration,),
     kl: (oracle.check_kl, objective.check_kl),
     losses: (oracle.check_losses, objective.check_losses),
+    grpo_stage.objective: (
+        terms.check_penalty_and_state,
+        terms.check_selection,
+        terms.check_adaptation,
+        terms.check_token_losses,
+    ),
+    grpo_stage.gradient: (terms.check_gradient,),
 }
+
+# What `Objective` and `PolicyGradient` make of the formulas: name, old, new.
+OF_THE_OBJECTIVE: list[tuple[str, str, str]] = [
+    # The settings.
+    ("loss_type: ignored", "LOSSES[args.loss_type]", 'LOSSES["dapo"]'),
+    ("epsilon: ignored", "epsilon=args.epsilon,", "epsilon=0.2,"),
+    ("epsilon_high: ignored", "args.epsilon if args.epsilon_high is None else args.epsilon_high", "args.epsilon"),
+    ("epsilon_high: DAPO's", "args.epsilon if args.epsilon_high is None", "0.28 if args.epsilon_high is None"),
+    ("delta: ignored", "delta=args.delta", "delta=None"),
+    ("level: ignored", "level=args.importance_sampling_level", 'level="token"'),
+    (
+        "sapo: pos for neg",
+        "sapo_temperature_neg=args.sapo_temperature_neg",
+        "sapo_temperature_neg=args.sapo_temperature_pos",
+    ),
+    (
+        "sapo: neg for pos",
+        "sapo_temperature_pos=args.sapo_temperature_pos",
+        "sapo_temperature_pos=args.sapo_temperature_neg",
+    ),
+    # What is added up.
+    ("old: the present", "TokenInputs(logprobs, old_logprobs,", "TokenInputs(logprobs, logprobs.detach(),"),
+    ("factors: dropped", "losses = losses * factor", "losses = losses * factor**0"),
+    (
+        "factors: on the KL as well",
+        "self.beta * self._kl_loss(logprobs, old_logprobs, ref_logprobs)",
+        "self.beta * self._kl_loss(logprobs, old_logprobs, ref_logprobs)"
+        " * sum(self._policy_factors(batch, logprobs.detach(), old_logprobs, MetricTracker()), start=0 * losses)",
+    ),
+    ("learned: dropped", "losses = losses * learned", "losses = losses * 1"),
+    ("learned: inverted", "losses = losses * learned", "losses = losses * (1 - learned)"),
+    (
+        "learned: the KL as well",
+        "losses + self.beta * self._kl_loss",
+        "losses + (1 if learned is None else learned) * self.beta * self._kl_loss",
+    ),
+    (
+        "learned: the entropy as well",
+        "self.entropy_coef * entropy",
+        "(1 if learned is None else learned) * self.entropy_coef * entropy",
+    ),
+    ("held: sign", "losses + self._args.kl_cov_coef", "losses - self._args.kl_cov_coef"),
+    ("held: no coefficient", "self._args.kl_cov_coef * held", "held"),
+    ("held: all tokens", "kl_cov_coef * held", "kl_cov_coef * held**0"),
+    ("held: of either sign", "(logprobs - old_logprobs).abs()", "(logprobs - old_logprobs)"),
+    ("held: no gradient", "(logprobs - old_logprobs).abs()", "(logprobs.detach() - old_logprobs).abs()"),
+    (
+        "held: no policy's loss",
+        "losses = losses + self._args.kl_cov",
+        "losses = losses * (1 - held) + self._args.kl_cov",
+    ),
+    ("entropy: sign", "losses - self.entropy_coef * entropy", "losses + self.entropy_coef * entropy"),
+    ("entropy: no gradient", "self.entropy_coef * entropy", "self.entropy_coef * entropy.detach()"),
+    ("entropy: coefficient of the start", "losses - self.entropy_coef *", "losses - self._args.entropy_coef *"),
+    ("entropy: never paid", "if self.pays_entropy:", "if False:"),
+    (
+        "entropy: not paid with a target alone",
+        "args.entropy_coef > 0 or args.entropy_target is not None",
+        "args.entropy_coef > 0",
+    ),
+    ("KL: sign", "losses + self.beta *", "losses - self.beta *"),
+    ("KL: no coefficient", "losses + self.beta * self", "losses + self"),
+    ("KL: coefficient of the start", "losses + self.beta *", "losses + self._args.beta *"),
+    ("KL: in the reward and the loss", "if not self._args.kl_in_reward:", "if True:"),
+    ("KL: always k3", "KL_ESTIMATORS[self._args.kl_estimator](logprobs", "k3(logprobs"),
+    ("KL: direction", "kl_estimator](logprobs, ref_logprobs)", "kl_estimator](ref_logprobs, logprobs)"),
+    ("KL: of the old policy", "kl_estimator](logprobs, ref_logprobs)", "kl_estimator](old_logprobs, ref_logprobs)"),
+    ("KL: never corrected", "if self._args.use_bias_correction_kl else kl", "if False else kl"),
+    ("KL: always corrected", "if self._args.use_bias_correction_kl else kl", "if True else kl"),
+    (
+        "KL: corrected by the reference",
+        "bias_corrected(kl, logprobs, old_logprobs)",
+        "bias_corrected(kl, logprobs, logprobs.detach())",
+    ),
+    (
+        "metric: the kl of the loss",
+        "kl = k3(logprobs, ref_logprobs)\n",
+        "kl = self._kl_loss(logprobs, old_logprobs, ref_logprobs)\n",
+    ),
+    (
+        "metric: entropy of all tokens",
+        "record_update(metrics, batch, surrogate, entropy.detach(), kl)",
+        "record_update(metrics, batch, surrogate, entropy.detach() * 2, kl)",
+    ),
+    ("metric: tokens that the loss leaves out", "(learned * used).sum()", "learned.sum()"),
+    ("metric: held", "(held * used).sum()", "(used - held * used).sum()"),
+    # The factors.
+    ("correction: never", 'if args.rollout_correction != "none":', "if False:"),
+    (
+        "correction: of the present policy",
+        "correction_weights(\n                old_logprobs,",
+        "correction_weights(\n                logprobs,",
+    ),
+    ("correction: level", "level=args.rollout_correction,", 'level="token",'),
+    ("correction: mode", "mode=args.rollout_correction_mode", 'mode="truncate"'),
+    ("correction: no lower bound", "lower=args.rollout_correction_min", "lower=0.0"),
+    ("correction: no upper bound", "upper=args.rollout_correction_max", "upper=torch.inf"),
+    ("correction: metric", "(weights <= args.rollout_correction_min) | ", ""),
+    ("off-policy: inverted", "factors.append(kept)", "factors.append(1 - kept)"),
+    (
+        "off-policy: of the old policy",
+        "off_policy_mask(\n                logprobs,",
+        "off_policy_mask(\n                old_logprobs,",
+    ),
+    ("off-policy: threshold", "                args.off_policy_mask_threshold,\n", "                0.0,\n"),
+    ("off-policy: metric", "((1 - kept) * completions).sum()", "(1 - kept).sum()"),
+    # The choice of tokens.
+    ("select: not for the quantile", "self._args.top_entropy_quantile < 1 or", "False or"),
+    ("select: not for the covariance", ' or self._args.covariance_control != "none"\n', "\n"),
+    ("select: what is left out counts", "len(tokens) if is_used else 0", "len(tokens)"),
+    ("select: of this rank alone", "ranks = all_gather(mine)", "ranks = [mine] * len(all_gather(mine))"),
+    ("select: another rank's", "ranks[: process_index()]", "ranks[: process_index() - 1]"),
+    (
+        "quantile: of the log-probabilities",
+        "highest_entropy_tokens(all_entropies,",
+        "highest_entropy_tokens(all_logprobs,",
+    ),
+    ("quantile: the others", "learned &= highest_entropy_tokens", "learned &= ~highest_entropy_tokens"),
+    ("covariance: of the entropy", "token_covariances(all_logprobs,", "token_covariances(all_entropies,"),
+    ("clip_cov: the others", "learned &= ~clip_cov_tokens", "learned &= clip_cov_tokens"),
+    ("clip_cov: the quantile forgotten", "learned &= ~clip_cov_tokens", "learned = ~clip_cov_tokens"),
+    ("clip_cov: bounds", "self._args.clip_cov_min, self._args.clip_cov_max", "0.0, self._args.clip_cov_max"),
+    ("clip_cov: the same draw in each step", '{seed} {step} {key}"', '{seed} {key}"'),
+    ("clip_cov: the same draw for each seed", '{seed} {step} {key}"', '{step} {key}"'),
+    ("clip_cov: step and seed run together", '{seed} {step} {key}"', '{seed + step} {key}"'),
+    ("clip_cov: the same draw for each completion", '{seed} {step} {key}"', '{seed} {step}"'),
+    ("clip_cov: by the place of a completion", '{seed} {step} {key}"', '{seed} {step} {keys.index(key)}"'),
+    ("kl_cov: not learned from", "held = kl_cov_tokens", "learned &= ~kl_cov_tokens"),
+    ("kl_cov: share", "kl_cov_tokens(covariances, self._args.covariance_frac)", "kl_cov_tokens(covariances, 0.5)"),
+    # What adapts.
+    ("gate: removed", "self._entropy_coef if self._is_entropy_low else 0.0", "self._entropy_coef"),
+    ("gate: inverted", "if self._is_entropy_low else 0.0", "if not self._is_entropy_low else 0.0"),
+    ("gate: never closes", "self._is_entropy_low = entropy <= args.entropy_target", "self._is_entropy_low = True"),
+    ("gate: closes at the target", "entropy <= args.entropy_target", "entropy < args.entropy_target"),
+    (
+        "adapt: mean of this rank",
+        "for state in all_gather(metrics.state_dict())",
+        "for state in all_gather(metrics.state_dict())[:1]",
+    ),
+    (
+        "adapt: mean of the ranks' means",
+        "sum(total for total, _ in measured) / count",
+        "sum(t / n for t, n in measured if n) / sum(n > 0 for _, n in measured)",
+    ),
+    ("adapt: beta by the entropy", '_mean_over_ranks(metrics, "kl")', '_mean_over_ranks(metrics, "entropy")'),
+    ("adapt: the entropy's by the kl", '_mean_over_ranks(metrics, "entropy")', '_mean_over_ranks(metrics, "kl")'),
+    ("adapt: from the beta of the start", "adapted_coefficient(self.beta, kl", "adapted_coefficient(args.beta, kl"),
+    (
+        "adapt: from the coefficient that is paid",
+        "                    self._entropy_coef, entropy,",
+        "                    self.entropy_coef, entropy,",
+    ),
+    ("adapt: never beta", "if args.kl_target is not None:", "if False:"),
+    (
+        "adapt: never the entropy's",
+        "        if args.entropy_target is not None:\n            metrics",
+        "        if False:\n            metrics",
+    ),
+    ("metric: beta of the start", 'metrics.add("beta", self.beta)', 'metrics.add("beta", args.beta)'),
+    (
+        "metric: the coefficient, paid or not",
+        'metrics.add("entropy_coef", self.entropy_coef)',
+        'metrics.add("entropy_coef", self._entropy_coef)',
+    ),
+    ("state: beta of the start", '"beta": self.beta,', '"beta": self._args.beta,'),
+    ("state: what is paid", '"entropy_coef": self._entropy_coef,', '"entropy_coef": self.entropy_coef,'),
+    ("state: the gate forgotten", '"is_entropy_low": self._is_entropy_low,', '"is_entropy_low": True,'),
+    ("state: beta not loaded", 'self.beta = state["beta"]', "pass"),
+    ("penalty: no coefficient", "self.beta * estimate(policy", "estimate(policy"),
+    ("penalty: sign", "self.beta * estimate(policy", "-self.beta * estimate(policy"),
+    ("penalty: mean over tokens", "ref.double()).sum().item()", "ref.double()).mean().item()"),
+    ("penalty: always k3", "estimate = KL_ESTIMATORS[self._args.kl_estimator]", "estimate = k3"),
+]
+OF_THE_GRADIENT: list[tuple[str, str, str]] = [
+    ("weights: dropped", "(batch.loss_weights * token_losses).sum()", "(batch.completion_mask * token_losses).sum()"),
+    (
+        "old: always the present",
+        "logprobs.detach() if data.old_logprobs is None else _padded(data.old_logprobs, batch)",
+        "logprobs.detach()",
+    ),
+    ("old: none on-policy", "old = logprobs.detach() if", "old = logprobs.detach() * 0 if"),
+    ("reference: none", "None if data.ref_logprobs is None else _padded(data.ref_logprobs, batch)", "None"),
+    ("reference: the old policy", "_padded(data.ref_logprobs, batch)", "old"),
+    ("learned and held swapped", "metrics, learned, held)", "metrics, held, learned)"),
+    (
+        "learned: dropped",
+        "learned = None if selection is None else _padded(selection.learned, batch)",
+        "learned = None",
+    ),
+    ("held: dropped", "held = None if selection is None else _padded(selection.held, batch)", "held = None"),
+    ("selection: never", "if self.objective.selects else None", "if False else None"),
+    ("selection: truncated ones count", "scored.used(masks)", "scored.used(False)"),
+    ("selection: no advantages", "[advantage for scored in data.groups for", "[0.0 for scored in data.groups for"),
+    ("entropy: no gradient", "entropy_gradient=self.objective.pays_entropy", "entropy_gradient=False"),
+    (
+        "temperature: ignored",
+        "                self._sampling.temperature,\n                with_entropy=True",
+        "                1.0,\n                with_entropy=True",
+    ),
+    (
+        "totals: truncated ones count",
+        "count_totals(groups, self._sampling.max_new_tokens, self._grpo_args.mask_truncated_completions)",
+        "count_totals(groups, self._sampling.max_new_tokens, False)",
+    ),
+    ("rows: not as in the micro-batch", "enumerate(batch.rows)", "enumerate(sorted(batch.rows))"),
+    ("loss: of the last micro-batch", "loss += micro_loss.detach()", "loss = micro_loss.detach()"),
+]
 
 MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     ("advantage: sign", advantages, "rewards - rewards.nanmean", "-rewards + rewards.nanmean"),
@@ -360,14 +577,16 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "clip_cov: the first ones",
         exploration,
-        "torch.randperm(len(candidates), generator=generator)",
+        "draws[candidates].argsort(stable=True)",
         "torch.arange(len(candidates))",
     ),
+    ("clip_cov: draws of others", exploration, "draws[candidates]", "draws[: len(candidates)]"),
+    ("clip_cov: the highest", exploration, "argsort(stable=True)", "argsort(descending=True)"),
     (
         "clip_cov: all of them",
         exploration,
-        "generator=generator)[: _number(fraction, len(covariances))]",
-        "generator=generator)",
+        "argsort(stable=True)[: _number(fraction, len(covariances))]",
+        "argsort(stable=True)",
     ),
     (
         "kl_cov: the lowest",
@@ -387,11 +606,14 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "max(coefficient + (delta if entropy <= target else -delta), 0.0)",
         "(coefficient + (delta if entropy <= target else -delta))",
     ),
+    *((f"objective, {name}", grpo_stage.objective, old, new) for name, old, new in OF_THE_OBJECTIVE),
+    *((f"gradient, {name}", grpo_stage.gradient, old, new) for name, old, new in OF_THE_GRADIENT),
 ]
 
 
 def load(module: ModuleType, source: str) -> ModuleType:
     mutant = ModuleType(f"{module.__name__}_mutant")
+    mutant.__package__ = module.__package__
     exec(compile(source, mutant.__name__, "exec"), mutant.__dict__)
     return mutant
 

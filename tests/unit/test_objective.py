@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo_stage.advantages import with_advantages
-from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
 from grpo_stage.algorithm.kl import KL_ESTIMATORS
 from grpo_stage.algorithm.losses import LEVELS, LOSSES
 from grpo_stage.arguments import ADVANTAGE_SCALES, CLIPPED_LOSSES, GRPOArguments
@@ -19,6 +19,7 @@ from grpo_stage.objective import Objective
 from grpo_stage.policy import InitialWeightsReference, ModelReference
 from grpo_stage.types import PolicyBatch
 
+from .test_combinations import cells, options_of
 from .trainer_on_fakes import LengthRewards, gradient_of, make_trainer, relative
 
 
@@ -32,15 +33,13 @@ OBJECTIVES: list[dict[str, Any]] = [
     *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in ("cispo", "sapo", "gspo", "gspo_token", "gmpo")),
 ]
 FACTORS: list[dict[str, Any]] = [
-    {},
     {"rollout_correction": "token", "rollout_correction_min": 0.5},
-    {"rollout_correction": "sequence", "rollout_correction_mode": "mask", "rollout_correction_max": 50.0},
+    {"rollout_correction": "sequence", "rollout_correction_mode": "mask", "rollout_correction_min": 0.01},
     {"off_policy_mask_threshold": 0.01},
     {"top_entropy_quantile": 0.3},
     {"covariance_control": "kl_cov", "covariance_frac": 0.2, "kl_cov_coef": 0.5},
     {"entropy_coef": 0.05},
 ]
-# What it draws hangs on the order, so that only the split is without effect.
 CLIP_COV: dict[str, Any] = {
     "covariance_control": "clip_cov",
     "covariance_frac": 0.2,
@@ -56,16 +55,16 @@ KLS: list[dict[str, Any]] = [
     {"beta": 0.1, "kl_target": 0.01},
     {"beta": 0.1, "sync_ref_model": True, "ref_model_sync_steps": 1},
 ]
-IN_REWARD = next(kl for kl in KLS if "kl_in_reward" in kl)
-ESTIMATORS = [
-    {"advantage_estimator": estimator, "scale_rewards": scale}
-    for estimator, scales in ADVANTAGE_SCALES.items()
-    for scale in scales
-]
 
 
 def named(options: dict[str, Any]) -> str:
     return " ".join(f"{key}={value}" for key, value in options.items()) or "plain"
+
+
+def is_tokenwise(options: dict[str, Any]) -> bool:
+    """Whether it weighs single tokens, which a loss that is the completion's has no place for."""
+    correction, covariance = options.get("rollout_correction"), options.get("covariance_control")
+    return correction == "token" or covariance == "clip_cov" or "top_entropy_quantile" in options
 
 
 def moved(trainer: Any, seed: int = 1, scale: float = 0.02) -> None:
@@ -91,15 +90,14 @@ def reversed_order(data: StepData) -> StepData:
     return dataclasses.replace(data, groups=groups, old_logprobs=old, ref_logprobs=ref)
 
 
-def check_invariance(tmp_path, *, with_order=True, **options):
+def check_invariance(tmp_path, **options):
     trainer = make_trainer(tmp_path, num_iterations=2, reference=InitialWeightsReference, **options)
     data = trainer.collect()[1]
     moved(trainer)
     trainer.gradient.token_budget = 10_000
     whole = gradient_of(trainer, data)
     assert whole.norm() > 1e-4
-    others = [data, reversed_order(data)] if with_order else [data]
-    for budget, same in itertools.product((10_000, 1, 23), others):
+    for budget, same in itertools.product((10_000, 1, 23), (data, reversed_order(data))):
         trainer.gradient.token_budget = budget
         assert relative(gradient_of(trainer, same), whole) < 1e-5
 
@@ -109,13 +107,13 @@ def test_no_loss_depends_on_the_split_or_the_order(tmp_path, options):
     check_invariance(tmp_path, beta=0.1, mask_truncated_completions=True, **options)
 
 
-@pytest.mark.parametrize("options", [*FACTORS[1:], *(kl for kl in KLS if "kl_target" not in kl)], ids=named)
+@pytest.mark.parametrize(
+    "options",
+    [*FACTORS, CLIP_COV | {"mask_truncated_completions": True}, *(kl for kl in KLS if "kl_target" not in kl)],
+    ids=named,
+)
 def test_no_factor_depends_on_the_split_or_the_order(tmp_path, options):
     check_invariance(tmp_path, **{"beta": 0.0, **options})
-
-
-def test_what_clip_cov_draws_does_not_depend_on_the_split(tmp_path):
-    check_invariance(tmp_path, with_order=False, mask_truncated_completions=True, **CLIP_COV)
 
 
 def test_the_tables_and_the_arguments_know_the_same_names():
@@ -131,59 +129,137 @@ def test_the_tables_and_the_arguments_know_the_same_names():
     assert set(CLIPPED_LOSSES) < LOSSES.keys()
 
 
-# Two steps with each option and each pair of kinds
+# Two steps with each cell of docs/combinations.md that says yes, and with more
+
+
+# Beside the value of a cell: so that it does something to the few tokens of a test.
+ACTING: dict[str, dict[str, Any]] = {
+    "rollout_correction: token": {"rollout_correction_min": 0.5},
+    "rollout_correction: sequence": {"rollout_correction_mode": "mask", "rollout_correction_min": 0.01},
+    "covariance_control: clip_cov": CLIP_COV,
+    "covariance_control: kl_cov": {"covariance_frac": 0.2, "kl_cov_coef": 0.5},
+}
+CELLS = [options_of(row, column) | ACTING.get(column, {}) for row, column, verdict in cells() if verdict == "yes"]
+# The page has levels and the rest in two tables.
+LEVELS_AND_THE_REST = [
+    objective | factor
+    for objective in OBJECTIVES
+    if objective.get("importance_sampling_level", "token") != "token"
+    for factor in [*FACTORS, CLIP_COV, KLS[2]]
+    if objective["importance_sampling_level"] == "sequence_token" or not is_tokenwise(factor)
+]
+# In words: with each of the forms of the KL.
+KL_CELLS = [options for options in CELLS if options.keys() >= {"beta", "kl_estimator"} and "loss_type" not in options]
+WITH_EACH_KL = [
+    kl | other
+    for kl in KL_CELLS
+    for other in ({"kl_target": 0.01}, {"sync_ref_model": True, "ref_model_sync_steps": 1})
+]
+SCALES_WITH_THE_KL_IN_THE_REWARD = [
+    {"advantage_estimator": estimator, "scale_rewards": scale, "beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1"}
+    for estimator, scales in ADVANTAGE_SCALES.items()
+    for scale in scales
+    if estimator not in ("gdpo", "passk") and scale != "group"
+]
+TARGETS = [{"entropy_target": target, "entropy_coef": 0.01} for target in (0.1, 9.0)]
+
+
+class HalfOfThePrompts(LengthRewards):
+    """Rewards that are the same throughout the groups of every other prompt."""
+
+    def score(self, groups):
+        scores = super().score(groups)
+        return [[[0.5]] * 4 if g.prompt.index % 2 else own for g, own in zip(groups, scores, strict=True)]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        *(objective | kl for objective in OBJECTIVES for kl in ({}, KLS[2])),
-        *KLS,
-        *(factor | objective for factor in [*FACTORS[1:], CLIP_COV] for objective in OBJECTIVES),
-        *({"entropy_target": target, "entropy_coef": 0.01} for target in (0.1, 9.0)),
-        *(estimator | kl for estimator in ESTIMATORS for kl in ({}, IN_REWARD)),
-        *({"delta": 3.0, "loss_type": loss} for loss in CLIPPED_LOSSES),
+        *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in LOSSES),
+        *CELLS,
+        *LEVELS_AND_THE_REST,
+        *WITH_EACH_KL,
+        *SCALES_WITH_THE_KL_IN_THE_REWARD,
+        *TARGETS,
     ],
     ids=named,
 )
 def test_two_steps(tmp_path, options):
-    arguments = {"reward_funcs": "even", "rollout_backend": "hf", "num_iterations": 2, **options}
-    if options.get("kl_in_reward") and options.get("advantage_estimator") == "gdpo":
-        with pytest.raises(ValueError, match="gdpo"):
-            GRPOArguments(**arguments).validate()
-        return
-    GRPOArguments(**arguments).validate()
+    options = {"num_iterations": 2, **options}
+    GRPOArguments(reward_funcs="even", rollout_backend="hf", **options).validate()
     reference = InitialWeightsReference if options.get("beta") else None
+    leaves_out = bool({"dynamic_sampling", "mask_zero_std_groups"} & options.keys())
     # A step so small that no second one finds every token clipped.
     run = {"max_steps": 2, "learning_rate": 1e-5}
-    trainer = make_trainer(tmp_path, num_iterations=2, reference=reference, training=run, **options)
+    rewards = HalfOfThePrompts() if leaves_out else None
+    trainer = make_trainer(tmp_path, reference=reference, rewards=rewards, training=run, **options)
     before = [p.detach().clone() for p in trainer.model.parameters()]
+    trained_on = watch_data(trainer)
     trainer.train()
     assert any(not torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
-    for line in trainer.state.log_history[:2]:
-        assert math.isfinite(line["loss"])
-        assert line["grad_norm"] > 0
-        assert line["skipped_steps"] == 0
-        if options.get("rollout_correction"):
-            assert 0 < line["rollout_correction/weight_mean"] <= options.get("rollout_correction_max", 2.0)
-            assert 0 <= line["rollout_correction/bounded_frac"] <= 1
-        if "off_policy_mask_threshold" in options:
-            assert 0 <= line["off_policy_masked_frac"] <= 1
-        if "delta" in options:
-            assert line["clip_ratio/delta_mean"] >= 0
-        if "top_entropy_quantile" in options:
-            assert 0.3 <= line["token_selection/learned_frac"] < 0.4
-        if "covariance_control" in options:
-            left, held = 1 - line["token_selection/learned_frac"], line["token_selection/held_frac"]
-            touched, other = (left, held) if options["covariance_control"] == "clip_cov" else (held, left)
-            assert 0 < touched <= 0.25
-            assert other == 0
-        if "entropy_target" in options:
-            assert line["entropy_coef"] >= 0
-        if "kl_target" in options:
-            assert line["beta"] > 0
-        if options.get("beta"):
-            assert "kl" in line
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert len(lines) == 2
+    for line in lines:
+        check_line(line, options)
+    check_advantages(trained_on[0], options)
+    if leaves_out:
+        assert all(group.has_reward_variance for data in trained_on for group in data.groups)
+        assert lines[0]["frac_reward_zero_std"] > 0
+        assert len(trained_on[0].groups) == (2 if "dynamic_sampling" in options else 1)
+    if "entropy_target" in options:
+        is_low = options["entropy_target"] == 9.0
+        second = 0.01 + trainer.grpo_args.entropy_coef_delta if is_low else 0.0
+        assert [line["entropy_coef"] for line in lines] == pytest.approx([0.01, second])
+    if "kl_target" in options:  # the first step is at the reference
+        assert [line["beta"] for line in lines] == pytest.approx([0.1, 0.098])
+
+
+def watch_data(trainer):
+    """What the steps of `trainer` train on."""
+    seen = []
+    update = trainer.update
+    trainer.update = lambda model, data: (seen.append(data), update(model, data))[1]
+    return seen
+
+
+def check_line(line, options):
+    assert math.isfinite(line["loss"])
+    assert line["grad_norm"] > 0
+    assert line["skipped_steps"] == 0
+    assert ("kl" in line) == ("beta" in options)
+    assert ("clip_ratio/delta_mean" in line) == ("delta" in options)
+    assert line["clip_ratio/region_mean"] == 0, "nothing has moved as far as that"
+    if "rollout_correction" in options:
+        assert 0 < line["rollout_correction/weight_mean"] <= options.get("rollout_correction_max", 2.0)
+        assert 0 < line["rollout_correction/bounded_frac"] < 1
+    if "off_policy_mask_threshold" in options:
+        assert 0 < line["off_policy_masked_frac"] < 1
+    if "top_entropy_quantile" in options:
+        assert 0.3 <= line["token_selection/learned_frac"] < 0.4
+    if "covariance_control" in options:
+        left, held = 1 - line["token_selection/learned_frac"], line["token_selection/held_frac"]
+        touched, other = (left, held) if options["covariance_control"] == "clip_cov" else (held, left)
+        assert 0 < touched <= 0.25
+        assert other == 0
+
+
+def check_advantages(data, options):
+    """Those of the first batch are the estimator's, divided as `scale_rewards` says, but where the KL is taken off."""
+    if options.get("kl_in_reward"):
+        return
+    totals = torch.tensor([group.total_rewards for group in data.groups], dtype=torch.float64)
+    estimator = options.get("advantage_estimator", "grpo")
+    table = RewardTable(
+        totals=totals,
+        parts=totals.unsqueeze(-1),
+        weights=torch.ones(1, dtype=torch.float64),
+        lengths=torch.tensor([[len(c.token_ids) for c in group.group.completions] for group in data.groups]),
+    )
+    scale = options.get("scale_rewards", ADVANTAGE_SCALES[estimator][0])
+    expected = ADVANTAGE_ESTIMATORS[estimator](table, scale)
+    actual = torch.tensor([group.advantages for group in data.groups], dtype=torch.float64)
+    if "mask_zero_std_groups" not in options:  # whose batch is more than what is trained on
+        torch.testing.assert_close(actual, expected)
 
 
 # What the objective adds up
@@ -301,8 +377,6 @@ def test_an_estimator_sees_the_parts_the_weights_and_the_lengths(tmp_path, estim
     ]
     options = {"estimator": estimator, "scale_rewards": scale}
     actual = with_advantages(scored, weights=(2.0, -1.0), **options)
-    from grpo_stage.algorithm.advantages import RewardTable
-
     table = RewardTable(
         totals=torch.tensor([[2 * a - b for a, b in row] for row in rows], dtype=torch.float64),
         parts=torch.tensor(rows, dtype=torch.float64),
