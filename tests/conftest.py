@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 @pytest.fixture(autouse=True)
 def _one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` replaces `os.environ` by a copy after a `map` in several processes; what holds the old one goes stale."""
+    """`datasets` replaces `os.environ` by a copy after a `map` in several processes, and the old one goes stale."""
     monkeypatch.setattr(os, "environ", os.environ)
 
 
