@@ -124,7 +124,6 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
     from ..rewards import REWARD_MODEL, load_rewards
     from ..rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
-    from ..workflow import server_reward
 
     has_model = bool(configuration.get("model_name_or_path"))
     if samples and not has_model:
@@ -141,6 +140,8 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
     with contextlib.closing(rewards):
         tokenizer, template, prompts = _load_prompts(arguments, num_rows, has_model, rewards)
         if REWARD_MODEL in rewards.names:
+            from ..workflow import server_reward
+
             rewards.model = server_reward(arguments, template, tokenizer)
         completions = [list(completions_from(prompt.reference, tokenizer).items()) for prompt in prompts]
         if samples:

@@ -35,3 +35,21 @@ def test_a_policy_from_scratch_leaves_the_reference_its_weights(recipe, run_exp,
     (reference,) = references
     files = load_file(tiny_model_dir / "model.safetensors")
     assert all(torch.equal(tensor, files[name]) for name, tensor in reference.named_parameters())
+
+
+def test_its_tokenizer_is_read_with_the_runs_access_to_hubs(recipe, run_exp, tiny_model_dir, tmp_path, monkeypatch):
+    from grpo_stage.host import facade
+
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    asked = {}
+    load = facade.load_tokenizer
+
+    def loaded(model_args):
+        asked[model_args.model_name_or_path] = (model_args.trust_remote_code, model_args.hf_hub_token)
+        return load(model_args)
+
+    monkeypatch.setattr(facade, "load_tokenizer", loaded)
+    monkeypatch.setattr(facade, "load_model", lambda *_: pytest.fail("as far as to the model"))
+    with pytest.raises(pytest.fail.Exception, match="as far as to the model"):
+        run_exp(recipe(ref_model=str(other), beta=0.1, trust_remote_code=True, hf_hub_token="secret"))
+    assert asked[str(other)] == (True, "secret")
