@@ -22,6 +22,7 @@ from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from ..rollout.vllm_options import refuse_options
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .log import get_logger
+from .other_models import arguments_for
 from .recipe import check_checkpoint, recipe_of
 from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
 
@@ -88,6 +89,7 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     if arguments.finetuning.rollout_backend == "vllm" and arguments.model.vllm_config:
         refuse_options(arguments.model.vllm_config, on_cpu=arguments.training.device.type == "cpu")
     _check_model_config(arguments)
+    _check_reward_model_config(arguments)
     _check_resume(arguments)
     _warn(arguments)
 
@@ -212,14 +214,10 @@ def _check_model_config(arguments: "RunArguments") -> None:
             "`rollout_backend: vllm`: the engine starts from dequantized weights, and only bitsandbytes' are known "
             f"how to dequantize. {USE_HF}, or train the unquantized model with `quantization_bit: 4`."
         )
-    text_config = config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
+    limit = _positions(config)
     needed = data.cutoff_len + generating.max_new_tokens
     if limit is None:
         return
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("factor") and rope.get("original_max_position_embeddings"):
-        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
     if needed > limit:
         raise ValueError(
             f"`max_new_tokens: {generating.max_new_tokens}` leaves no room: with `cutoff_len: {data.cutoff_len}` that "
@@ -232,6 +230,30 @@ def _check_model_config(arguments: "RunArguments") -> None:
             f"`vllm_maxlen: {model.vllm_maxlen}` is not possible: {model.model_name_or_path} knows {limit} positions. "
             f"Leave it out for the {needed} that `cutoff_len` and `max_new_tokens` make."
         )
+
+
+def _check_reward_model_config(arguments: "RunArguments") -> None:
+    path = arguments.finetuning.reward_model
+    if path is None or arguments.finetuning.reward_model_type != "full":  # `lora` has the policy's positions
+        return
+    prompt, completion = arguments.data.cutoff_len, arguments.generating.max_new_tokens
+    limit = _positions(load_config(arguments_for(arguments.model, path)))
+    if limit is not None and prompt + completion > limit:
+        raise ValueError(
+            f"`reward_model: {path}` knows {limit} positions, and `cutoff_len: {prompt}` and `max_new_tokens: "
+            f"{completion}` make texts of up to {prompt + completion} tokens: what comes after the last position that "
+            "it was trained on would be scored at random. Lower one of them, or name a reward model for longer texts."
+        )
+
+
+def _positions(config: Any) -> int | None:
+    """How many tokens a model was made for, as far as its config says."""
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("factor") and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return limit
 
 
 def _check_resume(arguments: "RunArguments") -> None:
