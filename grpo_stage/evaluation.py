@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from .metrics import MetricTracker, record_completions
+from .rewards import REWARD_MODEL
 from .rewards.answers import voted_answer
 from .types import RolloutGroup
 
@@ -69,7 +70,8 @@ def record_evaluation(
     {dataset}_reward, {dataset}_rewards/..  the same over the prompts of one dataset; only with several of them
     ======================================  ==========================================================================
 
-    pass@k and maj@n leave out prompts to whose completions the function never applied.
+    pass@k and maj@n leave out prompts to whose completions the function never applied. The reward model, whose scores
+    have a scale of their own, has neither.
 
     Args:
         tracker: where they are added.
@@ -86,7 +88,7 @@ def record_evaluation(
         for prefix in ("", f"{group.prompt.dataset}_") if by_dataset else ("",):
             tracker.add(f"{prefix}reward", sum(applied), len(applied))
             for name, scores in zip(reward_names, zip(*group_rewards, strict=True), strict=True):
-                for measure, total, count in _measure(scores, answers):
+                for measure, total, count in _measure(name, scores, answers):
                     tracker.add(f"{prefix}rewards/{name}/{measure}", total, count)
 
 
@@ -99,13 +101,22 @@ def rewarding_metrics(reward_names: Sequence[str], num_generations: int, dataset
         datasets: the evaluation datasets; empty where prompts are split off by `val_size`.
     """
     n = num_generations
-    measures = [f"mean@{n}", *(f"pass@{k}" for k in _ks(n)), f"maj@{n}"]
-    own = ["reward", *(f"rewards/{name}/{measure}" for name in reward_names for measure in measures)]
+    passing = [*(f"pass@{k}" for k in _ks(n)), f"maj@{n}"]
+    own = [
+        "reward",
+        *(
+            f"rewards/{name}/{measure}"
+            for name in reward_names
+            for measure in (f"mean@{n}", *([] if name == REWARD_MODEL else passing))
+        ),
+    ]
     prefixes = ["", *(f"{name}_" for name in datasets)] if len(datasets) > 1 else [""]
     return [f"eval_{prefix}{name}" for prefix in prefixes for name in own]
 
 
-def _measure(scores: Sequence[float | None], answers: Sequence[str | None]) -> Iterator[tuple[str, float, int]]:
+def _measure(
+    name: str, scores: Sequence[float | None], answers: Sequence[str | None]
+) -> Iterator[tuple[str, float, int]]:
     """(measure, sum, count) of one function on the completions of one prompt."""
     n = len(scores)
     applied = [score for score in scores if score is not None]
@@ -113,6 +124,8 @@ def _measure(scores: Sequence[float | None], answers: Sequence[str | None]) -> I
     if not applied:
         return
     yield f"mean@{n}", sum(applied), len(applied)
+    if name == REWARD_MODEL:  # its scale knows no 1 that is passed
+        return
     passed = [score is not None and score >= 1.0 for score in scores]
     for k in _ks(n):
         yield f"pass@{k}", pass_at_k(n, sum(passed), k), 1

@@ -1,31 +1,44 @@
 """Scores from a reward model that the host's `stage: rm` trained.
 
 A score is what the model's value head says of the last token of prompt and completion, on the very tokens that the
-policy read and sampled. Three kinds of it (`reward_model_type`): a model of its own, an adapter on the policy's base,
-and one behind the host's reward server.
+policy read and sampled. Where a completion ended, that is the last token that the template closes an answer with: no
+other one did `stage: rm` train the head on. Three kinds of it (`reward_model_type`): a model of its own, an adapter on
+the policy's base, and one behind the host's reward server (`reward_server.py`).
 
     B completions in a batch    L tokens of prompt and completion, right-padded as `stage: rm` pads    H hidden size
 """
 
+import logging
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, TypeVar
+from traceback import format_exc
+from typing import Any
 
 import torch
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from peft import LoraConfig, PeftModel
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
 
 from .policy import takes_logits_to_keep
+from .reward_server import RewardServerError
 from .rewards import REWARD_MODEL, RewardError
-from .types import RolloutGroup
+from .types import Completion, FinishReason, Prompt, RolloutGroup
 
 
-T = TypeVar("T")
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
 Tokens = tuple[int, ...]
+
+HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
+_NO_MEMORY = (
+    "ran out of memory with a single completion of {} tokens, prompt included: there is nothing left to split. Lower "
+    "`max_new_tokens` or `cutoff_len`, give vLLM less (`vllm_gpu_util`, `vllm_sleep`), or load less of a model "
+    "(`reward_model_quantization_bit`, or `reward_model_type: api` on another device)"
+)
 
 PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
 """What adapter_config.json may say under the keys of `LORA_EXTRAS`."""
@@ -41,34 +54,73 @@ class ModelReward:
 
     name = REWARD_MODEL
 
-    def __init__(self, score: Callable[[Sequence[Tokens]], Sequence[float]], max_tokens: int) -> None:
+    def __init__(self, score: Callable[[Sequence[Tokens]], Sequence[float]], max_tokens: int, ending: Tokens) -> None:
         """
         Args:
             score: a number for each sequence of prompt and completion tokens.
             max_tokens: how many tokens, padding included, one call of `score` gets. A single longer one goes alone.
+                It gives way where memory runs out.
+            ending: the tokens that the template closes an answer with.
         """
         self._score = score
         self._max_tokens = max_tokens
+        self._ending = ending
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
+        """[P][G]
+
+        Raises:
+            RewardError: if there is no finite score for a completion.
+        """
         rows = [(group.prompt, completion) for group in groups for completion in group.completions]
-        tokens = [prompt.token_ids + completion.token_ids for prompt, completion in rows]
+        tokens = [prompt.token_ids + self._closed(completion) for prompt, completion in rows]
         scores = [math.nan] * len(rows)
-        for chosen in _chunks(list(map(len, tokens)), self._max_tokens):
+        waiting = sorted(range(len(rows)), key=lambda row: len(tokens[row]), reverse=True)
+        while waiting:
+            length = len(tokens[waiting[0]])
+            chosen = waiting[: max(1, self._max_tokens // length)]
             try:
                 values = self._score([tokens[row] for row in chosen])
             except RewardServerError as error:
                 raise self._error(str(error), *rows[chosen[0]]) from error
-            for row, value in zip(chosen, values, strict=True):
-                scores[row] = value
+            except Exception as error:  # whatever a model's forward pass raises: the run ends with a checkpoint
+                if not should_reduce_batch_size(error):
+                    problem = f"raised {type(error).__name__} in a batch of {len(chosen)} completions"
+                    raise self._error(problem, *rows[chosen[0]], format_exc()) from error
+                memory_error = error.with_traceback(None)  # its frames hold tensors
+            else:
+                for row, value in zip(chosen, values, strict=True):
+                    scores[row] = value
+                waiting = waiting[len(chosen) :]
+                continue
+            if len(chosen) == 1:
+                raise self._error(_NO_MEMORY.format(length), *rows[chosen[0]]) from memory_error
+            self._halve_token_budget(len(chosen) * length)
         for row, score in enumerate(scores):
             if not math.isfinite(score):
                 raise self._error(f"gave {score}: a score is finite", *rows[row])
         flat = iter(scores)
         return [[next(flat) for _ in group.completions] for group in groups]
 
-    def _error(self, problem: str, prompt: Any, completion: Any) -> RewardError:
-        return RewardError(self.name, problem, prompt=prompt.text, completion=completion.text)
+    def _closed(self, completion: Completion) -> Tokens:
+        """Its tokens as the template would close them, whichever end token was sampled; as they are if none was."""
+        if completion.finish_reason is not FinishReason.STOP:
+            return completion.token_ids
+        content = completion.token_ids[:-1]
+        # Some templates close an answer with more than the end token, which the policy samples as well: `\n<eos>`.
+        sampled = max(n for n in range(len(self._ending) + 1) if content[len(content) - n :] == self._ending[:n])
+        return content + self._ending[sampled:]
+
+    def _halve_token_budget(self, num_tokens: int) -> None:
+        budget, self._max_tokens = self._max_tokens, num_tokens // 2
+        clear_device_cache(garbage_collection=True)
+        logger.warning(
+            f"Out of memory in a pass of the reward model: it is done again with batches of {self._max_tokens} tokens "
+            f"instead of {budget}, which changes nothing but the speed."
+        )
+
+    def _error(self, problem: str, prompt: Prompt, completion: Completion, traceback: str = "") -> RewardError:
+        return RewardError(self.name, problem, prompt=prompt.text, completion=completion.text, traceback=traceback)
 
 
 class ValueHeadScorer:
@@ -87,7 +139,7 @@ class ValueHeadScorer:
             autocast: the precision of a forward pass.
         """
         self._activate = activate
-        self._weight, self._bias = (head[f"v_head.summary.{name}"].detach().float() for name in ("weight", "bias"))
+        self._weight, self._bias = (head[key].detach().float() for key in (HEAD_WEIGHT, HEAD_BIAS))
         self._autocast = autocast
 
     @torch.no_grad()
@@ -134,7 +186,7 @@ class AdapterOnPolicy:
         refuse_extras(config.to_dict(), path)
         self._policy = policy
         self._scale = config.lora_alpha / (math.sqrt(config.r) if config.use_rslora else config.r)
-        self._layers = []
+        self._layers: list[tuple[Any, torch.Tensor, torch.Tensor]] = []
         names = sorted({name.rpartition(".lora_")[0] for name in weights})
         modules: dict[str, Any] = dict(policy.named_modules())
         for name in names:
@@ -149,8 +201,7 @@ class AdapterOnPolicy:
                     "write `reward_model_type: full` with the reward model's own base as `reward_model` and this "
                     "adapter as `reward_model_adapters`."
                 )
-            device = module.weight.device
-            self._layers.append((module, down.to(device), up.to(device)))
+            self._layers.append((module, down, up))
 
     @contextmanager
     def activate(self) -> Iterator[nn.Module]:
@@ -159,6 +210,11 @@ class AdapterOnPolicy:
         requires_grad = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
         hooks = []
         try:
+            # Not before: the policy may be placed on its device after this is made.
+            self._layers = [
+                (module, down.to(module.weight.device), up.to(module.weight.device))
+                for module, down, up in self._layers
+            ]
             with policy.disable_adapter():
                 for module, down, up in self._layers:
                     hooks.append(module.register_forward_hook(partial(_add_lora, down, up, self._scale)))
@@ -168,54 +224,6 @@ class AdapterOnPolicy:
                 hook.remove()
             for parameter, required in requires_grad:  # PEFT switches those of the adapter off and on
                 parameter.requires_grad_(required)
-
-
-class RewardServerError(RuntimeError):
-    """The reward server did not answer with a score for each text."""
-
-
-class ServerScorer:
-    """Scores by the host's reward server, which is sent text with its special tokens."""
-
-    def __init__(
-        self, url: str, post: Callable[[str, list[str]], torch.Tensor], tokenizer: PreTrainedTokenizerBase
-    ) -> None:
-        """
-        Args:
-            url: `reward_model`.
-            post: the host's request.
-            tokenizer: the policy's.
-        """
-        self._url = url
-        self._post = post
-        self._tokenizer = tokenizer
-
-    def __call__(self, sequences: Sequence[Tokens]) -> list[float]:
-        texts = self._tokenizer.batch_decode([list(each) for each in sequences], skip_special_tokens=False)
-        try:
-            scores = self._post(self._url, texts).flatten().tolist()
-        except (OSError, ValueError, LookupError, TypeError) as error:  # no connection, no JSON, no scores, no numbers
-            raise RewardServerError(
-                f"{self._url} did not answer with scores ({type(error).__name__}: {error})"
-            ) from error
-        if len(scores) != len(texts):
-            raise RewardServerError(f"{self._url} answered with {len(scores)} scores for {len(texts)} texts")
-        return scores
-
-    def check(self) -> None:
-        """Ask for one score.
-
-        Raises:
-            ValueError: if there is none.
-        """
-        try:
-            self([(self._tokenizer.eos_token_id,)])
-        except RewardServerError as error:
-            raise ValueError(
-                f"`reward_model: {self._url}` with `reward_model_type: api` is no reward server that answers: "
-                f"{error}. Start one with `llamafactory-cli api` and `stage: rm`, and give the whole address, for "
-                "example `http://localhost:8000/v1/score/evaluation`."
-            ) from error
 
 
 def refuse_extras(config: Mapping[str, Any], path: str) -> None:
@@ -229,6 +237,66 @@ def refuse_extras(config: Mapping[str, Any], path: str) -> None:
             f"`reward_model: {path}` is not possible with `reward_model_type: lora`: its adapter_config.json has "
             f"{listed}, and only a plain LoRA can be put on the policy's base. Write `reward_model_type: full` with "
             "the reward model's base as `reward_model` and this adapter as `reward_model_adapters`."
+        )
+
+
+def refuse_other_base(base: str | None, path: str, own: str) -> None:
+    """Raise ValueError unless an adapter (`reward_model_type: lora`) was trained on the policy's own base.
+
+    Another model of the same shape would give scores as well, and nothing would show that they mean nothing.
+
+    Args:
+        base: `base_model_name_or_path` of its adapter_config.json.
+        path: where it is from.
+        own: `model_name_or_path`.
+    """
+    if not _may_be_same_model(base, own):
+        raise ValueError(
+            f"`reward_model: {path}` with `reward_model_type: lora` stands on another model than the policy: its "
+            f"adapter_config.json has `base_model_name_or_path: {base}`, and this run `model_name_or_path: {own}`, "
+            f"on which its scores would mean nothing. Write `reward_model_type: full`, `reward_model: {base}` and "
+            f"`reward_model_adapters: {path}`; or, if both are the same model in two places, write {own} into that "
+            "adapter_config.json."
+        )
+
+
+def warn_of_other_base(base: str | None, path: str, own: str) -> None:
+    """As `refuse_other_base`, of `reward_model_adapters` on a `reward_model` that the user chose for them."""
+    if not _may_be_same_model(base, own):
+        logger.warning(
+            f"`reward_model_adapters: {path}` was trained on {base} (`base_model_name_or_path` of its "
+            f"adapter_config.json), and is put on `reward_model: {own}`: unless they are the same model in two "
+            "places, its scores mean nothing."
+        )
+
+
+def _may_be_same_model(base: str | None, path: str) -> bool:
+    """Paths are compared resolved, and with that a hub's names as text. An adapter may not say what it stands on."""
+    return not base or os.path.realpath(base) == os.path.realpath(path)
+
+
+def refuse_head(head: Mapping[str, torch.Tensor] | None, key: str, path: str, hidden_size: int) -> None:
+    """Raise ValueError unless `head` is a value head for a model of that hidden size.
+
+    Args:
+        head: what is in the file; None where there is none.
+        key: the YAML key that names the folder.
+        path: the folder.
+        hidden_size: H.
+    """
+    if head is None:
+        raise ValueError(
+            f"`{key}: {path}` has no value head (value_head.safetensors or value_head.bin), so that it would score "
+            "at random. Give the folder that LLaMA-Factory's `stage: rm` wrote; what it wrote with LoRA is an "
+            "adapter, which `reward_model_type: full` takes as `reward_model_adapters`."
+        )
+    found = {name: list(tensor.shape) for name, tensor in head.items()}
+    expected = {HEAD_WEIGHT: [1, hidden_size], HEAD_BIAS: [1]}
+    if any(found.get(name) != shape for name, shape in expected.items()):
+        raise ValueError(
+            f"`{key}: {path}` has a value head that does not fit, so that it would score at random: its file holds "
+            f"{found}, and {expected} is expected, as LLaMA-Factory's `stage: rm` writes it for this model. Give the "
+            "folder that it wrote, with the base that it was trained on."
         )
 
 
@@ -253,15 +321,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
-
-
-def _chunks(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Rows of like length together, longest first, at most `max_tokens` of them with padding."""
-    chunk: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True):
-        if chunk and lengths[chunk[0]] * (len(chunk) + 1) > max_tokens:
-            yield chunk
-            chunk = []
-        chunk.append(row)
-    if chunk:
-        yield chunk

@@ -178,6 +178,9 @@ class GRPOTrainer(Trainer):
         chunks += [()] * (num_chunks - len(chunks))
         if self.grpo_args.mask_zero_std_groups:
             chunks = [tuple(each for each in chunk if self._can_teach(each.scored)) for chunk in chunks]
+        # The canary looks at the first step. It may have lost its groups, or be made of such as have waited.
+        checked = next((i for i in range(num_chunks) if any(all_gather(len(fresh_rows(chunks[i])) > 0))), 0)
+        chunks.insert(0, chunks.pop(checked))
         is_reused = num_chunks * self.grpo_args.num_iterations > 1
         groups = [tuple(each.scored for each in chunk) for chunk in chunks]
         with self._timed("logprobs"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import PeftConfig, load_peft_weights
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from .canary import BOUND_IN_8_BITS, DEFAULT_BOUNDS
 from .distributed import all_gather
@@ -19,7 +19,15 @@ from .host.adapters import items
 from .host.datasets import load_prompts
 from .host.recipe import recipe_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
-from .reward_model import AdapterOnPolicy, ModelReward, ServerScorer, ValueHeadScorer
+from .reward_model import (
+    AdapterOnPolicy,
+    ModelReward,
+    ValueHeadScorer,
+    refuse_head,
+    refuse_other_base,
+    warn_of_other_base,
+)
+from .reward_server import ServerScorer
 from .rewards import load_rewards
 from .rollout.hf import HFEngine
 from .rollout.weights import servable_config, write_base
@@ -58,19 +66,19 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     tokenizer_module = facade.load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
     template = facade.get_template_and_fix_tokenizer(tokenizer, data_args)
+    _check_other_models(arguments, template, tokenizer)
     prompts = load_prompts(
         template, tokenizer, tokenizer_module["processor"], model_args, data_args, training_args, finetuning_args
     )
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
-    _check_reward_model(arguments, tokenizer)
 
     model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
     _warn_of_slow_precision(model)
     sampling = sampling_settings(arguments, model, template, tokenizer)
-    reference = _reference_policy(arguments, model, tokenizer)
+    reference = _reference_policy(arguments, model)
     if finetuning_args.reward_model is not None:
-        rewards.model = _reward_model(arguments, model, tokenizer)
+        rewards.model = _reward_model(arguments, model, template, tokenizer)
     engine = _rollout_engine(arguments, model, tokenizer, sampling)
     try:
         trainer = GRPOTrainer(
@@ -102,10 +110,11 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
 def _run(trainer: GRPOTrainer, arguments: "RunArguments") -> None:
     training_args = arguments.training
     if training_args.do_train:
+        most = "at most " if trainer.dynamic is not None else ""
         logger.info_rank0(
             f"GRPO: {trainer.prompts_per_step} prompts x {trainer.sampling.num_generations} completions an optimizer "
-            f"step, {trainer.steps_per_epoch} steps an epoch. A loss near 0 is expected: on-policy, the advantages of "
-            "a group cancel out in the loss, though not in its gradient. `reward` is the curve to watch."
+            f"step, {most}{trainer.steps_per_epoch} steps an epoch. A loss near 0 is expected: on-policy, the "
+            "advantages of a group cancel out in the loss, though not in its gradient. `reward` is the curve to watch."
         )
         result = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
         trainer.save_model()
@@ -146,17 +155,14 @@ def stop_token_ids(model: Any, template: Any, tokenizer: PreTrainedTokenizerBase
     return tuple(sorted(known - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}))
 
 
-def _reference_policy(
-    arguments: "RunArguments", model: Any, tokenizer: PreTrainedTokenizerBase
-) -> ReferencePolicy | None:
+def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy | None:
     """What the KL term holds the policy to: the policy as it is before the first step, or `ref_model`."""
     finetuning_args = arguments.finetuning
     if finetuning_args.beta == 0.0:
         return None
     if finetuning_args.ref_model is not None:
-        reference = facade.create_ref_model(arguments.model, finetuning_args)
-        _check_vocabulary("ref_model", finetuning_args.ref_model, reference, tokenizer)
-        other = ModelReference(reference)
+        model_args = facade.arguments_for(arguments.model, finetuning_args.ref_model)
+        other = ModelReference(_placed(facade.create_ref_model(model_args, finetuning_args), arguments))
         if finetuning_args.sync_ref_model:
             other.check_alike(model)
         return other
@@ -168,39 +174,76 @@ def _reference_policy(
     return InitialWeightsReference(model)
 
 
-def _check_vocabulary(key: str, path: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    size = model.get_input_embeddings().weight.shape[0]
-    own_vocabulary = AutoTokenizer.from_pretrained(path).get_vocab()
-    differing = [token for token, index in tokenizer.get_vocab().items() if own_vocabulary.get(token, index) != index]
-    if size < len(tokenizer) or differing:
-        raise ValueError(
-            f"`{key}: {path}` has another vocabulary than the trained model ({size} embeddings for {len(tokenizer)} "
-            f"tokens, {len(differing)} of another id), so that it would misread the policy's tokens. Name a model of "
-            f"the same family, or leave `{key}` out."
-        )
+def _placed(model: Any, arguments: "RunArguments") -> Any:
+    """The host loads onto the device only with `low_cpu_mem_usage`, or quantized; Trainer places the policy alone."""
+    if getattr(model, "quantization_method", None) is not None:
+        return model
+    return model.to(arguments.training.device)
 
 
-def _check_reward_model(arguments: "RunArguments", tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be told of a reward model before one is loaded."""
-    finetuning_args = arguments.finetuning
+def _check_other_models(arguments: "RunArguments", template: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """What can be told of a reference and of a reward model before one is loaded."""
+    finetuning_args, model_args = arguments.finetuning, arguments.model
+    if finetuning_args.ref_model is not None:
+        _check_vocabulary("ref_model", finetuning_args.ref_model, model_args, template, tokenizer)
     path = finetuning_args.reward_model
     if path is None:
         return
     if finetuning_args.reward_model_type == "api":
-        ServerScorer(path, facade.get_rewards_from_server, tokenizer).check()
+        _server_scorer(arguments, tokenizer).check()
         return
-    key, holder = "reward_model", path
-    if adapters := items(finetuning_args.reward_model_adapters):
-        key, holder = "reward_model_adapters", adapters[-1]
-    if facade.load_valuehead_params(holder, arguments.model) is None:
+    key, holder, base = "reward_model", path, model_args
+    hub = {"token": model_args.hf_hub_token, "cache_dir": model_args.cache_dir}
+    if finetuning_args.reward_model_type == "lora":
+        stands_on = PeftConfig.from_pretrained(path, **hub).base_model_name_or_path
+        refuse_other_base(stands_on, path, model_args.model_name_or_path)
+    else:
+        _check_vocabulary("reward_model", path, model_args, template, tokenizer)
+        base = facade.arguments_for(model_args, path)
+        for adapter in items(finetuning_args.reward_model_adapters):
+            key, holder = "reward_model_adapters", adapter  # the last one has the head
+            stands_on = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
+            warn_of_other_base(stands_on, adapter, path)
+    config = facade.load_config(base).get_text_config()
+    hidden_size = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT's last layer projects
+    refuse_head(facade.load_valuehead_params(holder, model_args), key, holder, hidden_size)
+
+
+def _check_vocabulary(key: str, path: str, model_args: Any, template: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    other = facade.arguments_for(model_args, path)
+    own_tokenizer = facade.load_tokenizer(other)["tokenizer"]
+    template.fix_special_tokens(own_tokenizer)  # as it did with the policy's
+    vocabulary = own_tokenizer.get_vocab()
+    differing = [token for token, index in tokenizer.get_vocab().items() if vocabulary.get(token) != index]
+    size = getattr(facade.load_config(other).get_text_config(), "vocab_size", len(tokenizer))
+    if size < len(tokenizer) or differing:
         raise ValueError(
-            f"`{key}: {holder}` has no value head (value_head.safetensors or value_head.bin), so that it would score "
-            "at random. Give the folder that LLaMA-Factory's `stage: rm` wrote; what it wrote with LoRA is an "
-            "adapter, which `reward_model_type: full` takes as `reward_model_adapters`."
+            f"`{key}: {path}` has another vocabulary than the trained model ({size} embeddings for {len(tokenizer)} "
+            f"tokens, {len(differing)} of another id or none{f', such as {differing[0]!r}' if differing else ''}), so "
+            "that it would misread the policy's tokens. Name a model of the same family, with the policy's new "
+            f"tokens where it has some, or leave `{key}` out."
         )
 
 
-def _reward_model(arguments: "RunArguments", model: Any, tokenizer: PreTrainedTokenizerBase) -> ModelReward:
+def _server_scorer(arguments: "RunArguments", tokenizer: PreTrainedTokenizerBase) -> ServerScorer:
+    finetuning_args = arguments.finetuning
+    return ServerScorer(finetuning_args.reward_model, tokenizer, finetuning_args.reward_timeout)
+
+
+def server_reward(arguments: "RunArguments", template: Any, tokenizer: PreTrainedTokenizerBase) -> ModelReward:
+    """A reward model of `reward_model_type: api`.
+
+    Raises:
+        ValueError: if the server does not answer.
+    """
+    score = _server_scorer(arguments, tokenizer)
+    score.check()
+    return _model_reward(arguments, score, template, tokenizer)
+
+
+def _reward_model(
+    arguments: "RunArguments", model: Any, template: Any, tokenizer: PreTrainedTokenizerBase
+) -> ModelReward:
     finetuning_args, model_args = arguments.finetuning, arguments.model
     path = finetuning_args.reward_model
     autocast = partial(
@@ -209,21 +252,30 @@ def _reward_model(arguments: "RunArguments", model: Any, tokenizer: PreTrainedTo
         autocast_dtype(arguments),
         enabled=autocast_dtype(arguments) is not None,
     )
-    score: Callable[[Sequence[tuple[int, ...]]], list[float]]
     if finetuning_args.reward_model_type == "api":
-        score = ServerScorer(path, facade.get_rewards_from_server, tokenizer)
-    elif finetuning_args.reward_model_type == "lora":
+        return _model_reward(arguments, _server_scorer(arguments, tokenizer), template, tokenizer)
+    if finetuning_args.reward_model_type == "lora":
         hub = {"token": model_args.hf_hub_token, "cache_dir": model_args.cache_dir}
         adapter = AdapterOnPolicy(
             model, PeftConfig.from_pretrained(path, **hub), load_peft_weights(path, device="cpu", **hub), path
         )
         score = ValueHeadScorer(adapter.activate, facade.load_valuehead_params(path, model_args), autocast)
     else:
-        own = facade.create_reward_model(model, model_args, finetuning_args)
-        _check_vocabulary("reward_model", path, own.pretrained_model, tokenizer)
+        own = facade.create_reward_model(model, facade.arguments_for(model_args, path), finetuning_args)
+        backbone = _placed(own.pretrained_model, arguments)
         head = {f"v_head.{name}": value for name, value in own.v_head.state_dict().items()}
-        score = ValueHeadScorer(lambda: contextlib.nullcontext(own.pretrained_model), head, autocast)
-    return ModelReward(score, finetuning_args.max_tokens_per_micro_batch)
+        score = ValueHeadScorer(lambda: contextlib.nullcontext(backbone), head, autocast)
+    return _model_reward(arguments, score, template, tokenizer)
+
+
+def _model_reward(
+    arguments: "RunArguments",
+    score: Callable[[Sequence[tuple[int, ...]]], list[float]],
+    template: Any,
+    tokenizer: PreTrainedTokenizerBase,
+) -> ModelReward:
+    closing = facade.closing_tokens(template, tokenizer)
+    return ModelReward(score, arguments.finetuning.max_tokens_per_micro_batch, closing)
 
 
 def _rollout_engine(

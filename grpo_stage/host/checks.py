@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 from llamafactory.data.parser import get_dataset_list
 from llamafactory.extras.constants import DATA_CONFIG
 from llamafactory.model.loader import load_config
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
 from ..evaluation import rewarding_metrics
 from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from ..rollout.vllm_options import refuse_options
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .log import get_logger
+from .other_models import arguments_for
 from .recipe import check_checkpoint, recipe_of
 from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
 
@@ -88,6 +89,7 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     if arguments.finetuning.rollout_backend == "vllm" and arguments.model.vllm_config:
         refuse_options(arguments.model.vllm_config, on_cpu=arguments.training.device.type == "cpu")
     _check_model_config(arguments)
+    _check_reward_model_config(arguments)
     _check_resume(arguments)
     _warn(arguments)
 
@@ -212,14 +214,10 @@ def _check_model_config(arguments: "RunArguments") -> None:
             "`rollout_backend: vllm`: the engine starts from dequantized weights, and only bitsandbytes' are known "
             f"how to dequantize. {USE_HF}, or train the unquantized model with `quantization_bit: 4`."
         )
-    text_config = config.get_text_config()
-    limit = getattr(text_config, "max_position_embeddings", None)
+    limit = _positions(config)
     needed = data.cutoff_len + generating.max_new_tokens
     if limit is None:
         return
-    rope = getattr(text_config, "rope_parameters", None) or {}
-    if rope.get("factor") and rope.get("original_max_position_embeddings"):
-        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
     if needed > limit:
         raise ValueError(
             f"`max_new_tokens: {generating.max_new_tokens}` leaves no room: with `cutoff_len: {data.cutoff_len}` that "
@@ -232,6 +230,30 @@ def _check_model_config(arguments: "RunArguments") -> None:
             f"`vllm_maxlen: {model.vllm_maxlen}` is not possible: {model.model_name_or_path} knows {limit} positions. "
             f"Leave it out for the {needed} that `cutoff_len` and `max_new_tokens` make."
         )
+
+
+def _check_reward_model_config(arguments: "RunArguments") -> None:
+    path = arguments.finetuning.reward_model
+    if path is None or arguments.finetuning.reward_model_type != "full":  # `lora` has the policy's positions
+        return
+    prompt, completion = arguments.data.cutoff_len, arguments.generating.max_new_tokens
+    limit = _positions(load_config(arguments_for(arguments.model, path)))
+    if limit is not None and prompt + completion > limit:
+        raise ValueError(
+            f"`reward_model: {path}` knows {limit} positions, and `cutoff_len: {prompt}` and `max_new_tokens: "
+            f"{completion}` make texts of up to {prompt + completion} tokens: what comes after the last position that "
+            "it was trained on would be scored at random. Lower one of them, or name a reward model for longer texts."
+        )
+
+
+def _positions(config: Any) -> int | None:
+    """How many tokens a model was made for, as far as its config says."""
+    text_config = config.get_text_config()
+    limit = getattr(text_config, "max_position_embeddings", None)
+    rope = getattr(text_config, "rope_parameters", None) or {}
+    if limit is not None and rope.get("factor") and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    return limit
 
 
 def _check_resume(arguments: "RunArguments") -> None:
@@ -297,14 +319,22 @@ def _warn(arguments: "RunArguments") -> None:
         )
     finetuning = arguments.finetuning
     uses = finetuning.num_iterations * finetuning.steps_per_generation
-    if uses == 1 and not finetuning.dynamic_sampling and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
+    is_off_policy = uses > 1 or finetuning.dynamic_sampling  # whose groups may wait for a later step
+    if not is_off_policy and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
         logger.warning_rank0(
             f"{', '.join(f'`{key}: {getattr(finetuning, key)}`' for key in idle)}: without effect, since this run "
             "trains on each rollout once. The policy is then the one that sampled: every ratio is 1, and nothing is "
             "clipped. Write for example `steps_per_generation: 4` or `num_iterations: 2` if you mean to clip."
         )
+    schedule = SchedulerType(training.lr_scheduler_type).value
+    if finetuning.dynamic_sampling and training.max_steps <= 0 and not schedule.startswith("constant"):
+        logger.warning_rank0(
+            f"`lr_scheduler_type: {schedule}` with `dynamic_sampling: true`: the schedule is laid out for the most "
+            "steps that there can be, and an epoch has fewer if groups are left out, so that the run may end far up "
+            "on it. Write `max_steps`, or `lr_scheduler_type: constant_with_warmup`."
+        )
     of_sequence = finetuning.loss_type in ("gspo", "gspo_token") or finetuning.importance_sampling_level != "token"
-    if of_sequence and "epsilon" not in arguments.given:
+    if of_sequence and is_off_policy and "epsilon" not in arguments.given:
         logger.warning_rank0(
             f"`epsilon: {finetuning.epsilon}` by default, with the ratio of the whole completion (`loss_type: "
             f"{finetuning.loss_type}`), which moves far less than a token's: hardly anything will be clipped. GSPO's "

@@ -55,6 +55,7 @@ CONTRACT: tuple[HostSymbol, ...] = (
         "get_dataset",
         ("template", "model_args", "data_args", "training_args", "stage", "tokenizer", "processor"),
     ),
+    HostSymbol("llamafactory.data.template", "Template"),
     HostSymbol("llamafactory.data.converter", "get_dataset_converter", ("name", "dataset_attr", "data_args")),
     HostSymbol(
         "llamafactory.data.loader",
@@ -72,7 +73,6 @@ CONTRACT: tuple[HostSymbol, ...] = (
     HostSymbol("llamafactory.model", "load_valuehead_params", ("path_or_repo_id", "model_args")),
     HostSymbol("llamafactory.train.trainer_utils", "create_ref_model", ("model_args", "finetuning_args")),
     HostSymbol("llamafactory.train.trainer_utils", "create_reward_model", ("model", "model_args", "finetuning_args")),
-    HostSymbol("llamafactory.train.ppo.ppo_utils", "get_rewards_from_server", ("server_url", "messages")),
     HostSymbol(
         "llamafactory.train.trainer_utils", "create_custom_optimizer", ("model", "training_args", "finetuning_args")
     ),

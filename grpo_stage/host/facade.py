@@ -22,7 +22,6 @@ from llamafactory.train.callbacks import (
     SaveProcessorCallback,
     TorchProfilerCallback,
 )
-from llamafactory.train.ppo.ppo_utils import get_rewards_from_server
 from llamafactory.train.trainer_utils import (
     create_custom_optimizer,
     create_custom_scheduler,
@@ -36,6 +35,7 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from ..jsonl import keep_lines
 from ..stop import StopRequested
 from .log import get_logger
+from .other_models import arguments_for
 
 
 if TYPE_CHECKING:
@@ -45,13 +45,14 @@ if TYPE_CHECKING:
 __all__ = [
     "MetricsLogCallback",
     "SaveProcessorCallback",
+    "arguments_for",
+    "closing_tokens",
     "create_custom_optimizer",
     "create_custom_scheduler",
     "create_modelcard_and_push",
     "create_ref_model",
     "create_reward_model",
     "get_logger",
-    "get_rewards_from_server",
     "get_template_and_fix_tokenizer",
     "load_config",
     "load_model",
@@ -60,6 +61,18 @@ __all__ = [
     "plot_loss",
     "stage_callbacks",
 ]
+
+
+def closing_tokens(template: Any, tokenizer: Any) -> tuple[int, ...]:
+    """What the host's `stage: rm` puts behind an answer: the end token, and in many templates a line break."""
+    slots, content = template.format_assistant.slots, "a"
+    position = next(i for i, slot in enumerate(slots) if isinstance(slot, str) and "{{content}}" in slot)
+    before, _, _ = slots[position].partition("{{content}}")
+    # Encoded with some content, as in training: there are tokenizers that encode the start of a text otherwise.
+    opening = template._convert_elements_to_ids(tokenizer, [*slots[:position], before + content])
+    answer = template._convert_elements_to_ids(tokenizer, template.format_assistant.apply(content=content))
+    closing = answer[len(opening) :]
+    return (*closing, *([tokenizer.eos_token_id] if template.efficient_eos else []))
 
 
 class MetricsLogCallback(LogCallback):

@@ -37,6 +37,10 @@ _IN_BYTES = (
     "No model is chosen, so that lengths are counted in bytes: `num_tokens`, and what `length`, `overlong` and "
     "`repetition` see, are not what they will be in a run. Name `model_name_or_path` to count its tokens."
 )
+_WITHOUT_REWARD_MODEL = (
+    "The reward model is left out: one is asked here only if it is behind a server (`reward_model_type: api`) and "
+    "`model_name_or_path` is named, whose tokens and template it reads. The total is that of the other functions."
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,29 +122,65 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
-    from ..rewards import load_rewards
+    from ..rewards import REWARD_MODEL, load_rewards
     from ..rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
 
     has_model = bool(configuration.get("model_name_or_path"))
     if samples and not has_model:
         raise ValueError("`--completions model` samples from `model_name_or_path`, which is missing. Name a model.")
     arguments = _parse(configuration, num_rows, has_model, on_device=samples)
+    names, weights, is_without_model = _functions(arguments, has_model)
     rewards = load_rewards(
-        cast(list[str], arguments.finetuning.reward_funcs),
-        cast(list[float] | None, arguments.finetuning.reward_weights),
+        names,
+        weights,
         cast(dict[str, Any] | None, arguments.finetuning.reward_kwargs),
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=arguments.finetuning.reward_timeout,
     )
     with contextlib.closing(rewards):
         tokenizer, template, prompts = _load_prompts(arguments, num_rows, has_model, rewards)
+        if REWARD_MODEL in rewards.names:
+            from ..workflow import server_reward
+
+            rewards.model = server_reward(arguments, template, tokenizer)
         completions = [list(completions_from(prompt.reference, tokenizer).items()) for prompt in prompts]
         if samples:
             for of_prompt, sampled in zip(completions, _sample(arguments, tokenizer, template, prompts), strict=True):
                 of_prompt += [(SAMPLED, completion) for completion in sampled]
         rows = try_rewards(rewards, prompts, completions)
-    notes = [*warnings_about(rows, rewards.names), *([] if has_model else [_IN_BYTES])]
+    notes = [
+        *warnings_about(rows, rewards.names),
+        *([_WITHOUT_REWARD_MODEL] if is_without_model else []),
+        *([] if has_model else [_IN_BYTES]),
+    ]
     return TrialResult(functions=rewards.names, weights=rewards.weights, notes=notes, rows=rows)
+
+
+def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], list[float] | None, bool]:
+    """Names and weights of the functions that are tried, and whether the reward model is left out of them.
+
+    Raises:
+        ValueError: if nothing is left that has a say.
+    """
+    from ..rewards import REWARD_MODEL
+
+    finetuning = arguments.finetuning
+    names = [name.strip() for name in cast(list[str], finetuning.reward_funcs)]
+    weights = cast(list[float] | None, finetuning.reward_weights)
+    if REWARD_MODEL not in names or (finetuning.reward_model_type == "api" and has_model):
+        return names, weights, False
+    others = [i for i, name in enumerate(names) if name != REWARD_MODEL]
+    if not any(weights is None or weights[i] for i in others):
+        remedy = (
+            "Name `model_name_or_path`, whose tokens and template a reward server is sent"
+            if finetuning.reward_model_type == "api"
+            else "Serve the model (`llamafactory-cli api` with `stage: rm`) and write `reward_model_type: api`"
+        )
+        raise ValueError(
+            f"`reward_funcs: {', '.join(names)}` leaves nothing to try: of reward models, only one behind a server is "
+            f"asked here, and no other function has a weight. {remedy}, or add functions."
+        )
+    return [names[i] for i in others], None if weights is None else [weights[i] for i in others], True
 
 
 def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_device: bool) -> "RunArguments":

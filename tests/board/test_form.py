@@ -190,6 +190,14 @@ def test_hidden_fields_are_not_sent(board: Board) -> None:
     assert {"vllm_sleep", "eval_temperature"} & run.keys() == set()
 
 
+@pytest.mark.parametrize("kind", ["lora", "full", "api"])
+def test_only_a_reward_model_of_its_own_has_adapters_and_bits(kind: str, board: Board) -> None:
+    keys = {"reward_model_adapters": "rm", "reward_model_quantization_bit": 4}
+    form = {"reward_model": "http://here/score" if kind == "api" else "base", "reward_model_type": kind, **keys}
+    run = board.arguments(**{f"train__grpo_{key}": value for key, value in form.items()})
+    assert {key: run[key] for key in keys if key in run} == (keys if kind == "full" else {})
+
+
 def test_evaluation_follows_from_its_prompts(board: Board) -> None:
     assert "eval_strategy" not in board.arguments()
     held_out = board.arguments(train__val_size=0.1, train__grpo_eval_num_generations=4)

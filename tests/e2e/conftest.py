@@ -2,13 +2,56 @@
 
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
+
+class RewardServer:
+    """The host's reward protocol, with a score that can be told from the text; `answer` overrides it.
+
+    The next requests get the statuses in `failures`.
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.texts: list[str] = []
+        self.answer: Any = None
+        self.failures: list[int] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(handler: BaseHTTPRequestHandler) -> None:
+                request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+                assert request["model"] == "model"
+                if self.failures:
+                    handler.send_error(self.failures.pop(0), explain="one moment")
+                    return
+                self.requests.append(request)
+                self.texts += request["messages"]
+                body = self.answer or {"scores": [float(len(text)) for text in request["messages"]]}
+                handler.send_response(200)
+                handler.end_headers()
+                handler.wfile.write(json.dumps(body).encode())
+
+            def log_message(handler: BaseHTTPRequestHandler, *args: Any) -> None: ...
+
+        self.http = HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1/score/evaluation"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def reward_server_here() -> Iterator[RewardServer]:
+    running = RewardServer()
+    yield running
+    running.http.shutdown()
+    running.http.server_close()
 
 
 @pytest.fixture(scope="session")

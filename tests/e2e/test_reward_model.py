@@ -1,25 +1,36 @@
 """Reward models that the host's `stage: rm` trains, as rewards of GRPO runs."""
 
 import json
-import threading
-from collections.abc import Callable, Iterator
+import logging
+import shutil
+import socket
+from collections.abc import Callable
 from functools import partial
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_stage import workflow
+from grpo_stage import reward_server, workflow
 from grpo_stage.reward_model import _add_lora
+from grpo_stage.reward_server import RewardServerError, ServerScorer
 from grpo_stage.rewards import RewardError
 from grpo_stage.trainer import GRPOTrainer
+from grpo_stage.types import FinishReason
 
 from .conftest import completions, trainer_log
+
+
+ENDING = "<|im_end|>\n"
+"""What `stage: rm` puts behind an answer in the template `smollm2`."""
+
+
+class ModelLoadedError(Exception):
+    """A run came as far as to load the policy."""
 
 
 @pytest.fixture(scope="module")
@@ -81,22 +92,35 @@ def direct_score(tiny_model_dir: Path, reward_adapter: Path) -> Callable[[str], 
 
 
 @pytest.fixture
-def scored(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], float]]:
-    """Every sequence that a run's reward model was given, and what it said."""
+def scored(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> list[tuple[tuple[int, ...], float]]:
+    """What a run's reward model should read of each completion, and the score it gave; many completions end early."""
     seen: list[tuple[tuple[int, ...], float]] = []
     score = workflow.ModelReward.__call__
+    ending = tuple(AutoTokenizer.from_pretrained(tiny_model_dir).encode(ENDING, add_special_tokens=False))
+    assert len(ending) == 2
 
     def watched(self: Any, groups: Any) -> Any:
         scores = score(self, groups)
         for group, values in zip(groups, scores, strict=True):
-            seen.extend(
-                (group.prompt.token_ids + completion.token_ids, value)
-                for completion, value in zip(group.completions, values, strict=True)
-            )
+            for completion, value in zip(group.completions, values, strict=True):
+                is_whole = completion.finish_reason is FinishReason.STOP
+                answer = completion.token_ids[:-1] + ending if is_whole else completion.token_ids
+                seen.append((group.prompt.token_ids + answer, value))
         return scores
 
     monkeypatch.setattr(workflow.ModelReward, "__call__", watched)
+    monkeypatch.setattr(workflow, "stop_token_ids", lambda *_: tuple(range(0, 49152, 8)))
     return seen
+
+
+@pytest.fixture
+def before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    from grpo_stage.host import facade
+
+    def loaded(*args: Any) -> None:
+        raise ModelLoadedError
+
+    monkeypatch.setattr(facade, "load_model", loaded)
 
 
 def keys_of(kind: str, tiny_model_dir: Path, reward_adapter: Path) -> dict[str, Any]:
@@ -126,6 +150,9 @@ def test_a_reward_model_alone_scores_as_a_forward_pass_does(
     run_exp(arguments)
     assert len(scored) == 2 * 2 * 4 + 2 * 4 * 4, "two steps, and an evaluation after them and at the end"
     assert len({len(token_ids) for token_ids, _ in scored}) > 1
+    ends = {token_ids[-1] for token_ids, _ in scored}
+    assert len(ends) > 1, "some were cut"
+    assert AutoTokenizer.from_pretrained(tiny_model_dir).encode("\n")[0] in ends, "and some ended"
     for token_ids, score in scored:
         assert score == pytest.approx(direct_score(token_ids), abs=1e-5)
     lines = completions(arguments["output_dir"])
@@ -133,6 +160,7 @@ def test_a_reward_model_alone_scores_as_a_forward_pass_does(
     log = trainer_log(arguments["output_dir"])
     assert [line["rewards/reward_model/mean"] == line["reward"] for line in log if "loss" in line] == [True, True]
     assert any("eval_rewards/reward_model/mean@4" in line for line in log)
+    assert not any("reward_model/pass@" in name or "reward_model/maj@" in name for line in log for name in line)
 
 
 def test_an_adapter_leaves_the_policy_and_what_is_saved_as_if_the_scores_came_from_elsewhere(
@@ -237,51 +265,26 @@ def test_an_adapter_is_put_on_the_base_of_any_policy_of_the_same_base(
     assert len(scored) == 8
 
 
-class Server:
-    """The host's reward protocol, with a score that can be told from the text; `answer` overrides it."""
-
-    def __init__(self) -> None:
-        self.texts: list[str] = []
-        self.answer: Any = None
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(handler: BaseHTTPRequestHandler) -> None:
-                request = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
-                assert request["model"] == "model"
-                self.texts += request["messages"]
-                body = self.answer or {"scores": [float(len(text)) for text in request["messages"]]}
-                handler.send_response(200)
-                handler.end_headers()
-                handler.wfile.write(json.dumps(body).encode())
-
-            def log_message(handler: BaseHTTPRequestHandler, *args: Any) -> None: ...
-
-        self.http = HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1/score/evaluation"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
-
-
-@pytest.fixture
-def server() -> Iterator[Server]:
-    running = Server()
-    yield running
-    running.http.shutdown()
-    running.http.server_close()
-
-
-def test_a_reward_server_gets_the_text_with_its_special_tokens(recipe, run_exp, tiny_model_dir, server, scored):
+def test_a_reward_server_gets_the_text_with_its_special_tokens(
+    recipe, run_exp, tiny_model_dir, reward_server_here, scored
+):
+    server = reward_server_here
     run_exp(recipe(reward_funcs=None, reward_model=server.url, reward_model_type="api", max_steps=1))
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     expected = {tokenizer.decode(token_ids, skip_special_tokens=False): score for token_ids, score in scored}
     assert len(scored) == 8
     assert set(server.texts[1:]) == set(expected), "after the question whether it is there"
     assert all("<|im_start|>user" in text for text in expected)
+    assert any(text.endswith(ENDING) for text in expected)
     assert all(score == len(text) for text, score in expected.items())
+    longest = max(len(token_ids) for token_ids, _ in scored)
+    assert all(request["max_length"] > longest for request in server.requests[1:]), "nothing is cut"
 
 
-def test_a_reward_server_that_is_not_there_or_fails_stops_the_run(recipe, run_exp, server, monkeypatch):
+def test_a_reward_server_that_is_not_there_or_fails_stops_the_run(recipe, run_exp, reward_server_here, monkeypatch):
     from grpo_stage.host import facade
 
+    server = reward_server_here
     api = {"reward_funcs": None, "reward_model_type": "api"}
     with monkeypatch.context() as patch:
         patch.setattr(facade, "load_model", lambda *_: pytest.fail("the model was loaded"))
@@ -301,12 +304,68 @@ def test_a_reward_server_that_is_not_there_or_fails_stops_the_run(recipe, run_ex
         run_exp(recipe(reward_model=server.url, **api))
 
 
-def test_what_is_no_reward_model_is_refused_before_a_model_is_loaded(
-    recipe, run_exp, tiny_model_dir, reward_adapter, tmp_path, monkeypatch
-):
-    from grpo_stage.host import facade
+def test_a_server_that_restarts_is_asked_again(recipe, run_exp, reward_server_here, monkeypatch, scored):
+    monkeypatch.setattr(reward_server, "RETRY_WAITS_S", (0.01, 0.01))
+    reward = GRPOTrainer._reward
 
-    monkeypatch.setattr(facade, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    def later(self: GRPOTrainer, groups: Any) -> Any:
+        reward_server_here.failures = [502, 503]
+        return reward(self, groups)
+
+    monkeypatch.setattr(GRPOTrainer, "_reward", later)
+    run_exp(recipe(reward_funcs=None, reward_model=reward_server_here.url, reward_model_type="api", max_steps=1))
+    assert len(scored) == 8
+    assert reward_server_here.failures == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"scores": 4}, "no list of finite scores: {"),
+        ({"scores": [1.0, None]}, "no list of finite scores"),
+        ({"scores": [[1.0], [2.0]]}, "no list of finite scores"),
+        ({"scores": [1.0, float("nan")]}, "no list of finite scores"),
+        ({"scores": [True, 1.0]}, "no list of finite scores"),
+        ({"detail": "no such model"}, "no such model"),
+        ([1.0, 2.0], "status 200"),
+        ({"scores": [1.0]}, "1 scores for 2 texts"),
+    ],
+)
+def test_only_a_finite_score_for_each_text_is_an_answer(reward_server_here, tiny_model_dir, answer, said):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    reward_server_here.answer = answer
+    with pytest.raises(RewardServerError) as error:
+        ServerScorer(reward_server_here.url, tokenizer, 10.0)([(5,), (6,)])
+    assert said in str(error.value)
+    reward_server_here.answer = {"scores": [1, 2.5]}
+    assert ServerScorer(reward_server_here.url, tokenizer, 10.0)([(5,), (6,)]) == [1.0, 2.5]
+
+
+def test_a_failing_server_is_quoted(reward_server_here, tiny_model_dir, monkeypatch):
+    monkeypatch.setattr(reward_server, "RETRY_WAITS_S", (0.01,))
+    scorer = ServerScorer(reward_server_here.url, AutoTokenizer.from_pretrained(tiny_model_dir), 10.0)
+    reward_server_here.failures = [500, 502]
+    with pytest.raises(RewardServerError, match=r"answered with status 502: (?s:.*)one moment"):
+        scorer([(5,)])
+    assert reward_server_here.failures == [], "it was asked twice"
+    reward_server_here.failures = [404]
+    with pytest.raises(RewardServerError, match="answered with status 404"):
+        scorer([(5,)])
+    assert scorer([(5,)]) == [pytest.approx(1.0, abs=20)], "a mistake of the user's is not asked again"
+
+
+def test_a_server_that_does_not_answer_in_time_is_not_waited_for(tiny_model_dir):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/score/evaluation"
+        scorer = ServerScorer(url, AutoTokenizer.from_pretrained(tiny_model_dir), 0.2)
+        with pytest.raises(RewardServerError, match=r"did not answer within 0.2 s \(`reward_timeout`\)"):
+            scorer([(5,)])
+
+
+@pytest.mark.usefixtures("before_the_model")
+def test_what_is_no_reward_model_is_refused_before_a_model_is_loaded(
+    recipe, run_exp, tiny_model_dir, reward_adapter, tmp_path
+):
     full = {"reward_funcs": None, "reward_model": str(tiny_model_dir), "reward_model_type": "full"}
     with pytest.raises(ValueError, match=rf"`reward_model: {tiny_model_dir}` has no value head"):
         run_exp(recipe(**full))
@@ -315,3 +374,91 @@ def test_what_is_no_reward_model_is_refused_before_a_model_is_loaded(
     (headless / "adapter_config.json").write_text((reward_adapter / "adapter_config.json").read_text())
     with pytest.raises(ValueError, match=rf"`reward_model: {headless}` has no value head"):
         run_exp(recipe(reward_funcs=None, reward_model=str(headless)))
+
+
+@pytest.mark.usefixtures("before_the_model")
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("names", "size"), [("score.weight score.bias", 64), ("v_head.summary.weight", 64), (None, 32), (None, 64)]
+)
+def test_a_value_head_that_would_be_dropped_is_refused(
+    recipe, run_exp, tiny_model_dir, reward_adapter, tmp_path, kind, names, size
+):
+    """The host loads what it knows of the file, and leaves the rest of the head random."""
+    folder = shutil.copytree(reward_adapter, tmp_path / "rm")
+    names = names.split() if names else ["v_head.summary.weight", "v_head.summary.bias"]
+    head = dict(zip(names, (torch.zeros(1, size), torch.zeros(1)), strict=False))
+    save_file(head, folder / "value_head.safetensors")
+    arguments = recipe(reward_funcs=None, **keys_of(kind, tiny_model_dir, folder))
+    if (len(names), names[0], size) == (2, "v_head.summary.weight", 64):
+        with pytest.raises(ModelLoadedError):
+            run_exp(arguments)
+        return
+    with pytest.raises(ValueError, match=rf"reward_model.*: {folder}` has a value head that does not fit.*stage: rm"):
+        run_exp(arguments)
+
+
+@pytest.mark.usefixtures("before_the_model")
+def test_an_adapter_that_was_trained_on_another_model_is_refused(
+    recipe, run_exp, tiny_model_dir, reward_adapter, tmp_path, caplog
+):
+    other = shutil.copytree(tiny_model_dir, tmp_path / "other")
+    own = {"reward_funcs": None, "model_name_or_path": str(other)}
+    with pytest.raises(ValueError, match="another model than the policy") as error:
+        run_exp(recipe(**own, reward_model=str(reward_adapter)))
+    for part in (f"`reward_model: {reward_adapter}`", f"`base_model_name_or_path: {tiny_model_dir}`", str(other)):
+        assert part in str(error.value)
+    assert "reward_model_type: full" in str(error.value)
+
+    link = tmp_path / "link"
+    link.symlink_to(tiny_model_dir)
+    with pytest.raises(ModelLoadedError):
+        run_exp(recipe(reward_funcs=None, model_name_or_path=str(link), reward_model=str(reward_adapter)))
+
+    # The way out that the message gives where both are one model.
+    moved = shutil.copytree(reward_adapter, tmp_path / "moved")
+    file = moved / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(other)}))
+    with pytest.raises(ModelLoadedError):
+        run_exp(recipe(**own, reward_model=str(moved)))
+
+    with caplog.at_level(logging.WARNING), pytest.raises(ModelLoadedError):
+        run_exp(recipe(reward_funcs=None, **keys_of("full", other, reward_adapter)))
+    assert f"was trained on {tiny_model_dir}" in caplog.text
+
+
+def test_a_policy_from_scratch_leaves_the_reward_model_its_weights(
+    recipe, run_exp, tiny_model_dir, reward_adapter, direct_score, scored
+):
+    keys = keys_of("full", tiny_model_dir, reward_adapter)
+    run_exp(recipe(reward_funcs=None, train_from_scratch=True, max_steps=1, **keys))
+    assert len(scored) == 8
+    assert all(score == pytest.approx(direct_score(token_ids), abs=1e-5) for token_ids, score in scored)
+
+
+def test_new_tokens_need_a_reward_model_that_has_them(
+    recipe, run_exp, tiny_model_dir, reward_adapter, scored, tmp_path, monkeypatch
+):
+    from grpo_stage.host import facade
+
+    arguments = recipe(
+        reward_funcs=None, add_tokens="<a>,<b>", max_steps=1, **keys_of("full", tiny_model_dir, reward_adapter)
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(facade, "load_model", lambda *_: pytest.fail("the model was loaded"))
+        with pytest.raises(
+            ValueError, match=r"`reward_model: .*another vocabulary.*2 of another id or none.*'<[ab]>'"
+        ):
+            run_exp(arguments)
+
+    extended = tmp_path / "extended"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
+    tokenizer.add_tokens(["<a>", "<b>"])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(extended)
+    tokenizer.save_pretrained(extended)
+    shutil.copy(reward_adapter / "value_head.safetensors", extended)
+    del arguments["reward_model_adapters"]
+    run_exp(arguments | {"reward_model": str(extended)})
+    assert len(scored) == 8

@@ -164,6 +164,55 @@ def test_a_model_s_completions_are_tried_beside_the_references(
     assert list((tmp_path / "out").rglob("*")) == [checkpoint]
 
 
+@pytest.mark.parametrize("kind", ["lora", "full", "api"])
+def test_a_reward_model_that_is_not_asked_here_is_left_out(
+    run: Callable[..., int], result: Callable[[], dict[str, Any]], tmp_path: Path, tiny_model_dir: Path, kind: str
+) -> None:
+    """A server is asked only where the model is named whose tokens it reads."""
+    (tmp_path / "rm").mkdir()
+    (tmp_path / "rm" / "adapter_config.json").write_text("{}")
+    model = {"lora": str(tmp_path / "rm"), "full": str(tiny_model_dir), "api": "http://127.0.0.1:9/score"}[kind]
+    keys = {"reward_model": model, "reward_model_type": kind}
+    beside = {"reward_funcs": "exact_match,reward_model", "reward_weights": "2.0,1.0", **keys}
+    without = RUN_KEYS if kind == "api" else ("do_train", "output_dir")
+    assert run(without=without, **beside) == 0
+    assert (result()["functions"], result()["weights"]) == (["exact_match"], [2.0])
+    assert any("The reward model is left out" in note for note in result()["notes"])
+
+
+def test_a_reward_server_is_asked_about_the_completions(
+    run: Callable[..., int], result: Callable[[], dict[str, Any]], reward_server_here: Any
+) -> None:
+    keys = {"reward_model": reward_server_here.url, "reward_model_type": "api", "reward_funcs": None}
+    assert run("--rows", "2", without=("do_train", "output_dir"), **keys) == 0
+    rows = result()["rows"]
+    texts = {text: float(len(text)) for text in reward_server_here.texts[1:]}
+    reference = next(row for row in rows if row["kind"] == "reference")
+    (asked,) = [text for text in texts if text.endswith(f"assistant\n{reference['completion']}<|im_end|>\n")]
+    assert reference["rewards"] == {"reward_model": texts[asked]}
+    assert not any("left out" in note for note in result()["notes"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"reward_funcs": None, "reward_model_type": "api"}, "Name `model_name_or_path`"),
+        (
+            {"reward_funcs": "format,reward_model", "reward_weights": "0,1", "reward_model_type": "api"},
+            "add functions",
+        ),
+        ({"reward_funcs": None, "reward_model": "own/rm"}, "write `reward_model_type: api`"),
+    ],
+)
+def test_a_reward_model_alone_that_is_not_asked_here_is_refused(
+    run: Callable[..., int], capsys: pytest.CaptureFixture[str], changes: dict[str, Any], remedy: str
+) -> None:
+    assert run(**{"reward_model": "http://127.0.0.1:9/score", **changes}) == 1
+    message = capsys.readouterr().err.rpartition("grpo-stage: ")[2]
+    assert "leaves nothing to try" in message
+    assert remedy in message
+
+
 @pytest.mark.parametrize(
     ("options", "changes", "message"),
     [

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub.errors import StrictDataclassFieldValidationError
+from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.model import loader
 from llamafactory.model.model_utils.rope import configure_rope
 from transformers import AutoConfig
@@ -17,6 +18,7 @@ from transformers import AutoConfig
 from grpo_stage import checkpoints
 from grpo_stage.checkpoints import STATE_FILE
 from grpo_stage.host import rules
+from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
 from grpo_stage.host.recipe import recipe_hash, recipe_of, recipe_record
 
@@ -233,6 +235,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["eval_completions/mean_length", "eval_reward"],
     ),
     (BEST | {"metric_for_best_model": "eval_gsm8k_reward"}, ["eval_gsm8k_reward", "Did you mean `eval_reward`?"]),
+    (
+        BEST | ALONE | {"metric_for_best_model": "eval_rewards/reward_model/pass@8"},
+        ["eval_rewards/reward_model/pass@8", "Did you mean `eval_rewards/reward_model/mean@8`?"],
+    ),
     ({"metric_for_best_model": "eval_reward"}, ["eval_strategy: no", "none to compare"]),
     ({"val_size": 2, "save_strategy": "best"}, ["save_strategy: best", "eval_strategy: no"]),
     (
@@ -395,6 +401,45 @@ def test_positions_that_the_config_scales_count(recipe):
     file.write_text(json.dumps(config | {"rope_parameters": yarn}))
     parse(recipe | {"max_new_tokens": 4 * 512 - 64})
     assert "2048 positions" in refusal(recipe | {"max_new_tokens": 4 * 512 - 63})
+
+
+def test_a_reward_model_of_its_own_has_positions_of_its_own(recipe, tmp_path):
+    folder = tmp_path / "rm"
+    shutil.copytree(recipe["model_name_or_path"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 95}))
+    own = recipe | ALONE | {"reward_model": str(folder), "reward_model_type": "full"}
+    message = refusal(own)
+    for part in (f"`reward_model: {folder}` knows 95 positions", "cutoff_len: 64", "max_new_tokens: 32", "Lower"):
+        assert part in message
+    parse(own | {"max_new_tokens": 31})
+
+
+@pytest.mark.parametrize("path", ["a/policy", "another/model"])
+def test_other_models_are_loaded_without_what_is_the_policys(recipe, path):
+    own = {
+        "add_tokens": "<a>,<b>",
+        "add_special_tokens": "<c>",
+        "resize_vocab": True,
+        "train_from_scratch": True,
+        "model_revision": "v2",
+        "adapter_folder": "best",
+        "quantization_bit": 4,
+        "trust_remote_code": True,
+        "hf_hub_token": "secret",
+        "cache_dir": "cache",
+    }
+    model = ModelArguments(model_name_or_path="a/policy", adapter_name_or_path="x,y", **own)
+    model.compute_dtype = "bf16"
+    other = arguments_for(model, path)
+    assert other.model_name_or_path == path
+    assert (other.add_tokens, other.add_special_tokens, other.resize_vocab) == (None, None, False)
+    assert (other.train_from_scratch, other.adapter_folder, other.adapter_name_or_path) == (False, None, None)
+    assert other.quantization_bit is None
+    assert other.model_revision == ("v2" if path == "a/policy" else "main")
+    assert (other.trust_remote_code, other.hf_hub_token, other.cache_dir) == (True, "secret", "cache")
+    assert other.compute_dtype == "bf16"
+    assert model.add_tokens == ["<a>", "<b>"]
 
 
 @pytest.mark.parametrize(("method", "is_served"), [("bitsandbytes", True), ("gptq", False), ("fp8", False)])

@@ -185,12 +185,40 @@ def test_skewed_sampling_is_honoured_with_a_warning(recipe, monkeypatch):
 def test_a_clip_range_of_tokens_for_sequences_warns(recipe, monkeypatch, options):
     said: list[str] = []
     monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+    options |= {"num_iterations": 2}
     parse(recipe | options | {"epsilon": 3e-4})
     assert said == []
     parse(recipe | options)
     assert len(said) == 1
     assert "`epsilon: 0.2` by default" in said[0]
     assert "`epsilon: 3.0e-4`" in said[0]
+
+
+def test_a_clip_that_never_acts_warns(recipe, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+    written = {"epsilon": 0.2, "epsilon_high": 0.28}
+    for uses in ({"num_iterations": 2}, {"steps_per_generation": 2}, {"dynamic_sampling": True, "max_steps": 2}):
+        parse(recipe | written | uses)
+    parse(recipe)
+    assert said == []
+    parse(recipe | written)
+    assert len(said) == 1
+    assert "`epsilon: 0.2`, `epsilon_high: 0.28`: without effect" in said[0]
+    assert "steps_per_generation: 4" in said[0]
+
+
+def test_a_schedule_for_steps_that_dynamic_sampling_may_not_reach_warns(recipe, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+    epochs = recipe | {"max_steps": -1, "num_train_epochs": 1, "lr_scheduler_type": "cosine"}
+    parse(epochs)
+    parse(epochs | {"dynamic_sampling": True, "lr_scheduler_type": "constant_with_warmup"})
+    parse(epochs | {"dynamic_sampling": True, "max_steps": 5})
+    assert said == []
+    parse(epochs | {"dynamic_sampling": True})
+    assert len(said) == 1
+    assert "`lr_scheduler_type: cosine` with `dynamic_sampling: true`" in said[0]
 
 
 def test_half_precision_on_a_cpu_warns(recipe, monkeypatch):

@@ -23,23 +23,25 @@ TOGETHER: dict[str, Any] = {
     "rollout_correction": "token",
     "advantage_estimator": "reinforce_plus_plus_baseline",
 }
+OF_COMPLETIONS: dict[str, Any] = {"top_entropy_quantile": 1.0, "rollout_correction": "sequence"}
 OBJECTIVES: list[dict[str, Any]] = [
     {"loss_type": "grpo"},
     {"loss_type": "bnpo"},
     {"loss_type": "dapo"},
     {"loss_type": "dr_grpo"},
-    {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+    {"loss_type": "grpo", "importance_sampling_level": "sequence"} | OF_COMPLETIONS,
     {"loss_type": "dapo", "importance_sampling_level": "sequence_token"},
     {"loss_type": "cispo", "epsilon_high": 1.0},
     {"loss_type": "sapo"},
-    {"loss_type": "gspo"},
+    {"loss_type": "gspo"} | OF_COMPLETIONS,
     {"loss_type": "gspo_token"},
-    {"loss_type": "gmpo"},
+    {"loss_type": "gmpo"} | OF_COMPLETIONS,
     {"advantage_estimator": "gdpo"},
     {"advantage_estimator": "reinforce_plus_plus"},
     {"advantage_estimator": "rloo", "scale_rewards": "batch"},
     {"kl_in_reward": True, "kl_estimator": "k1"},
     {"covariance_control": "kl_cov", "covariance_frac": 0.2},
+    {"covariance_control": "clip_cov", "covariance_frac": 0.2, "clip_cov_min": -1.0, "clip_cov_max": 9.0},
     {"entropy_coef": 0.1},
 ]
 

@@ -18,7 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workflow",),
     ("trainer",),
     ("dynamic_sampling", "evaluation", "gradient", "reward_model"),
-    ("objective", "run_files"),
+    ("objective", "reward_server", "run_files"),
     ("policy", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "prompts", "rewards", "rollout"),
     ("stop",),
     ("checkpoints", "distributed", "jsonl", "watchdog"),

@@ -111,6 +111,31 @@ def test_reward_kwargs_may_be_json():
             {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1", "advantage_estimator": "gdpo"},
             ["kl_in_reward: true", "gdpo", "Leave `kl_in_reward` out"],
         ),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1"},
+            ["kl_in_reward: true", "scale_rewards: group", "noise", "`scale_rewards: none` or `batch`"],
+        ),
+        (
+            {"beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1", "advantage_estimator": "passk"},
+            ["kl_in_reward: true", "advantage_estimator: passk", "best completion", "Leave `kl_in_reward` out"],
+        ),
+        (
+            {"loss_type": "gspo", "top_entropy_quantile": 0.2},
+            ["top_entropy_quantile: 0.2", "loss_type: gspo`", "learned with the rest", "loss_type: gspo_token"],
+        ),
+        (
+            {"loss_type": "gmpo", "rollout_correction": "token"},
+            ["rollout_correction: token", "loss_type: gmpo", "another `loss_type`", "rollout_correction: sequence"],
+        ),
+        (
+            {"importance_sampling_level": "sequence", "covariance_control": "clip_cov"},
+            ["covariance_control: clip_cov", "importance_sampling_level: sequence`", "sequence_token"],
+        ),
+        ({"advantage_estimator": "passk", "delta": 3.0}, ["delta: 3.0", "no effect", "advantage_estimator: passk"]),
+        (
+            {"advantage_estimator": "passk", "dynamic_sampling": True},
+            ["dynamic_sampling: true", "no effect", "advantage_estimator: passk"],
+        ),
         ({"rollout_correction_max": 3.0}, ["rollout_correction_max: 3.0", "rollout_correction: token or sequence"]),
         (
             {"rollout_correction": "token", "rollout_correction_max": 0.9},
@@ -182,6 +207,25 @@ def test_a_weight_may_be_negative(weights):
 )
 def test_bounds_are_inclusive_where_they_say_so(changes):
     arguments(**changes).validate()
+
+
+@pytest.mark.parametrize(
+    ("options", "key"),
+    [
+        ({"loss_type": "gspo", "importance_sampling_level": "token"}, "importance_sampling_level: token"),
+        ({"loss_type": "sapo", "epsilon": 0.2}, "epsilon: 0.2"),
+        ({"num_completions_to_print": 4}, "num_completions_to_print: 4"),
+    ],
+)
+def test_a_key_without_effect_is_refused_at_its_default_too_where_it_was_written(options, key):
+    arguments(**options).validate()
+    with pytest.raises(ValueError, match=f"`{key}` would have no effect"):
+        arguments(**options).validate(given=options.keys())
+
+
+def test_what_asks_for_nothing_may_be_written_anywhere():
+    options = {"sync_ref_model": False, "kl_target": None, "kl_in_reward": False, "rollout_correction": "none"}
+    arguments(**options).validate(given=options.keys())
 
 
 @pytest.mark.parametrize("estimator", ADVANTAGE_SCALES)

@@ -183,3 +183,17 @@ def test_the_names_that_may_choose_a_model_are_those_that_are_logged(n, ks):
         name for name in names if name.startswith("eval_rewards/right/pass@")
     ]
     assert rewarding_metrics(["right"], n, ["easy"]) == rewarding_metrics(["right"], n, [])
+
+
+def test_a_reward_model_passes_nothing():
+    """Its scores have a scale of their own, on which 1 means nothing."""
+    tracker = MetricTracker()
+    record_evaluation(
+        tracker, [group(0, "1", "2")], [[[3.0], [1.0]]], [[3.0, 1.0]], ["reward_model"], by_dataset=False
+    )
+    metrics = tracker.take()
+    assert metrics["rewards/reward_model/mean@2"] == 2.0
+    assert metrics["rewards/reward_model/frac_not_applicable"] == 0.0
+    names = rewarding_metrics(["accuracy", "reward_model"], 2, [])
+    assert "eval_rewards/accuracy/pass@2" in names
+    assert not any("reward_model/pass@" in name or "reward_model/maj@" in name for name in (*names, *metrics))

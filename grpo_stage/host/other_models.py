@@ -1,0 +1,29 @@
+"""A run's models beside the policy, `ref_model` and `reward_model`: whose arguments they are loaded with."""
+
+from typing import Any
+
+from llamafactory.hparams.model_args import ModelArguments
+
+
+# What these keys ask for is the policy's alone. Beside that, the host's copy cannot take its new tokens twice.
+_OF_THE_POLICY = {
+    "train_from_scratch": False,
+    "resize_vocab": False,
+    "add_tokens": None,
+    "add_special_tokens": None,
+    "new_special_tokens_config": None,
+    "adapter_name_or_path": None,
+    "adapter_folder": None,
+    "quantization_bit": None,
+}
+
+
+def arguments_for(model_args: ModelArguments, path: str) -> ModelArguments:
+    """The policy's arguments for the model at `path`, without an adapter and not quantized.
+
+    A revision is one of the repository that `model_name_or_path` names, and no other's.
+    """
+    changes: dict[str, Any] = dict(_OF_THE_POLICY)
+    if path != model_args.model_name_or_path:
+        changes["model_revision"] = "main"
+    return ModelArguments.copyfrom(model_args, model_name_or_path=path, **changes)
