@@ -82,7 +82,7 @@ def test_a_greedy_evaluation_takes_the_most_probable_tokens(recipe, run_exp, dec
         "def kept(prompts, completion_ids):\n"
         "    if '1000' in prompts[-1]:\n"
         f"        open({str(scored)!r}, 'w').write(json.dumps(completion_ids))\n"
-        "    return [float(len(set(ids))) for ids in completion_ids]\n"
+        "    return [float(sum(ids) % 1000) for ids in completion_ids]\n"
     )
     arguments = recipe(
         eval_dataset="thousand",
@@ -103,7 +103,7 @@ def test_a_greedy_evaluation_takes_the_most_probable_tokens(recipe, run_exp, dec
     assert json.loads(scored.read_text()) == [greedy]
     (logged,) = eval_log(arguments["output_dir"])
     assert logged["current_steps"] == 0
-    assert logged["eval_rewards/kept/mean@1"] == logged["eval_reward"] == len(set(greedy))
+    assert logged["eval_rewards/kept/mean@1"] == logged["eval_reward"] == sum(greedy) % 1000
 
 
 # Evaluation number n of a run gives this mean, whatever is sampled: the best is the second.
