@@ -69,14 +69,14 @@ def test_a_run_that_is_killed_and_stopped_goes_on_exactly(recipe, run_exp, picky
     assert_same(broken, whole)
 
 
-def test_two_processes_sample_and_train_as_one_does(recipe, run_exp, picky_reward, tmp_path):
+def test_two_processes_sample_and_train_as_one_does(recipe, picky_reward, tmp_path):
     settings = SETTINGS | {"max_grad_norm": 0.0, "scale_rewards": "batch", "reward_funcs": picky_reward}
     settings |= {"save_strategy": "steps", "save_steps": 1, "seed": 3}  # one of those by which two groups wait
     one, two = (
         recipe(output_dir=str(tmp_path / name), per_device_train_batch_size=size, **settings)
         for name, size in (("one", 4), ("two", 2))
     )
-    run_exp(one)
+    launch("llamafactory-cli", "train", recipe_file(one), num_processes=1)
     launch("llamafactory-cli", "train", recipe_file(two))
 
     def sampled(arguments: dict[str, Any]) -> list[tuple[Any, ...]]:
