@@ -171,9 +171,15 @@ def test_what_the_user_wrote_is_kept_though_it_is_the_hosts_default(recipe, writ
     assert arguments.training.logging_steps == 500
 
 
-def test_skewed_sampling_is_honoured_with_a_warning(recipe, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+@pytest.fixture
+def said(monkeypatch) -> list[str]:
+    """What the run is warned of."""
+    messages: list[str] = []
+    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", messages.append)
+    return messages
+
+
+def test_skewed_sampling_is_honoured_with_a_warning(recipe, said):
     parse(recipe)
     assert said == []
     parse(recipe | {"top_p": 0.9})
@@ -182,9 +188,7 @@ def test_skewed_sampling_is_honoured_with_a_warning(recipe, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"loss_type": "gspo"}, {"importance_sampling_level": "sequence"}])
-def test_a_clip_range_of_tokens_for_sequences_warns(recipe, monkeypatch, options):
-    said: list[str] = []
-    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+def test_a_clip_range_of_tokens_for_sequences_warns(recipe, said, options):
     options |= {"num_iterations": 2}
     parse(recipe | options | {"epsilon": 3e-4})
     assert said == []
@@ -194,9 +198,7 @@ def test_a_clip_range_of_tokens_for_sequences_warns(recipe, monkeypatch, options
     assert "`epsilon: 3.0e-4`" in said[0]
 
 
-def test_a_clip_that_never_acts_warns(recipe, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+def test_a_clip_that_never_acts_warns(recipe, said):
     written = {"epsilon": 0.2, "epsilon_high": 0.28}
     for uses in ({"num_iterations": 2}, {"steps_per_generation": 2}, {"dynamic_sampling": True, "max_steps": 2}):
         parse(recipe | written | uses)
@@ -208,9 +210,7 @@ def test_a_clip_that_never_acts_warns(recipe, monkeypatch):
     assert "steps_per_generation: 4" in said[0]
 
 
-def test_a_schedule_for_steps_that_dynamic_sampling_may_not_reach_warns(recipe, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+def test_a_schedule_for_steps_that_dynamic_sampling_may_not_reach_warns(recipe, said):
     epochs = recipe | {"max_steps": -1, "num_train_epochs": 1, "lr_scheduler_type": "cosine"}
     parse(epochs)
     parse(epochs | {"dynamic_sampling": True, "lr_scheduler_type": "constant_with_warmup"})
@@ -221,9 +221,7 @@ def test_a_schedule_for_steps_that_dynamic_sampling_may_not_reach_warns(recipe, 
     assert "`lr_scheduler_type: cosine` with `dynamic_sampling: true`" in said[0]
 
 
-def test_half_precision_on_a_cpu_warns(recipe, monkeypatch):
-    said: list[str] = []
-    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", said.append)
+def test_half_precision_on_a_cpu_warns(recipe, said):
     parse(recipe | {"bf16": True})
     assert len(said) == 1
     assert "8 to 25 times slower" in said[0]
