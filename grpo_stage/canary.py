@@ -1,26 +1,46 @@
 """The canary: is what the engine sampled from really the trainer's policy?
 
 The largest class of silent failures in this field is rollouts from another model than the one that trains: an adapter
-never delivered, delivered twice, scaled wrongly, answered from a stale cache. All of them show in one number: the
-difference between the engine's and the trainer's log-probability of the very tokens that were sampled.
+never delivered, delivered twice, scaled wrongly, answered from a stale cache. Two tests look for them:
+
+- The difference between the engine's and the trainer's log-probability of the very tokens that were sampled. In
+  float32 the two agree so closely that a small bound on it finds every fault at once.
+- In half precision rounding alone makes a difference as large as an update does. There `SlopeTest` asks whether the
+  engine's log-probabilities *move* as the trainer's do.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from .types import RolloutGroup
+from .buffer import group_state, load_group, load_tensors, tensors_state
+from .types import Completion, FinishReason, Prompt, RolloutEngine, RolloutGroup, ScoredGroup
 
 
-# Measured in float32 with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on
-# average (SmolLM2-135M; 2e-6 on a tiny model), a base model that answers in place of the adapter by 2e-3 after a
-# single update, and each fault injected in tests/engines by 0.4 and more. Half precision rounds logits in both
-# engines: its bounds have not been measured on a GPU (docs/gpu.md).
-DEFAULT_BOUNDS = {torch.float32: 2e-4, torch.float16: 0.02, torch.bfloat16: 0.05}
+# float32, measured with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on average
+# (SmolLM2-135M; 2e-6 on a tiny model), a base model that answers in place of the adapter by 2e-3 after one update, and
+# each fault injected in tests/engines by 0.4 and more.
+# Half precision: no more than a limit against nonsense, since sound engines differ by up to 0.06 (docs/metrics.md),
+# and the slope is what tells.
+TIGHT_BOUND = 2e-4
+DEFAULT_BOUNDS = {torch.float32: TIGHT_BOUND, torch.float16: 0.5, torch.bfloat16: 0.5}
 
-# bitsandbytes rounds activations to 8 bits too (on a CPU in evaluation alone), and vLLM, which gets the weights
-# dequantized, does not: 0.026 on a tiny random model. With 4 bits the weights alone are rounded, and nothing differs.
-BOUND_IN_8_BITS = 0.1
+_START_SEQUENCES, _PREVIOUS_SEQUENCES = 16, 8
+_TOKENS_A_SEQUENCE = 32
+_TOKENS_A_BLOCK = 8
+"""Rounding errors of neighboring tokens may depend on each other; those of different blocks are taken not to."""
+
+_MARGIN = 0.1
+"""What a slope may be off for other reasons than noise, such as another rounding of the adapter."""
+
+_FALSE_ALARMS = 1e-7
+"""The probability of an alarm in a sound run, each time that a slope is looked at."""
+
+_MEMORY_SYNCS = 16
 
 
 class StaleRolloutError(RuntimeError):
@@ -55,4 +75,245 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
         "precision, or another temperature. Training on them would teach the wrong thing, so the run is stopped. "
         "Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version. Raise the bound "
         "only if you know why the two engines differ, for example a quantised engine."
+    )
+
+
+@dataclass(slots=True)
+class Slope:
+    """By how much of the policy's move the engine has moved, over tokens that both have scored.
+
+    With b the trainer's log-probability of a token under an earlier version, p under the present one, and e the
+    engine's, it is the slope of e - b on p - b through the origin:
+
+        slope = sum (p - b)(e - b) / sum (p - b)^2
+
+    1 is sound, 0 an engine that answers with the earlier version, 0.5 with half of what came since, 2 with twice that.
+
+    The error is the standard error that allows for any dependence within a block of neighboring tokens (the sandwich
+    estimator with blocks as clusters), and is about noise / sqrt(sum (p - b)^2): it says by itself when it is too
+    early to tell.
+
+    **Noise in p draws the slope towards 0.5.** A pass in half precision has an error n, and p - b holds n_p - n_b.
+    With errors of equal size that an update makes independent, sum (p - b)(e - p) is -sum n_p^2 on average, and so
+
+        1 - slope  =  sum n_p^2 / sum (p - b)^2  <=  min(1/2, 2 residual / sum (p - b)^2)
+
+    for a sound engine: never below 0.5, however large the noise is. (The residual of the regression holds at least
+    half of sum n_p^2.) An engine that answers with the earlier version is above 0 by as much, and never above 0.5. So
+    the bound that `is_sound` compares with is 0.5 where the noise is large, and goes to 1 where it is small.
+    """
+
+    xx: float = 0.0
+    xy: float = 0.0
+    yy: float = 0.0
+    """sum (e - b)^2."""
+    square_xx: float = 0.0
+    """The sum over blocks of a block's xx^2; the next two are alike."""
+    product: float = 0.0
+    square_xy: float = 0.0
+    num_blocks: float = 0.0
+
+    def add(self, before: torch.Tensor, policy: torch.Tensor, engine: torch.Tensor) -> None:
+        """Count one completion's log-probabilities in, each [T] in nats: of b, p and e above."""
+        x, y = policy.double() - before.double(), engine.double() - before.double()
+        self.yy += y.square().sum().item()
+        for block_x, block_y in zip(x.split(_TOKENS_A_BLOCK), y.split(_TOKENS_A_BLOCK), strict=True):
+            xx, xy = block_x.square().sum().item(), (block_x * block_y).sum().item()
+            self.xx += xx
+            self.xy += xy
+            self.square_xx += xx * xx
+            self.product += xx * xy
+            self.square_xy += xy * xy
+            self.num_blocks += 1
+
+    def forget(self, factor: float) -> None:
+        """Let what was counted so far weigh `factor` as much as what follows."""
+        for name in ("xx", "xy", "yy", "num_blocks"):
+            setattr(self, name, getattr(self, name) * factor)
+        for name in ("square_xx", "product", "square_xy"):
+            setattr(self, name, getattr(self, name) * factor * factor)
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether anything has moved in at least two blocks."""
+        return self.xx > 0 and self.num_blocks >= 2
+
+    @property
+    def value(self) -> float:
+        return self.xy / self.xx
+
+    @property
+    def error(self) -> float:
+        scores = self.square_xy - 2 * self.value * self.product + self.value**2 * self.square_xx
+        return math.sqrt(max(scores, 0.0) * self.num_blocks / (self.num_blocks - 1)) / self.xx
+
+    @property
+    def is_sound(self) -> bool:
+        """False where noise alone would give such a slope once in 10 million looks."""
+        from scipy.special import stdtrit
+
+        noise = -float(stdtrit(self.num_blocks - 1, _FALSE_ALARMS)) * self.error  # Student's t
+        residual = self.yy - self.value * self.xy
+        lowest = max(0.5, 1 - 2 * residual / self.xx - _MARGIN)
+        return lowest - noise <= self.value <= 1 + _MARGIN + noise
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """Tokens that engine and trainer score, and what the trainer said of them before."""
+
+    groups: tuple[ScoredGroup, ...]
+    before: tuple[torch.Tensor, ...]
+    """One [T] a completion, prompt-major."""
+
+
+Scorer = Callable[[Sequence[ScoredGroup]], tuple[torch.Tensor, ...]]
+
+
+@dataclass(slots=True, kw_only=True)
+class SlopeTest:
+    """Whether the engine follows the policy, sync by sync: two slopes at each new version.
+
+    *start*: a fixed probe, tokens of the first rollout, against the adapter switched off (LoRA) or the version of the
+    first rollout (other tuning). It finds what never arrives, arrives scaled, or twice.
+
+    *previous*: a probe of the rollout before, against the version that sampled it. It finds an engine that is one sync
+    behind. Each sync says little where updates are small, so evidence adds up: over the whole run, and over the last
+    syncs alone for a fault that begins late.
+
+    `ask` comes first, while the engine is awake, then `check`.
+    """
+
+    backend: str
+    """The engine's name, for the message."""
+    policy: Scorer
+    """The trainer's log-probabilities at temperature 1: one [T] a completion, prompt-major."""
+    adapter_off: Scorer | None
+    """The same with the adapter switched off; None where there is none."""
+    _start: _Probe | None = None
+    _previous: _Probe | None = None
+    _since_previous: tuple[Slope, Slope] = field(default_factory=lambda: (Slope(), Slope()))
+    """Over all syncs, and over the last ones."""
+    _version: int = -1
+    _answers: list[torch.Tensor] = field(default_factory=list)
+
+    def ask(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> None:
+        """Have the engine score the probes; `groups` is what it has just sampled from `version`."""
+        if self._start is None and groups:
+            chosen = _choose(groups, _START_SEQUENCES)
+            before = (self.adapter_off or self.policy)(chosen)
+            self._start = _Probe(chosen, before)
+        if version == self._version or self._start is None:
+            return
+        self._answers = engine.score([scored.group for scored in self._probes])
+
+    def check(self, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+        """Compare the engine's answers with the trainer's, and prepare the next comparison.
+
+        Returns:
+            The slopes and their standard errors, by metric name; what cannot be told yet is left out.
+
+        Raises:
+            StaleRolloutError: if a slope is not sound.
+        """
+        if version == self._version or self._start is None:
+            return {}
+        self._version = version
+        chosen = _choose(groups, _PREVIOUS_SEQUENCES)
+        scores = self.policy([*self._probes, *chosen])
+        num_answers = len(self._answers)
+        policy, engine = iter(scores[:num_answers]), iter(self._answers)
+        from_start = Slope()
+        for before in self._start.before:
+            from_start.add(before, next(policy), next(engine))
+        self._since_previous[1].forget(1 - 1 / _MEMORY_SYNCS)
+        for before in self._previous.before if self._previous else ():
+            of_policy, of_engine = next(policy), next(engine)
+            for slope in self._since_previous:
+                slope.add(before, of_policy, of_engine)
+        if chosen:
+            self._previous = _Probe(chosen, scores[num_answers:])
+        start = "the model without its adapter" if self.adapter_off else "the first rollout"
+        self._judge(from_start, start, version)
+        for slope in self._since_previous:
+            self._judge(slope, "the sync before", version)
+        return {
+            f"sampling/{figure}/{name}": value
+            for name, slope in (("start", from_start), ("previous", self._since_previous[0]))
+            if slope.is_defined
+            for figure, value in (("slope", slope.value), ("slope_error", slope.error))
+        }
+
+    def undo(self) -> Callable[[], None]:
+        """What puts back the state of now."""
+        start, previous, version = self._start, self._previous, self._version
+        whole_run, last_syncs = map(dataclasses.replace, self._since_previous)
+
+        def put_back() -> None:
+            self._start, self._previous, self._version = start, previous, version
+            self._since_previous = whole_run, last_syncs
+
+        return put_back
+
+    def state_dict(self) -> dict[str, Any]:
+        """For JSON, exact; `load_state_dict` reads it."""
+        return {
+            "probes": [
+                probe and [[group_state(scored) for scored in probe.groups], tensors_state(probe.before)]
+                for probe in (self._start, self._previous)
+            ],
+            "since_previous": [dataclasses.asdict(slope) for slope in self._since_previous],
+            "version": self._version,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+        """Go on from what `state_dict` gave; `prompts` is the dataset."""
+        self._start, self._previous = (
+            probe and _Probe(tuple(load_group(group, prompts) for group in probe[0]), load_tensors(probe[1]) or ())
+            for probe in state["probes"]
+        )
+        whole_run, last_syncs = (Slope(**slope) for slope in state["since_previous"])
+        self._since_previous, self._version = (whole_run, last_syncs), state["version"]
+
+    @property
+    def _probes(self) -> list[ScoredGroup]:
+        return [scored for probe in (self._start, self._previous) if probe for scored in probe.groups]
+
+    def _judge(self, slope: Slope, start: str, version: int) -> None:
+        if not slope.is_defined or slope.is_sound:
+            return
+        raise StaleRolloutError(
+            f"The {self.backend} engine does not follow the policy: at step {version} its log-probabilities, of tokens "
+            f"that both score, differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what the "
+            "trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
+            "since, 2 with twice that. The completions come from another policy than the one that is trained, so the run is "
+            "stopped. Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version."
+        )
+
+
+def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[ScoredGroup, ...]:
+    """The beginnings of `count` completions, of as many prompts as there are; an engine has room to score each."""
+    per_group = -(-count // max(1, len(groups)))
+    chosen = []
+    for group in groups[:count]:
+        completions = [_beginning(each) for each in group.completions[:per_group]]
+        completions = [each for each in completions if each.token_ids]
+        if completions:
+            chosen.append(
+                ScoredGroup(
+                    group=dataclasses.replace(group, completions=tuple(completions)),
+                    rewards=((),) * len(completions),
+                    total_rewards=(None,) * len(completions),
+                    advantages=(0.0,) * len(completions),
+                )
+            )
+    return tuple(chosen)
+
+
+def _beginning(completion: Completion) -> Completion:
+    """Without the last token of one that fills `max_new_tokens`: the engine wants room for one more."""
+    room = len(completion.token_ids) - (completion.finish_reason is FinishReason.LENGTH)
+    count = min(_TOKENS_A_SEQUENCE, room)
+    return dataclasses.replace(
+        completion, token_ids=completion.token_ids[:count], sampling_logprobs=completion.sampling_logprobs[:count]
     )

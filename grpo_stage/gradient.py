@@ -179,13 +179,18 @@ class PolicyGradient:
             self._sampling.seed,
         )
 
-    def frozen_logprobs(self, model: nn.Module, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
-        """Log-probabilities under `model` as it is now: one tensor a completion, prompt-major, on the CPU."""
-        return self._frozen(model, groups, with_entropy=False)[0]
+    def frozen_logprobs(
+        self, model: nn.Module, groups: Sequence[ScoredGroup], temperature: float | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """Log-probabilities under `model` as it is now: one tensor a completion, prompt-major, on the CPU.
+
+        At the sampling temperature, unless another is given.
+        """
+        return self._frozen(model, groups, with_entropy=False, temperature=temperature)[0]
 
     @torch.no_grad()
     def _frozen(
-        self, model: nn.Module, groups: Sequence[ScoredGroup], with_entropy: bool
+        self, model: nn.Module, groups: Sequence[ScoredGroup], with_entropy: bool, temperature: float | None = None
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Log-probabilities, and entropies where they are asked for."""
         totals = count_totals(groups, self._sampling.max_new_tokens, mask_truncated_completions=False)
@@ -196,7 +201,7 @@ class PolicyGradient:
                 try:
                     with self._autocast():
                         logprobs, entropy = token_logprobs(
-                            model, batch, self._sampling.temperature, with_entropy=with_entropy
+                            model, batch, temperature or self._sampling.temperature, with_entropy=with_entropy
                         )
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):

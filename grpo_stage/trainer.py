@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -36,7 +37,7 @@ from . import checkpoints
 from .advantages import with_advantages
 from .arguments import GRPOArguments
 from .buffer import RolloutBuffer, StepData, step_state
-from .canary import check_versions
+from .canary import SlopeTest, check_versions
 from .checkpoints import REFERENCE_FILE, ROLLOUT_FILE
 from .completions_log import CompletionsLog
 from .distributed import all_gather
@@ -90,6 +91,7 @@ class GRPOTrainer(Trainer):
         reference: ReferencePolicy | None,
         max_sampling_logprob_diff: float,
         recipe: dict[str, Any],
+        tests_slope: bool = False,
         shuffle: bool = True,
         optimizer_factory: Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer | None] = lambda *_: None,
         prepare_scheduler: Callable[[TrainingArguments, int, Any], None] = lambda *_: None,
@@ -132,6 +134,13 @@ class GRPOTrainer(Trainer):
             autocast=self.compute_loss_context_manager,
             safe_point=self.stop.check_together,
         )
+        self.slope_test: SlopeTest | None = None
+        if tests_slope:
+            self.slope_test = SlopeTest(
+                backend=grpo_args.rollout_backend,
+                policy=self._probe_logprobs,
+                adapter_off=self._probe_logprobs_without_adapter if isinstance(model, PeftModel) else None,
+            )
         self._moving_reference: MovingReference | None = None
         if grpo_args.sync_ref_model:
             self._moving_reference = cast(MovingReference, reference)
@@ -231,11 +240,29 @@ class GRPOTrainer(Trainer):
         indices = self.stream.take(count)
         with self.stop.together(), self._timed("rollout") as timer:
             groups = self._generate([self.prompts[i] for i in indices], self.sampling, self.state.global_step)
-        self.engine.sleep()  # rewards and log-probabilities may want its memory
+        with self.stop.together(), self._timed("canary"):
+            self._let_engine_sleep(groups)
         with self._timed("reward"):
             scored = self.score(groups)
         self._record_rollout(scored, seconds=timer())
         return scored
+
+    def _let_engine_sleep(self, groups: Sequence[RolloutGroup]) -> None:
+        """Free its memory for rewards and log-probabilities, and see whether it has followed the policy."""
+        version = self.state.global_step
+        if self.slope_test is not None:
+            self.slope_test.ask(self.engine, groups, version)
+        self.engine.sleep()
+        if self.slope_test is not None:
+            for name, value in self.slope_test.check(groups, version).items():
+                self.tracker.add(name, value)
+
+    def _probe_logprobs(self, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
+        return self.gradient.frozen_logprobs(self.accelerator.unwrap_model(self.model), groups, temperature=1.0)
+
+    def _probe_logprobs_without_adapter(self, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
+        with self.accelerator.unwrap_model(self.model).disable_adapter():
+            return self._probe_logprobs(groups)
 
     def _say_if_short(self, filled: Filled, count: int) -> None:
         if filled.num_kept == count or self.args.process_index > 0:
@@ -487,10 +514,11 @@ class GRPOTrainer(Trainer):
     def _undone_unless_finished(self) -> Iterator[None]:
         """A rollout that is left by an error was never begun: its prompts are due again."""
         stream, metrics, num_tokens = self.stream.state_dict(), self.tracker.state_dict(), self._num_tokens
-        put_back = self.dynamic.undo() if self.dynamic is not None else lambda: None
+        puts_back = [each.undo() for each in (self.dynamic, self.slope_test) if each is not None]
 
         def undo() -> None:
-            put_back()
+            for put_back in puts_back:
+                put_back()
             self.stream.load_state_dict(stream)
             self.tracker.load_state_dict(metrics)
             self._num_tokens = num_tokens
@@ -637,6 +665,7 @@ class GRPOTrainer(Trainer):
         state = {
             "steps": self.buffer.state_dict(),
             "dynamic_sampling": None if self.dynamic is None else self.dynamic.state_dict(),
+            "slope_test": None if self.slope_test is None else self.slope_test.state_dict(),
             "metrics": self.tracker.state_dict(),
             "num_skipped": self._num_skipped,
             "num_learned": self._num_learned,
@@ -773,6 +802,8 @@ class GRPOTrainer(Trainer):
         self.buffer.load_state_dict(of_rank["steps"], self.prompts)
         if self.dynamic is not None:
             self.dynamic.load_state_dict(of_rank["dynamic_sampling"], self.prompts)
+        if self.slope_test is not None:
+            self.slope_test.load_state_dict(of_rank["slope_test"], self.prompts)
         num_steps = self.args.max_steps
         if num_steps <= 0:
             num_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)

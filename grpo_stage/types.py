@@ -121,6 +121,12 @@ class RolloutEngine(Protocol):
             RuntimeError: if `sync` was never called.
         """
 
+    def score(self, groups: Sequence[RolloutGroup]) -> "list[torch.Tensor]":
+        """Log-probabilities of given completions at temperature 1: one [T] each, prompt-major.
+
+        A prompt and its completion leave room for one more token.
+        """
+
     def sleep(self) -> None:
         """Free what the engine does not need until the next `sync`; may be a no-op."""
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, load_peft_weights
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from .canary import BOUND_IN_8_BITS, DEFAULT_BOUNDS
+from .canary import DEFAULT_BOUNDS, TIGHT_BOUND
 from .distributed import all_gather
 from .host import facade
 from .host.adapters import items
@@ -80,6 +80,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     if finetuning_args.reward_model is not None:
         rewards.model = _reward_model(arguments, model, template, tokenizer)
     engine = _rollout_engine(arguments, model, tokenizer, sampling)
+    bound = finetuning_args.max_sampling_logprob_diff or _canary_bound(arguments, model)
     try:
         trainer = GRPOTrainer(
             model=model,
@@ -91,7 +92,8 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
             engine=engine,
             rewards=rewards,
             reference=reference,
-            max_sampling_logprob_diff=finetuning_args.max_sampling_logprob_diff or _canary_bound(arguments, model),
+            max_sampling_logprob_diff=bound,
+            tests_slope=bound > TIGHT_BOUND,
             recipe=recipe,
             shuffle=not finetuning_args.disable_shuffling,
             optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),
@@ -416,9 +418,11 @@ def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
 
 
 def _canary_bound(arguments: "RunArguments", model: Any) -> float:
-    if getattr(model, "is_loaded_in_8bit", False):
-        return BOUND_IN_8_BITS
-    return DEFAULT_BOUNDS[_compute_dtype(arguments, model)]
+    """That of half precision where float32 is rounded too: bitsandbytes' activations of 8 bits, and tf32."""
+    rounds = getattr(model, "is_loaded_in_8bit", False) or (
+        model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    )
+    return DEFAULT_BOUNDS[torch.bfloat16 if rounds else _compute_dtype(arguments, model)]
 
 
 def _warn_of_slow_precision(model: Any) -> None:

@@ -70,11 +70,8 @@ class HFEngine:
             for prompt in prompts
             for sample in range(group_size)
         ]
-        # LoRA layers live inside the base model, and PEFT's own `generate` would change its generation config.
-        model: Any = self._policy.get_base_model() if isinstance(self._policy, PeftModel) else self._policy
         completions: list[Completion] = []
-        autocast = torch.autocast(model.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
-        with _as_sampler(model, self._generation_config(sampling)), torch.no_grad(), autocast:
+        with self._sampler(sampling.max_new_tokens, sampling.stop_token_ids) as model:
             for batch in _batches(rows, sampling.max_new_tokens, self._max_tokens_per_batch):
                 completions += self._sample(model, batch, sampling)
         return [
@@ -86,38 +83,59 @@ class HFEngine:
             for i, prompt in enumerate(prompts)
         ]
 
+    def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
+        """Token by token, as completions are sampled."""
+        rows = [_Row(group.prompt, 0) for group in groups for _ in group.completions]
+        completions = iter([completion.token_ids for group in groups for completion in group.completions])
+        longest = max((len(each.token_ids) for group in groups for each in group.completions), default=0)
+        scores = []
+        with self._sampler(longest, ()) as model:
+            for batch in _batches(rows, longest, self._max_tokens_per_batch):
+                token_ids = [next(completions) for _ in batch]
+                input_ids, attention_mask = _left_padded(batch)
+                reader = _Reader(token_ids, longest, model.device)
+                model.generate(
+                    input_ids=input_ids.to(model.device),
+                    attention_mask=attention_mask.to(model.device),
+                    logits_processor=LogitsProcessorList([reader]),
+                )
+                logprobs = torch.stack(reader.logprobs, dim=1).cpu()
+                scores += [row[: len(tokens)] for row, tokens in zip(logprobs, token_ids, strict=True)]
+        return scores
+
     def sleep(self) -> None:
         """There is nothing to free: the trainer's own model samples."""
 
     def close(self) -> None:
         self._policy = None
 
-    def _generation_config(self, sampling: SamplingSettings) -> GenerationConfig:
-        # What follows a completion's end is cut by position, so any token may pad.
+    @contextlib.contextmanager
+    def _sampler(self, max_new_tokens: int, stop_token_ids: Sequence[int]) -> Iterator[Any]:
+        """The policy, ready to generate."""
+        # LoRA layers live inside the base model, and PEFT's own `generate` would change its generation config.
+        model: Any = self._policy.get_base_model() if isinstance(self._policy, PeftModel) else self._policy
         pad_token_id = self._tokenizer.pad_token_id
-        return GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens,
-            eos_token_id=list(sampling.stop_token_ids) or None,
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_token_ids) or None,
+            # What follows a completion's end is cut by position, so any token may pad.
             pad_token_id=0 if pad_token_id is None else pad_token_id,
-            do_sample=False,  # `_Sampler` leaves one token to choose from
+            do_sample=False,  # a logits processor leaves one token to choose from
             use_cache=True,
         )
+        autocast = torch.autocast(model.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
+        with _as_sampler(model, config), torch.no_grad(), autocast:
+            yield model
 
     def _sample(self, model: Any, batch: Sequence[_Row], sampling: SamplingSettings) -> list[Completion]:
-        longest = max(len(row.prompt.token_ids) for row in batch)
-        input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
-        attention_mask = torch.zeros_like(input_ids)
-        for i, row in enumerate(batch):
-            start = longest - len(row.prompt.token_ids)
-            input_ids[i, start:] = torch.tensor(row.prompt.token_ids)
-            attention_mask[i, start:] = 1
+        input_ids, attention_mask = _left_padded(batch)
         sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device), self.on_step)
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             logits_processor=LogitsProcessorList([sampler]),
         )
-        sampled = output[:, longest:].tolist()
+        sampled = output[:, input_ids.shape[1] :].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         return [self._completion(*row, sampling.stop_token_ids) for row in zip(sampled, logprobs, strict=True)]
 
@@ -186,6 +204,35 @@ class _Sampler(LogitsProcessor):
         seen = input_ids.clone()
         seen[:, :width] = torch.where(self._prompt_mask.bool(), seen[:, :width], seen[:, width - 1 : width])
         return self._penalty(seen, scores)
+
+
+class _Reader(LogitsProcessor):
+    """Leaves given tokens as the only ones to choose, and keeps what the policy says of them."""
+
+    def __init__(self, token_ids: Sequence[Sequence[int]], longest: int, device: torch.device) -> None:
+        self.logprobs: list[torch.Tensor] = []
+        """[B] for each position, at temperature 1; any value past a row's end."""
+        self._token_ids = torch.zeros(len(token_ids), longest, dtype=torch.long)
+        for i, row in enumerate(token_ids):
+            self._token_ids[i, : len(row)] = torch.tensor(row)
+        self._token_ids = self._token_ids.to(device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        tokens = self._token_ids[:, len(self.logprobs)].unsqueeze(-1)
+        self.logprobs.append(torch.log_softmax(scores.float(), dim=-1).gather(-1, tokens).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
+
+
+def _left_padded(batch: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, longest] prompts and their attention mask."""
+    longest = max(len(row.prompt.token_ids) for row in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(batch):
+        start = longest - len(row.prompt.token_ids)
+        input_ids[i, start:] = torch.tensor(row.prompt.token_ids)
+        attention_mask[i, start:] = 1
+    return input_ids, attention_mask
 
 
 def _batches(rows: Sequence[_Row], max_new_tokens: int, max_tokens: int) -> Iterator[list[_Row]]:

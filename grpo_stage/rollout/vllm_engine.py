@@ -240,6 +240,27 @@ class VLLMEngine:
             for i, prompt in enumerate(prompts)
         ]
 
+    def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
+        if not self._is_synced:
+            raise RuntimeError("score() was called before sync(): there is no policy to ask.")
+        sequences = [(group.prompt.token_ids, each.token_ids) for group in groups for each in group.completions]
+        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": [*prompt, *completion]} for prompt, completion in sequences],
+                _scoring_params(),
+                lora_request=self._lora,
+                use_tqdm=False,
+            )
+        return [
+            torch.tensor(
+                [
+                    position[token].logprob
+                    for token, position in zip(completion, output.prompt_logprobs[len(prompt) :], strict=True)
+                ]
+            )
+            for (prompt, completion), output in zip(sequences, outputs, strict=True)
+        ]
+
     def close(self) -> None:
         self._is_synced = False
         self._lora = None
@@ -325,3 +346,10 @@ def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
         logprobs=0,
         detokenize=False,
     )
+
+
+def _scoring_params() -> Any:
+    """One token is sampled, since vLLM knows no request without, and thrown away."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, detokenize=False)

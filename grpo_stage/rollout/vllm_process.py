@@ -40,11 +40,16 @@ def start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
         refuse_options(options, is_on_cpu())
     if not is_on_cpu():
         from vllm import LLM
+        from vllm.lora.punica_wrapper.punica_gpu import PunicaWrapperGPU
 
+        _add_one_adapter_to_all_logits(PunicaWrapperGPU)
         return LLM(**arguments | options)
 
     _patch_vllm_for_cpu()
     from vllm import LLM
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    _add_one_adapter_to_all_logits(PunicaWrapperCPU)
 
     arguments |= {
         # Half precision is emulated on most processors: 8 times slower.
@@ -133,6 +138,28 @@ def _add_one_adapter_at_once() -> None:
         part.add_(product) if add_inputs else part.copy_(product)
 
     PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = apply_shrink, apply_expand
+
+
+def _add_one_adapter_to_all_logits(wrapper: Any) -> None:
+    """With one adapter, its share of every row of logits, those of a prompt as well.
+
+    vLLM knows the adapter of the row that it samples from, one a request. Of the rows of `prompt_logprobs` it leaves
+    the output layer's adapter out on CUDA, and it fails on the CPU.
+    """
+    add = wrapper.add_lora_logits
+    if hasattr(add, "__wrapped__"):
+        return
+
+    @functools.wraps(add)
+    def add_lora_logits(
+        self: Any, y: torch.Tensor, x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scale: float, **kwargs: Any
+    ) -> None:
+        if a.shape[0] > 1:  # [adapters, 1, rank, in]
+            return add(self, y, x, a, b, scale, **kwargs)
+        product = (x @ a[0, 0].to(x.dtype).T * scale) @ b[0, 0].to(x.dtype).T
+        y[:, : product.shape[1]].add_(product[:, : y.shape[1]])
+
+    wrapper.add_lora_logits = add_lora_logits
 
 
 @contextlib.contextmanager
