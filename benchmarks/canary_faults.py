@@ -168,7 +168,7 @@ def tiny_model(folder: Path, vocabulary: int = VOCABULARY, layers: int = 2) -> L
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=layers,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.15,
+            num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=256, initializer_range=0.15,
             pad_token_id=0, bos_token_id=1, eos_token_id=STOP,
         )
     ).to(torch.bfloat16)  # fmt: skip
