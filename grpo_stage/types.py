@@ -154,9 +154,9 @@ class ScoredGroup:
     """[G]; 0 where the total is None, and everywhere until the batch that they are relative to is complete."""
 
     @property
-    def has_reward_variance(self) -> bool:
-        """Whether two of its total rewards differ: the completions of another group teach nothing."""
-        return len({total for total in self.total_rewards if total is not None}) > 1
+    def has_reward(self) -> bool:
+        """Whether a reward function applied to any of its completions."""
+        return any(total is not None for total in self.total_rewards)
 
     def used(self, mask_truncated_completions: bool) -> tuple[bool, ...]:
         """[G], whether the loss uses a completion."""
