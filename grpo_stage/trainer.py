@@ -459,7 +459,7 @@ class GRPOTrainer(Trainer):
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """An evaluation to whose completions the function never applied has not measured the metric, and is no best."""
+        """An evaluation to whose completions the function never applied has not measured the metric: no best one."""
         name = self.args.metric_for_best_model
         if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
             return False

@@ -24,8 +24,8 @@ STD_EPS = 1e-4
 """Added to the standard deviation. TRL uses 1e-4 too, verl 1e-6, OpenRLHF 1e-9; all divide by the sample
 standard deviation (ddof=1)."""
 REWARD_TOLERANCE = 1e-9
-"""Relative difference up to which two rewards are equal, as that of Python's `math.isclose`. It is relative to what the
-rewards were added up from, so that rewards of any scale may differ as little as they like beside their own size."""
+"""Relative difference up to which two rewards are equal, as that of Python's `math.isclose`. It is relative to what
+the rewards were added up from: differences of 1e-6 between rewards of 1e-6 count as those of 1 between rewards of 1."""
 
 
 def group_advantages(
@@ -240,9 +240,7 @@ class RewardTable:
         )
 
 
-def _compared(
-    estimate: Callable[[RewardTable, str], torch.Tensor], table: RewardTable, scale: str
-) -> torch.Tensor:
+def _compared(estimate: Callable[[RewardTable, str], torch.Tensor], table: RewardTable, scale: str) -> torch.Tensor:
     """The advantages [P, G] of an estimator, each relative to the completions that the same functions applied to."""
     num_prompts, num_generations = table.totals.shape
     return estimate(table.comparable(), scale).view(num_prompts, -1, num_generations).sum(dim=1)
@@ -272,8 +270,8 @@ ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTable, str], torch.Tensor]] = {
     "passk": partial(_compared, lambda table, scale: best_of_group_advantages(table.totals, scale)),  # type: ignore[arg-type]
     "opo": partial(_compared, lambda table, _: optimal_baseline_advantages(table.totals, table.lengths)),
 }
-"""`advantage_estimator` to the advantages [P, G] under a `scale_rewards`, among the completions that the same functions
-applied to; `arguments.ADVANTAGE_SCALES` says which go together."""
+"""`advantage_estimator` to the advantages [P, G] under a `scale_rewards`, each among the completions that the same
+functions applied to; `arguments.ADVANTAGE_SCALES` says which go together."""
 
 
 def settled(rewards: torch.Tensor, addends: torch.Tensor | None = None) -> torch.Tensor:

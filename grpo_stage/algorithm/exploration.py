@@ -48,7 +48,9 @@ def token_covariances(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch
         [N] float64.
     """
     # In float64, by sums that are rounded once: what is equal stays equal, whichever rank's tokens come first.
-    centered = [values.double() - math.fsum(values.tolist()) / max(1, len(values)) for values in (logprobs, advantages)]
+    centered = [
+        values.double() - math.fsum(values.tolist()) / max(1, len(values)) for values in (logprobs, advantages)
+    ]
     return centered[0] * centered[1]
 
 

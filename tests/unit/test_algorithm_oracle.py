@@ -203,7 +203,9 @@ def check_advantages(module: ModuleType) -> None:
         assert (module.group_advantages(equal, scale) == 0).all()
         assert not module.has_reward_variance(equal).any()
     # Sums that round: .3 beside .1 + .2, in the first place and the last, beside what does not apply.
-    for row, scale in itertools.product(([0.3, 0.1 + 0.2, 0.3], [0.1 + 0.2, NAN, 0.3], [0.3e6, 0.3e6, 0.1e6 + 0.2e6]), SCALES):
+    for row, scale in itertools.product(
+        ([0.3, 0.1 + 0.2, 0.3], [0.1 + 0.2, NAN, 0.3], [0.3e6, 0.3e6, 0.1e6 + 0.2e6]), SCALES
+    ):
         rounded = torch.tensor([row], dtype=torch.float64)
         assert (module.group_advantages(rounded, scale) == 0).all()
         assert not module.has_reward_variance(rounded).any()

@@ -209,7 +209,9 @@ def test_two_steps(tmp_path, options):
     if "entropy_target" in options:
         is_low = options["entropy_target"] == 9.0
         second = 0.01 + trainer.grpo_args.entropy_coef_delta if is_low else 0.0
-        assert [line["entropy_coef"] for line in lines] == pytest.approx([0.0, second])  # nothing was measured before the first
+        assert [line["entropy_coef"] for line in lines] == pytest.approx(
+            [0.0, second]
+        )  # nothing was measured before the first
     if "kl_target" in options:  # the first step is at the reference
         assert [line["beta"] for line in lines] == pytest.approx([0.1, 0.098])
 

@@ -466,7 +466,7 @@ def test_estimators_by_hand() -> None:
 
 @pytest.mark.parametrize(("estimator", "scale"), ESTIMATORS)
 def test_a_completion_whose_accuracy_timed_out_is_no_wrong_one(estimator: str, scale: str) -> None:
-    """Of four completions of one format three are right, and the last is not known: nothing tells any of them apart."""
+    """Of four completions of one format three are right, and the last is not known: nothing tells them apart."""
     assert by_hand(estimator, scale, [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, NAN]]], (1.0, 1.0)) == [[0.0] * 4]
     # Two right, one wrong: the three are as if they were alone, whatever the fourth's format is.
     for form in (0.0, 1.0):
@@ -674,7 +674,7 @@ def check_exploration(module: ModuleType) -> None:
         assert held.tolist() == [value in sorted(expected, reverse=True)[:number] for value in expected]
         coarse = rng.integers(-1, 2, count).astype(float).tolist()  # most are equal to others
         held = module.kl_cov_tokens(f64(coarse), share, f64(draws))
-        first = sorted(range(count), key=lambda i: (-coarse[i], draws[i]))[:number]  # noqa: B023
+        first = sorted(range(count), key=lambda i: (-coarse[i], draws[i]))[:number]
         assert held.tolist() == [i in first for i in range(count)]
 
         candidates = {i for i, value in enumerate(expected) if 0.3 <= value <= 2.0}

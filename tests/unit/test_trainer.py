@@ -165,7 +165,9 @@ class SparseRewards(LengthRewards):
 
 
 def test_rewards_that_never_apply_are_no_success(tmp_path, caplog):
-    with pytest.raises(UnrewardedError, match=r"any completion of the 3 steps \(even always returned None\).*try-rewards"):
+    with pytest.raises(
+        UnrewardedError, match=r"any completion of the 3 steps \(even always returned None\).*try-rewards"
+    ):
         make_trainer(tmp_path, rewards=LengthRewards(none=True)).train()
     said = [record.getMessage() for record in caplog.records if "No reward function applied" in record.getMessage()]
     assert [re.findall(r"of the (\d) prompts .* step (\d)", message) for message in said] == [

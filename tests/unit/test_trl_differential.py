@@ -195,7 +195,9 @@ def test_accumulated_over_equal_micro_batches(trl_grpo: ModuleType, loss_type: s
 
 
 @pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "dr_grpo"])
-def test_masked_completions_where_trl_counts_the_tokens_left_or_all_completions(trl_grpo: ModuleType, loss_type: str) -> None:
+def test_masked_completions_where_trl_counts_the_tokens_left_or_all_completions(
+    trl_grpo: ModuleType, loss_type: str
+) -> None:
     batch = Batch(20)
     batch.mask[2] = 0.0
     assert_same(our_losses([batch], loss_type, 0.04), trl_losses(trl_grpo, [batch], loss_type, 0.04))
