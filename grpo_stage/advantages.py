@@ -11,6 +11,10 @@ from .distributed import all_gather, process_index
 from .types import ScoredGroup
 
 
+Row = tuple[list[float], list[list[float]], list[int]]
+"""Totals [G], parts [G][F] and lengths [G] of a group."""
+
+
 def with_advantages(
     groups: Sequence[ScoredGroup],
     *,
@@ -29,7 +33,7 @@ def with_advantages(
         penalties: taken off the total of each completion, prompt-major; it stays as it is in the record.
     """
     flat = iter(penalties or [0.0] * sum(len(scored.total_rewards) for scored in groups))
-    rows = [([total - next(flat) for total in totals], *others) for totals, *others in map(_row, groups)]
+    rows = [([total - next(flat) for total in totals], parts, lengths) for totals, parts, lengths in map(_row, groups)]
     ranks = all_gather(rows)
     first = sum(len(rows_of_rank) for rows_of_rank in ranks[: process_index()])
     everyone = [row for rank in ranks for row in rank]
@@ -53,8 +57,7 @@ def has_reward_variance(scored: ScoredGroup, weights: Sequence[float]) -> bool:
     return bool(tells_apart(_table([_row(scored)], weights)))
 
 
-def _row(scored: ScoredGroup) -> tuple[list[float], list[list[float]], list[int]]:
-    """Totals, parts and lengths of a group."""
+def _row(scored: ScoredGroup) -> Row:
     return (
         [_number(total) for total in scored.total_rewards],
         [[_number(reward) for reward in row] for row in scored.rewards],
@@ -62,7 +65,7 @@ def _row(scored: ScoredGroup) -> tuple[list[float], list[list[float]], list[int]
     )
 
 
-def _table(rows: Sequence[Sequence[list]], weights: Sequence[float]) -> RewardTable:
+def _table(rows: Sequence[Row], weights: Sequence[float]) -> RewardTable:
     totals, parts, lengths = zip(*rows, strict=True)
     return RewardTable(
         totals=torch.tensor(totals, dtype=torch.float64),

@@ -25,7 +25,7 @@ STD_EPS = 1e-4
 standard deviation (ddof=1)."""
 REWARD_TOLERANCE = 1e-9
 """Relative difference up to which two rewards are equal, as that of Python's `math.isclose`. It is relative to what
-the rewards were added up from: differences of 1e-6 between rewards of 1e-6 count as those of 1 between rewards of 1."""
+the rewards were added up from: 1e-6 and 2e-6 differ as 1 and 2 do."""
 
 
 def group_advantages(

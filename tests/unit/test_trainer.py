@@ -228,6 +228,21 @@ def test_a_row_of_prompts_without_a_reward_ends_the_run_whether_it_was_resumed_o
         resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{resumed_at}"))
 
 
+def test_ranks_count_rewards_together(tmp_path, monkeypatch, caplog):
+    """What another rank has rewarded is rewarded, and all of them end the run in the same rollout."""
+    trainer = make_trainer(tmp_path, rewards=LengthRewards(none=True))
+    trainer._sync()
+    groups = trainer.score(trainer.engine.generate(trainer.prompts[:2], trainer.sampling, step=0))
+    for others, expected in (((0, 3), 5), ((0, 3), 10), ((1, 3), 0), ((0, 3), 5)):
+        monkeypatch.setattr(grpo_stage.trainer, "all_gather", lambda own, others=others: [own, others])
+        trainer._count_rewarded(groups, limit=15)
+        assert trainer._num_unrewarded == expected
+    assert trainer._num_rewarded == 1
+    assert sum("of the 5 prompts" in record.getMessage() for record in caplog.records) == 3
+    with pytest.raises(UnrewardedError, match=r"the 5 prompts .* nor of the 5 before them"):
+        trainer._count_rewarded(groups, limit=10)
+
+
 def test_an_evaluation_that_no_function_applies_to_says_so_and_ends_nothing(tmp_path, caplog):
     trainer = make_trainer(
         tmp_path,
