@@ -1,6 +1,7 @@
 """What is logged of a rollout, by hand. The `check_*` functions take the module under test, for test_mutations.py."""
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from unittest.mock import patch
 
@@ -29,15 +30,16 @@ GROUPS = [
     scored([[1.0, 0.5], [1.0, 0.5], [None, None]], [2.0, 2.0, None]),
     scored([[None, None], [None, None], [None, None]], [None, None, None]),
 ]
-NAMES, WEIGHTS = ("a", "b"), (1.0, 2.0)
 
 
-def recorded(module: ModuleType, groups: list[ScoredGroup], others: list[ScoredGroup]) -> dict[str, float]:
+def recorded(
+    module: ModuleType, groups: list[ScoredGroup], others: list[ScoredGroup], weights: Sequence[float] = (1.0, 2.0)
+) -> dict[str, float]:
     """Of a rank with `groups` beside one with `others`."""
     tracker = module.MetricTracker()
     rows = [row for group in others for row in group.rewards]
     with patch.object(module, "all_gather", lambda value: [value, rows]):
-        module.record_rollout(tracker, groups, NAMES, WEIGHTS)
+        module.record_rollout(tracker, groups, ("a", "b"), weights)
     return tracker.take()
 
 
@@ -61,7 +63,11 @@ def check_rollout(module: ModuleType) -> None:
     # Shared by two ranks, or all of another's: the same deviation, which every rank adds once.
     for first in range(4):
         shared = recorded(module, GROUPS[:first], GROUPS[first:])
-        assert shared["rewards/a/std"] == pytest.approx(logged["rewards/a/std"])
+        assert shared.get("rewards/a/std") == pytest.approx(logged["rewards/a/std"])
+    # A function of weight 0 keeps nobody apart.
+    unequal = [scored([[1.0, 0.0], [0.0, None]], [1.0, 0.0])]
+    assert recorded(module, unequal, [])["frac_reward_zero_std"] == 1
+    assert recorded(module, unequal, [], weights=(1.0, 0.0))["frac_reward_zero_std"] == 0
     nothing = recorded(module, GROUPS[2:], [])
     assert not {"reward", "reward_std", "rewards/a/mean", "rewards/a/std"} & nothing.keys()
     assert nothing["frac_reward_none"] == 1
@@ -69,12 +75,3 @@ def check_rollout(module: ModuleType) -> None:
 
 def test_a_rollout_is_logged_as_written() -> None:
     check_rollout(metrics)
-
-
-def test_the_deviation_of_a_function_is_trls() -> None:
-    """TRL 0.24's and 1.16's `nanstd` over all rewards of the function in a generation."""
-    import torch
-
-    values = torch.tensor([[row[0] if row[0] is not None else torch.nan for row in g.rewards] for g in GROUPS[:2]])
-    flat = values.flatten()[~values.flatten().isnan()]
-    assert recorded(metrics, GROUPS[:2], [])["rewards/a/std"] == pytest.approx(flat.std(correction=1).item())

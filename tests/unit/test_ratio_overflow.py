@@ -110,6 +110,11 @@ def check_divergences(module: ModuleType) -> None:
             if not corrected or y < 60:  # beyond, a difference of two infinite numbers
                 check_number(gradient[0].item(), -y if corrected else 1 - exp(y), (y, corrected))
             assert gradient[1] == 0, (y, corrected)
+    # A token that is left out, whose ratio to the policy that sampled it has gone beyond the range.
+    policy = torch.tensor([-300.0], requires_grad=True)
+    estimate = module.bias_corrected(module.k3(policy, torch.tensor([-299.5])), policy, torch.tensor([-500.0]))
+    (gradient,) = torch.autograd.grad((0.0 * estimate).sum(), policy)
+    assert gradient.item() == 0.0
     # What the policy has all but given up, and the reference has not: the terms of the product rule cancel.
     policy = torch.tensor([-100.5], requires_grad=True)
     estimate = module.bias_corrected(module.k3(policy, torch.tensor([-0.5])), policy, torch.tensor([-0.5]))
