@@ -84,7 +84,7 @@ def test_kwargs_gets_everything_and_ours_win_over_columns_of_the_same_name(own: 
     file = own(
         "def all_of_it(**kwargs):\n"
         "    assert sorted(kwargs) == ['color', 'completion_ids', 'completions', 'factor', 'messages', 'prompts',\n"
-        "                              'references'], sorted(kwargs)\n"
+        "                              'references', 'trainer_state'], sorted(kwargs)\n"
         "    assert kwargs['completions'] == ['x'] and kwargs['color'] == ['red']\n"
         "    return [kwargs['factor']]\n"
     )
