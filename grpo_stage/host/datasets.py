@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 from llamafactory.data import converter, loader
 from llamafactory.data.converter import DatasetConverter
@@ -39,6 +40,8 @@ logger = get_logger(__name__)
 ROW = "_grpo_row"
 """The one column of a converted and of a processed dataset."""
 MEDIA_FIELDS = ("images", "videos", "audios")
+SHOWN_FIELDS = 6
+"""Of a value that is no reference."""
 COLUMN_FIELDS = {
     "alpaca": ("prompt", "query", "response", "history"),
     "sharegpt": ("messages",),
@@ -74,7 +77,8 @@ def load_prompts(
         raise ValueError("No prompts to train on: name a dataset of dataset_info.json in `dataset`.")
     data_args = copy.copy(data_args)
     data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt cannot tell its dataset
-    with _prompt_pipeline(finetuning_args.reference_column, finetuning_args.reward_columns or {}):
+    reward_columns = cast(dict[str, str], finetuning_args.reward_columns or {})
+    with _prompt_pipeline(finetuning_args.reference_column, reward_columns):
         try:
             datasets = loader.get_dataset(
                 template, model_args, data_args, training_args, stage="ppo", tokenizer=tokenizer, processor=processor
@@ -95,7 +99,7 @@ def load_prompts(
         prompt_set = build_prompts(dataset[ROW], cutoff_len, overlong, dataset=name, first_index=len(evaluation))
         _report_rows(prompt_set, f"evaluation ({name})" if name else "evaluation", cutoff_len, overlong)
         evaluation += prompt_set.prompts
-    _check_reward_columns(finetuning_args.reward_columns or {}, [*train.prompts, *evaluation])
+    _check_reward_columns(reward_columns, [*train.prompts, *evaluation])
     return PromptData(train=train.prompts, evaluation=evaluation)
 
 
@@ -269,10 +273,9 @@ class PromptProcessor(DatasetProcessor):
             answer = row["response"][0]["content"] if row["response"] else None
             if isinstance(answer, list | dict):
                 raise ValueError(
-                    f"The answer of this row is {_kind(answer)}, and a reference is text: {_excerpt(answer)}. Name "
-                    "the field that holds the text in `reference_column`, such as "
-                    f"`reference_column: {_example('answer', answer)}` for a column `answer`. The row: "
-                    f"{_excerpt(columns)}"
+                    f"The answer of this row is {_kind(answer)}, and a reference is text: {_excerpt(answer)}. Name a "
+                    f"field of it in `reference_column`: {_fields('answer', answer) or 'there is none in this row'}, "
+                    f"where the column is called `answer`. The row: {_excerpt(columns)}"
                 )
             return _as_text(answer) or None
         try:
@@ -285,9 +288,9 @@ class PromptProcessor(DatasetProcessor):
         if isinstance(value, list | dict):
             raise ValueError(
                 f"`reference_column: {self.reference_column}` holds {_kind(value)}, and a reference is text: "
-                f"{_excerpt(value)}. Name one field of it, such as `reference_column: "
-                f"{_example(self.reference_column, value)}`; a function of your own can take the whole column as an "
-                "argument of that name."
+                f"{_excerpt(value)}. Name a field of it: "
+                f"{_fields(self.reference_column, value) or 'there is none in this row'}. A function of your own can "
+                "take the whole column, as an argument of its name."
             )
         return _as_text(value) or None
 
@@ -349,13 +352,17 @@ def _kind(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else f"{type(value).__name__}"
 
 
-def _example(path: str, value: list[Any] | dict[str, Any]) -> str:
-    """The path to a text or number below `path`, as far as there is one."""
-    while isinstance(value, list | dict) and value:
-        items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-        key, value = next(((k, v) for k, v in items if isinstance(v, str | int | float)), items[0])
-        path = f"{path}.{key}"
-    return path
+def _fields(path: str, value: Any) -> str:
+    """The first paths below `path` that lead to one value, for a message."""
+
+    def walk(path: str, value: Any) -> Iterator[str]:
+        if isinstance(value, list | dict):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from walk(f"{path}.{key}", item)
+        else:
+            yield path
+
+    return " or ".join(f"`reference_column: {leaf}`" for leaf in islice(walk(path, value), SHOWN_FIELDS))
 
 
 def _report_rows(prompt_set: PromptSet, split: str, cutoff_len: int, overlong_prompts: str) -> None:

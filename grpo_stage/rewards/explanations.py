@@ -45,9 +45,7 @@ def explanation_of(failure: BaseException) -> str:
     text = str(failure)
     if text.startswith("string indices must be integers") and _INDEXED.search(_failed_expression(failure)):
         return _CONVERSATIONS
-    if text.startswith("'str' object has no attribute") and _ASKED.search(
-        _failed_expression(failure, whole_lines=True)
-    ):
+    if text.startswith("'str' object has no attribute") and _ASKED.search(_failed_lines(failure)):
         return _CONVERSATIONS
     if isinstance(failure, PicklingError) or re.match("(can't|cannot) (pickle|get local object)", text.lower()):
         return _PICKLED
