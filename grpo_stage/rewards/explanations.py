@@ -15,11 +15,8 @@ NOT_SUPPLIED: Mapping[str, str] = MappingProxyType(
         "log_metric": "TRL's way to log a number: each function's mean and deviation are logged here, and a function "
         "of weight 0 is only logged. Leave it out, or give it a default (`log_metric=None`) and test for it",
         "environments": "TRL's environments, which `stage: grpo` does not have. Leave it out",
-        "solution_str": "verl's name for one completion: here a function gets all at once, as the list `completions`, "
-        "and returns a list",
-        "ground_truth": "verl's name for the reference answer of one completion: here a function gets all at once, as "
-        'the list `references`. A field of a column is given by `reward_columns`, such as {"ground_truth": '
-        '"reward_model.ground_truth"}, and is then a list as well',
+        "solution_str": "verl's name for one completion: a function here gets all of them, as the list `completions`, "
+        "and returns a list. Write one that calls yours for each",
     }
 )
 """Arguments that functions written for other frameworks take: what each is, and what to do."""

@@ -3,6 +3,7 @@
 import asyncio
 import difflib
 import inspect
+import json
 import math
 import traceback
 from collections import Counter
@@ -149,6 +150,10 @@ def _missing(name: str, lacking: str, prompts: Sequence[Prompt]) -> str:
         )
     if name in NOT_SUPPLIED:
         return f", which is {NOT_SUPPLIED[name]}"
+    for column, value in sorted(prompts[0].columns.items()):
+        if isinstance(value, Mapping) and name in value:
+            field = json.dumps({name: f"{column}.{name}"})
+            return f", which {lacking}. Column {column!r} has a field of that name: write `reward_columns: {field}`"
     near = difflib.get_close_matches(name, [*BATCH_ARGUMENTS, *columns], n=1)
     return (
         f", a dataset column that {lacking}{f'; did you mean {near[0]!r}?' if near else '.'} The dataset's columns "

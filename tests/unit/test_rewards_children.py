@@ -178,7 +178,13 @@ TOP_LEVEL = "defined at the top level of a module"
             "with concurrent.futures.ProcessPoolExecutor(1) as p: return list(p.map(os._exit, [3]))",
             ["BrokenProcessPool", "the function had started died"],
         ),
-        ("multiprocessing.Pool(1).map(os._exit, [3])", [LOST.format("died with exit code 3"), "waits for ever"]),
+        ("multiprocessing.Pool(1).map(os._exit, [3])", [LOST.format("died with exit code 3"), "would wait for ever"]),
+        ("list(multiprocessing.Pool(1).imap(os._exit, [3]))", [LOST.format("died with exit code 3")]),
+        (
+            "pool = multiprocessing.Pool(2); jobs = [pool.apply_async(os._exit, [code]) for code in (3, 4)]\n"
+            "    return [job.get() for job in jobs]",
+            [LOST.format("died with exit code")],
+        ),
         (
             "multiprocessing.Pool(1).map(os.abort.__class__ and eval, ['__import__(\"os\").abort()'])",
             [LOST.format("was ended by signal 6")],
@@ -215,6 +221,30 @@ def test_a_function_may_end_its_own_pools(load: Callable[[str], RewardSuite]) ->
         """)
     assert suite.score(groups("a", "bb", "ccc")) == [[[1.0], [2.0], [3.0]]]
     assert suite.score(groups("dddd")) == [[[4.0]]]
+
+
+def test_a_function_may_lose_processes_that_it_waits_for_with_a_limit(load: Callable[[str], RewardSuite]) -> None:
+    """As functions do that run the code of a completion."""
+    suite = load("""
+        import multiprocessing, time
+        pool = None
+        def run(code):
+            exec(code)
+            return 1.0
+        def f(completions):
+            global pool
+            pool = pool or multiprocessing.Pool(2)
+            scores = []
+            for job in [pool.apply_async(run, [code]) for code in completions]:
+                try:
+                    scores.append(job.get(timeout=1.5))
+                except multiprocessing.TimeoutError:
+                    scores.append(0.0)
+            return [score + len(pool.map(run, ["time.sleep(0.5)"])) for score in scores]
+        """)
+    codes = ["x = 1", "import os; os._exit(1)", "import os; os.kill(os.getpid(), 9)"]
+    for _ in range(2):
+        assert suite.score(groups(*codes)) == [[[2.0], [1.0], [1.0]]]
 
 
 # They end with the trainer

@@ -400,7 +400,6 @@ def test_a_column_the_dataset_lacks_is_named_with_those_it_has(own: Callable[[st
         ("log_extra", "TRL's way to add columns.*completions.jsonl"),
         ("environments", "TRL's environments, which `stage: grpo` does not have"),
         ("solution_str", "verl's name for one completion.*`completions`"),
-        ("ground_truth", "verl's name for the reference.*`references`.*`reward_columns`"),
     ],
 )
 def test_an_argument_of_another_framework_is_named(own: Callable[[str], str], argument: str, message: str) -> None:
