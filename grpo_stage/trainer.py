@@ -48,7 +48,7 @@ from .policy import MovingReference, ReferencePolicy, ReferenceSync, disable_dro
 from .prompts import PromptStream
 from .rewards import RewardError, RewardSuite
 from .stop import SafeStop, StopRequested
-from .types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
+from .types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup, TrainingProgress
 from .watchdog import HangError, Watchdog
 
 
@@ -325,6 +325,9 @@ class GRPOTrainer(Trainer):
     def _reward(self, groups: Sequence[RolloutGroup]) -> list[list[list[float | None]]]:
         # A function in a worker process has a limit of its own; this one is for those in this process, together.
         limit = self.grpo_args.reward_timeout * (len(self.rewards.names) + 1)
+        self.rewards.progress = TrainingProgress(
+            global_step=self.state.global_step, max_steps=self.state.max_steps, epoch=float(self.state.epoch or 0)
+        )
         with self.stop.together(), self.watchdog.limit("reward", limit, "reward_timeout"), self.stop.interruptible():
             return self.rewards.score(groups)
 

@@ -128,6 +128,21 @@ class RolloutEngine(Protocol):
         """Free what the engine holds. May be called twice."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingProgress:
+    """Where a run is: what a reward function gets as `trainer_state`, with the names that transformers has."""
+
+    global_step: int = 0
+    """Optimizer steps that are done."""
+    max_steps: int = 1
+    """Optimizer steps of the whole run; the most that there can be with `dynamic_sampling`."""
+    epoch: float = 0.0
+    """Epochs that are done, the fraction of the present one included."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"`trainer_state` has global_step, max_steps and epoch in `stage: grpo`, and no {name!r}")
+
+
 class Reward(Protocol):
     """A reward that is no function of a batch's lists."""
 

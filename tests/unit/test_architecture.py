@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("rewards", "rollout"),
     ),
     ("stop",),
-    ("checkpoints", "distributed", "jsonl", "watchdog"),
+    ("checkpoints", "distributed", "jsonl", "reward_files", "watchdog"),
     ("algorithm",),
     ("types",),
 )

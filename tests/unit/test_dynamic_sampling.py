@@ -23,7 +23,7 @@ from grpo_stage.canary import StaleRolloutError
 from grpo_stage.dynamic_sampling import DynamicSampling
 from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.stop import StopRequested
-from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup
+from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup, TrainingProgress
 
 from .trainer_on_fakes import FakeEngine, LengthRewards, fake_completion, gradient_of, make_trainer, relative
 
@@ -34,8 +34,10 @@ class PickyRewards(LengthRewards):
     def __init__(self, teaching) -> None:
         super().__init__()
         self.teaching = set(teaching)
+        self.seen = []
 
     def score(self, groups):
+        self.seen.append(self.progress)
         return [[[float(i) if g.prompt.index in self.teaching else 1.0] for i in range(4)] for g in groups]
 
 
@@ -412,6 +414,10 @@ def test_resumed_at_any_step_a_run_ends_at_the_same_weights(tmp_path):
     whole.train()
     num_steps = whole.state.global_step
     assert num_steps < whole.steps_per_epoch * 1.5, "some groups were dropped"
+    assert whole.rewards.seen[0] == TrainingProgress(
+        global_step=0, max_steps=whole.steps_per_epoch * 3 // 2, epoch=0.0
+    )
+    assert len({at.epoch for at in whole.rewards.seen}) > 3
     assert max(metrics_of(whole, "num_waiting")) > 0
     state = json.loads((tmp_path / "whole" / "checkpoint-1" / "grpo_rollout_0.json").read_text())
     assert state["dynamic_sampling"]["num_waiting"] == len(state["dynamic_sampling"]["waiting"]) > 0
@@ -423,6 +429,7 @@ def test_resumed_at_any_step_a_run_ends_at_the_same_weights(tmp_path):
         assert torch.equal(weights_of(resumed), weights_of(whole)), step
         asked = [[call for call in run.engine.asked if call != (0, [0])] for run in (resumed, whole)]  # evaluation's
         assert asked[0] == [call for call in asked[1] if call[0] >= step]
+        assert resumed.rewards.seen == [at for at in whole.rewards.seen if at.global_step >= step], "`trainer_state`"
         assert untimed(resumed.state.log_history) == untimed(whole.state.log_history), step
 
 
