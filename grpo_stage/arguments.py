@@ -37,6 +37,9 @@ GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "
 SIGNED_ESTIMATORS = tuple(estimator for estimator in ADVANTAGE_SCALES if estimator != "passk")
 """Those of `advantage_estimator` that give advantages below 0."""
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
+BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references", "trainer_state")
+"""What every reward function can take, beside the columns of the dataset."""
+REWARD_COLUMNS_EXAMPLE = '{"ground_truth": "reward_model.ground_truth"}'
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,8 @@ class GRPOArguments:
         metadata={
             "group": ROLLOUT,
             "help": (
-                "The dataset column that holds the reference answer for the rewards. "
-                "By default the last assistant turn is the reference."
+                "The dataset column that holds the reference answer for the rewards, or a field of one by its path, "
+                "such as `reward_model.ground_truth`. By default the last assistant turn is the reference."
             ),
         },
     )
@@ -172,6 +175,17 @@ class GRPOArguments:
             "help": (
                 "Settings of reward functions as a mapping (or a JSON string) from the function's name to its keyword "
                 'arguments, e.g. {"length": {"max_length": 512}}.'
+            ),
+        },
+    )
+    reward_columns: dict | str | None = field(
+        default=None,
+        metadata={
+            "group": REWARDS,
+            "help": (
+                "Fields of dataset columns for reward functions, as a mapping (or a JSON string) from an argument's "
+                'name to the path of a field, e.g. {"ground_truth": "reward_model.ground_truth"}. A column itself '
+                "needs no entry: an argument of its name gets it."
             ),
         },
     )
@@ -694,7 +708,9 @@ class GRPOArguments:
             weights = [_weight(item) for item in _split(self.reward_weights)]
             self.reward_weights: list[float] | None = weights  # type: ignore[assignment]
         if isinstance(self.reward_kwargs, str):
-            self.reward_kwargs = _mapping(self.reward_kwargs)
+            self.reward_kwargs = _mapping("reward_kwargs", self.reward_kwargs, '{"length": {"max_length": 512}}')
+        if isinstance(self.reward_columns, str):
+            self.reward_columns = _mapping("reward_columns", self.reward_columns, REWARD_COLUMNS_EXAMPLE)
 
         if self.scale_rewards == "auto":
             self.scale_rewards = ADVANTAGE_SCALES.get(self.advantage_estimator, ("group",))[0]  # type: ignore[assignment]
@@ -716,6 +732,7 @@ class GRPOArguments:
                 _check_effect(spec, vars(self))
 
         _check_rewards(list(self.reward_funcs or ()), self.reward_weights, self.reward_kwargs or {})
+        _check_reward_columns(self.reward_columns or {})
         _check_scale(self.advantage_estimator, self.scale_rewards)
         _check_clip_range(self.loss_type, self.epsilon, self.epsilon_high, self.delta)
         _check_kl(self)
@@ -810,6 +827,20 @@ def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
             f"`reward_weights: {shown}`: every reward would be 0, and nothing would be learned. Give at least one "
             "function a weight other than 0."
         )
+
+
+def _check_reward_columns(columns: Any) -> None:
+    for name, path in columns.items():
+        if not isinstance(path, str) or not all(path.split(".")):
+            raise ValueError(
+                f"`reward_columns` maps an argument's name to the path of a field, but {name!r} has {path!r}. Write "
+                f"for example {REWARD_COLUMNS_EXAMPLE}."
+            )
+        if name in BATCH_ARGUMENTS:
+            raise ValueError(
+                f"`reward_columns` sets {name!r}, an argument that every function can take. Choose another name"
+                f"{', or write `reference_column: ' + path + '`' if name == 'references' else ''}."
+            )
 
 
 _WHY_NOT_DIVIDED = MappingProxyType(
@@ -929,17 +960,13 @@ def _check_tokenwise(args: GRPOArguments) -> None:
             )
 
 
-def _mapping(text: str) -> dict[str, Any]:
+def _mapping(key: str, text: str, example: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"`reward_kwargs: {text}` is not valid JSON: {error}. Write a YAML mapping or mend it."
-        ) from error
+        raise ValueError(f"`{key}: {text}` is not valid JSON: {error}. Write a YAML mapping or mend it.") from error
     if not isinstance(value, dict):
-        raise ValueError(
-            f'`reward_kwargs: {text}` is not a mapping. Write for example {{"length": {{"max_length": 512}}}}.'
-        )
+        raise ValueError(f"`{key}: {text}` is not a mapping. Write for example {example}.")
     return value
 
 

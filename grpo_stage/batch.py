@@ -12,14 +12,19 @@ from .types import PolicyBatch, Prompt, ScoredGroup
 
 
 def count_totals(groups: Sequence[ScoredGroup], max_new_tokens: int, mask_truncated_completions: bool) -> StepTotals:
-    """What this rank adds to the step's denominators: the completions that the loss uses, and their tokens."""
-    lengths = [
-        len(completion.token_ids)
+    """What this rank adds to the step's denominators: the completions, those that the loss uses, and their tokens."""
+    completions = [
+        (len(completion.token_ids), is_used)
         for scored in groups
         for completion, is_used in zip(scored.group.completions, scored.used(mask_truncated_completions), strict=True)
-        if is_used
     ]
-    return StepTotals(num_completions=len(lengths), num_tokens=sum(lengths), max_completion_length=max_new_tokens)
+    lengths = [length for length, is_used in completions if is_used]
+    return StepTotals(
+        num_completions=len(lengths),
+        num_tokens=sum(lengths),
+        max_completion_length=max_new_tokens,
+        num_left_out=len(completions) - len(lengths),
+    )
 
 
 def micro_batches(

@@ -243,6 +243,7 @@ class PolicyGradient:
             mine,
             num_completions=sum(totals.num_completions for totals in ranks),
             num_tokens=sum(totals.num_tokens for totals in ranks),
+            num_left_out=sum(totals.num_left_out for totals in ranks),
         )
 
     def _micro_batches(self, groups: Sequence[ScoredGroup], totals: StepTotals) -> list[PolicyBatch]:

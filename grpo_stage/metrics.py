@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from .advantages import has_reward_variance
 from .algorithm.losses import SurrogateOutput
 from .distributed import all_gather
 from .types import Completion, FinishReason, PolicyBatch, ScoredGroup
@@ -75,14 +76,19 @@ class MetricTracker:
             self.merge(state)
 
 
-def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward_names: Sequence[str]) -> None:
-    """Metrics of a rollout, under TRL's names.
+def record_rollout(
+    tracker: MetricTracker, groups: Sequence[ScoredGroup], reward_names: Sequence[str], weights: Sequence[float]
+) -> None:
+    """Metrics of a rollout, under TRL's names. Every rank must call it, if with no groups.
 
     ======================================  ==========================================================================
     reward                                  mean over completions of the weighted total
     reward_std                              mean over groups of the total's sample standard deviation
     frac_reward_zero_std                    share of groups whose totals are all equal: they teach nothing
-    rewards/{function}/mean, .../std        mean over completions; mean over groups of the sample standard deviation
+    frac_reward_none                        share of groups to no completion of which a function applied
+    rewards/{function}/mean                 mean over the completions that the function applied to
+    rewards/{function}/std                  mean over rollouts of the sample standard deviation over the same, on all
+                                            ranks
     rewards/{function}/frac_not_applicable  share of completions for which the function returned None
     completions/mean_length (min, max)      tokens, the end token included
     completions/mean_terminated_length      of those that ended by themselves (min and max as well)
@@ -94,14 +100,18 @@ def record_rollout(tracker: MetricTracker, groups: Sequence[ScoredGroup], reward
         tracker.add("reward", sum(totals), len(totals))
         if len(totals) > 1:
             tracker.add("reward_std", stdev(totals))
-        tracker.add("frac_reward_zero_std", float(not scored.has_reward_variance))
+        tracker.add("frac_reward_zero_std", float(not has_reward_variance(scored, weights)))
+        tracker.add("frac_reward_none", float(not scored.has_reward))
         for name, column in zip(reward_names, zip(*scored.rewards, strict=True), strict=True):
             applicable = [value for value in column if value is not None]
             tracker.add(f"rewards/{name}/mean", sum(applicable), len(applicable))
-            if len(applicable) > 1:
-                tracker.add(f"rewards/{name}/std", stdev(applicable))
             tracker.add(f"rewards/{name}/frac_not_applicable", len(column) - len(applicable), len(column))
         record_completions(tracker, scored.group.completions)
+    rows = [row for rank in all_gather([row for scored in groups for row in scored.rewards]) for row in rank]
+    for name, column in zip(reward_names, zip(*rows, strict=True), strict=bool(rows)):
+        applicable = [value for value in column if value is not None]
+        if len(applicable) > 1:
+            tracker.add(f"rewards/{name}/std", stdev(applicable))
 
 
 def record_completions(tracker: MetricTracker, completions: Sequence[Completion]) -> None:

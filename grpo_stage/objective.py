@@ -45,7 +45,7 @@ class Objective:
         self.pays_entropy = args.entropy_coef > 0 or args.entropy_target is not None
         """True where the gradient flows through the entropy."""
         self._entropy_coef = args.entropy_coef
-        self._is_entropy_low = True
+        self._is_entropy_low = args.entropy_target is None  # a target is compared with what was measured
         self._args = args
         self._loss = LOSSES[args.loss_type]
         self._settings = LossSettings(
@@ -156,7 +156,7 @@ class Objective:
                 bounds = self._args.clip_cov_min, self._args.clip_cov_max
                 learned &= ~clip_cov_tokens(covariances, self._args.covariance_frac, *bounds, draws)
             else:
-                held = kl_cov_tokens(covariances, self._args.covariance_frac)
+                held = kl_cov_tokens(covariances, self._args.covariance_frac, draws)
         first = sum(len(rank[0]) for rank in ranks[: process_index()])
         own = slice(first, first + len(mine[0]))
         return TokenSelection(
@@ -237,9 +237,9 @@ class Objective:
 
 
 def _draws(length: int, key: str) -> torch.Tensor:
-    """[length] random numbers that depend on `key` alone."""
+    """[length] random numbers, in float64 for none to be equal, that depend on `key` alone."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
-    return torch.rand(length, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _mean_over_ranks(metrics: MetricTracker, name: str) -> float | None:

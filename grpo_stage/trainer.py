@@ -34,7 +34,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from . import checkpoints
-from .advantages import with_advantages
+from .advantages import has_reward_variance, with_advantages
 from .arguments import GRPOArguments
 from .buffer import RolloutBuffer, StepData, step_state
 from .canary import SlopeTest, check_versions
@@ -49,7 +49,7 @@ from .policy import MovingReference, ReferencePolicy, ReferenceSync, disable_dro
 from .prompts import PromptStream
 from .rewards import RewardError, RewardSuite
 from .stop import SafeStop, StopRequested
-from .types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
+from .types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup, TrainingProgress
 from .watchdog import HangError, Watchdog
 
 
@@ -59,8 +59,18 @@ NON_FINITE_REMEDY = (
     "Start anew with a lower `learning_rate` or `max_grad_norm`, or in bf16 or float32 instead of fp16; a checkpoint "
     "from before the first such step can be continued with `resume_from_checkpoint`."
 )
+NO_REWARD_REMEDY = (
+    "Check that the references and columns of the data are of the kind that the functions expect; "
+    "`grpo-stage try-rewards` shows what each of them makes of the first rows."
+)
 FP16_SCALES = 16
 """How often fp16's loss scale can be halved before it is hopeless; every time costs a step."""
+UNREWARDED_ROLLOUTS, UNREWARDED_PROMPTS = 10, 100
+"""A run ends when no reward function applied to the prompts of as many rollouts in a row, and to as many prompts."""
+
+
+class UnrewardedError(RuntimeError):
+    """No reward function has applied to any completion for so long that none can be expected to."""
 
 
 class TrainingEnded(Exception):
@@ -151,6 +161,8 @@ class GRPOTrainer(Trainer):
         self._num_tokens = 0
         self._num_skipped = 0  # in a row
         self._num_learned = 0  # steps that had something to learn from and were not skipped
+        self._num_rewarded = 0  # groups of all ranks with a reward
+        self._num_unrewarded = 0  # groups of all ranks without one, in a row
         self._saved: tuple[int, bool] | None = None  # the step of the last checkpoint, and whether evaluation was due
         self._evaluation_due = False
         self._evaluated_step = -1
@@ -245,6 +257,7 @@ class GRPOTrainer(Trainer):
         with self._timed("reward"):
             scored = self.score(groups)
         self._record_rollout(scored, seconds=timer())
+        self._count_rewarded(scored, limit=max(UNREWARDED_PROMPTS, UNREWARDED_ROLLOUTS * count))
         return scored
 
     def _let_engine_sleep(self, groups: Sequence[RolloutGroup]) -> None:
@@ -263,6 +276,24 @@ class GRPOTrainer(Trainer):
     def _probe_logprobs_without_adapter(self, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
         with self.accelerator.unwrap_model(self.model).disable_adapter():
             return self._probe_logprobs(groups)
+
+    def _count_rewarded(self, scored: Sequence[ScoredGroup], limit: int) -> None:
+        """Say which rollouts have no reward, and end the run when `limit` groups in a row have none."""
+        ranks = all_gather((sum(each.has_reward for each in scored), len(scored)))
+        num_rewarded, num_groups = (sum(column) for column in zip(*ranks, strict=True))
+        self._num_rewarded += num_rewarded
+        self._num_unrewarded = 0 if num_rewarded > 0 else self._num_unrewarded + num_groups
+        problem = (
+            f"No reward function applied to any completion ({', '.join(self.rewards.names)} all returned None) of "
+            f"the {num_groups} prompts that were sampled for step {self.state.global_step + 1}"
+        )
+        if self._num_unrewarded >= limit:
+            raise UnrewardedError(
+                f"{problem}, nor of the {self._num_unrewarded - num_groups} before them, so that nothing is learned: "
+                f"the run is stopped. {NO_REWARD_REMEDY}"
+            )
+        if num_rewarded == 0 < num_groups and self.is_world_process_zero():
+            logger.warning(f"{problem}: nothing is learned from them.")
 
     def _say_if_short(self, filled: Filled, count: int) -> None:
         if filled.num_kept == count or self.args.process_index > 0:
@@ -321,6 +352,9 @@ class GRPOTrainer(Trainer):
     def _reward(self, groups: Sequence[RolloutGroup]) -> list[list[list[float | None]]]:
         # A function in a worker process has a limit of its own; this one is for those in this process, together.
         limit = self.grpo_args.reward_timeout * (len(self.rewards.names) + 1)
+        self.rewards.progress = TrainingProgress(
+            global_step=self.state.global_step, max_steps=self.state.max_steps, epoch=float(self.state.epoch or 0)
+        )
         with self.stop.together(), self.watchdog.limit("reward", limit, "reward_timeout"), self.stop.interruptible():
             return self.rewards.score(groups)
 
@@ -328,14 +362,6 @@ class GRPOTrainer(Trainer):
         """The groups with their rewards; advantages wait for the batch to be complete."""
         rewards = self._reward(groups)  # [P][G][F]
         totals = [[self.rewards.total(row) for row in group] for group in rewards]  # [P][G]
-        num_applied = sum(total is not None for group in totals for total in group)
-        if sum(all_gather(num_applied)) == 0:
-            num_completions = sum(all_gather(sum(map(len, totals))))
-            raise ValueError(
-                f"No reward function applied to any of the {num_completions} completions of step "
-                f"{self.state.global_step + 1} ({', '.join(self.rewards.names)} all returned None), so nothing can be "
-                "learned from them. Check that the dataset's references are of the kind that the functions expect."
-            )
         return [
             ScoredGroup(
                 group=group,
@@ -348,7 +374,8 @@ class GRPOTrainer(Trainer):
 
     def _can_teach(self, scored: ScoredGroup) -> bool:
         """Whether its rewards differ, and the loss uses any of its completions."""
-        return scored.has_reward_variance and any(scored.used(self.grpo_args.mask_truncated_completions))
+        is_used = any(scored.used(self.grpo_args.mask_truncated_completions))
+        return is_used and has_reward_variance(scored, self.rewards.weights)
 
     def _is_used(self, data: StepData) -> bool:
         """Whether the loss uses any completion."""
@@ -444,11 +471,11 @@ class GRPOTrainer(Trainer):
         for name, count in self.rewards.take_counters().items():
             tracker.count(f"rewards/{name}", count)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in tracker.take().items()}
-        if f"{metric_key_prefix}_reward" not in metrics:
-            raise ValueError(
+        if f"{metric_key_prefix}_reward" not in metrics and self.is_world_process_zero():
+            logger.warning(
                 f"No reward function applied to any completion of the {len(prompts)} evaluation prompts "
-                f"({', '.join(self.rewards.names)} all returned None), so the evaluation says nothing. Check that the "
-                "evaluation data's references are of the kind that the functions expect."
+                f"({', '.join(self.rewards.names)} all returned None), so the evaluation says nothing, and no model "
+                f"is the best by it. {NO_REWARD_REMEDY}"
             )
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -460,6 +487,13 @@ class GRPOTrainer(Trainer):
         self._evaluation_due = False
         self._evaluated_step = self.state.global_step
         return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """An evaluation to whose completions the function never applied has not measured the metric: no best one."""
+        name = self.args.metric_for_best_model
+        if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _evaluate_late(self) -> None:
         """The evaluation of the step that was resumed from: the run was interrupted before or in it."""
@@ -489,7 +523,7 @@ class GRPOTrainer(Trainer):
     # Logs
 
     def _record_rollout(self, scored: Sequence[ScoredGroup], seconds: float) -> None:
-        record_rollout(self.tracker, scored, self.rewards.names)
+        record_rollout(self.tracker, scored, self.rewards.names, self.rewards.weights)
         for name, count in self.rewards.take_counters().items():
             self.tracker.count(f"rewards/{name}", count)
         tokens = sum(len(c.token_ids) for s in scored for c in s.group.completions)
@@ -515,6 +549,7 @@ class GRPOTrainer(Trainer):
         """A rollout that is left by an error was never begun: its prompts are due again."""
         stream, metrics, num_tokens = self.stream.state_dict(), self.tracker.state_dict(), self._num_tokens
         puts_back = [each.undo() for each in (self.dynamic, self.slope_test) if each is not None]
+        num_groups = self._num_rewarded, self._num_unrewarded
 
         def undo() -> None:
             for put_back in puts_back:
@@ -522,6 +557,7 @@ class GRPOTrainer(Trainer):
             self.stream.load_state_dict(stream)
             self.tracker.load_state_dict(metrics)
             self._num_tokens = num_tokens
+            self._num_rewarded, self._num_unrewarded = num_groups
 
         self._undo_rollout = undo
         try:
@@ -669,6 +705,8 @@ class GRPOTrainer(Trainer):
             "metrics": self.tracker.state_dict(),
             "num_skipped": self._num_skipped,
             "num_learned": self._num_learned,
+            "num_rewarded": self._num_rewarded,
+            "num_unrewarded": self._num_unrewarded,
             "token_budget": self.gradient.token_budget,
         }
         _write_json(os.path.join(folder, ROLLOUT_FILE.format(rank=self.args.process_index)), state)
@@ -720,7 +758,7 @@ class GRPOTrainer(Trainer):
             except StopRequested as request:
                 request.checkpoint = self.save_progress()
                 raise
-            except (HangError, RewardError) as error:
+            except (HangError, RewardError, UnrewardedError) as error:
                 # One rank alone cannot save what all have. The weights are those of the last finished step.
                 if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
                     error.add_note(f"What was trained until then is in {checkpoint}.")
@@ -732,6 +770,12 @@ class GRPOTrainer(Trainer):
         """No run that learned nothing is a success."""
         if sum(all_gather(self._num_learned)) > 0:
             return
+        if self._num_rewarded == 0:
+            raise UnrewardedError(
+                f"No reward function applied to any completion of the {num_steps} steps "
+                f"({', '.join(self.rewards.names)} always returned None), so that nothing was learned. "
+                f"{NO_REWARD_REMEDY}"
+            )
         if self._num_skipped == 0:
             raise RuntimeError(
                 f"In none of the {num_steps} steps was a completion that the loss uses better or worse than the "
@@ -836,6 +880,7 @@ class GRPOTrainer(Trainer):
             self._moving_reference.load_state_dict(weights)
         self.tracker.load_state_dict(of_rank["metrics"])
         self._num_skipped, self._num_learned = of_rank["num_skipped"], of_rank["num_learned"]
+        self._num_rewarded, self._num_unrewarded = of_rank["num_rewarded"], of_rank["num_unrewarded"]
         # Either may have been lowered: by the user, or where memory ran out.
         self.gradient.token_budget = min(self.gradient.token_budget, of_rank["token_budget"])
         return step

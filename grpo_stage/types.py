@@ -134,6 +134,21 @@ class RolloutEngine(Protocol):
         """Free what the engine holds. May be called twice."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingProgress:
+    """Where a run is: what a reward function gets as `trainer_state`, with the names that transformers has."""
+
+    global_step: int = 0
+    """Optimizer steps that are done."""
+    max_steps: int = 1
+    """Optimizer steps of the whole run; the most that there can be with `dynamic_sampling`."""
+    epoch: float = 0.0
+    """Epochs that are done, the fraction of the present one included."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"`trainer_state` has global_step, max_steps and epoch in `stage: grpo`, and no {name!r}")
+
+
 class Reward(Protocol):
     """A reward that is no function of a batch's lists."""
 
@@ -160,9 +175,9 @@ class ScoredGroup:
     """[G]; 0 where the total is None, and everywhere until the batch that they are relative to is complete."""
 
     @property
-    def has_reward_variance(self) -> bool:
-        """Whether two of its total rewards differ: the completions of another group teach nothing."""
-        return len({total for total in self.total_rewards if total is not None}) > 1
+    def has_reward(self) -> bool:
+        """Whether a reward function applied to any of its completions."""
+        return any(total is not None for total in self.total_rewards)
 
     def used(self, mask_truncated_completions: bool) -> tuple[bool, ...]:
         """[G], whether the loss uses a completion."""

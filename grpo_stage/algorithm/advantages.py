@@ -3,11 +3,18 @@
 A reward of NaN means "no reward function applied": everywhere here it takes no part in any mean or deviation, and its
 advantage is 0. All statistics of a batch are over the prompts that are given: all of a generation, over all ranks.
 
+Two rules hold for every estimator:
+
+- Completions are compared with those alone that the same functions applied to (`ADVANTAGE_ESTIMATORS`). The sum over
+  fewer functions is no lower reward: a completion whose `accuracy` timed out would pass for a wrong one.
+- Rewards that differ by rounding alone are equal (`settled`): .3 and .1 + .2 would have advantages of 1e-13.
+
     P prompts    G completions a prompt (a group)    F reward functions
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +23,9 @@ import torch
 STD_EPS = 1e-4
 """Added to the standard deviation. TRL uses 1e-4 too, verl 1e-6, OpenRLHF 1e-9; all divide by the sample
 standard deviation (ddof=1)."""
+REWARD_TOLERANCE = 1e-9
+"""Relative difference up to which two rewards are equal, as that of Python's `math.isclose`. It is relative to what
+the rewards were added up from: 1e-6 and 2e-6 differ as 1 and 2 do."""
 
 
 def group_advantages(
@@ -43,7 +53,7 @@ def group_advantages(
     Raises:
         ValueError: if `rewards` is not of two dimensions, G < 2, or `scale_rewards` is unknown.
     """
-    _check_shape(rewards)
+    rewards = _checked(rewards)
     centred = rewards - rewards.nanmean(dim=1, keepdim=True)  # [P, G]
     return _divided(_only_where_rewards_differ(centred, rewards), rewards, scale_rewards)
 
@@ -80,16 +90,15 @@ def whitened_advantages(rewards: torch.Tensor) -> torch.Tensor:
     1e-8 under the root; here a completion counts once.
 
     Args:
-        rewards: [P, G] total rewards, NaN where not applicable.
+        rewards: [S, P * G] total rewards, each row a batch of its own, NaN where not applicable.
 
     Returns:
-        [P, G]; exactly 0 where all rewards of the batch are equal.
+        [S, P * G]; exactly 0 where all rewards of the batch are equal.
 
     Raises:
         ValueError: as `group_advantages`.
     """
-    _check_shape(rewards)
-    return group_advantages(rewards.reshape(1, -1), "group").reshape(rewards.shape)
+    return group_advantages(rewards, "group")
 
 
 def whitened_group_advantages(rewards: torch.Tensor) -> torch.Tensor:
@@ -121,6 +130,7 @@ def decoupled_advantages(rewards: torch.Tensor, weights: torch.Tensor) -> torch.
 
     Liu et al. (arXiv:2601.05242). The mean over the batch, which they subtract, is 0 after the groups'. TRL 1.16's
     `normalize_then_sum` is this one; verl has 1e-6. A function that does not apply to a completion adds nothing to it.
+    Parts that cancel (beyond `REWARD_TOLERANCE`) add up to exactly 0.
 
     Args:
         rewards: [P, G, F] of each function, unweighted, NaN where it does not apply.
@@ -134,11 +144,13 @@ def decoupled_advantages(rewards: torch.Tensor, weights: torch.Tensor) -> torch.
     """
     if rewards.dim() != 3:
         raise ValueError(f"rewards must be [prompts, completions, functions], got shape {tuple(rewards.shape)}.")
-    parts = [
-        weight * group_advantages(part, "group") for weight, part in zip(weights, rewards.unbind(-1), strict=True)
-    ]
+    parts = torch.stack(
+        [weight * group_advantages(part, "group") for weight, part in zip(weights, rewards.unbind(-1), strict=True)]
+    )  # [F, P, G]
+    sums = parts.sum(dim=0)
+    sums = torch.where(sums.abs() > REWARD_TOLERANCE * parts.abs().sum(dim=0), sums, torch.zeros_like(sums))
     counts = (~rewards.isnan() & (weights != 0)).any(dim=-1)  # [P, G]
-    return _whitened(torch.stack(parts).sum(dim=0), counts)
+    return _whitened(sums, counts)
 
 
 def best_of_group_advantages(
@@ -162,7 +174,7 @@ def best_of_group_advantages(
     Raises:
         ValueError: as `group_advantages`.
     """
-    _check_shape(rewards)
+    rewards = _checked(rewards)
     known = rewards.nan_to_num(nan=-torch.inf)
     best, second = known.topk(2, dim=1).values.unbind(dim=1)  # [P]
     lead = torch.where(second.isfinite(), best - second, torch.zeros_like(best)).unsqueeze(1)  # [P, 1]
@@ -188,7 +200,7 @@ def optimal_baseline_advantages(rewards: torch.Tensor, lengths: torch.Tensor) ->
     Raises:
         ValueError: as `group_advantages`.
     """
-    _check_shape(rewards)
+    rewards = _checked(rewards)
     known = torch.where(rewards.isnan(), torch.zeros_like(rewards), lengths.to(rewards.dtype))
     baseline = (known * rewards.nan_to_num(nan=0.0)).sum(dim=1, keepdim=True) / known.sum(dim=1, keepdim=True).clamp(
         min=1
@@ -209,31 +221,100 @@ class RewardTable:
     lengths: torch.Tensor
     """[P, G], tokens of each completion."""
 
+    def comparable(self) -> "RewardTable":
+        """The table with S rows in the place of each, [P * S, G], one for each of the S sets of functions that applied
+        to a completion somewhere: a row has the rewards of the completions of one set, settled, and NaN elsewhere."""
+        applies = ~self.parts.isnan() & (self.weights != 0)  # [P, G, F]
+        sets, own = applies.flatten(0, 1).unique(dim=0, return_inverse=True)  # [S, F], [P * G]
+        absent = own.view(-1, 1, self.totals.size(1)) != torch.arange(len(sets)).view(1, -1, 1)  # [P, S, G]
+        absent = absent.flatten(0, 1)  # [P * S, G]
+        totals, parts, lengths = (
+            each.repeat_interleave(len(sets), dim=0) for each in (self.totals, self.parts, self.lengths)
+        )
+        addends = (parts * self.weights).abs().nansum(dim=-1)  # [P * S, G]
+        return RewardTable(
+            totals=settled(totals.masked_fill(absent, torch.nan), addends),
+            parts=parts.masked_fill(absent.unsqueeze(-1), torch.nan),
+            weights=self.weights,
+            lengths=lengths,
+        )
+
+
+def _compared(estimate: Callable[[RewardTable, str], torch.Tensor], table: RewardTable, scale: str) -> torch.Tensor:
+    """The advantages [P, G] of an estimator, each relative to the completions that the same functions applied to."""
+    num_prompts, num_generations = table.totals.shape
+    return estimate(table.comparable(), scale).view(num_prompts, -1, num_generations).sum(dim=1)
+
+
+def _compared_in_batch(
+    estimate: Callable[[RewardTable, str], torch.Tensor], table: RewardTable, scale: str
+) -> torch.Tensor:
+    """As `_compared`, for an estimator that has no groups: all completions of the batch are one."""
+    _checked(table.totals)
+    batch = RewardTable(
+        totals=table.totals.reshape(1, -1),
+        parts=table.parts.flatten(0, 1).unsqueeze(0),
+        weights=table.weights,
+        lengths=table.lengths.reshape(1, -1),
+    )
+    return _compared(estimate, batch, scale).view(table.totals.shape)
+
 
 ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTable, str], torch.Tensor]] = {
-    "grpo": lambda table, scale: group_advantages(table.totals, scale),  # type: ignore[arg-type]
-    "dr_grpo": lambda table, _: group_advantages(table.totals, "none"),
-    "rloo": lambda table, scale: leave_one_out_advantages(table.totals, scale),  # type: ignore[arg-type]
-    "reinforce_plus_plus": lambda table, _: whitened_advantages(table.totals),
-    "reinforce_plus_plus_baseline": lambda table, _: whitened_group_advantages(table.totals),
-    "gdpo": lambda table, _: decoupled_advantages(table.parts, table.weights),
-    "passk": lambda table, scale: best_of_group_advantages(table.totals, scale),  # type: ignore[arg-type]
-    "opo": lambda table, _: optimal_baseline_advantages(table.totals, table.lengths),
+    "grpo": partial(_compared, lambda table, scale: group_advantages(table.totals, scale)),  # type: ignore[arg-type]
+    "dr_grpo": partial(_compared, lambda table, _: group_advantages(table.totals, "none")),
+    "rloo": partial(_compared, lambda table, scale: leave_one_out_advantages(table.totals, scale)),  # type: ignore[arg-type]
+    "reinforce_plus_plus": partial(_compared_in_batch, lambda table, _: whitened_advantages(table.totals)),
+    "reinforce_plus_plus_baseline": partial(_compared, lambda table, _: whitened_group_advantages(table.totals)),
+    "gdpo": partial(_compared, lambda table, _: decoupled_advantages(table.parts, table.weights)),
+    "passk": partial(_compared, lambda table, scale: best_of_group_advantages(table.totals, scale)),  # type: ignore[arg-type]
+    "opo": partial(_compared, lambda table, _: optimal_baseline_advantages(table.totals, table.lengths)),
 }
-"""`advantage_estimator` to the advantages [P, G] under a `scale_rewards`; `arguments.ADVANTAGE_SCALES` says which go
-together."""
+"""`advantage_estimator` to the advantages [P, G] under a `scale_rewards`, each among the completions that the same
+functions applied to; `arguments.ADVANTAGE_SCALES` says which go together."""
+
+
+def settled(rewards: torch.Tensor, addends: torch.Tensor | None = None) -> torch.Tensor:
+    """Rewards of which those are equal, bit by bit, that differ by rounding alone.
+
+    Of two neighbors in a group's order the higher becomes the lower one where they differ by no more than
+    `REWARD_TOLERANCE` times the larger of what they were added up from.
+
+    Args:
+        rewards: [P, G], NaN where not applicable.
+        addends: [P, G], the sum of the magnitudes that a reward was added up from, which is above its own where they
+            cancel; by default its own.
+
+    Returns:
+        [P, G].
+    """
+    sizes = rewards.abs() if addends is None else torch.maximum(rewards.abs(), addends)
+    ordered, order = rewards.sort(dim=1)  # NaN comes last
+    sizes = sizes.gather(1, order)
+    is_new = ordered.diff(dim=1) > REWARD_TOLERANCE * torch.maximum(sizes[:, 1:], sizes[:, :-1])  # [P, G - 1]
+    is_new |= ordered[:, 1:].isnan()
+    places = torch.arange(rewards.size(1)).expand_as(rewards)
+    first = torch.cat([places[:, :1], places[:, 1:] * is_new], dim=1).cummax(dim=1).values
+    return torch.empty_like(rewards).scatter(1, order, ordered.gather(1, first))
 
 
 def has_reward_variance(rewards: torch.Tensor) -> torch.Tensor:
     """[P] bool: groups with at least two different rewards. The others teach nothing. `rewards` is [P, G]."""
+    rewards = settled(rewards)
     highest = rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest = rewards.nan_to_num(nan=torch.inf).amin(dim=1)
     return highest > lowest
 
 
-def _check_shape(rewards: torch.Tensor) -> None:
+def tells_apart(table: RewardTable) -> torch.Tensor:
+    """[P] bool: groups with at least two completions that the same functions applied to and rewarded differently."""
+    return has_reward_variance(table.comparable().totals).view(len(table.totals), -1).any(dim=1)
+
+
+def _checked(rewards: torch.Tensor) -> torch.Tensor:
     if rewards.dim() != 2 or rewards.size(1) < 2:
         raise ValueError(f"rewards must be [prompts, completions >= 2], got shape {tuple(rewards.shape)}.")
+    return settled(rewards)
 
 
 def _only_where_rewards_differ(advantages: torch.Tensor, rewards: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,8 @@ other's is slightly off-policy, however fresh it is.
 
 import torch
 
+from grpo_stage.algorithm.ratios import bounded
+
 
 def correction_weights(
     old_logprobs: torch.Tensor,
@@ -48,7 +50,7 @@ def correction_weights(
     log_ratios = (old_logprobs - sampling_logprobs) * mask  # [B, T]
     if level == "sequence":
         log_ratios = log_ratios.sum(dim=1, keepdim=True).expand_as(log_ratios)
-    weights = torch.exp(log_ratios)
+    weights = torch.exp(bounded(log_ratios))
     if mode == "truncate":
         return weights.clamp(lower, upper)
     return torch.where((weights >= lower) & (weights <= upper), weights, torch.zeros_like(weights))

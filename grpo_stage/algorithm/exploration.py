@@ -1,9 +1,12 @@
 """Remedies for a collapse of the policy's entropy: the tokens that it learns from, and what it is paid for doubt.
 
-All statistics are over the tokens that are given: those of the whole optimizer step, over all ranks.
+All statistics are over the tokens that are given: those of the whole optimizer step, over all ranks. None depends on
+the order that they are given in.
 
     N tokens of the step that the loss uses
 """
+
+import math
 
 import torch
 
@@ -42,9 +45,13 @@ def token_covariances(logprobs: torch.Tensor, advantages: torch.Tensor) -> torch
         advantages: [N], each that of its completion.
 
     Returns:
-        [N].
+        [N] float64.
     """
-    return (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+    # In float64, by sums that are rounded once: what is equal stays equal, whichever rank's tokens come first.
+    centered = [
+        values.double() - math.fsum(values.tolist()) / max(1, len(values)) for values in (logprobs, advantages)
+    ]
+    return centered[0] * centered[1]
 
 
 def clip_cov_tokens(
@@ -62,17 +69,19 @@ def clip_cov_tokens(
         fraction: of all tokens.
         lower: of the covariance.
         upper: of the covariance.
-        draws: [N] random numbers. Of the candidates those of the lowest are drawn.
+        draws: [N] random numbers. Of the candidates those of the lowest are drawn; of equal ones the higher
+            covariance.
 
     Returns:
         [N] bool.
     """
     candidates = ((covariances >= lower) & (covariances <= upper)).nonzero().squeeze(1)
-    drawn = candidates[draws[candidates].argsort(stable=True)[: _number(fraction, len(covariances))]]
+    order = _order(draws[candidates], -covariances[candidates])
+    drawn = candidates[order[: _number(fraction, len(covariances))]]
     return torch.zeros_like(covariances, dtype=torch.bool).index_fill(0, drawn, True)
 
 
-def kl_cov_tokens(covariances: torch.Tensor, fraction: float) -> torch.Tensor:
+def kl_cov_tokens(covariances: torch.Tensor, fraction: float, draws: torch.Tensor) -> torch.Tensor:
     r"""KL-Cov: the tokens of the highest covariances, to be held to where they were before the update.
 
     .. math:: \text{the } \lceil fraction \cdot N \rceil \text{ highest } cov_t
@@ -83,11 +92,12 @@ def kl_cov_tokens(covariances: torch.Tensor, fraction: float) -> torch.Tensor:
     Args:
         covariances: [N].
         fraction: of all tokens.
+        draws: [N] random numbers. Of tokens of one covariance those of the lowest come first.
 
     Returns:
         [N] bool.
     """
-    drawn = covariances.topk(_number(fraction, len(covariances))).indices
+    drawn = _order(-covariances, draws)[: _number(fraction, len(covariances))]
     return torch.zeros_like(covariances, dtype=torch.bool).index_fill(0, drawn, True)
 
 
@@ -109,6 +119,14 @@ def adapted_entropy_coefficient(
         highest: the bound.
     """
     return min(max(coefficient + (delta if entropy <= target else -delta), 0.0), highest)
+
+
+def _order(*keys: torch.Tensor) -> torch.Tensor:
+    """[N] places in the ascending order of the first key, of equal ones in that of the second."""
+    order = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        order = order[key[order].argsort(stable=True)]
+    return order
 
 
 def _number(fraction: float, of: int) -> int:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 
 import torch
 
+from grpo_stage.algorithm.ratios import bounded
+
 
 def k1(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tensor:
     r"""Per-token estimate of KL(policy || reference): unbiased, of high variance, and of either sign.
@@ -52,7 +54,7 @@ def k3(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tenso
 
     GRPO's own estimator (DeepSeekMath, arXiv:2402.03300, equation 4; Schulman, "Approximating KL divergence", 2020).
     ms-swift and verl clamp the log-ratio to [-20, 20] and the result to 10; TRL and this function do not: a ratio that
-    large is a fault to be seen.
+    large is a fault to be seen. Only what the dtype cannot hold is bounded (`ratios.bounded`).
 
     Args:
         policy_logprobs: log-probabilities under the policy, any shape; the gradient flows through them.
@@ -62,7 +64,7 @@ def k3(policy_logprobs: torch.Tensor, ref_logprobs: torch.Tensor) -> torch.Tenso
         The estimate, same shape.
     """
     log_ratio = ref_logprobs - policy_logprobs
-    return torch.expm1(log_ratio) - log_ratio
+    return torch.expm1(bounded(log_ratio)) - log_ratio
 
 
 KL_ESTIMATORS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"k1": k1, "k2": k2, "k3": k3}
@@ -84,7 +86,7 @@ def bias_corrected(kl: torch.Tensor, policy_logprobs: torch.Tensor, old_logprobs
     Returns:
         Same shape.
     """
-    return torch.exp(policy_logprobs - old_logprobs) * kl
+    return torch.exp(bounded(policy_logprobs - old_logprobs)) * kl
 
 
 def adapted_coefficient(coefficient: float, kl: float, target: float) -> float:

@@ -13,6 +13,8 @@ from functools import partial
 
 import torch
 
+from grpo_stage.algorithm.ratios import bounded
+
 
 LEVELS = ("token", "sequence", "sequence_token")
 
@@ -59,10 +61,10 @@ def importance_ratios(
     if level not in LEVELS:
         raise ValueError(f"importance_sampling_level is {level!r}; it is one of {', '.join(LEVELS)}.")
     if level == "token":
-        return torch.exp(policy_logprobs - old_logprobs)
+        return torch.exp(bounded(policy_logprobs - old_logprobs))
     if mask is None:
         raise ValueError(f"importance_sampling_level {level!r} is a mean over tokens, which needs their mask.")
-    ratios = torch.exp(_mean_over_tokens(policy_logprobs - old_logprobs, mask)).expand_as(policy_logprobs)
+    ratios = torch.exp(bounded(_mean_over_tokens(policy_logprobs - old_logprobs, mask))).expand_as(policy_logprobs)
     if level == "sequence":
         return ratios
     return ratios.detach() * torch.exp(policy_logprobs - policy_logprobs.detach())
@@ -131,7 +133,7 @@ def cispo_surrogate(
     Returns:
         `clipped_high` marks the bounded weights, of either sign of the advantage; nothing is clipped low.
     """
-    ratios = torch.exp(policy_logprobs - old_logprobs).detach()  # [B, T]
+    ratios = importance_ratios(policy_logprobs, old_logprobs).detach()  # [B, T]
     weights = ratios.clamp(max=1 + epsilon_high)
     return SurrogateOutput(
         token_losses=-weights * advantages.unsqueeze(1) * policy_logprobs,
@@ -166,7 +168,7 @@ def sapo_surrogate(
     Returns:
         Nothing counts as clipped.
     """
-    ratios = torch.exp(policy_logprobs - old_logprobs)  # [B, T]
+    ratios = importance_ratios(policy_logprobs, old_logprobs)  # [B, T]
     advantages = advantages.unsqueeze(1)  # [B, 1]
     temperatures = torch.full_like(advantages, temperature_neg).masked_fill(advantages > 0, temperature_pos)
     gates = 4 / temperatures * torch.sigmoid(temperatures * (ratios - 1))
@@ -202,7 +204,7 @@ def gmpo_surrogate(
     log_ratios = policy_logprobs - old_logprobs  # [B, T]
     advantages = advantages.unsqueeze(1)  # [B, 1]
     kept = torch.where(advantages > 0, log_ratios.clamp(max=epsilon_high), log_ratios.clamp(min=-epsilon))
-    ratios = torch.exp(_mean_over_tokens(kept, mask)).expand_as(log_ratios)
+    ratios = torch.exp(bounded(_mean_over_tokens(kept, mask))).expand_as(log_ratios)
     return SurrogateOutput(
         token_losses=-ratios * advantages,
         ratios=ratios,
@@ -224,6 +226,8 @@ class StepTotals:
     num_tokens: int
     max_completion_length: int
     """The setting (`max_new_tokens`), not the longest completion seen."""
+    num_left_out: int = 0
+    """Completions of the step that the loss does not use: `dr_grpo` alone counts them."""
 
 
 def _over_completions(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
@@ -235,7 +239,8 @@ def _over_tokens(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
 
 
 def _over_constant(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
-    return torch.full_like(lengths, 1.0 / (totals.num_completions * totals.max_completion_length))
+    num_sampled = totals.num_completions + totals.num_left_out
+    return torch.full_like(lengths, 1.0 / (num_sampled * totals.max_completion_length))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -316,12 +321,13 @@ def token_weights(mask: torch.Tensor, totals: StepTotals, loss_type: str) -> tor
     grpo, sapo, gspo, gmpo  1 / (completions x own length)     mean over tokens, then completions (DeepSeekMath, eq. 3)
     dapo, cispo             1 / tokens of the step             mean over all tokens (DAPO, eq. 8)
     bnpo                    as dapo                            TRL averages over the local micro-batch instead
-    dr_grpo                 1 / (completions x max_new_tokens) a constant, so that length has no say (Dr. GRPO)
+    dr_grpo                 1 / (sampled x max_new_tokens)     a constant, so that length has no say (Dr. GRPO)
     ======================= ================================== ====================================================
 
     Args:
         mask: [B, T], 1 on the tokens that the loss uses; a completion left out of the loss is a row of zeros and
-            counts in no denominator.
+            counts in no denominator but that of "dr_grpo" (all completions that were sampled, as in TRL), which does
+            not depend on how many are left out.
         totals: counts over the whole optimizer step.
         loss_type: a key of `LOSSES`.
 

@@ -32,9 +32,9 @@ def quote(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> str:
 
 
 def _flag(key: str, value: Any) -> str:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple) and (len(value) != 1 or "," not in str(value[0])):
         return f"--{key} {shlex.join(map(str, value))}"
-    if isinstance(value, dict):
+    if isinstance(value, dict | list | tuple):  # a single item would be split at its commas
         text = json.dumps(value, ensure_ascii=False)
     else:
         text = str(value).lower() if isinstance(value, bool) else str(value)

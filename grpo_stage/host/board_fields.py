@@ -86,18 +86,12 @@ class FormField:
         """The widget's value as the recipe has it; None where there is nothing in the widget.
 
         Raises:
-            ValueError: if the text of a mapping is none, or a list's item has a comma.
+            ValueError: if the text of a mapping is none.
         """
         if value is None or (isinstance(value, str) and not value.strip()) or value == []:
             return None
         if self.kind == "list":
-            for item in value:
-                if "," in item:
-                    raise ValueError(
-                        f"`{self.key}: {item}` has a comma, which would make two of it. Rename the file, or take the "
-                        "comma out."
-                    )
-            return ",".join(value)
+            return list(value) if any("," in item for item in value) else ",".join(value)
         if self.kind == "mapping":
             return _mapping(self.key, value)
         return value

@@ -10,15 +10,22 @@ from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 
-# Text fields that the host splits at commas; a YAML list means the same.
-_COMMA_LISTS = frozenset(
+# Text that is split at commas. A YAML list means the same, and its items stay whole.
+_LISTS = frozenset(
     (
-        *("dataset", "eval_dataset", "interleave_probs", "profile_modules"),
-        *("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters", "add_tokens", "add_special_tokens"),
+        *("dataset", "eval_dataset", "interleave_probs"),
         *("lora_target", "oft_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules"),
         *("galore_target", "apollo_target", "reward_funcs", "reward_weights"),
     )
 )
+# Of these the host takes no list, so that an item with a comma cannot be written.
+_TEXT_ALONE = frozenset(
+    (
+        *("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters"),
+        *("add_tokens", "add_special_tokens", "profile_modules"),
+    )
+)
+_COMMA_LISTS = _LISTS | _TEXT_ALONE
 # What the host and transformers accept beyond their own type hints.
 _ALSO_ACCEPTED: Mapping[str, type] = MappingProxyType({"resume_from_checkpoint": bool, "dataset_dir": dict})
 _CONVERTED_VALUES = MappingProxyType({("scale_rewards", "true"): "group", ("scale_rewards", "false"): "none"})
@@ -39,13 +46,35 @@ def as_hinted(key: str, value: Any, hint: Any) -> Any:
         return _choice(key, value, [item.value for enum in enums for item in enum])
     if len(members) == 1 and get_origin(members[0]) is Literal:
         return _choice(key, value, get_args(members[0]))
+    value = _as_list(key, value)
     if key in _COMMA_LISTS and isinstance(value, list | tuple):
-        return ",".join(_convert(key, item, str, members) for item in value)
+        return _as_written(key, [_convert(key, item, str, members).strip() for item in value])
     if key in _ALSO_ACCEPTED:
         members = [_ALSO_ACCEPTED[key], *members]
     if bool in members and str(value).lower() in ("true", "false"):
         return _to_bool(value)
     return _first_that_fits(key, value, members)
+
+
+def _as_list(key: str, value: Any) -> Any:
+    """A list that was written as JSON, as a command line and LLaMA Board's preview have it; else the value."""
+    if key not in _LISTS or not isinstance(value, str) or not value.lstrip().startswith("["):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def _as_written(key: str, items: list[str]) -> str | list[str]:
+    """The items as text, which is the same in every form of a recipe; as a list where one of them has a comma."""
+    torn = [item for item in items if "," in item]
+    if torn and key in _TEXT_ALONE:
+        raise ValueError(
+            f"`{key}` has the item `{torn[0]}` with a comma, where LLaMA-Factory would split it: of this key it takes "
+            "no list. Give it a name without a comma, or leave it out."
+        )
+    return items if torn else ",".join(items)
 
 
 def _choice(key: str, value: Any, choices: Iterable[Any]) -> Any:

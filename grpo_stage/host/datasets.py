@@ -7,12 +7,13 @@ Between them, and in what comes out, a row is one JSON string, so that datasets 
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from itertools import islice
+from typing import TYPE_CHECKING, Any, cast
 
 from llamafactory.data import converter, loader
 from llamafactory.data.converter import DatasetConverter
@@ -39,6 +40,8 @@ logger = get_logger(__name__)
 ROW = "_grpo_row"
 """The one column of a converted and of a processed dataset."""
 MEDIA_FIELDS = ("images", "videos", "audios")
+SHOWN_FIELDS = 6
+"""Of a value that is no reference."""
 COLUMN_FIELDS = {
     "alpaca": ("prompt", "query", "response", "history"),
     "sharegpt": ("messages",),
@@ -74,7 +77,8 @@ def load_prompts(
         raise ValueError("No prompts to train on: name a dataset of dataset_info.json in `dataset`.")
     data_args = copy.copy(data_args)
     data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt cannot tell its dataset
-    with _prompt_pipeline(finetuning_args.reference_column):
+    reward_columns = cast(dict[str, str], finetuning_args.reward_columns or {})
+    with _prompt_pipeline(finetuning_args.reference_column, reward_columns):
         try:
             datasets = loader.get_dataset(
                 template, model_args, data_args, training_args, stage="ppo", tokenizer=tokenizer, processor=processor
@@ -95,11 +99,12 @@ def load_prompts(
         prompt_set = build_prompts(dataset[ROW], cutoff_len, overlong, dataset=name, first_index=len(evaluation))
         _report_rows(prompt_set, f"evaluation ({name})" if name else "evaluation", cutoff_len, overlong)
         evaluation += prompt_set.prompts
+    _check_reward_columns(reward_columns, [*train.prompts, *evaluation])
     return PromptData(train=train.prompts, evaluation=evaluation)
 
 
 @contextmanager
-def _prompt_pipeline(reference_column: str | None) -> Iterator[None]:
+def _prompt_pipeline(reference_column: str | None, reward_columns: Mapping[str, str]) -> Iterator[None]:
     """Let the host's loader use our converter and processor."""
     host_get_converter, host_get_processor = converter.get_dataset_converter, loader._get_dataset_processor
 
@@ -114,7 +119,7 @@ def _prompt_pipeline(reference_column: str | None) -> Iterator[None]:
         processor: "ProcessorMixin | None",
         do_generate: bool = False,
     ) -> PromptProcessor:
-        return PromptProcessor(template, tokenizer, processor, data_args, reference_column)
+        return PromptProcessor(template, tokenizer, processor, data_args, reference_column, dict(reward_columns))
 
     converter.get_dataset_converter, loader._get_dataset_processor = get_converter, get_processor
     try:
@@ -142,7 +147,7 @@ class PromptConverter:
             ROW: _to_json(
                 {
                     "prompt": aligned["_prompt"],
-                    "response": aligned["_response"],
+                    "response": aligned["_response"] or self._structured_answer(row),
                     "system": aligned["_system"] or "",
                     "tools": _as_text(aligned["_tools"]) or "",
                     "columns": row,
@@ -174,7 +179,8 @@ class PromptConverter:
         attr = self.host.dataset_attr
         if attr.formatting == "alpaca":
             row = {attr.query: None, attr.response: None, **row}
-            row[attr.response] = _as_text(row[attr.response])  # the host takes no answer that is a number for one
+            if not isinstance(row[attr.response], list | dict):
+                row[attr.response] = _as_text(row[attr.response])  # the host takes no answer that is a number for one
             for column in (attr.prompt, attr.query):
                 if column is not None and not isinstance(row[column], str | None):
                     raise ValueError(
@@ -196,6 +202,12 @@ class PromptConverter:
                 row = {**row, attr.messages: [*turns, answer]}
         return row
 
+    def _structured_answer(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        """An answer that is no text, which the host takes for none; whether it is needed is seen later."""
+        attr = self.host.dataset_attr
+        answer = row.get(attr.response) if attr.formatting == "alpaca" else None
+        return [{"role": Role.ASSISTANT.value, "content": answer}] if isinstance(answer, list | dict) else []
+
 
 @dataclass
 class PromptProcessor(DatasetProcessor):
@@ -206,6 +218,7 @@ class PromptProcessor(DatasetProcessor):
     """
 
     reference_column: str | None
+    reward_columns: dict[str, str]
     version: str = field(default=__version__)
     """As in `PromptConverter`."""
 
@@ -241,7 +254,7 @@ class PromptProcessor(DatasetProcessor):
             "token_ids": token_ids,
             "messages": [{"role": Role.SYSTEM.value, "content": system}, *prompt] if system else prompt,
             "reference": self._reference(row),
-            "columns": row["columns"],
+            "columns": row["columns"] | self._reward_columns(row["columns"]),
         }
 
     def _encode(self, prompt: list[dict[str, str]], system: str, tools: str) -> list[int]:
@@ -257,13 +270,99 @@ class PromptProcessor(DatasetProcessor):
         columns = row["columns"]
         if self.reference_column is None:
             # A rated (KTO) row has an empty turn first where its answer is a bad one.
-            return _as_text(row["response"][0]["content"]) or None if row["response"] else None
-        if self.reference_column not in columns:
+            answer = row["response"][0]["content"] if row["response"] else None
+            if isinstance(answer, list | dict):
+                raise ValueError(
+                    f"The answer of this row is {_kind(answer)}, and a reference is text: {_excerpt(answer)}. Name a "
+                    f"field of it in `reference_column`: {_fields('answer', answer) or 'there is none in this row'}, "
+                    f"where the column is called `answer`. The row: {_excerpt(columns)}"
+                )
+            return _as_text(answer) or None
+        try:
+            value = _at(columns, self.reference_column)
+        except LookupError as error:
             raise ValueError(
-                f"`reference_column: {self.reference_column}` is no column of the dataset, which has "
-                f"{_names(columns)}. Every dataset of the run must have it."
+                f"`reference_column: {self.reference_column}` is no column of the dataset: {error.args[0]}. Every "
+                "dataset of the run must have it."
+            ) from error
+        if isinstance(value, list | dict):
+            raise ValueError(
+                f"`reference_column: {self.reference_column}` holds {_kind(value)}, and a reference is text: "
+                f"{_excerpt(value)}. Name a field of it: "
+                f"{_fields(self.reference_column, value) or 'there is none in this row'}. A function of your own can "
+                "take the whole column, as an argument of its name."
             )
-        return _as_text(columns[self.reference_column]) or None
+        return _as_text(value) or None
+
+    def _reward_columns(self, columns: dict[str, Any]) -> dict[str, Any]:
+        """The fields that `reward_columns` names, as columns; one whose column this dataset lacks is left out."""
+        found = {}
+        for name, path in self.reward_columns.items():
+            if path not in columns and path.partition(".")[0] not in columns:
+                continue
+            try:
+                found[name] = _at(columns, path)
+            except LookupError as error:
+                raise ValueError(
+                    f"`reward_columns` has `{name}: {path}`, which is not there: {error.args[0]}."
+                ) from error
+        return found
+
+
+def _at(columns: dict[str, Any], path: str) -> Any:
+    """The value at a dotted path such as `reward_model.ground_truth` or `answers.0`; a column of that name wins.
+
+    Raises:
+        LookupError: saying what is there instead.
+    """
+    if path in columns:
+        return columns[path]
+    value: Any = columns
+    done: list[str] = []
+    for key in path.split("."):
+        place = f"`{'.'.join(done)}`" if done else "it"
+        if value is None:
+            return None
+        if isinstance(value, list) and key.isdecimal():
+            if int(key) >= len(value):
+                return None
+            value = value[int(key)]
+        elif isinstance(value, dict):
+            if key not in value:
+                raise LookupError(f"{place} has {_names(value) or 'no fields'}, and no `{key}`")
+            value = value[key]
+        else:
+            raise LookupError(f"{place} holds {_kind(value)}, which has no field `{key}`: {_excerpt(value)}")
+        done.append(key)
+    return value
+
+
+def _check_reward_columns(reward_columns: Mapping[str, str], prompts: list[Prompt]) -> None:
+    for name, path in reward_columns.items():
+        if not any(name in prompt.columns for prompt in prompts):
+            raise ValueError(
+                f"`reward_columns` has `{name}: {path}`, and no dataset of the run has the column "
+                f"`{path.partition('.')[0]}`: the first row has {_names(dict(prompts[0].columns))}. Name one of those."
+            )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"a mapping with the fields {_names(value)}" if value else "a mapping"
+    return f"a list of {len(value)}" if isinstance(value, list) else f"{type(value).__name__}"
+
+
+def _fields(path: str, value: Any) -> str:
+    """The first paths below `path` that lead to one value, for a message."""
+
+    def walk(path: str, value: Any) -> Iterator[str]:
+        if isinstance(value, list | dict):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from walk(f"{path}.{key}", item)
+        else:
+            yield path
+
+    return " or ".join(f"`reference_column: {leaf}`" for leaf in islice(walk(path, value), SHOWN_FIELDS))
 
 
 def _report_rows(prompt_set: PromptSet, split: str, cutoff_len: int, overlong_prompts: str) -> None:
@@ -283,7 +382,7 @@ def _report_rows(prompt_set: PromptSet, split: str, cutoff_len: int, overlong_pr
 
 
 def _as_text(value: Any) -> str | None:
-    """A dataset's value as text: lists and mappings as JSON, numbers as Python writes them."""
+    """A dataset's value as text: lists and mappings (of tools) as JSON, numbers as Python writes them."""
     if value is None or isinstance(value, str):
         return value
     return _to_json(value) if isinstance(value, list | dict) else str(value)

@@ -82,7 +82,10 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
 
 
 def read(raw: RawArguments) -> dict[str, Any]:
-    """The mapping that YAML gives; flags become one. `--key` alone is True, and several values are a list."""
+    """The mapping that YAML gives; flags become one. `--key` alone is True, and several values are a list.
+
+    Where a value ends with a comma, the shell has split a text at its spaces: `--reward_funcs accuracy, format`.
+    """
     if isinstance(raw, Mapping):
         return dict(raw)
     values: dict[str, list[str]] = {}
@@ -94,7 +97,13 @@ def read(raw: RawArguments) -> dict[str, Any]:
             values[key] = [value] if has_value else []
         else:
             values.setdefault(key, []).append(token)
-    return {key: True if not items else items[0] if len(items) == 1 else items for key, items in values.items()}
+    return {key: _of_flag(items) for key, items in values.items()}
+
+
+def _of_flag(items: list[str]) -> Any:
+    if not items:
+        return True
+    return " ".join(items) if len(items) == 1 or any(item.endswith(",") for item in items[:-1]) else items
 
 
 def known_keys(values: Mapping[str, Any], hints: Mapping[str, Any], allow_others: bool) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import linecache
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -21,13 +22,14 @@ from contextlib import suppress
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from multiprocessing.pool import ApplyResult, IMapIterator, Pool
 from multiprocessing.util import Finalize
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
-from grpo_stage.rewards.processes import WorkerProcess, settle_in_worker, start_fork_server
+from grpo_stage.rewards.processes import WorkerProcess, guard_group, settle_in_worker, start_fork_server
 
 
 CLOSE_GRACE_S = 2.0
@@ -36,8 +38,8 @@ SHOWN_TASKS = 20
 _TASK = "Task"
 _FRAME = re.compile(r'^  File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)$', re.MULTILINE)
 
-# What a worker answers with: the scores, or position, problem and traceback of a failure.
-Reply = list[float | None] | tuple[int, str, str]
+# What a worker answers with: the scores; position, problem and traceback of a failure; or why there will be none.
+Reply = list[float | None] | tuple[int, str, str] | str
 
 
 class Evaluable(Protocol):
@@ -146,6 +148,10 @@ class FunctionWorker:
             reply = None
         if reply is None:
             raise self._died()
+        if isinstance(reply, str):
+            self.close()
+            where = f"in a batch of {self._count} completions, the first of which is shown"
+            raise CompletionError(0, f"failed {where}: {reply}")
         self._is_busy = False
         if isinstance(reply, tuple):
             raise CompletionError(*reply)
@@ -169,7 +175,8 @@ class FunctionWorker:
         start_fork_server()
         self._connection, theirs = Pipe()
         self._stacks, stacks = Pipe(duplex=False)
-        args = (theirs, stacks, self._load, self.timeout_s, dict(os.environ))
+        start_method = multiprocessing.get_start_method(allow_none=True)
+        args = (theirs, stacks, self._load, self.timeout_s, dict(os.environ), start_method)
         # No daemon: those may not have children, and the function may want some.
         process = WorkerProcess(target=_serve, args=args, name=f"reward {self.name}", daemon=False)
         process.start()
@@ -293,9 +300,13 @@ def _serve(
     load: Callable[[], Evaluable],
     timeout_s: float,
     environment: Mapping[str, str],
+    start_method: str | None,
 ) -> None:
     settle_in_worker()
     os.setsid()  # a group of its own, to be killed with all that the function starts
+    guard_group()
+    # How the trainer's processes start, and not as this one did: a function that works there works here.
+    multiprocessing.set_start_method(start_method, force=True)
     # What the function starts has to hear SIGTERM, which many programs are ended with; the worker has not.
     signal.signal(signal.SIGTERM, _ignore)
     os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
@@ -310,6 +321,7 @@ def _serve(
     dump_after_s = timeout_s - min(1.0, timeout_s / 5)
     function: Evaluable | None = None
     loop = EventLoop(stacks.fileno())
+    _watch_pools(connection.send)
     while True:
         try:
             arguments, count, seed = connection.recv()
@@ -334,6 +346,63 @@ def _seeded_load(load: Callable[[], Evaluable]) -> Evaluable:
         return load()
     except Exception as error:  # a user's file may raise anything
         raise CompletionError(0, f"could not be loaded in its process: {error}", traceback.format_exc()) from error
+
+
+def _watch_pools(report: Callable[[str], None]) -> None:
+    """Report it where a `multiprocessing.Pool` waits for ever: for what a process of it was at that died.
+
+    The Pool's own thread looks for such processes, and starts others in their place. It has ended when a Pool is
+    terminated, so that what it finds died by itself. That alone is no error, since a function may wait with a limit.
+    """
+    join_exited = Pool._join_exited_workers  # type: ignore[attr-defined]
+    noted: list[tuple[list[Any], int]] = []  # a Pool's list of its processes, and the exit code of one that died
+
+    def join_and_note(processes: list[Any]) -> bool:
+        before = list(processes)
+        has_joined = join_exited(processes)
+        died = [process.exitcode for process in before if process not in processes and process.exitcode]
+        if died and not noted:
+            threading.Thread(target=look_out, daemon=True).start()
+        noted.extend((processes, exit_code) for exit_code in died)
+        return has_joined
+
+    def look_out() -> None:
+        while True:
+            time.sleep(0.1)
+            pool: Any = getattr(_awaited_of_pool(), "_pool", None)
+            died = [code for processes, code in noted if pool is not None and processes is pool._pool]
+            if died and len(died) >= len(pool._cache):  # no job is left that a living process may be at
+                report(_pool_problem(died[0]))
+                return
+
+    Pool._join_exited_workers = staticmethod(join_and_note)  # type: ignore[attr-defined]
+
+
+def _awaited_of_pool() -> Any:
+    """What the main thread waits for, without a limit, of a `multiprocessing.Pool`; None where it does not."""
+    frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        if frame.f_code in _POOL_WAITS and frame.f_locals.get("timeout") is None:
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
+
+
+_POOL_WAITS = (ApplyResult.wait.__code__, IMapIterator.next.__code__)
+
+
+def _pool_problem(exit_code: int) -> str:
+    if exit_code > 0:
+        how = (
+            f"died with exit code {exit_code}. Its error is in the run's terminal output. The most frequent one: it "
+            "could not import what it was sent, which has to be defined at the top level of a module, by the time "
+            "that the Pool is made"
+        )
+    else:
+        how = f"was ended by signal {-exit_code} ({signal.strsignal(-exit_code)})"
+        if exit_code == -signal.SIGKILL:
+            how += ", which is most often the system out of memory"
+    return f"a process of its `multiprocessing.Pool` {how}. The Pool would wait for ever for what that process was at"
 
 
 def _ignore(*_: Any) -> None: ...

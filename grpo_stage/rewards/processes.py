@@ -56,6 +56,22 @@ def settle_in_worker() -> None:
         os._exit(1)
 
 
+def guard_group() -> None:
+    """Have this process's group killed when the process is gone, with all that it has started.
+
+    Who kills the worker itself has no time for that where the trainer was killed: then it is the kernel. What a
+    `multiprocessing.Pool` has started would wait for ever for its next task.
+    """
+    gone, here = os.pipe()
+    if os.fork() == 0:
+        os.close(here)
+        os.read(gone, 1)  # until nobody holds the other end
+        os.killpg(0, signal.SIGKILL)
+    os.close(gone)
+    ends = [here]
+    os.register_at_fork(after_in_child=lambda: os.close(ends.pop()) if ends else None)
+
+
 class _WorkerPopen(Popen):
     def terminate(self) -> None:
         self.kill()  # SIGTERM is blocked

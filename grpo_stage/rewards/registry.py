@@ -1,19 +1,17 @@
 """Reward functions by name: built-ins, `path/file.py:function`, `package.module:function`."""
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+from grpo_stage.reward_files import first_on_path, module_of
 from grpo_stage.rewards import answers, shaping, structure
 from grpo_stage.rewards.function_worker import FunctionWorker
 from grpo_stage.rewards.processes import start_fork_server
@@ -102,12 +100,14 @@ def load_rewards(
     for spec, name in zip(names, display_names, strict=True):
         if spec.strip() == REWARD_MODEL:
             continue
-        load = partial(_load, spec.strip(), name, dict(kwargs.get(name, {})), Path.cwd())
-        function = load(context)
+        described = spec.strip(), name, dict(kwargs.get(name, {})), Path.cwd()
+        function = _load(*described, context)
         functions.append(function)
         if _runs_in_worker(spec.strip(), function.function):
             source_file = getattr(sys.modules.get(function.function.__module__), "__file__", None)
-            workers[name] = FunctionWorker(name, load, source_file, timeout_s, dump_dir)
+            workers[name] = FunctionWorker(
+                name, partial(_load_in_worker, *described), source_file, timeout_s, dump_dir
+            )
     if workers or not CHECKED.isdisjoint(display_names):
         start_fork_server()  # it gets ready while the model is loaded
     return RewardSuite(display_names, functions, checked_weights, context, workers)
@@ -172,31 +172,32 @@ def _configure(name: str, settings: Mapping[str, Any], context: RewardContext | 
         raise ValueError(f"reward_kwargs of {name!r}: {error}") from error
 
 
+def _load_in_worker(spec: str, name: str, settings: Mapping[str, Any], folder: Path) -> RewardFunction:
+    """As `_load`, for good: what the function imports late, and the processes that it starts, find its neighbors."""
+    function = _load(spec, name, settings, folder)
+    place = spec.rpartition(":")[0]
+    if place:
+        sys.path.insert(0, str(_file(place, folder).parent if place.endswith(".py") else folder))
+    return function
+
+
+def _file(place: str, folder: Path) -> Path:
+    return (folder / Path(place).expanduser()).resolve()
+
+
 def _module_from_file(place: str, spec: str, folder: Path) -> ModuleType:
-    path = (folder / Path(place).expanduser()).resolve()
+    path = _file(place, folder)
     if not path.is_file():
         raise ValueError(f"reward {spec!r}: there is no file {path}; a relative path starts at the working directory")
-    # Named by its path: two files of one name do not clash, nor does a file called like a package.
-    module_name = f"_grpo_stage_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
-    if module_name in sys.modules:
-        return sys.modules[module_name]
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None
-    assert module_spec.loader is not None
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
     try:
-        with _first_on_path(path.parent):
-            module_spec.loader.exec_module(module)
+        return module_of(path)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        del sys.modules[module_name]
         raise ValueError(f"reward {spec!r}: loading {path} failed with {type(error).__name__}: {error}") from error
-    return module
 
 
 def _module_by_name(place: str, spec: str, folder: Path) -> ModuleType:
     try:
-        with _first_on_path(folder):
+        with first_on_path(folder):
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{place}.".startswith(f"{error.name}."):
@@ -207,16 +208,6 @@ def _module_by_name(place: str, spec: str, folder: Path) -> ModuleType:
         ) from error
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(f"reward {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
-
-
-@contextmanager
-def _first_on_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 def _functions(module: ModuleType) -> list[str]:

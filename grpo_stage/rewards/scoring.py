@@ -3,23 +3,28 @@
 import asyncio
 import difflib
 import inspect
+import json
 import math
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from grpo_stage.arguments import BATCH_ARGUMENTS
 from grpo_stage.rewards.errors import CompletionError, RewardError, shorten
+from grpo_stage.rewards.explanations import NOT_SUPPLIED, explanation_of
 from grpo_stage.rewards.function_worker import EventLoop, FunctionWorker, batch_seed
 from grpo_stage.rewards.workers import RewardContext
-from grpo_stage.types import Prompt, Reward, RolloutGroup
+from grpo_stage.types import Prompt, Reward, RolloutGroup, TrainingProgress
 
 
 REWARD_MODEL = "reward_model"
 """The name in `reward_funcs` of the model that `reward_model` names."""
-BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references")
+MAX_MAGNITUDE = 1e15
+"""Of a reward, weighted or not. Squares of it, summed over a batch, stay far inside float32 (3.4e38), in which losses
+and gradients are computed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +48,10 @@ class RewardFunction:
             ValueError: if it cannot be called with keyword arguments, or does not name one of the settings.
         """
         if not callable(function) or inspect.isclass(function):
-            raise ValueError(f"reward {name!r} is {function!r}: it must be a function or a callable object")
+            remedy = (
+                f"; name an object of the class, such as `judge = {function.__name__}()`" if callable(function) else ""
+            )
+            raise ValueError(f"reward {name!r} is {function!r}: it must be a function or a callable object{remedy}")
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError as error:
@@ -90,21 +98,15 @@ class RewardFunction:
                     f"reward {self.name!r} needs a reference answer, which {lacking}: give each row a last assistant "
                     "turn, or name the column that holds the answer with `reference_column`"
                 )
-            columns = sorted({column for p in prompts for column in p.columns})
-            near = difflib.get_close_matches(name, [*BATCH_ARGUMENTS, *columns], n=1)
-            raise ValueError(
-                f"reward {self.name!r} takes an argument {name!r}, a dataset column that {lacking}"
-                f"{f'; did you mean {near[0]!r}?' if near else '.'} The dataset's columns are {columns}; beside them "
-                f"a function can take {', '.join(BATCH_ARGUMENTS)}, and settings from `reward_kwargs`"
-            )
+            raise ValueError(f"reward {self.name!r} takes an argument {name!r}{_missing(name, lacking, prompts)}")
 
-    def wanted(self, batch: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    def wanted(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """What of the batch the function is called with."""
         names = batch.keys() if self.takes_everything else (*self.required, *self.optional)
         return {name: batch[name] for name in names if name in batch}
 
     def evaluate(
-        self, arguments: Mapping[str, list[Any]], count: int, wait_for: Callable[[Awaitable[Any]], Any]
+        self, arguments: Mapping[str, Any], count: int, wait_for: Callable[[Awaitable[Any]], Any]
     ) -> list[float | None]:
         """One score for each of `count` completions.
 
@@ -119,14 +121,15 @@ class RewardFunction:
         where = f"in a batch of {count} completions, the first of which is shown"
         try:
             # A copy for each function: what one does to its lists is not another's concern.
-            scores = self.function(**{name: list(values) for name, values in arguments.items()}, **self.settings)
+            own = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
+            scores = self.function(**own, **self.settings)
             if inspect.isawaitable(scores):
                 scores = wait_for(scores)
         except CompletionError:
             raise
         # A user's function may raise anything; all of it stops the run.
         except (Exception, SystemExit, asyncio.CancelledError) as failure:
-            problem = f"raised {type(failure).__name__} {where}"
+            problem = f"raised {type(failure).__name__} {where}. {explanation_of(failure)}".rstrip(". ")
             raise CompletionError(0, problem, traceback.format_exc()) from failure
         if hasattr(scores, "tolist"):  # numpy's and torch's way to Python objects, here and for single elements
             scores = scores.tolist()
@@ -136,15 +139,38 @@ class RewardFunction:
             raise CompletionError(0, f"returned {len(scores)} scores {where}: it must return one for each")
         return [_checked(score, position) for position, score in enumerate(scores)]
 
-    def error(self, failure: CompletionError, batch: Mapping[str, list[Any]]) -> RewardError:
-        """`failure` with what the user needs to find it."""
-        return failure.error_type(
-            self.name,
-            failure.problem,
-            prompt=batch["prompts"][failure.position],
-            completion=batch["completions"][failure.position],
-            traceback=failure.traceback,
+
+def _missing(name: str, lacking: str, prompts: Sequence[Prompt]) -> str:
+    """What to say of an argument without a default that some of the prompts have no column for."""
+    columns = sorted({column for p in prompts for column in p.columns})
+    if name in columns:
+        return (
+            f", a dataset column that {lacking}. Write `{name}=None` in the function if those can do without it: it "
+            "then gets None for them, and can return None, which is `not applicable`"
         )
+    if name in NOT_SUPPLIED:
+        return f", which is {NOT_SUPPLIED[name]}"
+    for column, value in sorted(prompts[0].columns.items()):
+        if isinstance(value, Mapping) and name in value:
+            field = json.dumps({name: f"{column}.{name}"})
+            return f", which {lacking}. Column {column!r} has a field of that name: write `reward_columns: {field}`"
+    near = difflib.get_close_matches(name, [*BATCH_ARGUMENTS, *columns], n=1)
+    return (
+        f", a dataset column that {lacking}{f'; did you mean {near[0]!r}?' if near else '.'} The dataset's columns "
+        f"are {columns}; beside them a function can take {', '.join(BATCH_ARGUMENTS)}, fields of a column by "
+        "`reward_columns`, and settings from `reward_kwargs`"
+    )
+
+
+def _error(name: str, failure: CompletionError, batch: Mapping[str, Any]) -> RewardError:
+    """`failure` with what the user needs to find it."""
+    return failure.error_type(
+        name,
+        failure.problem,
+        prompt=batch["prompts"][failure.position],
+        completion=batch["completions"][failure.position],
+        traceback=failure.traceback,
+    )
 
 
 def _checked(score: Any, position: int) -> float | None:
@@ -165,6 +191,19 @@ def _checked(score: Any, position: int) -> float | None:
     return value
 
 
+def _check_magnitude(scores: Sequence[float | None], weight: float) -> None:
+    """Refuse a reward whose advantage, or the square of it, is infinite though the reward is not."""
+    for position, score in enumerate(scores):
+        if score is not None and not max(abs(score), abs(weight * score)) <= MAX_MAGNITUDE:
+            weighted = "" if weight == 1 else f", {weight * score:g} with its weight of {weight:g},"
+            raise CompletionError(
+                position,
+                f"returned {score:g}{weighted} which is beyond {MAX_MAGNITUDE:g} in magnitude: such rewards overflow "
+                "when they are squared, for standard deviations and gradients, and nothing is learned. Bound or "
+                "rescale what the function returns, for example to -1 to 1; None says that none applies",
+            )
+
+
 class RewardSuite:
     """The reward functions of a run.
 
@@ -178,6 +217,8 @@ class RewardSuite:
 
     model: Reward
     """What scores `REWARD_MODEL`. It may need the policy, and so is set once that is loaded."""
+    progress: TrainingProgress
+    """What functions get as `trainer_state`. The trainer sets it before it has completions scored."""
 
     def __init__(
         self,
@@ -192,6 +233,8 @@ class RewardSuite:
         self._context = context
         self._loop = EventLoop()
         self._taken: Counter[str] = Counter()
+        self._columns: set[str] = set()
+        self.progress = TrainingProgress()
         self.names = tuple(names)
         self.weights = tuple(weights)
 
@@ -207,7 +250,12 @@ class RewardSuite:
         return dict(new)
 
     def check(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ValueError where a function needs references or a column that a prompt does not have."""
+        """Raise ValueError where a function needs references or a column that a prompt does not have.
+
+        A column of any prompt that was ever checked is a list in every batch from then on, with None for prompts
+        that lack it: what a function gets does not depend on which prompts are in the batch.
+        """
+        self._columns.update(column for prompt in prompts for column in prompt.columns)
         for function in self._functions:
             function.check(prompts)
 
@@ -220,14 +268,19 @@ class RewardSuite:
             RewardError: if a function fails otherwise, or returns what is not a score.
         """
         self.check([group.prompt for group in groups])
-        batch = _flatten(groups)
+        batch = _flatten(groups, self._columns) | {"trainer_state": self.progress}
         if not batch["completions"]:
             return [[] for _ in groups]
         by_name = self._score(groups, batch)
+        for name, weight in zip(self.names, self.weights, strict=True):
+            try:
+                _check_magnitude(by_name[name], weight)
+            except CompletionError as failure:
+                raise _error(name, failure, batch) from failure
         flat = iter([list(scores) for scores in zip(*(by_name[name] for name in self.names), strict=True)])
         return [[next(flat) for _ in group.completions] for group in groups]
 
-    def _score(self, groups: Sequence[RolloutGroup], batch: Mapping[str, list[Any]]) -> dict[str, list[float | None]]:
+    def _score(self, groups: Sequence[RolloutGroup], batch: Mapping[str, Any]) -> dict[str, list[float | None]]:
         """The scores of each name. Functions with a process of their own are at it all at the same time."""
         count, seed = len(batch["completions"]), batch_seed(batch["completion_ids"])
         scores: dict[str, list[float | None]] = {}
@@ -245,7 +298,7 @@ class RewardSuite:
                     else:
                         scores[function.name] = function.evaluate(function.wanted(batch), count, self._loop.wait_for)
                 except CompletionError as failure:
-                    raise function.error(failure, batch) from (failure.__cause__ or failure)
+                    raise _error(function.name, failure, batch) from (failure.__cause__ or failure)
         finally:
             for worker in self._workers.values():
                 worker.end_if_busy()
@@ -268,11 +321,10 @@ class RewardSuite:
             worker.close()
 
 
-def _flatten(groups: Sequence[RolloutGroup]) -> dict[str, list[Any]]:
+def _flatten(groups: Sequence[RolloutGroup], columns: Iterable[str]) -> dict[str, list[Any]]:
     """Every argument a function can name, a list over all completions, prompt-major. Ours win over dataset columns."""
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
-    columns = sorted({column for group in groups for column in group.prompt.columns})
-    return {column: [prompt.columns.get(column) for prompt, _ in rows] for column in columns} | {
+    return {column: [prompt.columns.get(column) for prompt, _ in rows] for column in sorted(columns)} | {
         "prompts": [prompt.text for prompt, _ in rows],
         "completions": [completion.text for _, completion in rows],
         "completion_ids": [list(completion.token_ids) for _, completion in rows],

@@ -124,6 +124,7 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
 def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
     from ..rewards import REWARD_MODEL, load_rewards
     from ..rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
+    from ..types import TrainingProgress
 
     has_model = bool(configuration.get("model_name_or_path"))
     if samples and not has_model:
@@ -137,6 +138,7 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=arguments.finetuning.reward_timeout,
     )
+    rewards.progress = TrainingProgress(max_steps=max(1, arguments.training.max_steps))
     with contextlib.closing(rewards):
         tokenizer, template, prompts = _load_prompts(arguments, num_rows, has_model, rewards)
         if REWARD_MODEL in rewards.names:

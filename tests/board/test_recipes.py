@@ -37,6 +37,12 @@ MADE_UP: dict[str, dict[str, Any]] = {
         "lr_scheduler_kwargs": {"num_cycles": 2},
         "report_to": ["tensorboard", "wandb"],
     },
+    "items with a comma": {
+        "reward_funcs": ["accuracy", "my,rewards.py:score"],
+        "lora_target": ["q,k", "v"],
+        "dataset": ["addition,small"],
+        "reward_columns": {"level": "meta.level"},
+    },
     "evaluation": {"eval_dataset": "addition", "eval_strategy": "epoch", "eval_num_generations": 4, "val_size": 3},
     "no evaluation of a split": {"val_size": 0.1},
     "full": {"finetuning_type": "full", "pure_bf16": True, "lora_alpha": 7},
@@ -74,7 +80,8 @@ def what_runs(recipe: dict[str, Any]) -> dict[str, Any]:
     written = {key: value for key, value in typed(recipe).items() if value is not None}
     values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
     for key in ("reward_weights", "reward_funcs"):
-        values[key] = [str(item) for item in str(values[key]).split(",")]
+        if not isinstance(values[key], list):
+            values[key] = [str(item) for item in str(values[key]).split(",")]
     values["lora_alpha"] = values["lora_alpha"] or 2 * values["lora_rank"]
     for key in ("output_dir", "adapter_name_or_path"):
         values[key] = values[key] and [str(Path(item).resolve()) for item in str(values[key]).split(",")]

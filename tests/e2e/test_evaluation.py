@@ -161,12 +161,12 @@ def test_the_best_model_is_kept_and_the_run_stops_early(recipe, run_exp, scripte
     assert results["eval_reward"] == SCRIPT[4], "the model that was kept is evaluated at last"
 
 
-def test_an_evaluation_that_no_function_applies_to_is_no_evaluation(recipe, run_exp, tmp_path):
+def test_an_evaluation_that_no_function_applies_to_says_so(recipe, run_exp, tmp_path, caplog):
     (tmp_path / "small.py").write_text(
         "def small(prompts):\n    return [None if '1000' in prompt else i % 2 for i, prompt in enumerate(prompts)]\n"
     )
-    with pytest.raises(ValueError, match=r"No reward function applied to any completion of the 1 evaluation prompts"):
-        run_exp(recipe(eval_dataset="thousand", eval_on_start=True, reward_funcs=f"{tmp_path}/small.py:small"))
+    run_exp(recipe(eval_dataset="thousand", eval_on_start=True, reward_funcs=f"{tmp_path}/small.py:small"))
+    assert "No reward function applied to any completion of the 1 evaluation prompts" in caplog.text
 
 
 @pytest.mark.parametrize("rollout_backend", ["hf", "vllm"])

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from transformers import HfArgumentParser
 
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
 from grpo_stage.host.keys import TRL_KEYS
-from grpo_stage.host.parser import ARGUMENT_CLASSES, GRPOFinetuningArguments, parse, refuse_grpo_keys, stage_of
+from grpo_stage.host.parser import ARGUMENT_CLASSES, GRPOFinetuningArguments, parse, refuse_grpo_keys, stage_of, typed
+from grpo_stage.host.registration import read_command_line
 
 
 def flags(recipe: dict[str, Any]) -> list[str]:
@@ -520,3 +522,62 @@ def test_values_reach_the_run_as_the_host_would_parse_them(recipe):
     assert {key for key in theirs if ours[key] != theirs[key]} == set()
     changed = {key for key, value in vars(model).items() if getattr(arguments.model, key) != value}
     assert changed == {"model_max_length", "vllm_maxlen", "vllm_gpu_util"}
+
+
+# Lists and commas
+
+
+TORN = "a,b.py:f"
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "expected"),
+    [
+        ("reward_funcs", "accuracy, length", "accuracy, length"),
+        ("reward_funcs", ["accuracy", " length "], "accuracy,length"),
+        ("reward_funcs", ["accuracy", TORN], ["accuracy", TORN]),
+        ("reward_funcs", [TORN], [TORN]),
+        ("reward_funcs", f'["{TORN}"]', [TORN]),
+        ("reward_funcs", "[accuracy, length]", "[accuracy, length]"),
+        ("reward_weights", [1, 0.5], "1,0.5"),
+        ("dataset", ["sums,small", "gsm8k"], ["sums,small", "gsm8k"]),
+        ("lora_target", ["q,k", "v"], ["q,k", "v"]),
+        ("adapter_name_or_path", ["a", "b"], "a,b"),
+        ("add_tokens", "[PAD],[CLS]", "[PAD],[CLS]"),
+    ],
+)
+def test_the_items_of_a_list_stay_whole(key, written, expected):
+    assert typed({key: written}) == {key: expected}
+    text = written if isinstance(written, str) else json.dumps(written)
+    assert typed([f"--{key}", text]) == {key: expected} or key not in LISTS, "as LLaMA Board's preview has it"
+    if isinstance(written, list) and len(written) > 1:
+        assert typed(flags({key: written})) == {key: expected}
+
+
+LISTS = ("reward_funcs", "dataset", "lora_target", "reward_weights")
+
+
+@pytest.mark.parametrize("key", ["adapter_name_or_path", "ref_model_adapters", "add_tokens", "profile_modules"])
+def test_an_item_with_a_comma_where_the_host_would_split_it(key):
+    with pytest.raises(
+        ValueError, match=f"`{key}` has the item `a,b` with a comma, where LLaMA-Factory would split it"
+    ):
+        typed({key: ["a,b", "c"]})
+
+
+def test_a_shell_splits_a_text_at_its_spaces():
+    assert typed(["--reward_funcs", "accuracy,", "length"]) == {"reward_funcs": "accuracy, length"}
+
+
+def test_a_path_with_a_comma_reaches_the_run(recipe, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    names = ["accuracy", TORN]
+    for written, overrides in (
+        (names, []),
+        ("accuracy", [f'reward_funcs=[accuracy,"{TORN}"]', "reward_weights=[1,2]"]),
+    ):
+        file.write_text(yaml.safe_dump(recipe | {"reward_funcs": written}))
+        finetuning = parse(read_command_line([str(file), *overrides])).finetuning
+        assert finetuning.reward_funcs == names
+    assert finetuning.reward_weights == [1.0, 2.0]
+    assert parse(recipe | {"reward_funcs": "accuracy, length"}).finetuning.reward_funcs == ["accuracy", "length"]

@@ -105,9 +105,12 @@ class Workspace:
         template: str = "default",
         reference_column: str | None = None,
         overlong_prompts: Literal["drop", "truncate"] = "drop",
+        reward_columns: dict[str, str] | None = None,
         **data: Any,
     ) -> PromptData:
-        ours = GRPOArguments(reference_column=reference_column, overlong_prompts=overlong_prompts)
+        ours = GRPOArguments(
+            reference_column=reference_column, overlong_prompts=overlong_prompts, reward_columns=reward_columns
+        )
         return load_prompts(**self.arguments(dataset, template, **data), finetuning_args=ours)
 
     def host_ids(self, dataset: str, template: str = "default", **data: Any) -> list[tuple[int, ...]]:
@@ -342,8 +345,6 @@ def test_the_whole_reference_is_kept(workspace: Workspace):
         (0, "0"),
         (7.5, "7.5"),
         (False, "False"),
-        (["a", "é"], '["a", "é"]'),
-        ({"x": 1}, '{"x": 1}'),
         (None, None),
         ("", None),
     ],
@@ -357,9 +358,89 @@ def test_references_become_text(workspace: Workspace, value: Any, reference: str
     assert prompt.columns["gold"] == value
 
 
+@pytest.mark.parametrize(
+    ("value", "named"),
+    [
+        (["a", "é"], ["a list of 2", '["a", "é"]', "gold.0`"]),
+        (["a"], ["a list of 1", "gold.0`"]),
+        ([], ["a list of 0"]),
+        (
+            {"style": "rule", "truth": {"of": 1}},
+            ["a mapping with the fields `style`", "gold.style` or `reference_column: gold.truth.of`"],
+        ),
+        ([{"text": ["a"]}], ["a list of 1", "gold.0.text.0`"]),
+    ],
+)
+def test_a_reference_of_several_values_is_refused(workspace: Workspace, value: Any, named: list[str]):
+    dataset = workspace.write("several", [{"instruction": "Q?", "output": value, "gold": value, "short": "1"}])
+    with pytest.raises(ValueError, match="and a reference is text") as answer:
+        workspace.load(dataset)
+    with pytest.raises(ValueError, match="`reference_column: gold` holds") as column:
+        workspace.load(dataset, reference_column="gold")
+    for part in named:
+        assert part.replace("gold", "answer") in str(answer.value)
+        assert part in str(column.value)
+    (prompt,) = workspace.load(dataset, reference_column="short").train
+    assert prompt.reference == "1", "an answer that is not asked for is in nobody's way"
+    assert prompt.columns["gold"] == value
+
+
+def test_fields_of_verls_parquet_files(workspace: Workspace):
+    """The rows that verl's examples write."""
+    rows = [
+        {
+            "data_source": "openai/gsm8k",
+            "prompt": [turn("user", f"What is {i}+1?")],
+            "ability": "math",
+            "reward_model": {"style": "rule", "ground_truth": str(i + 1)},
+            "extra_info": {"index": i, "answers": [f"{i + 1}", f"{i + 1}.0"]},
+            "reward_model.style": "a column of that name",
+        }
+        for i in range(2)
+    ]
+    Dataset.from_list(rows).to_parquet(workspace.folder / "verl.parquet")
+    columns = {"messages": "prompt"}
+    dataset = workspace.register("verl", "verl.parquet", formatting="openai", tags=CHAT_TAGS, columns=columns)
+    fields = {"index": "extra_info.index", "second": "extra_info.answers.1", "third": "extra_info.answers.2"}
+    fields |= {"ability": "reward_model", "truth": "reward_model.ground_truth"}
+    prompts = workspace.load(dataset, reference_column="reward_model.ground_truth", reward_columns=fields).train
+    assert [p.reference for p in prompts] == ["1", "2"]
+    assert [p.columns["index"] for p in prompts] == [0, 1]
+    assert [p.columns["second"] for p in prompts] == ["1.0", "2.0"]
+    assert [p.columns["third"] for p in prompts] == [None, None]
+    assert [p.columns["ability"] for p in prompts] == [row["reward_model"] for row in rows], "what is named wins"
+    assert [p.columns["truth"] for p in prompts] == ["1", "2"]
+    assert prompts[0].columns["extra_info"] == rows[0]["extra_info"]
+    prompts = workspace.load(dataset, reference_column="reward_model.style").train
+    assert {p.reference for p in prompts} == {"a column of that name"}
+
+    for path, message in (
+        ("reward_model", "holds a mapping .*: reward_model.style` or `reference_column: reward_model.ground_truth`"),
+        ("reward_model.truth", "no column of the dataset: `reward_model` has `style`, `ground_truth`, and no `truth`"),
+        ("ability.kind", '`ability` holds str, which has no field `kind`: "math"'),
+        ("reward_models.ground_truth", "it has `data_source`, .* and no `reward_models`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            workspace.load(dataset, reference_column=path)
+    with pytest.raises(ValueError, match=r"`truth: reward_model.truth`, which is not there: `reward_model` has"):
+        workspace.load(dataset, reward_columns={"truth": "reward_model.truth"})
+
+
+def test_a_reward_column_of_some_datasets(workspace: Workspace):
+    has = workspace.write("a", [{"instruction": "Q?", "meta": {"level": 3}}, {"instruction": "R?", "meta": None}])
+    lacks = workspace.write("b", numbered(1))
+    columns = {"level": "meta.level"}
+    data = workspace.load(f"{has},{lacks}", reward_columns=columns)
+    assert [p.columns.get("level", "none") for p in data.train] == [3, None, "none"]
+    with pytest.raises(
+        ValueError, match="no dataset of the run has the column `meta`: the first row has `instruction`"
+    ):
+        workspace.load(lacks, reward_columns=columns)
+
+
 def test_a_missing_reference_column_names_those_there_are(workspace: Workspace):
     has, lacks = workspace.write("a", [{"instruction": "Q?", "gold": "1"}]), workspace.write("b", numbered(1))
-    with pytest.raises(ValueError, match=r"`reference_column: gold`.*`instruction`, `input`, `output`"):
+    with pytest.raises(ValueError, match=r"`reference_column: gold` is no column.*`instruction`, `input`, `output`"):
         workspace.load(f"{has},{lacks}", reference_column="gold")
 
 
@@ -546,7 +627,7 @@ def test_the_host_is_put_back(workspace: Workspace):
 
 def test_the_callables_can_be_pickled(workspace: Workspace):
     arguments = workspace.arguments(workspace.write("fine", numbered(1)))
-    with prompt_datasets._prompt_pipeline("gold"):
+    with prompt_datasets._prompt_pipeline("gold", {}):
         processor = loader._get_dataset_processor(
             arguments["data_args"], "ppo", arguments["template"], workspace.tokenizer, None
         )

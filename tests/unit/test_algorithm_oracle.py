@@ -64,7 +64,7 @@ class OracleCompletion:
     ref: list[float]
     advantage: float
     used: bool = True
-    """False: truncated and masked, in no sum and no denominator."""
+    """False: truncated and masked, in no sum and in no denominator but the constant of Dr. GRPO."""
 
 
 @dataclass
@@ -98,7 +98,7 @@ def oracle_step(
                 "grpo": len(used) * len(c.policy),
                 "bnpo": sum(len(other.policy) for other in used),
                 "dapo": sum(len(other.policy) for other in used),
-                "dr_grpo": len(used) * max_length,
+                "dr_grpo": len(completions) * max_length,
             }[loss_type]
             step.loss -= objective / denominator
             step.gradient[row][t] -= slope / denominator
@@ -132,7 +132,10 @@ def package_step(
     filler = np.random.default_rng(7)
     used = [c for c in completions if c.used]
     totals = module.StepTotals(
-        num_completions=len(used), num_tokens=sum(len(c.policy) for c in used), max_completion_length=max_length
+        num_completions=len(used),
+        num_tokens=sum(len(c.policy) for c in used),
+        max_completion_length=max_length,
+        num_left_out=len(completions) - len(used),
     )
     step = OracleStep(0.0, [[] for _ in completions], 0, 0)
     for rows in micro_batches:
@@ -199,6 +202,18 @@ def check_advantages(module: ModuleType) -> None:
         equal = torch.full((1, size), value)
         assert (module.group_advantages(equal, scale) == 0).all()
         assert not module.has_reward_variance(equal).any()
+    # Sums that round: .3 beside .1 + .2, in the first place and the last, beside what does not apply.
+    for row, scale in itertools.product(
+        ([0.3, 0.1 + 0.2, 0.3], [0.1 + 0.2, NAN, 0.3], [0.3e6, 0.3e6, 0.1e6 + 0.2e6]), SCALES
+    ):
+        rounded = torch.tensor([row], dtype=torch.float64)
+        assert (module.group_advantages(rounded, scale) == 0).all()
+        assert not module.has_reward_variance(rounded).any()
+    # Small differences are differences, at any scale.
+    for unit in (1e-300, 1e-12, 1e-6, 1.0, 1e9):
+        differ = torch.tensor([[unit, unit * (1 + 1e-7)], [0.0, unit * 1e-7]], dtype=torch.float64)
+        assert module.has_reward_variance(differ).all()
+        assert (module.group_advantages(differ, "none") != 0).all()
 
 
 def check_kl(module: ModuleType) -> None:
@@ -352,12 +367,12 @@ def test_k3_estimates_the_divergence_from_the_reference() -> None:
         ("grpo", [[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0.0, 0.0], [0.0, 0.0, 0.0]]),
         ("dapo", [[1 / 4, 1 / 4, 1 / 4], [1 / 4, 0.0, 0.0], [0.0, 0.0, 0.0]]),
         ("bnpo", [[1 / 4, 1 / 4, 1 / 4], [1 / 4, 0.0, 0.0], [0.0, 0.0, 0.0]]),
-        ("dr_grpo", [[1 / 10, 1 / 10, 1 / 10], [1 / 10, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        ("dr_grpo", [[1 / 15, 1 / 15, 1 / 15], [1 / 15, 0.0, 0.0], [0.0, 0.0, 0.0]]),
     ],
 )
 def test_token_weights_by_hand(loss_type: str, expected: list[list[float]]) -> None:
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    totals = losses.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5)
+    totals = losses.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
     assert losses.token_weights(mask, totals, loss_type).tolist() == [pytest.approx(row) for row in expected]
 
 

@@ -214,6 +214,7 @@ class Step:
             num_completions=int((self.mask.sum(1) > 0).sum()),
             num_tokens=int(self.mask.sum()),
             max_completion_length=MAX_LENGTH,
+            num_left_out=int((self.mask.sum(1) == 0).sum()),
         )
 
     def loss(self, policy: torch.Tensor, rows: Any, loss_type: str, beta: float, width: int | None = None) -> Any:
@@ -264,7 +265,7 @@ def test_padding_changes_nothing(seed: int, loss_type: str, extra: int) -> None:
 
 
 @reproducibly
-@given(any_seed, any_loss_type)
+@given(any_seed, st.sampled_from(("grpo", "dapo", "bnpo")))
 def test_a_masked_completion_is_as_if_it_had_not_been_sampled(seed: int, loss_type: str) -> None:
     step = Step(seed)
     kept = [row for row in range(7) if step.mask[row].any()]
@@ -276,6 +277,15 @@ def test_a_masked_completion_is_as_if_it_had_not_been_sampled(seed: int, loss_ty
     assert len(kept) < 7
     assert loss == pytest.approx(alone_loss, rel=1e-12)
     torch.testing.assert_close(gradient[kept], alone_gradient)
+
+
+@reproducibly
+@given(any_seed, st.lists(st.booleans(), min_size=7, max_size=7))
+def test_the_constant_of_dr_grpo_is_one_whatever_is_masked(seed: int, masked: list[bool]) -> None:
+    step = Step(seed, mask_some=False)
+    plain = token_weights(step.mask, step.totals, "dr_grpo")
+    step.mask *= 1.0 - torch.tensor([masked]).double().T
+    torch.testing.assert_close(token_weights(step.mask, step.totals, "dr_grpo"), plain * step.mask, rtol=0, atol=0)
 
 
 @reproducibly
@@ -292,7 +302,7 @@ def test_under_dr_grpo_a_token_weighs_the_same_whatever_the_lengths(seed: int) -
     step = Step(seed)
     weights = token_weights(step.mask, step.totals, "dr_grpo")
     assert torch.equal(weights, step.mask * weights.max())
-    assert weights.max().item() == pytest.approx(1 / (step.totals.num_completions * MAX_LENGTH))
+    assert weights.max().item() == pytest.approx(1 / (7 * MAX_LENGTH))
 
 
 @reproducibly

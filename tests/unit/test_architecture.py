@@ -19,9 +19,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer",),
     ("dynamic_sampling", "evaluation", "gradient", "reward_model"),
     ("objective", "reward_server", "run_files"),
-    ("policy", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "prompts", "rewards", "rollout"),
+    (
+        *("advantages", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "policy", "prompts"),
+        *("rewards", "rollout"),
+    ),
     ("stop",),
-    ("checkpoints", "distributed", "jsonl", "watchdog"),
+    ("checkpoints", "distributed", "jsonl", "reward_files", "watchdog"),
     ("algorithm",),
     ("types",),
 )

@@ -46,6 +46,7 @@ def test_one_reward_weight_may_be_a_bare_number():
 
 def test_reward_kwargs_may_be_json():
     assert arguments(reward_kwargs='{"length": {"max_length": 5}}').reward_kwargs == {"length": {"max_length": 5}}
+    assert arguments(reward_columns='{"level": "meta.level"}').reward_columns == {"level": "meta.level"}
 
 
 @pytest.mark.parametrize(
@@ -161,6 +162,10 @@ def test_reward_kwargs_may_be_json():
         ({"reward_weights": "0"}, ["reward_weights: 0.0", "nothing would be learned", "other than 0"]),
         ({"reward_funcs": "format,format"}, ["reward_funcs: format, format", "twice", "reward_weights"]),
         ({"reward_kwargs": {"length": 512}}, ["reward_kwargs", "'length'", "512", '{"max_length": 512}']),
+        ({"reward_columns": {"level": 3}}, ["reward_columns", "'level' has 3", '"reward_model.ground_truth"']),
+        ({"reward_columns": {"level": "meta..level"}}, ["'meta..level'"]),
+        ({"reward_columns": {"prompts": "meta.q"}}, ["sets 'prompts'", "another name"]),
+        ({"reward_columns": {"references": "meta.a"}}, ["sets 'references'", "write `reference_column: meta.a`"]),
     ],
 )
 def test_refused(changes, said):
@@ -175,6 +180,7 @@ def test_refused(changes, said):
         ({"reward_weights": "1,high"}, ["reward_weights", "'high'", "one number for each"]),
         ({"reward_kwargs": "{length"}, ["reward_kwargs: {length", "JSON"]),
         ({"reward_kwargs": "[1]"}, ["reward_kwargs: [1]", "mapping"]),
+        ({"reward_columns": "[1]"}, ["reward_columns: [1]", "mapping", '"reward_model.ground_truth"']),
     ],
 )
 def test_unreadable(changes, said):

@@ -113,13 +113,15 @@ def test_weights_of_a_step_sum_to_one_whatever_the_split(loss_type, expected, ma
         assert total == pytest.approx(expected, abs=1e-6)
 
 
-def test_truncated_completions_have_no_weight_and_count_in_no_denominator():
-    assert count_totals(GROUPS, 9, True) == StepTotals(num_completions=4, num_tokens=11, max_completion_length=9)
+def test_truncated_completions_have_no_weight_and_count_in_no_denominator_but_the_constant():
+    assert count_totals(GROUPS, 9, True) == StepTotals(
+        num_completions=4, num_tokens=11, max_completion_length=9, num_left_out=2
+    )
     assert count_totals(GROUPS, 9, False) == StepTotals(num_completions=6, num_tokens=29, max_completion_length=9)
     for batch in split(10_000, "dr_grpo", mask_truncated=True):
         for row, weights in zip(batch.rows, batch.loss_weights, strict=True):
             length = [3, 9, 1, 5, 2, 9][row]
-            expected = [1 / (4 * 9)] * length if length < 9 else []
+            expected = [1 / (6 * 9)] * length if length < 9 else []
             assert weights.tolist() == pytest.approx(expected + [0.0] * (9 - len(expected)))
 
 

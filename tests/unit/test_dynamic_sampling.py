@@ -3,12 +3,14 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,11 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_stage.advantages import has_reward_variance
 from grpo_stage.canary import StaleRolloutError
 from grpo_stage.dynamic_sampling import DynamicSampling
 from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.stop import StopRequested
-from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup
+from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup, TrainingProgress
 
 from .trainer_on_fakes import FakeEngine, LengthRewards, fake_completion, gradient_of, make_trainer, relative
 
@@ -31,8 +34,10 @@ class PickyRewards(LengthRewards):
     def __init__(self, teaching) -> None:
         super().__init__()
         self.teaching = set(teaching)
+        self.seen = []
 
     def score(self, groups):
+        self.seen.append(self.progress)
         return [[[float(i) if g.prompt.index in self.teaching else 1.0] for i in range(4)] for g in groups]
 
 
@@ -253,8 +258,9 @@ def test_no_group_is_lost_or_repeated_and_the_steps_of_an_epoch_are_within_their
 ):
     """Two ranks in turn, on the same decisions as one."""
     teaching = data.draw(st.lists(st.booleans(), min_size=num_prompts, max_size=num_prompts))
-    teaches = ScoredGroup.has_reward_variance.fget
-    dynamic = DynamicSampling(data.draw(st.integers(1, 3)), teaches, rank=0, world_size=1)
+    dynamic = DynamicSampling(
+        data.draw(st.integers(1, 3)), partial(has_reward_variance, weights=(1.0,)), rank=0, world_size=1
+    )
     count, cursor, trained, num_steps = per_step * steps, 0, [], 0
 
     def roll_out():
@@ -295,10 +301,26 @@ def old_logprobs(groups):
 
 
 def test_a_group_is_judged_by_the_totals_that_apply():
-    assert scored_group(0, (0.0, None, 1.0)).has_reward_variance
-    assert not scored_group(0, (1.0, None, 1.0)).has_reward_variance
-    assert not scored_group(0, (1.0, None, None)).has_reward_variance
-    assert not scored_group(0, (None, None)).has_reward_variance
+    def teaches(*totals):
+        return has_reward_variance(scored_group(0, totals), weights=(1.0,))
+
+    assert teaches(0.0, None, 1.0)
+    assert teaches(1e-6, 1.1e-6)
+    assert not teaches(1.0, None, 1.0)
+    assert not teaches(1.0, None, None)
+    assert not teaches(None, None)
+    assert not teaches(0.3, 0.1 + 0.2)
+
+
+def test_a_group_is_judged_among_completions_that_the_same_functions_applied_to():
+    def teaches(rewards, weights):
+        totals = [math.fsum(w * r for w, r in zip(weights, row, strict=True) if r is not None) for row in rewards]
+        return has_reward_variance(dataclasses.replace(scored_group(0, totals), rewards=rewards), weights)
+
+    timed_out = ((1.0, 1.0), (1.0, 1.0), (1.0, None))
+    assert not teaches(timed_out, (1.0, 1.0)), "the sum over fewer functions is no lower reward"
+    assert teaches((*timed_out, (0.0, None)), (1.0, 1.0))
+    assert not teaches((*timed_out, (0.0, None)), (0.0, 1.0))
 
 
 # Groups that waited are of an earlier policy
@@ -392,6 +414,10 @@ def test_resumed_at_any_step_a_run_ends_at_the_same_weights(tmp_path):
     whole.train()
     num_steps = whole.state.global_step
     assert num_steps < whole.steps_per_epoch * 1.5, "some groups were dropped"
+    assert whole.rewards.seen[0] == TrainingProgress(
+        global_step=0, max_steps=whole.steps_per_epoch * 3 // 2, epoch=0.0
+    )
+    assert len({at.epoch for at in whole.rewards.seen}) > 3
     assert max(metrics_of(whole, "num_waiting")) > 0
     state = json.loads((tmp_path / "whole" / "checkpoint-1" / "grpo_rollout_0.json").read_text())
     assert state["dynamic_sampling"]["num_waiting"] == len(state["dynamic_sampling"]["waiting"]) > 0
@@ -403,6 +429,7 @@ def test_resumed_at_any_step_a_run_ends_at_the_same_weights(tmp_path):
         assert torch.equal(weights_of(resumed), weights_of(whole)), step
         asked = [[call for call in run.engine.asked if call != (0, [0])] for run in (resumed, whole)]  # evaluation's
         assert asked[0] == [call for call in asked[1] if call[0] >= step]
+        assert resumed.rewards.seen == [at for at in whole.rewards.seen if at.global_step >= step], "`trainer_state`"
         assert untimed(resumed.state.log_history) == untimed(whole.state.log_history), step
 
 

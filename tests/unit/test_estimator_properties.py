@@ -65,6 +65,8 @@ def test_a_shift_of_all_rewards_changes_nothing(
 @given(rewards=tables(), factor=st.floats(0.5, 50.0))
 def test_the_unit_of_the_reward(estimator: str, scale: str, rewards: RewardTable, factor: float) -> None:
     """Undivided advantages have it, divided ones do not, but for the constant beside a deviation of 0.01 or more."""
+    if estimator == "gdpo":  # of several functions that cancel the constants alone would be left, and be whitened
+        rewards = table(rewards.parts[..., :1], rewards.lengths, rewards.weights[:1])
     scaled = RewardTable(
         totals=rewards.totals * factor, parts=rewards.parts * factor, weights=rewards.weights, lengths=rewards.lengths
     )

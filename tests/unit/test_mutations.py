@@ -10,8 +10,9 @@ from types import ModuleType
 import pytest
 
 import grpo_stage.gradient
+import grpo_stage.metrics
 import grpo_stage.objective
-from grpo_stage.algorithm import advantages, correction, exploration, kl, losses
+from grpo_stage.algorithm import advantages, correction, exploration, kl, losses, ratios
 
 
 def oracle_of(file: str) -> ModuleType:
@@ -27,14 +28,17 @@ def oracle_of(file: str) -> ModuleType:
 
 
 oracle, objective = oracle_of("test_algorithm_oracle.py"), oracle_of("test_objective_oracle.py")
-terms = oracle_of("test_objective_terms.py")
+terms, overflow = oracle_of("test_objective_terms.py"), oracle_of("test_ratio_overflow.py")
+of_rollouts = oracle_of("test_metrics.py")
 
 CHECKS: dict[ModuleType, tuple[Callable[[ModuleType], None], ...]] = {
     advantages: (oracle.check_advantages, objective.check_advantages),
     correction: (objective.check_correction,),
     exploration: (objective.check_exploration,),
-    kl: (oracle.check_kl, objective.check_kl),
-    losses: (oracle.check_losses, objective.check_losses),
+    kl: (oracle.check_kl, objective.check_kl, overflow.check_divergences),
+    losses: (oracle.check_losses, objective.check_losses, overflow.check_surrogates),
+    ratios: (overflow.check_bound,),
+    grpo_stage.metrics: (of_rollouts.check_rollout,),
     grpo_stage.objective: (
         terms.check_penalty_and_state,
         terms.check_selection,
@@ -171,8 +175,18 @@ OF_THE_OBJECTIVE: list[tuple[str, str, str]] = [
     ("clip_cov: the same draw for each completion", '{seed} {step} {key}"', '{seed} {step}"'),
     ("clip_cov: by the place of a completion", '{seed} {step} {key}"', '{seed} {step} {keys.index(key)}"'),
     ("kl_cov: not learned from", "held = kl_cov_tokens", "learned &= ~kl_cov_tokens"),
-    ("kl_cov: share", "kl_cov_tokens(covariances, self._args.covariance_frac)", "kl_cov_tokens(covariances, 0.5)"),
+    (
+        "kl_cov: share",
+        "kl_cov_tokens(covariances, self._args.covariance_frac, draws)",
+        "kl_cov_tokens(covariances, 0.5, draws)",
+    ),
+    (
+        "kl_cov: ties by position",
+        "kl_cov_tokens(covariances, self._args.covariance_frac, draws)",
+        "kl_cov_tokens(covariances, self._args.covariance_frac, torch.arange(len(draws)))",
+    ),
     # What adapts.
+    ("gate: open before anything was measured", "args.entropy_target is None  # a", "True  # a"),
     ("gate: removed", "self._entropy_coef if self._is_entropy_low else 0.0", "self._entropy_coef"),
     ("gate: inverted", "if self._is_entropy_low else 0.0", "if not self._is_entropy_low else 0.0"),
     ("gate: never closes", "self._is_entropy_low = entropy <= args.entropy_target", "self._is_entropy_low = True"),
@@ -294,6 +308,39 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "has_reward_variance(rewards).unsqueeze(1) & ",
         "",
     ),
+    ("equal rewards: bit by bit", advantages, "REWARD_TOLERANCE = 1e-9", "REWARD_TOLERANCE = 0.0"),
+    ("equal rewards: an absolute tolerance", advantages, "torch.maximum(sizes[:, 1:], sizes[:, :-1])", "1.0"),
+    (
+        "equal rewards: beside the sum alone",
+        advantages,
+        "rewards.abs() if addends is None else torch.maximum(rewards.abs(), addends)",
+        "rewards.abs()",
+    ),
+    ("equal rewards: all of a group", advantages, "is_new |= ordered[:, 1:].isnan()", "is_new &= False"),
+    (
+        "applied: all are compared",
+        advantages,
+        "applies = ~self.parts.isnan() & (self.weights != 0)",
+        "applies = torch.zeros_like(self.parts, dtype=torch.bool)",
+    ),
+    (
+        "applied: a weight of 0 keeps apart",
+        advantages,
+        "applies = ~self.parts.isnan() & (self.weights != 0)",
+        "applies = ~self.parts.isnan()",
+    ),
+    (
+        "applied: how many, and not which",
+        advantages,
+        "applies.flatten(0, 1).unique(",
+        "applies.sum(-1, keepdim=True).flatten(0, 1).unique(",
+    ),
+    (
+        "applied: parts of all",
+        advantages,
+        "parts=parts.masked_fill(absent.unsqueeze(-1), torch.nan)",
+        "parts=parts",
+    ),
     (
         "advantage: not applicable is 0",
         advantages,
@@ -313,9 +360,9 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "highest = rewards.nan_to_num(nan=torch.inf)",
     ),
     ("k3: direction", kl, "ref_logprobs - policy_logprobs", "policy_logprobs - ref_logprobs"),
-    ("k3: sign of the control variate", kl, "(log_ratio) - log_ratio", "(log_ratio) + log_ratio"),
-    ("k3: k1 instead", kl, "torch.expm1(log_ratio) - log_ratio", "-log_ratio"),
-    ("k3: k2 instead", kl, "torch.expm1(log_ratio) - log_ratio", "log_ratio.square() / 2"),
+    ("k3: sign of the control variate", kl, "(log_ratio)) - log_ratio", "(log_ratio)) + log_ratio"),
+    ("k3: k1 instead", kl, "torch.expm1(bounded(log_ratio)) - log_ratio", "-log_ratio"),
+    ("k3: k2 instead", kl, "torch.expm1(bounded(log_ratio)) - log_ratio", "log_ratio.square() / 2"),
     ("k3: without the one", kl, "torch.expm1", "torch.exp"),
     ("k3: no gradient", kl, "ref_logprobs - policy_logprobs", "ref_logprobs - policy_logprobs.detach()"),
     ("loss: sign", losses, "token_losses=-torch", "token_losses=torch"),
@@ -327,21 +374,49 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "loss: ratio turned over",
         losses,
-        '"token":\n        return torch.exp(policy_logprobs - old_logprobs)',
-        '"token":\n        return torch.exp(old_logprobs - policy_logprobs)',
+        '"token":\n        return torch.exp(bounded(policy_logprobs - old_logprobs))',
+        '"token":\n        return torch.exp(bounded(old_logprobs - policy_logprobs))',
     ),
     (
         "loss: log-ratio for ratio",
         losses,
-        '"token":\n        return torch.exp(policy_logprobs - old_logprobs)',
+        '"token":\n        return torch.exp(bounded(policy_logprobs - old_logprobs))',
         '"token":\n        return 1 + policy_logprobs - old_logprobs',
     ),
     (
         "loss: ratio without gradient",
         losses,
-        '"token":\n        return torch.exp(policy_logprobs',
-        '"token":\n        return torch.exp(policy_logprobs.detach()',
+        '"token":\n        return torch.exp(bounded(policy_logprobs',
+        '"token":\n        return torch.exp(bounded(policy_logprobs.detach()',
     ),
+    (
+        "loss: not bounded",
+        losses,
+        "torch.exp(bounded(policy_logprobs - old_logprobs))",
+        "torch.exp(policy_logprobs - old_logprobs)",
+    ),
+    (
+        "sequence: not bounded",
+        losses,
+        "bounded(_mean_over_tokens(policy_logprobs - old_logprobs, mask))",
+        "_mean_over_tokens(policy_logprobs - old_logprobs, mask)",
+    ),
+    ("gmpo: not bounded", losses, "bounded(_mean_over_tokens(kept, mask))", "_mean_over_tokens(kept, mask)"),
+    ("k3: not bounded", kl, "torch.expm1(bounded(log_ratio))", "torch.expm1(log_ratio)"),
+    (
+        "correction of the KL: not bounded",
+        kl,
+        "torch.exp(bounded(policy_logprobs - old_logprobs)) * kl",
+        "torch.exp(policy_logprobs - old_logprobs) * kl",
+    ),
+    (
+        "bound: ends the gradient",
+        ratios,
+        "log_ratios.clamp(max=limit).detach() + (log_ratios - log_ratios.detach())",
+        "log_ratios.clamp(max=limit)",
+    ),
+    ("bound: float32's for all", ratios, "torch.finfo(log_ratios.dtype)", "torch.finfo(torch.float32)"),
+    ("bound: no headroom", ratios, "HEADROOM = 8.0", "HEADROOM = 0.0"),
     (
         "loss: magnitude of the advantage",
         losses,
@@ -376,14 +451,20 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "dr_grpo: local number of completions",
         losses,
-        "totals.num_completions * totals.max_completion_length",
+        "num_sampled * totals.max_completion_length",
         "len(lengths) * totals.max_completion_length",
     ),
     (
         "dr_grpo: longest seen",
         losses,
-        "totals.num_completions * totals.max_completion_length",
-        "totals.num_completions * lengths.max().item()",
+        "num_sampled * totals.max_completion_length",
+        "num_sampled * lengths.max().item()",
+    ),
+    (
+        "dr_grpo: what is masked changes the constant",
+        losses,
+        "totals.num_completions + totals.num_left_out",
+        "totals.num_completions",
     ),
     (
         "bnpo: mean over completions",
@@ -432,7 +513,12 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "weights = ratios.clamp(max=1 + epsilon_high)",
         "weights = ratios.clamp(max=epsilon_high)",
     ),
-    ("cispo: gradient through the weight", losses, "old_logprobs).detach()  # [B, T]", "old_logprobs)  # [B, T]"),
+    (
+        "cispo: gradient through the weight",
+        losses,
+        "importance_ratios(policy_logprobs, old_logprobs).detach()",
+        "importance_ratios(policy_logprobs, old_logprobs)",
+    ),
     ("cispo: mean over completions", losses, "Loss(_cispo, _over_tokens)", "Loss(_cispo, _over_completions)"),
     ("sapo: sign", losses, "token_losses=-gates", "token_losses=gates"),
     ("sapo: one temperature", losses, ".masked_fill(advantages > 0, temperature_pos)", ""),
@@ -460,7 +546,7 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "gmpo: arithmetic mean",
         losses,
-        "torch.exp(_mean_over_tokens(kept, mask))",
+        "torch.exp(bounded(_mean_over_tokens(kept, mask)))",
         "_mean_over_tokens(kept.exp(), mask)",
     ),
     ("gmpo: padding counted", losses, "_mean_over_tokens(kept, mask)", "_mean_over_tokens(kept, mask * 0 + 1)"),
@@ -473,7 +559,12 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         'lambda table, _: group_advantages(table.totals, "none")',
         'lambda table, _: group_advantages(table.totals, "group")',
     ),
-    ("reinforce++: the group's", advantages, 'rewards.reshape(1, -1), "group"', 'rewards, "group"'),
+    (
+        "reinforce++: the group's",
+        advantages,
+        "partial(_compared_in_batch, lambda table, _: whitened",
+        "partial(_compared, lambda table, _: whitened",
+    ),
     (
         "reinforce++ baseline: deviation of the rewards",
         advantages,
@@ -492,8 +583,14 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "gdpo: not whitened",
         advantages,
-        "return _whitened(torch.stack(parts).sum(dim=0), counts)",
-        "return torch.stack(parts).sum(dim=0)",
+        "return _whitened(sums, counts)",
+        "return sums",
+    ),
+    (
+        "gdpo: what cancels is noise",
+        advantages,
+        "sums = torch.where(sums.abs() > REWARD_TOLERANCE * parts.abs().sum(dim=0), sums, torch.zeros_like(sums))",
+        "",
     ),
     ("gdpo: a weight of 0 counts", advantages, "~rewards.isnan() & (weights != 0)", "~rewards.isnan()"),
     ("passk: all that lead", advantages, "known == best.unsqueeze(1)", "known >= second.unsqueeze(1)"),
@@ -509,18 +606,18 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     # The divergence.
     ("k1: direction", kl, "return policy_logprobs - ref_logprobs", "return ref_logprobs - policy_logprobs"),
     ("k2: without the half", kl, "0.5 * (policy", "(policy"),
-    ("correction of the KL: none", kl, "torch.exp(policy_logprobs - old_logprobs) * kl", "kl"),
+    ("correction of the KL: none", kl, "torch.exp(bounded(policy_logprobs - old_logprobs)) * kl", "kl"),
     (
         "correction of the KL: no gradient",
         kl,
-        "torch.exp(policy_logprobs - old_logprobs) * kl",
-        "torch.exp(policy_logprobs - old_logprobs).detach() * kl",
+        "torch.exp(bounded(policy_logprobs - old_logprobs)) * kl",
+        "torch.exp(bounded(policy_logprobs - old_logprobs)).detach() * kl",
     ),
     (
         "correction of the KL: turned over",
         kl,
-        "torch.exp(policy_logprobs - old_logprobs) * kl",
-        "torch.exp(old_logprobs - policy_logprobs) * kl",
+        "torch.exp(bounded(policy_logprobs - old_logprobs)) * kl",
+        "torch.exp(bounded(old_logprobs - policy_logprobs)) * kl",
     ),
     ("adaptive: the wrong way", kl, "(1 + 0.1 * min", "(1 - 0.1 * min"),
     ("adaptive: not bounded", kl, "min(max(kl / target - 1, -0.2), 0.2)", "(kl / target - 1)"),
@@ -570,30 +667,22 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "max(1, -int(-quantile * len(entropies) // 1))",
         "max(1, int(quantile * len(entropies)))",
     ),
-    ("covariance: sign", exploration, "(logprobs - logprobs.mean())", "(logprobs.mean() - logprobs)"),
-    ("covariance: not centred", exploration, "(advantages - advantages.mean())", "advantages"),
+    ("covariance: sign", exploration, "return centered[0] * centered[1]", "return -centered[0] * centered[1]"),
+    ("covariance: not centered", exploration, " - math.fsum(values.tolist()) / max(1, len(values))", ""),
     ("clip_cov: no lower bound", exploration, "(covariances >= lower) & ", ""),
     ("clip_cov: no upper bound", exploration, " & (covariances <= upper)", ""),
     (
         "clip_cov: the first ones",
         exploration,
-        "draws[candidates].argsort(stable=True)",
+        "_order(draws[candidates], -covariances[candidates])",
         "torch.arange(len(candidates))",
     ),
     ("clip_cov: draws of others", exploration, "draws[candidates]", "draws[: len(candidates)]"),
-    ("clip_cov: the highest", exploration, "argsort(stable=True)", "argsort(descending=True)"),
-    (
-        "clip_cov: all of them",
-        exploration,
-        "argsort(stable=True)[: _number(fraction, len(covariances))]",
-        "argsort(stable=True)",
-    ),
-    (
-        "kl_cov: the lowest",
-        exploration,
-        "topk(_number(fraction, len(covariances)))",
-        "topk(_number(fraction, len(covariances)), largest=False)",
-    ),
+    ("clip_cov: the highest", exploration, "_order(draws[candidates], ", "_order(-draws[candidates], "),
+    ("clip_cov: all of them", exploration, "candidates[order[: _number(fraction, len(covariances))]]", "candidates"),
+    ("kl_cov: the lowest", exploration, "_order(-covariances, draws)", "_order(covariances, draws)"),
+    ("kl_cov: ties by the highest draw", exploration, "_order(-covariances, draws)", "_order(-covariances, -draws)"),
+    ("kl_cov: by the draws first", exploration, "_order(-covariances, draws)", "_order(draws, -covariances)"),
     (
         "adaptive entropy: the wrong way",
         exploration,
@@ -605,6 +694,32 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         exploration,
         "max(coefficient + (delta if entropy <= target else -delta), 0.0)",
         "(coefficient + (delta if entropy <= target else -delta))",
+    ),
+    # What is logged of a rollout.
+    (
+        "reward_std: the population's",
+        grpo_stage.metrics,
+        'tracker.add("reward_std", stdev(totals))',
+        'tracker.add("reward_std", stdev(totals) * ((len(totals) - 1) / len(totals)) ** 0.5)',
+    ),
+    (
+        "std of a function: the population's",
+        grpo_stage.metrics,
+        "stdev(applicable))",
+        "stdev(applicable) * ((len(applicable) - 1) / len(applicable)) ** 0.5)",
+    ),
+    (
+        "std of a function: of this rank",
+        grpo_stage.metrics,
+        "in all_gather([row for scored in groups for row in scored.rewards]) for",
+        "in all_gather([row for scored in groups for row in scored.rewards])[:1] for",
+    ),
+    ("no reward: an equal one", grpo_stage.metrics, "float(not scored.has_reward)", "float(scored.has_reward)"),
+    (
+        "zero deviation: a weight of 0 has a say",
+        grpo_stage.metrics,
+        "has_reward_variance(scored, weights)",
+        "has_reward_variance(scored, [1.0] * len(weights))",
     ),
     *((f"objective, {name}", grpo_stage.objective, old, new) for name, old, new in OF_THE_OBJECTIVE),
     *((f"gradient, {name}", grpo_stage.gradient, old, new) for name, old, new in OF_THE_GRADIENT),

@@ -109,7 +109,7 @@ def oracle_weight(c: Case, cases: list[Case], loss_type: str) -> float:
     if loss_type in ("grpo", "sapo", "gspo", "gspo_token", "gmpo"):
         return 1.0 / (len(used) * len(c.policy))
     if loss_type == "dr_grpo":
-        return 1.0 / (len(used) * MAX_LENGTH)
+        return 1.0 / (len(cases) * MAX_LENGTH)
     return 1.0 / sum(len(other.policy) for other in used)
 
 
@@ -139,7 +139,10 @@ def package_loss(
     filler = np.random.default_rng(7)
     used = [c for c in cases if c.used]
     totals = module.StepTotals(
-        num_completions=len(used), num_tokens=sum(len(c.policy) for c in used), max_completion_length=MAX_LENGTH
+        num_completions=len(used),
+        num_tokens=sum(len(c.policy) for c in used),
+        max_completion_length=MAX_LENGTH,
+        num_left_out=len(cases) - len(used),
     )
     settings = module.LossSettings(
         epsilon=s["epsilon"],
@@ -326,59 +329,48 @@ def known(values: list[float]) -> list[float]:
 
 def oracle_advantages(estimator: str, scale: str, parts: Any, weights: list[float], lengths: Any) -> list[list[float]]:
     """`parts` is [P][G][F]."""
-    totals = [
-        [
-            math.fsum(w * r for w, r in zip(weights, row, strict=True) if not math.isnan(r) and w != 0)
-            if any(not math.isnan(r) and w != 0 for w, r in zip(weights, row, strict=True))
-            else NAN
-            for row in group
-        ]
+    applied = [
+        [tuple(f for f, w in enumerate(weights) if w != 0 and not math.isnan(row[f])) for row in group]
         for group in parts
     ]
-    batch = known(list(itertools.chain.from_iterable(totals)))
-    result = []
-    for group, own_lengths, own_parts in zip(totals, lengths, parts, strict=True):
-        scored = known(group)
-        equal = len(set(scored)) < 2
-        row = []
-        for i, r in enumerate(group):
-            others = known(group[:i] + group[i + 1 :])
-            if math.isnan(r):
-                row.append(0.0)
-            elif estimator == "reinforce_plus_plus":
-                row.append(0.0 if len(set(batch)) < 2 else r - mean(batch))
-            elif estimator == "gdpo":
-                value = 0.0
-                for f, w in enumerate(weights):
-                    column = known([part[f] for part in own_parts])
-                    if not math.isnan(own_parts[i][f]) and len(set(column)) > 1:
-                        value += w * (own_parts[i][f] - mean(column)) / (deviation(column) + STD_EPS)
-                row.append(value)
-            elif equal:
-                row.append(0.0)
-            elif estimator == "rloo":
-                row.append(r - mean(others))
-            elif estimator == "passk":
-                row.append(max(0.0, r - max(others)))
-            elif estimator == "opo":
-                baseline = math.fsum(
-                    n * other for n, other in zip(own_lengths, group, strict=True) if not math.isnan(other)
-                ) / sum(n for n, other in zip(own_lengths, group, strict=True) if not math.isnan(other))
-                row.append(r - baseline)
-            else:
-                row.append(r - mean(scored))
-        if scale == "group":
-            row = [a / (deviation(scored) + STD_EPS) for a in row]
-        result.append(row)
-    if scale == "batch":
+    totals = [
+        [math.fsum(weights[f] * row[f] for f in own) if own else NAN for row, own in zip(*both, strict=True)]
+        for both in zip(parts, applied, strict=True)
+    ]
+    everyone = [(g, i) for g, group in enumerate(totals) for i in range(len(group)) if applied[g][i]]
+    result = [[0.0] * len(group) for group in totals]
+    for g, i in everyone:
+        own = totals[g][i]
+        # Those that it is compared with, itself included: the same functions applied to them.
+        peers = [(h, j) for h, j in everyone if applied[h][j] == applied[g][i]]
+        if estimator != "reinforce_plus_plus":
+            peers = [(h, j) for h, j in peers if h == g]
+        theirs = [totals[h][j] for h, j in peers]
+        others = [totals[h][j] for h, j in peers if (h, j) != (g, i)]
+        value = 0.0
+        if estimator == "gdpo":
+            for f in applied[g][i]:
+                column = [parts[h][j][f] for h, j in peers]
+                if len(set(column)) > 1:
+                    value += weights[f] * (parts[g][i][f] - mean(column)) / (deviation(column) + STD_EPS)
+        elif len(set(theirs)) < 2:
+            value = 0.0
+        elif estimator == "reinforce_plus_plus":
+            value = (own - mean(theirs)) / (deviation(theirs) + STD_EPS)
+        elif estimator == "rloo":
+            value = own - mean(others)
+        elif estimator == "passk":
+            value = max(0.0, own - max(others))
+        elif estimator == "opo":
+            value = own - math.fsum(lengths[h][j] * totals[h][j] for h, j in peers) / sum(
+                lengths[h][j] for h, j in peers
+            )
+        else:
+            value = own - mean(theirs)
+        result[g][i] = value / (deviation(theirs) + STD_EPS) if scale == "group" else value
+    if scale == "batch" and estimator != "reinforce_plus_plus":
         whitened = estimator in ("reinforce_plus_plus_baseline", "gdpo")
-        counted = [
-            a
-            for group, row in zip(totals, result, strict=True)
-            for r, a in zip(group, row, strict=True)
-            if not math.isnan(r)
-        ]
-        divisor = deviation(counted if whitened else batch) + STD_EPS
+        divisor = deviation([result[g][i] if whitened else totals[g][i] for g, i in everyone]) + STD_EPS
         result = [[a / divisor for a in row] for row in result]
     return result
 
@@ -428,6 +420,23 @@ def check_advantages(module: ModuleType) -> None:
     for value, size, (estimator, scale) in itertools.product((0.1, 1 / 3, 1e6 + 0.1), (3, 7), ESTIMATORS):
         table = reward_table(module, np.full((2, size, 1), value), [1.0], np.arange(1, 2 * size + 1).reshape(2, size))
         assert (module.ADVANTAGE_ESTIMATORS[estimator](table, scale) == 0).all()
+    # One sum by two ways, and one that cancels: totals that rounding alone tells apart, at any scale.
+    for unit, (estimator, scale) in itertools.product((1e-9, 1.0, 1e9), ESTIMATORS):
+        for group, weights in (
+            ([[1, 0, 0], [0, 1, 1], [1, 0, 0]], [0.3, 0.1, 0.2]),
+            ([[1, -1, -1], [0, 0, 0], [0, 0, 0]], [0.3, 0.1, 0.2]),
+        ):
+            if estimator == "gdpo" and group[0] != [1, -1, -1]:  # which sees each function
+                continue
+            table = reward_table(module, unit * np.array([group]), weights, [[1, 2, 3]])
+            assert (module.ADVANTAGE_ESTIMATORS[estimator](table, scale) == 0).all(), estimator
+            assert not module.tells_apart(table).any()
+    # What differs beside what cancels: both sides of the tolerance.
+    table = reward_table(module, [[[1.0, -1.0], [1.0, -1.0 + 1e-8], [1.0, -1.0 + 1e-11]]], [1.0, 1.0], [[1, 1, 1]])
+    assert module.tells_apart(table).all()
+    advantage = module.ADVANTAGE_ESTIMATORS["dr_grpo"](table, "none")[0].tolist()
+    assert advantage[0] == advantage[2] == pytest.approx(-1e-8 / 3, rel=1e-6)
+    assert advantage[1] == pytest.approx(2e-8 / 3, rel=1e-6)
 
 
 def test_advantages_are_the_papers() -> None:
@@ -453,6 +462,37 @@ def test_estimators_by_hand() -> None:
     value = 0.5 / (math.sqrt(1 / 3) + 1e-4)
     assert by_hand("reinforce_plus_plus", "batch", batch) == [pytest.approx([-value] * 2), pytest.approx([value] * 2)]
     assert by_hand("reinforce_plus_plus_baseline", "batch", batch) == [[0.0, 0.0], [0.0, 0.0]]
+
+
+@pytest.mark.parametrize(("estimator", "scale"), ESTIMATORS)
+def test_a_completion_whose_accuracy_timed_out_is_no_wrong_one(estimator: str, scale: str) -> None:
+    """Of four completions of one format three are right, and the last is not known: nothing tells them apart."""
+    assert by_hand(estimator, scale, [[[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [1.0, NAN]]], (1.0, 1.0)) == [[0.0] * 4]
+    # Two right, one wrong: the three are as if they were alone, whatever the fourth's format is.
+    for form in (0.0, 1.0):
+        group = [[1.0, 1.0], [1.0, 1.0], [1.0, 0.0], [form, NAN]]
+        ours = by_hand(estimator, scale, [group], (1.0, 1.0))[0]
+        assert ours[3] == 0.0
+        if scale != "batch":  # whose deviation is over all that have a reward
+            assert ours[:3] == pytest.approx(by_hand(estimator, scale, [group[:3]], (1.0, 1.0))[0])
+    # Two that timed out are compared with each other; a function of weight 0 keeps nobody apart.
+    group = [[1.0, 1.0], [1.0, 0.0], [1.0, NAN], [0.0, NAN]]
+    if (estimator, scale) == ("grpo", "group"):  # each pair: +-1/2 over a deviation of 1/sqrt 2
+        value = 0.5 / (math.sqrt(0.5) + 1e-4)
+        assert by_hand(estimator, scale, [group], (1.0, 1.0))[0] == pytest.approx([value, -value, value, -value])
+    assert by_hand(estimator, scale, [group], (1.0, 0.0)) == by_hand(
+        estimator, scale, [[[row[0], 0.0] for row in group]], (1.0, 0.0)
+    )
+
+
+def test_mixed_prompts_are_compared_as_they_were() -> None:
+    """A function that applies to some prompts only applies to all completions of a group or to none."""
+    parts = [[[1.0, NAN], [0.0, NAN]], [[1.0, 3.0], [0.0, 0.0]]]
+    value = 0.5 / (math.sqrt(0.5) + 1e-4)
+    assert by_hand("grpo", "group", parts, (1.0, 1.0))[0] == pytest.approx([value, -value])
+    assert by_hand("grpo", "none", parts, (1.0, 1.0)) == [pytest.approx([0.5, -0.5]), pytest.approx([2.0, -2.0])]
+    # Without groups, each of the two kinds is a batch of its own: 4 is no better than 1, but the best of its kind.
+    assert by_hand("reinforce_plus_plus", "batch", parts, (1.0, 1.0))[0] == pytest.approx([value, -value])
 
 
 def test_gdpo_tells_apart_what_the_sum_does_not() -> None:
@@ -629,11 +669,15 @@ def check_exploration(module: ModuleType) -> None:
         covariances = module.token_covariances(f64(logprobs), f64(advantage))
         assert covariances.tolist() == pytest.approx(expected, rel=1e-11, abs=1e-13)
 
-        held = module.kl_cov_tokens(f64(expected), share)
+        draws = rng.random(count).tolist()
+        held = module.kl_cov_tokens(f64(expected), share, f64(draws))
         assert held.tolist() == [value in sorted(expected, reverse=True)[:number] for value in expected]
+        coarse = rng.integers(-1, 2, count).astype(float).tolist()  # most are equal to others
+        held = module.kl_cov_tokens(f64(coarse), share, f64(draws))
+        first = sorted(range(count), key=lambda i: (-coarse[i], draws[i]))[:number]
+        assert held.tolist() == [i in first for i in range(count)]
 
         candidates = {i for i, value in enumerate(expected) if 0.3 <= value <= 2.0}
-        draws = rng.random(count).tolist()
         drawn = module.clip_cov_tokens(f64(expected), share, 0.3, 2.0, f64(draws))
         lowest = sorted(candidates, key=lambda i: draws[i])[:number]
         assert drawn.tolist() == [i in lowest for i in range(count)]

@@ -412,13 +412,13 @@ def on_ranks(module: ModuleType, calls: Sequence[Callable[[], Any]]) -> list[Any
 
 
 def selected(of: Any, rows: list[Row], step: int = 3, seed: int = 5) -> tuple[list[Any], list[Any]]:
-    """`Objective.select`, where a completion is known by its log-probabilities."""
+    """`Objective.select`, where a completion is known by its old log-probabilities."""
     selection = of.select(
         [f64(row.policy) for row in rows],
         [f64(row.entropy) for row in rows],
         [row.advantage for row in rows],
         [row.is_used for row in rows],
-        [str(row.policy) for row in rows],
+        [str(row.old) for row in rows],
         step,
         seed,
     )
@@ -487,6 +487,30 @@ def check_selection(module: ModuleType) -> None:
         assert tuple([tokens for part in parts for tokens in part[kind]] for kind in (0, 1)) == whole
         left_out = [replace(row, weights=[0.0] * len(row.weights)) for row in rows]
         assert selected(of, left_out) == ([[]] * 24, [[]] * 24)
+    # Most tokens have the covariance of others: which of them are held depends on neither their order nor the ranks.
+    num_drawn = 0
+    for seed in range(6):
+        rows = random_rows(seed, 24)
+        tied = [replace(row, policy=[-1.0 - (p < -1.5) for p in row.policy]) for row in rows]
+        of = module.Objective(arguments(SETTINGS | KL_COV))
+        _, held = whole = selected(of, tied)
+        used = [row for row in tied if row.is_used]
+        covariances = token_covariances(used)
+        lowest = min(covariances[t] for t in places(held))
+        assert len(places(held)) == math.ceil(0.12 * len(covariances))
+        assert {t for t, value in enumerate(covariances) if value > lowest + 1e-9} <= places(held)
+        order = np.random.default_rng(seed).permutation(24).tolist()
+        shuffled = selected(of, [tied[i] for i in order])
+        parts = on_ranks(module, [partial(selected, of, tied[a:b]) for a, b in ((0, 5), (5, 5), (5, 24))])
+        for kind in (0, 1):
+            assert shuffled[kind] == [whole[kind][i] for i in order]
+            assert [tokens for part in parts for tokens in part[kind]] == whole[kind]
+        num_drawn += len({str(selected(of, tied, step)) for step in range(4)}) > 2
+    assert num_drawn > 2, "the data must have ties at the bound, or they are not tested"
+    rows = random_rows(2, 24)
+    used = [row for row in rows if row.is_used]
+    covariances = token_covariances(used)
+    tokens = set(range(len(covariances)))
     few = module.Objective(arguments(SETTINGS | CLIP_COV | {"covariance_frac": 0.9}))
     learned, _ = selected(few, rows)
     assert places(learned) == tokens - {t for t in tokens if 0.05 <= covariances[t] <= 0.8}, "all candidates"
@@ -512,7 +536,8 @@ def check_adaptation(module: ModuleType) -> None:
     for seed, options in enumerate((kl, entropy, kl | entropy, entropy | {"entropy_coef": 0.0}, plain)):
         s, rng = SETTINGS | options, np.random.default_rng(seed)
         of = module.Objective(arguments(s))
-        beta, coefficient, is_paid = s["beta"], s["entropy_coef"], True
+        # Nothing is paid for an entropy that no step has measured yet.
+        beta, coefficient, is_paid = s["beta"], s["entropy_coef"], "entropy_target" not in s
         reached = set()
         for _ in range(25):
             assert of.pays_entropy == (s["entropy_coef"] > 0 or "entropy_target" in s)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_stage.rewards import BUILTIN_REWARDS, RewardError, RewardSuite, load_rewards
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, TrainingProgress
 
 
 def load(*names: str, weights: list[float] | None = None, **kwargs: dict[str, Any]) -> RewardSuite:
@@ -84,7 +84,7 @@ def test_kwargs_gets_everything_and_ours_win_over_columns_of_the_same_name(own: 
     file = own(
         "def all_of_it(**kwargs):\n"
         "    assert sorted(kwargs) == ['color', 'completion_ids', 'completions', 'factor', 'messages', 'prompts',\n"
-        "                              'references'], sorted(kwargs)\n"
+        "                              'references', 'trainer_state'], sorted(kwargs)\n"
         "    assert kwargs['completions'] == ['x'] and kwargs['color'] == ['red']\n"
         "    return [kwargs['factor']]\n"
     )
@@ -116,6 +116,35 @@ def test_what_one_function_does_to_its_lists_is_not_seen_by_the_next(own: Callab
     )
     scores = load(f"{file}:spoil", "regex", "overlong", regex={"pattern": "a"}).score([group(prompt(), "a", "b")])
     assert scores == [[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]
+
+
+def test_a_column_of_some_datasets_is_a_list_in_every_batch(own: Callable[[str], str]) -> None:
+    """Also in one that none of its prompts is in: `zip` with a default of None would fail in the middle of a run."""
+    file = own(
+        "def f(completions, color=None):\n"
+        "    return [None if c is None else float(len(c)) for _, c in zip(completions, color)]\n"
+    )
+    suite = load(f"{file}:f")
+    suite.check([prompt(0, color="red"), prompt(1)])
+    assert suite.score([group(prompt(1), "a", "b")]) == [[[None], [None]]]
+
+
+def test_trainer_state_says_where_the_run_is(own: Callable[[str], str]) -> None:
+    file = own(
+        "def f(completions, trainer_state, **kwargs):\n"
+        "    assert not hasattr(trainer_state, 'best_metric')\n"
+        "    return [trainer_state.global_step / trainer_state.max_steps + trainer_state.epoch] * len(completions)\n"
+        "class Here:\n"
+        "    def __call__(self, **kwargs): return f(**kwargs)\n"
+        "class Asks:\n"
+        "    def __call__(self, completions, trainer_state): return trainer_state.log_history\n"
+        "here, asks = Here(), Asks()\n"
+    )
+    suite = load(f"{file}:f", f"{file}:here")
+    suite.progress = TrainingProgress(global_step=3, max_steps=4, epoch=0.1)
+    assert suite.score([group(prompt(), "a")]) == [[[0.85, 0.85]]]
+    with pytest.raises(RewardError, match=r"`trainer_state` has global_step, max_steps and epoch .* no 'log_history'"):
+        load(f"{file}:asks").score([group(prompt(), "a")])
 
 
 # What a function may return
@@ -208,6 +237,82 @@ def test_a_function_that_raises_stops_the_run_with_its_traceback(own: Callable[[
         assert part in message
 
 
+def here(arguments: str, returned: str) -> str:
+    """A function that is called in this process, where it starts fastest."""
+    return f"class F:\n    def __call__(self, {arguments}): return {returned}\nf = F()\n"
+
+
+CONVERSATIONAL = (
+    '[c[0]["content"] for c in completions]',
+    '[c["content"] for c in completions]',
+    '[completions[0][0]["content"]]',
+    "[p[-1]['content'] for p in prompts]",
+    '[c[0].get("content", "") for c in completions]',
+    "[m['role'] for c in completions for m in c]",
+    "[c.content for c in completions]",
+    "[c[0][\n  'content'\n] + '\u00e9' for c in completions]",
+)
+
+
+@pytest.mark.parametrize("expression", CONVERSATIONAL)
+def test_trls_conversational_format_is_answered(own: Callable[[str], str], expression: str) -> None:
+    suite = load(f"{own(f'def f(prompts, completions): return {expression}')}:f")
+    with pytest.raises(
+        RewardError, match=r"raised (Type|Attribute)Error .*`completions` and `prompts` are texts here"
+    ) as e:
+        suite.score(GROUPS)
+    assert 'write `completion` for `completion[0]["content"]`' in str(e.value)
+    assert 'messages[i][-1]["content"]' in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [
+        '[c[0]["score"] for c in completions]',
+        '[m[-1]["content"]["text"] for m in messages]',
+        "[c.score for c in completions]",
+        "[len(c) + 'content' for c in completions]",
+    ],
+)
+def test_another_mistake_is_not_taken_for_it(own: Callable[[str], str], expression: str) -> None:
+    suite = load(f"{own(here('messages, completions', expression))}:f")
+    with pytest.raises(RewardError, match=r"raised (Type|Attribute)Error") as caught:
+        suite.score(GROUPS)
+    assert "are texts here" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("scores", "weight", "parts"),
+    [
+        ("[0.0, 1e200, 2.0, 3.0]", 1.0, ["returned 1e+200 which is beyond 1e+15", "rescale", "completion: bb"]),
+        ("[0.0, 1.0, -1e16, 3.0]", 1.0, ["returned -1e+16", "completion: ccc"]),
+        ("[0.0, 10.0, 2.0, 3.0]", 1e300, ["returned 10, 1e+301 with its weight of 1e+300, which", "completion: bb"]),
+        ("[0.0, 10.0, 2.0, 3.0]", 1e308, ["returned 10, inf with its weight of 1e+308, which"]),
+        ("[0.0, 1e300, 2.0, 3.0]", 1e-300, ["returned 1e+300"]),
+    ],
+)
+def test_a_reward_whose_advantage_overflows(
+    own: Callable[[str], str], scores: str, weight: float, parts: list[str]
+) -> None:
+    suite = load("overlong", f"{own(here('completions', scores))}:f", weights=[1.0, weight])
+    with pytest.raises(RewardError, match="'f'") as caught:
+        suite.score(GROUPS)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_large_reward_is_one(own: Callable[[str], str]) -> None:
+    suite = load(f"{own(here('completions', '[1e15, -1e15, None, 0.0]'))}:f", weights=[-1.0])
+    assert suite.score(GROUPS) == [[[1e15], [-1e15]], [[None], [0.0]]]
+
+
+def test_a_reward_models_score_has_the_same_bound() -> None:
+    suite = load("reward_model")
+    suite.model = lambda groups: [[1e20] * 2, [0.0] * 2]  # type: ignore[assignment]
+    with pytest.raises(RewardError, match=r"'reward_model': returned 1e\+20"):
+        suite.score(GROUPS)
+
+
 def test_a_long_completion_is_cut_in_the_message(own: Callable[[str], str]) -> None:
     with pytest.raises(RewardError) as caught:
         load(f"{own('def f(completions): return 0')}:f").score([group(prompt(), "x" * 50_000)])
@@ -281,14 +386,37 @@ def test_a_column_the_dataset_lacks_is_named_with_those_it_has(own: Callable[[st
         ValueError, match=r"'colour'.* 2 of 2 .*did you mean 'color'\?.*columns are \['color', 'size'\]"
     ):
         suite.check([prompt(0, color="red"), prompt(1, size=3)])
-    with pytest.raises(ValueError, match=r"1 of 2 prompts lack \(the first at index 8\)"):
-        suite.check([prompt(4, colour="red"), prompt(8)])
+    with pytest.raises(
+        ValueError, match=r"1 of 2 prompts lack \(the first at index 8\)\. Write `colour=None`"
+    ) as caught:
+        suite.check([prompt(4, colour="red"), prompt(8, color="red")])
+    assert "did you mean" not in str(caught.value)
 
 
-def test_a_misspelt_batch_argument_is_answered_with_the_right_one(own: Callable[[str], str]) -> None:
-    suite = load(f"{own('def f(completion): return [0.0] * len(completion)')}:f")
-    with pytest.raises(ValueError, match="did you mean 'completions'"):
-        suite.check([prompt()])
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("log_metric", "TRL's way to log a number.*`log_metric=None`"),
+        ("log_extra", "TRL's way to add columns.*completions.jsonl"),
+        ("environments", "TRL's environments, which `stage: grpo` does not have"),
+        ("solution_str", "verl's name for one completion.*`completions`"),
+    ],
+)
+def test_an_argument_of_another_framework_is_named(own: Callable[[str], str], argument: str, message: str) -> None:
+    file = own(
+        f"def f(completions, {argument}): return [0.0] * len(completions)\n"
+        "class ByKey:\n"
+        f"    def __call__(self, completions, **kwargs): return kwargs['{argument}']\n"
+        "class Optional:\n"
+        f"    def __call__(self, completions, {argument}=None): return [float({argument} is None)]\n"
+        "by_key, optional = ByKey(), Optional()\n"
+    )
+    with pytest.raises(ValueError, match=f"'{argument}', which is {message}"):
+        load(f"{file}:f").check([prompt()])
+    load(f"{file}:f").check([prompt(**{argument: 1})])  # a column of that name is one
+    assert load(f"{file}:optional").score([group(prompt(), "a")]) == [[[1.0]]]
+    with pytest.raises(RewardError, match=f"raised KeyError .*`{argument}` is {message}"):
+        load(f"{file}:by_key").score([group(prompt(), "a")])
 
 
 # Loading
@@ -308,7 +436,10 @@ def test_a_misspelt_batch_argument_is_answered_with_the_right_one(own: Callable[
         ("math:pi", ["'pi'", "callable"]),
         ("own_rewards.py:missing", ["has no 'missing'", "its functions are first, second"]),
         ("own_rewards.py:CONSTANT", ["it must be a function"]),
-        ("own_rewards.py:Class", ["it must be a function or a callable object"]),
+        (
+            "own_rewards.py:Class",
+            ["it must be a function or a callable object", "`judge = Class()`"],
+        ),
         ("own_rewards.py:by_position", ["by position only"]),
         ("exits.py:f", ["loading", "exits.py failed with SystemExit: 3"]),
         ("fails.py:f", ["loading", "fails.py failed with ZeroDivisionError"]),

@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import re
 from collections import Counter
 
 import pytest
 import torch
 
+import grpo_stage.trainer
 from grpo_stage.canary import StaleRolloutError
 from grpo_stage.checkpoints import STATE_FILE
 from grpo_stage.policy import InitialWeightsReference
+from grpo_stage.trainer import UnrewardedError
 
 from .trainer_on_fakes import FakeEngine, LengthRewards, gradient_of, make_trainer, relative
 
@@ -146,9 +149,128 @@ def test_engine_logprobs_far_from_the_trainers_stop_the_run(tmp_path):
         make_trainer(tmp_path, bound=0.05).train()
 
 
-def test_rewards_that_never_apply_stop_the_run(tmp_path):
-    with pytest.raises(ValueError, match=r"No reward function applied .* step 1 \(even all returned None"):
+class SparseRewards(LengthRewards):
+    """Apply to the prompts of the given indices alone."""
+
+    def __init__(self, applies) -> None:
+        super().__init__()
+        self.applies = set(applies)
+
+    def score(self, groups):
+        rewards = super().score(groups)
+        return [
+            of_group if group.prompt.index in self.applies else [[None]] * len(of_group)
+            for group, of_group in zip(groups, rewards, strict=True)
+        ]
+
+
+def test_rewards_that_never_apply_are_no_success(tmp_path, caplog):
+    with pytest.raises(
+        UnrewardedError, match=r"any completion of the 3 steps \(even always returned None\).*try-rewards"
+    ):
         make_trainer(tmp_path, rewards=LengthRewards(none=True)).train()
+    said = [record.getMessage() for record in caplog.records if "No reward function applied" in record.getMessage()]
+    assert [re.findall(r"of the (\d) prompts .* step (\d)", message) for message in said] == [
+        [("2", "1")], [("2", "2")], [("1", "3")]
+    ]  # fmt: skip
+
+
+def test_groups_without_a_reward_are_dead_and_counted(tmp_path, caplog):
+    """Of five prompts in steps of two; the run goes on, and a step without any reward moves no weight."""
+    trainer = make_trainer(tmp_path, rewards=SparseRewards({1, 4}), shuffle=False, log_completions=True)
+    seen, update = [], trainer.update
+
+    def watched(model, data):
+        loss = update(model, data)
+        seen.append(all((p.grad is None or (p.grad == 0).all()) for p in trainer.model.parameters()))
+        return loss
+
+    trainer.update = watched
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert [line["frac_reward_none"] for line in lines] == [0.5, 1.0, 0.0]
+    assert [line["frac_reward_zero_std"] for line in lines] == [0.5, 1.0, 0.0]
+    assert ["reward" in line for line in lines] == [True, False, True]
+    assert seen == [False, True, False]
+    assert sum("No reward function applied" in record.getMessage() for record in caplog.records) == 1
+    assert lines[1]["loss"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "resumed_at", "message"),
+    [
+        ({}, 4, "the 5 prompts that were sampled for step 6, nor of the 15 before them"),
+        ({"dynamic_sampling": True}, 2, "the 5 prompts that were sampled for step 3, nor of the 15 before them"),
+        (
+            {"num_iterations": 2, "steps_per_generation": 2},
+            10,
+            "the 10 prompts that were sampled for step 17, nor of the 30 before them",
+        ),
+    ],
+)
+def test_a_row_of_prompts_without_a_reward_ends_the_run_whether_it_was_resumed_or_not(
+    tmp_path, monkeypatch, options, resumed_at, message
+):
+    """Steps of 5 prompts, of which the first 10 have a reward. What was trained until then is kept."""
+    monkeypatch.setattr(grpo_stage.trainer, "UNREWARDED_PROMPTS", 20)
+    monkeypatch.setattr(grpo_stage.trainer, "UNREWARDED_ROLLOUTS", 4)
+    training = {"per_device_train_batch_size": 5, "save_strategy": "steps", "save_steps": 2}
+    options = {
+        "num_prompts": 50, "rewards": SparseRewards(range(10)), "shuffle": False, "training": training, **options
+    }  # fmt: skip
+    whole = make_trainer(tmp_path / "whole", **options)
+    with pytest.raises(UnrewardedError, match=message) as stopped:
+        whole.train()
+    saved = tmp_path / "whole" / f"checkpoint-{whole.state.global_step}"
+    assert stopped.value.__notes__ == [f"What was trained until then is in {saved}."]
+    resumed = make_trainer(tmp_path / "resumed", **options)
+    with pytest.raises(UnrewardedError, match=message):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{resumed_at}"))
+
+
+def test_ranks_count_rewards_together(tmp_path, monkeypatch, caplog):
+    """What another rank has rewarded is rewarded, and all of them end the run in the same rollout."""
+    trainer = make_trainer(tmp_path, rewards=LengthRewards(none=True))
+    trainer._sync()
+    groups = trainer.score(trainer.engine.generate(trainer.prompts[:2], trainer.sampling, step=0))
+    for others, expected in (((0, 3), 5), ((0, 3), 10), ((1, 3), 0), ((0, 3), 5)):
+        monkeypatch.setattr(grpo_stage.trainer, "all_gather", lambda own, others=others: [own, others])
+        trainer._count_rewarded(groups, limit=15)
+        assert trainer._num_unrewarded == expected
+    assert trainer._num_rewarded == 1
+    assert sum("of the 5 prompts" in record.getMessage() for record in caplog.records) == 3
+    with pytest.raises(UnrewardedError, match=r"the 5 prompts .* nor of the 5 before them"):
+        trainer._count_rewarded(groups, limit=10)
+
+
+def test_an_evaluation_that_no_function_applies_to_says_so_and_ends_nothing(tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path,
+        rewards=SparseRewards({1, 2, 3, 4}),
+        num_eval_prompts=1,
+        training={
+            "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "best", "metric_for_best_model": "eval_reward",
+        },
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 3
+    assert trainer.state.best_metric is None
+    assert not any("eval_reward" in line for line in trainer.state.log_history)
+    assert "of the 1 evaluation prompts (even all returned None), so the evaluation says nothing" in caplog.text
+
+
+def test_the_second_step_of_a_generation_learns_by_the_policy_that_sampled(tmp_path):
+    """Its ratio is to the policy before the first step, whose update has moved it: it is used once, and not fresh."""
+    trainer = make_trainer(tmp_path, num_prompts=4, steps_per_generation=2)
+    first, second = trainer.collect()
+    flat = [c for step in (first, second) for scored in step.groups for c in scored.group.completions]
+    own = trainer.gradient.frozen_logprobs(trainer.model, first.groups + second.groups)
+    assert [len(tokens) for tokens in own] == [len(c.token_ids) for c in flat]
+    assert first.old_logprobs is not None
+    assert second.old_logprobs is not None
+    for old, expected in zip((*first.old_logprobs, *second.old_logprobs), own, strict=True):
+        torch.testing.assert_close(old, expected)
+    assert second.fresh_rows == frozenset()
 
 
 def test_metrics_are_logged_under_their_names(tmp_path):

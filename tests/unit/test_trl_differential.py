@@ -1,8 +1,8 @@
 """Our loss beside TRL 0.24.0's own `GRPOTrainer._compute_loss`, on the same tensors.
 
 The method is called unbound on a stand-in that has only the attributes it reads. Where its denominator is known to be
-wrong (dapo when generation and accumulation differ or truncated completions are masked, grpo and dr_grpo with masked
-completions, bnpo over more than one micro-batch) it is given only what it gets right.
+wrong (dapo when generation and accumulation differ or truncated completions are masked, grpo with masked completions,
+bnpo over more than one micro-batch) it is given only what it gets right.
 """
 
 import importlib
@@ -140,6 +140,7 @@ def our_losses(
         num_completions=sum(int(batch.mask.any(1).sum()) for batch in batches),
         num_tokens=sum(int(batch.mask.sum()) for batch in batches),
         max_completion_length=MAX_LENGTH,
+        num_left_out=sum(int((~batch.mask.any(1)).sum()) for batch in batches),
     )
     total, gradients, outputs = 0.0, [], []
     for batch in batches:
@@ -193,8 +194,10 @@ def test_accumulated_over_equal_micro_batches(trl_grpo: ModuleType, loss_type: s
     assert_same(our_losses(batches, loss_type, beta), trl_losses(trl_grpo, batches, loss_type, beta))
 
 
-@pytest.mark.parametrize("loss_type", ["bnpo", "dapo"])
-def test_masked_completions_where_trl_counts_the_tokens_left(trl_grpo: ModuleType, loss_type: str) -> None:
+@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "dr_grpo"])
+def test_masked_completions_where_trl_counts_the_tokens_left_or_all_completions(
+    trl_grpo: ModuleType, loss_type: str
+) -> None:
     batch = Batch(20)
     batch.mask[2] = 0.0
     assert_same(our_losses([batch], loss_type, 0.04), trl_losses(trl_grpo, [batch], loss_type, 0.04))

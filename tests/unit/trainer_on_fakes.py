@@ -109,6 +109,7 @@ def make_trainer(
     bound=1e9,
     training=None,
     num_eval_prompts=0,
+    shuffle=True,
     **grpo,
 ):
     leave_imports_to_themselves()
@@ -147,6 +148,7 @@ def make_trainer(
         reference=reference(model) if reference else None,
         max_sampling_logprob_diff=bound,
         recipe={"recipe_hash": "x", "recipe": {}},
+        shuffle=shuffle,
         processing_class=FakeTokenizer(),
     )  # fmt: skip
 
