@@ -21,7 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("objective", "reward_server", "run_files"),
     ("policy", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "prompts", "rewards", "rollout"),
     ("stop",),
-    ("checkpoints", "distributed", "jsonl", "watchdog"),
+    ("checkpoints", "distributed", "jsonl", "tied_weights", "watchdog"),
     ("algorithm",),
     ("types",),
 )
