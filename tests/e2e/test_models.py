@@ -1,59 +1,25 @@
-"""What a run is refused for by its models' files, its tokenizer and its prompts, before weights are loaded."""
+"""Runs whose models' weights are shared by two layers, or lack a token of the template."""
 
 import json
 import logging
-from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 
-@pytest.fixture
-def before_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_told_by_small_files_is_refused_before_the_model_is_loaded(recipe, run_exp, monkeypatch):
     from grpo_stage.host import facade
 
     monkeypatch.setattr(facade, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match=r"`lora_target: q_proj,lm_head` is not possible.*share one weight"):
+        run_exp(recipe(lora_target="q_proj,lm_head"))
+    with pytest.raises(ValueError, match=r"`template: gemma`.*'<end_of_turn>'.*`resize_vocab: true`"):
+        run_exp(recipe(template="gemma"))
 
 
-def adapter_on(path: Path, target_modules: list[str]) -> str:
-    """A folder that LoRA training could have written, less its weights."""
-    LoraConfig(target_modules=target_modules, task_type="CAUSAL_LM").save_pretrained(path)
-    return str(path)
-
-
-@pytest.mark.usefixtures("before_the_model")
-def test_lora_on_a_tied_output_layer_or_embedding_is_refused(
-    recipe, run_exp, tiny_model_dir, decided_model_dir, tmp_path
-):
-    on_head = adapter_on(tmp_path / "head", ["q_proj", "lm_head"])
-    plain = adapter_on(tmp_path / "plain", ["q_proj"])
-    reference = {"beta": 0.1, "ref_model": str(tiny_model_dir), "ref_model_adapters": on_head}
-    for keys, source in (
-        ({"lora_target": "q_proj,lm_head"}, "lora_target: q_proj,lm_head"),
-        ({"lora_target": "embed_tokens"}, "lora_target: embed_tokens"),
-        ({"finetuning_type": "oft", "lora_target": "lm_head"}, "lora_target: lm_head"),
-        ({"adapter_name_or_path": on_head}, f"adapter_name_or_path: {on_head}"),
-        ({"adapter_name_or_path": on_head, "create_new_adapter": True}, f"adapter_name_or_path: {on_head}"),
-        ({"adapter_name_or_path": f"{on_head},{plain}"}, f"adapter_name_or_path: {on_head}"),
-        (reference, f"ref_model_adapters: {on_head}"),
-    ):
-        with pytest.raises(ValueError, match="share one weight") as error:
-            run_exp(recipe(**keys))
-        assert f"`{source}` is not possible" in str(error.value)
-    for keys in (
-        {"lora_target": "all"},
-        {"lora_target": "q_proj,lm_head", "model_name_or_path": str(decided_model_dir)},  # weights of their own
-        {"lora_target": "q_proj", "additional_target": "embed_tokens,lm_head"},
-        {"adapter_name_or_path": plain},
-        reference | {"ref_model_quantization_bit": 4},
-    ):
-        with pytest.raises(pytest.fail.Exception, match="the model was loaded"):
-            run_exp(recipe(**keys))
-
-
-def test_what_no_config_told_of_is_refused_before_training(recipe, run_exp, monkeypatch):
+def test_an_adapter_that_no_config_told_of_is_refused_before_training(recipe, run_exp, monkeypatch):
     from grpo_stage import workflow
 
     monkeypatch.setattr(workflow, "refuse_tied_adapters", lambda _: None)
@@ -85,8 +51,3 @@ def test_tied_layers_trained_whole_are_exported_as_trained_with_the_config_that_
         assert (trained - before).abs().max() > 0.01
         model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
         assert torch.allclose(model(input_ids=ids).logits, trained, atol=1e-4)
-
-
-@pytest.mark.usefixtures("before_the_model")
-def test_tokens_that_the_model_has_no_embedding_for_are_refused(recipe, run_exp, tiny_model_dir):
-    ...
