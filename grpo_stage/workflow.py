@@ -17,6 +17,7 @@ from .distributed import all_gather
 from .host import facade
 from .host.adapters import items
 from .host.datasets import load_prompts
+from .host.model_checks import adapter_source, num_embeddings, refuse_tied_adapters, refuse_unknown_tokens
 from .host.recipe import recipe_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 from .reward_model import (
@@ -31,6 +32,7 @@ from .reward_server import ServerScorer
 from .rewards import load_rewards
 from .rollout.hf import HFEngine
 from .rollout.weights import servable_config, write_base
+from .tied_weights import layers_parted, refuse_built
 from .trainer import GRPOTrainer
 from .types import RolloutEngine, SamplingSettings
 
@@ -66,14 +68,24 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     tokenizer_module = facade.load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
     template = facade.get_template_and_fix_tokenizer(tokenizer, data_args)
+    refuse_tied_adapters(arguments)
     _check_other_models(arguments, template, tokenizer)
     prompts = load_prompts(
         template, tokenizer, tokenizer_module["processor"], model_args, data_args, training_args, finetuning_args
+    )
+    is_scored_on_policy = finetuning_args.reward_model is not None and finetuning_args.reward_model_type == "lora"
+    refuse_unknown_tokens(
+        arguments,
+        tokenizer,
+        [*prompts.train, *prompts.evaluation],
+        facade.closing_tokens(template, tokenizer) if is_scored_on_policy else (),
     )
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
 
     model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+    refuse_built(model, adapter_source(arguments))
+    _warn_of_parted_layers(model)
     _warn_of_slow_precision(model)
     sampling = sampling_settings(arguments, model, template, tokenizer)
     reference = _reference_policy(arguments, model)
@@ -216,11 +228,15 @@ def _check_vocabulary(key: str, path: str, model_args: Any, template: Any, token
     own_tokenizer = facade.load_tokenizer(other)["tokenizer"]
     template.fix_special_tokens(own_tokenizer)  # as it did with the policy's
     vocabulary = own_tokenizer.get_vocab()
-    differing = [token for token, index in tokenizer.get_vocab().items() if vocabulary.get(token) != index]
-    size = getattr(facade.load_config(other).get_text_config(), "vocab_size", len(tokenizer))
-    if size < len(tokenizer) or differing:
+    needed, size = len(tokenizer), num_embeddings(facade.load_config(other))
+    if not model_args.resize_vocab:  # a template's stop words may be beyond what the policy itself can read
+        needed = min(needed, num_embeddings(facade.load_config(model_args)) or needed)
+    differing = [
+        token for token, index in tokenizer.get_vocab().items() if index < needed and vocabulary.get(token) != index
+    ]
+    if (size is not None and size < needed) or differing:
         raise ValueError(
-            f"`{key}: {path}` has another vocabulary than the trained model ({size} embeddings for {len(tokenizer)} "
+            f"`{key}: {path}` has another vocabulary than the trained model ({size} embeddings for {needed} "
             f"tokens, {len(differing)} of another id or none{f', such as {differing[0]!r}' if differing else ''}), so "
             "that it would misread the policy's tokens. Name a model of the same family, with the policy's new "
             f"tokens where it has some, or leave `{key}` out."
@@ -423,6 +439,17 @@ def _canary_bound(arguments: "RunArguments", model: Any) -> float:
         model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
     )
     return DEFAULT_BOUNDS[torch.bfloat16 if rounds else _compute_dtype(arguments, model)]
+
+
+def _warn_of_parted_layers(model: Any) -> None:
+    """The host's export leaves `tie_word_embeddings` in the config of a model whose two weights now differ."""
+    if layers := layers_parted(model):
+        logger.warning_rank0(
+            f"{' and '.join(layers)} share one weight in the model's files, and here each is trained with its own. "
+            "transformers 5 reads such a model as it is once it is exported, but vLLM and transformers 4 read one "
+            'weight for both, which is another policy: write `"tie_word_embeddings": false` into the config.json of '
+            "the exported model."
+        )
 
 
 def _warn_of_slow_precision(model: Any) -> None:

@@ -66,13 +66,22 @@ def find_gguf() -> Path:
 
 def load_tokenizer() -> "PreTrainedTokenizerBase":
     """The chat tokenizer of SmolLM2-Instruct, with its end tokens put right."""
-    gguf_file = find_gguf()
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.ggml import convert_gguf_tokenizer
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = BOS_TOKEN, EOS_TOKEN, EOS_TOKEN
-    tokenizer.clean_up_tokenization_spaces = False
-    return tokenizer
+    content = load_gguf_checkpoint(str(find_gguf()), return_tensors=False)
+    # Not AutoTokenizer: in 5.5 it takes this for CodeLlama's, and what it saves has lost spaces and line breaks.
+    tokenizer, _ = convert_gguf_tokenizer(content["config"]["model_type"], content["tokenizer"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=content["tokenizer"]["tokens"][content["tokenizer"]["unk_token_id"]],
+        bos_token=BOS_TOKEN,
+        eos_token=EOS_TOKEN,
+        pad_token=EOS_TOKEN,
+        chat_template=content["tokenizer_config"]["chat_template"],
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def prepare_model(output_dir: Path) -> bool:

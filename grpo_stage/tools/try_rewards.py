@@ -243,9 +243,11 @@ def _sample(
     arguments: "RunArguments", tokenizer: "PreTrainedTokenizerBase", template: Any, prompts: "Sequence[Prompt]"
 ) -> "list[tuple[Completion, ...]]":
     from ..host import facade
+    from ..host.model_checks import refuse_unknown_tokens
     from ..rollout.hf import HFEngine
     from ..workflow import autocast_dtype, sampling_settings
 
+    refuse_unknown_tokens(arguments, tokenizer, prompts)
     model = facade.load_model(tokenizer, arguments.model, arguments.finetuning, arguments.training.do_train)
     engine = HFEngine(tokenizer, autocast_dtype=autocast_dtype(arguments))
     with contextlib.closing(engine):

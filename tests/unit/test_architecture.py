@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("rewards", "rollout"),
     ),
     ("stop",),
-    ("checkpoints", "distributed", "jsonl", "reward_files", "watchdog"),
+    ("checkpoints", "distributed", "jsonl", "reward_files", "tied_weights", "watchdog"),
     ("algorithm",),
     ("types",),
 )
