@@ -189,9 +189,17 @@ def start_engine(kind: str, folder: str, tuning: str, vocabulary: int) -> Rollou
     if kind == "hf":
         return HFEngine(tokenizer, autocast_dtype=torch.bfloat16)
     return VLLMEngine(
-        model_name_or_path=folder, tokenizer=tokenizer, adapter=tuning == "lora", max_model_len=128, max_lora_rank=8,
-        gpu_memory_utilization=0.3, enforce_eager=True, dtype="bfloat16", logprob_temperature=None,
-    )  # fmt: skip
+        model_name_or_path=folder,
+        tokenizer=tokenizer,
+        adapter=tuning == "lora",
+        max_model_len=128,
+        max_lora_rank=8,
+        gpu_memory_utilization=0.06,
+        enforce_eager=True,
+        dtype="bfloat16",
+        logprob_temperature=None,
+        options={"kv_cache_memory_bytes": 1 << 28},
+    )
 
 
 def run(

@@ -283,11 +283,11 @@ class SlopeTest:
         if not slope.is_defined or slope.is_sound:
             return
         raise StaleRolloutError(
-            f"The {self.backend} engine does not follow the policy: at step {version} its log-probabilities, of tokens "
-            f"that both score, differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what the "
+            f"The {self.backend} engine does not follow the policy: at step {version} its log-probabilities of tokens "
+            f"that both score differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what the "
             "trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
-            "since, 2 with twice that. The completions come from another policy than the one that is trained, so the run is "
-            "stopped. Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version."
+            "since, 2 with twice that. The completions come from another policy than the one that is trained, so the "
+            "run is stopped. Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version."
         )
 
 
