@@ -8,7 +8,7 @@ from grpo_stage.rewards.final_answer import answer_tag, final_answer
 from grpo_stage.rewards.formulas import are_equal
 from grpo_stage.rewards.kinds import AreEqual, is_stated, letter_in, normalized, read_final
 from grpo_stage.rewards.notation import plain
-from grpo_stage.rewards.numbers import MAX_CHARACTERS, number_in
+from grpo_stage.rewards.numbers import MAX_CHARACTERS, Number, number_in
 
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ def _is_correct(completion: str, reference: str, are_equal: AreEqual) -> bool:
     answer, gold = final_answer(completion), final_answer(reference, is_reference=True)
     if not answer.text:
         return False
-    if (said := _as_text(answer.text)) and said == _as_text(gold.text):
-        return True
-    return is_stated(read_final(gold), answer, are_equal)
+    kind = read_final(gold)
+    is_word_for_word = _as_text(answer.text) == _as_text(gold.text) != ""
+    return (is_word_for_word and not isinstance(kind, Number)) or is_stated(kind, answer, are_equal)
 
 
 class _UndecidedError(Exception):

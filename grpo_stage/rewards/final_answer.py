@@ -32,7 +32,8 @@ _PHRASE = re.compile(
     | \b(?:I(?:'d|\ would)?\ (?:would\ )?(?:choose|pick|select)|go\ with)\b(?!\s+not\b)\s*:?
     | 答案\s*(?:应该|应当|应|就)?\s*(?:[是为選选]|[:：])\s*[:：]?
     | (?:故|因此|所以|应|應|正确的?|正確)\s*[选選](?:择|項|项)?\s*(?:是|为)?\s*[:：]?
-    | ^\s*[选選]\s*(?:择|項|项)?\s*[:：]?
+    | 答案】\s*
+    | (?:^|[,，。；;])\s*[选選]\s*(?:择|項|项)?\s*[:：]?
     | \b(?:respuesta|réponse|antwort|risposta|resposta)\b(?:\s+(?:final|finale|correcta|richtige))?\s*(?:(?:es|est|ist|lautet|è|é)\b|:)\s*:?
     | \bответ\b\s*(?:[:=—-]|равен|это)\s*
     | (?:정답|답)\s*(?:은|는|:)\s*

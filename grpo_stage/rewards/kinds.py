@@ -31,7 +31,7 @@ class Values:
     r"""Several values in brackets or without: `(1, 2)`, `\{1, 2\}`, `1 or 2`, an interval; `x \le 2` is `(-\infty, 2]`."""
 
     brackets: str
-    r"""The two that stand around, without backslash; nothing where there are none, and `\cup` of a union."""
+    r"""The two that stand around, without backslash; nothing where there are none; `\cup` and `\cap` of relations joined by or, and."""
     items: tuple["Kind", ...]
 
 
@@ -77,8 +77,9 @@ _ASSIGNMENT = re.compile(rf"({_NAME})\s*(?:=|\\in(?![a-z]))\s*([^=]+)")
 _RELATION = re.compile(r"\\le |\\ge |<|>")
 _SEPARATOR = re.compile(r"[,;]\s*(?:or\b|and\b)?|\bor\b|\band\b|或者?|和|、", re.IGNORECASE)
 _BRACKET = re.compile(r"\\?[(\[{]|\\?[)\]}]")
-_LEADING_WORDS = re.compile(r"[^\W\d_]{2,}|\b[A-Z]\b")
-_LABEL = re.compile(r"(?:about|approximately|approx|around|exactly|约|大约|共|一共|总共|=|\\approx)\W*", re.IGNORECASE)
+_LABEL = re.compile(
+    r"\W*(?:about|approximately|approx|around|exactly|约|大约|共|一共|总共|=|\\approx)?[^\w\"'{[]*|[a-zA-Z\s]*:\W*", re.IGNORECASE
+)
 _PROPER_NAME = re.compile(r"(?:[A-Z][a-z]+\s+){1,}[A-Z][a-z]+")
 _RUN_OF_LETTERS = re.compile(r"(?<![\\A-Za-z])[a-zA-Z]{2,}")
 _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[^{}]*\}(?:\{[clr|]*\})?|\\[a-zA-Z]+")
@@ -165,11 +166,17 @@ def _values(text: str) -> Kind | None:
     if inner := _inside_brackets(text):
         brackets = (text[0] if text[0] != "\\" else text[1]) + text[-1]
         items = _split(inner)
-        return _collection(brackets, items) if len(items) > 1 else read(inner)
+        if len(items) > 1:
+            return _collection(brackets, items)
+        kind = read(inner)
+        return None if isinstance(kind, Text) else kind
     if _number(text) is not None:  # `1,234`
         return None
     items = _split(text)
-    return _collection("", items) if len(items) > 1 else None
+    values = _collection("", items) if len(items) > 1 else None
+    if isinstance(values, Values) and all(isinstance(item, Named) and isinstance(item.value, Values) for item in values.items):
+        return replace(values, brackets=r"\cup" if re.search(r"\bor\b|或", text) else r"\cap")
+    return values
 
 
 def _collection(brackets: str, items: list[str]) -> Kind | None:
@@ -211,8 +218,7 @@ def _number(text: str) -> Number | None:
         return None
     found = numbers_in(text)
     before, after = text[: found[0].start], text[found[-1].end :]
-    is_named = _LEADING_WORDS.search(_LABEL.sub("", before)) and not before.rstrip().endswith(("=", ":"))
-    return None if is_named or len(found) > 1 or _PROPER_NAME.search(after) else number
+    return None if not _LABEL.fullmatch(before) or len(found) > 1 or _PROPER_NAME.search(after) else number
 
 
 def _formula(text: str) -> Formula | None:
@@ -221,9 +227,11 @@ def _formula(text: str) -> Formula | None:
         text = _TRAILING_UNIT.sub("", text)
     runs = _RUN_OF_LETTERS.findall(_ENVIRONMENT.sub(" ", text))
     is_mathematical = bool(re.search(r"[\d\\^+*/=]|^-?[a-zA-Z]$|^[a-zA-Z]{1,2}$|[a-z]\s*-\s*[a-z]|_", text))
+    if not re.search(r"[a-zA-Z\\^+*/=!-]", text.lstrip("-")):
+        return None  # digits, which `_number` did not take for a number
     if any(len(run) > 3 or run.lower() in _NO_PRODUCTS for run in runs) or not is_mathematical:
         return None
-    if re.search(r"[^\x00-\x7f]|[\"'@?]|\d\ +\d|://", text):
+    if re.search(r"[^\x00-\x7f]|[\"'@?]|(?<![\\A-Za-z])[A-Za-z]{2,} [A-Za-z]{2,}|(?<![_^\d])\d+\ +\d|://", text):
         return None
     return Formula(text)
 
@@ -257,10 +265,11 @@ def _are_same_values(reference: Values, answer: Values, are_equal: AreEqual) -> 
     def same(one: Kind, other: Kind) -> bool:
         return is_same(one, other, are_equal)
 
-    ordered = ("(", "[")
-    if reference.brackets != answer.brackets and reference.brackets and answer.brackets:
+    brackets = {reference.brackets, answer.brackets}
+    # Without brackets it may be a tuple or a set, but no interval.
+    if len(brackets) > 1 and ("" not in brackets or not brackets <= {"", "()", "{}"}):
         return False
-    if (reference.brackets or answer.brackets).startswith(ordered):
+    if any(one.startswith(("(", "[")) for one in brackets):
         return len(reference.items) == len(answer.items) and all(map(same, reference.items, answer.items))
     return all(any(same(one, other) for other in answer.items) for one in reference.items) and all(
         any(same(one, other) for one in reference.items) for other in answer.items
@@ -284,12 +293,14 @@ def _latex(number: Number) -> str:
 
 
 def normalized(text: str) -> str:
-    """`text` without regard to case, white space and surrounding punctuation."""
-    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*$()。，：；！？（）")  # noqa: RUF001
+    """`text` without regard to case, white space and surrounding punctuation; `H_2O` is H2O."""
+    text = re.sub(r"(?<=[A-Za-z])_\{?(\d+)\}?", r"\1", text)
+    words = " ".join(text.casefold().split()).strip(" .,:;!?\"'`*$()。，：；！？（）")  # noqa: RUF001
+    return f"{words}!" if re.search(r"\d!\W*$", text) else words  # a factorial
 
 
 def _squeezed(text: str) -> str:
-    return re.sub(r"\s|^\+|(?<=\^|_)\{(?=\w\})|(?<=[\^_]\{\w)\}", "", text)
+    return re.sub(r"\s|^\+|(?<=[A-Za-z])_(?=\d)|(?<=\^|_)\{(?=\w\})|(?<=[\^_]\{\w)\}", "", text)
 
 
 def _token(text: str) -> str:
@@ -304,8 +315,11 @@ _REASON = re.compile(
     r"|[,，]\s*(?:因为|由于|所以|谢谢|因此|不)|\s\((?=[a-z]{2,})",  # noqa: RUF001
     re.IGNORECASE,
 )
-_IS = re.compile(r"\b(?:is|are|equals?|be|was|were|gives?|get|becomes?)\b(?!\s+not\b):?|[:：=](?!\d)|[是为有](?!不)")  # noqa: RUF001
+_IS = re.compile(r"\b(?:is|are|equals?|be|was|were|gives?|get|becomes?)\b(?!\s+not\b):?|[:：=](?!\d)|(?<!不)[是为有]")  # noqa: RUF001
+_DOUBT = re.compile(r"\bnot\b|n't\b|\bwhether\b|\bif\b|不", re.IGNORECASE)
+_PREPOSITION = re.compile(r"^(?:on|in|at|the|about)\s+", re.IGNORECASE)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+_YES_OR_NO = re.compile(r"\b(?:yes|no|true|false)\b", re.IGNORECASE)
 _OR = re.compile(r"\s*(?:,|or|and|,\s*or|,\s*and|或者?|和)\s*", re.IGNORECASE)
 
 
@@ -317,26 +331,28 @@ def is_stated(reference: Kind, answer: FinalAnswer, are_equal: AreEqual) -> bool
             return number is not None and number.equals(reference)
         case Choice():
             return _is_chosen(reference, answer, are_equal)
-        case Named(value=Number() as value) if (number := number_in(answer)) is not None and number.equals(value):
+        case Named(value=Number() as value) if (number := number_in(answer)) is not None:
             kinds = [read(text) for text in _readings(answer)]
-            return not any(isinstance(kind, Named) and kind.name != reference.name for kind in kinds)
-    if isinstance(reference, Text) and reference.is_token and (token := _stated_token(answer)) is not None:
-        return token == reference.text
+            has_other_name = any(isinstance(kind, Named) and kind.name != reference.name for kind in kinds)
+            return number.equals(value) and not has_other_name
+    if isinstance(reference, Text):
+        if reference.is_token and (token := _stated_token(answer)) is not None:
+            return token == reference.text
+        return any(normalized(text) == reference.text for text in _readings(answer))
     return any(is_same(reference, read(text), are_equal) for text in _readings(answer))
 
 
 def _readings(answer: FinalAnswer) -> Iterator[str]:
-    """What may be the answer in what was found, the largest part first, as `plain` writes it."""
+    """What may be the answer in what was found, from all of it to its core, as `plain` writes it.
+
+    Each is a part of the one before, so that no text can state two answers and be right with either.
+    """
     seen = set()
     for part in _parts(answer):
-        for text in (part, _EQUALS_RIGHT(part)):
+        for text in (part, part.rpartition("=")[2].strip()):
             if text and text not in seen and len(text) <= MAX_CHARACTERS:
                 seen.add(text)
                 yield text
-
-
-def _EQUALS_RIGHT(text: str) -> str:
-    return text.rpartition("=")[2].strip()
 
 
 def _parts(answer: FinalAnswer) -> Iterator[str]:
@@ -344,35 +360,45 @@ def _parts(answer: FinalAnswer) -> Iterator[str]:
     if len(text) <= MAX_CHARACTERS:
         yield plain(text)
     if answer.place is Place.TEXT:
-        if formulas := _last_formulas(text[-MAX_CHARACTERS:]):
-            yield plain(formulas)
-        first_sentence = _SENTENCE.split(text[:100])[0]
-        if len(first_sentence.split()) <= 3:
-            yield plain(first_sentence)
+        if yes_or_no := _yes_or_no(text):
+            yield yes_or_no
+            return
         text = text.rstrip().rpartition("\n")[2][-MAX_CHARACTERS:]
-        yield plain(text)
-    text = plain(text[:MAX_CHARACTERS]).partition("\n")[0]
-    sentence = _SENTENCE.split(text)[0] if answer.place is not Place.TEXT else text.rstrip(" .。")
+        sentence = plain(text).rstrip(" .。")
+        formulas = _formulas(text, at_the_end=True)
+    else:
+        sentence = _SENTENCE.split(plain(text[:MAX_CHARACTERS]).partition("\n")[0])[0]
+        formulas = _formulas(text[:MAX_CHARACTERS], at_the_end=False)
     yield sentence
     clause = _REASON.split(sentence)[0]
     yield clause
-    if verbs := list(_IS.finditer(clause)):
-        yield clause[verbs[-1].end() :].strip()
-    if answer.place is not Place.TEXT and (formulas := _last_formulas(answer.text[:MAX_CHARACTERS])):
+    if formulas:
         yield plain(formulas)
+    elif (verbs := list(_IS.finditer(clause))) and not _DOUBT.search(clause):
+        yield _PREPOSITION.sub("", clause[verbs[-1].end() :].strip())
 
 
-def _last_formulas(text: str) -> str:
-    """The last formula of the text with those that are joined to it by commas or "or"."""
+def _yes_or_no(text: str) -> str:
+    """Of `Yes. It is 5.` the word, if no other such word follows."""
+    said = {word.lower() for word in _YES_OR_NO.findall(text[:MAX_CHARACTERS])}
+    first = _YES_OR_NO.match(text)
+    return said.pop() if first and len(said) == 1 else ""
+
+
+def _formulas(text: str, *, at_the_end: bool) -> str:
+    """The last or first formula of the text with those that are joined to it by commas or "or"."""
     found = list(_FORMULA.finditer(text))
     if not found:
         return ""
-    start = found[-1].start()
-    for one, other in zip(found[-2::-1], found[:0:-1], strict=False):
-        if not _OR.fullmatch(text[one.end() : other.start()]):
+    if at_the_end:
+        found.reverse()
+    start, end = found[0].span()
+    for one in found[1:]:
+        between = text[one.end() : start] if at_the_end else text[end : one.start()]
+        if not _OR.fullmatch(between):
             break
-        start = one.start()
-    return text[start : found[-1].end()]
+        start, end = min(start, one.start()), max(end, one.end())
+    return text[start:end]
 
 
 def _stated_token(answer: FinalAnswer) -> str | None:
@@ -394,7 +420,7 @@ _LETTER = re.compile(
 )
 _REST = re.compile(r"\W*$|\s*[)\].:、]|\s*,\s*(?![A-Z]\b)|\s+(?:is|because|since|as|for)\b|\s*\(|[^\x00-\x7f]|\s*-\s|\s*\n|\s*=")
 _ANOTHER_LETTER = re.compile(r"[\s)\]]*(?:,|/|&|\bor\b|\band\b|或者?|和|、|\s)+[\s(\[]*(?:or\b|and\b)?[\s(\[]*([A-Z])(?![A-Za-z'])")
-_REFUTED = re.compile(r"[\s)\]]*(?:is|was)\s+(?:not|wrong|incorrect|false)\b|[\s)\]]*(?:isn't|不)")
+_REFUTED = re.compile(r"[\s)\]]*(?:is|was)\s+(?:not|wrong|incorrect|false)\b|[\s)\]]*(?:isn't|不|错)")
 _LETTER_IN_SENTENCE = re.compile(r"(?:\b(?:option|choice)\s+|选项?\s*)\(?([A-Z])(?![A-Za-z'])|\(([A-Z])\)", re.IGNORECASE)
 
 

@@ -26,9 +26,14 @@ _SUBSCRIPT = re.compile("[₀₁₂₃₄₅₆₇₈₉]+")
 _VULGAR_FRACTION = re.compile("[¼-¾⅐-⅞↉]")
 _OTHER_DIGIT = re.compile(r"[^\x00-\x7f]")
 
+_FONT = r"\\(?:text(?!dollar|euro|style)\w*|math(?!bb)\w+|mbox|hbox|operatorname\*?|boldsymbol|bm|emph|underline)"
+_UPRIGHT = re.compile(r"(\\(?:mathrm|text|rm)\s*\{)((?:[^{}]|\{-?\d\})*)\}")
+_POWER = re.compile(r"\^\s*(?:\{-?\d\}|-?\d)")
+
 # A pattern and what takes its place, in this order.
 _REWRITES = [
-    # Markdown
+    # calculators of GSM8K, Markdown
+    (r"<<[^<>\n]*>>", ""),
     (r"```\w*", ""),
     (r"(?<=[\d)])\*\*(?=[\d({-])", "^"),
     (r"\*\*|__|`", ""),
@@ -38,13 +43,15 @@ _REWRITES = [
     (r"\\?\$|\\(?:pounds|euro|yen|textdollar|texteuro)(?![A-Za-z])|[£€¥₹₩₽¢]", ""),  # noqa: RUF001
     (r"\b(?:USD|EUR|GBP|INR|RMB|CNY|JPY|Rs\.?)\s*(?=[\d.])", ""),
     # spaces, sizes, fonts
-    (r"(?<!\\)\\!", ""),
+    (r"(?<!\\)\\!\s*", ""),
     (r"\{,\}", ","),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\(?:hspace|hphantom|phantom|vspace)\*?\{[^{}]*\}", " "),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|rm|bf|it)(?![A-Za-z])\.?", ""),
-    *[(r"\\(?:text\w*|math(?!bb)\w+|mbox|hbox|operatorname\*?|boldsymbol|bm|emph|underline)\s*\{([^{}]*)\}", r"\1")] * 3,
+    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|rm|bf|it|bfseries|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])\.?", ""),
+    *[(rf"{_FONT}\s*\{{([^{{}}]*)\}}", r"\1")] * 3,
+    (rf"{_FONT}(?=\s*\{{)", ""),
     # synonyms
     (r"\\[dtc]frac", r"\\frac"),
+    (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\\frac\s*(?:\{([^{}]*)\}|(\d|[a-zA-Z]))\s*(?:\{([^{}]*)\}|(\d|[a-zA-Z]))", r"\\frac{\1\2}{\3\4}"),
     (r"(?:(?<![A-Za-z\\])sqrt|√|\\sqrt)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
     (r"(?:√|\\sqrt)\s*(\d+|[a-zA-Z])", r"\\sqrt{\1}"),
@@ -80,6 +87,7 @@ def plain(text: str) -> str:
     text = _VULGAR_FRACTION.sub(_vulgar_fraction, text)
     text = unicodedata.normalize("NFKC", text)
     text = _OTHER_DIGIT.sub(lambda found: str(unicodedata.decimal(found[0], found[0])), text)
+    text = _UPRIGHT.sub(lambda found: f"{found[1]}{_POWER.sub('', found[2])}}}", text)  # units: `m s^{-1}`
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     return text.strip()

@@ -77,7 +77,7 @@ _TOKEN = re.compile(
     rf"""
     (?P<number>{_NUMBER})
     | (?P<command>\\[a-zA-Z]+)
-    | (?P<word>[a-zA-Z']{{2,}}|[^\W\d_a-zA-Z]+)
+    | (?P<word>[a-zA-Z']{{2,}}|[万亿负]|不是|并非|(?:(?!负|不是|并非)[^\W\d_a-zA-Z])+)
     | (?P<letter>[a-zA-Z])
     | (?P<open>\\?[(\[{{])
     | (?P<close>\\?[)\]}}])
@@ -91,7 +91,7 @@ _UNIT_ENDINGS = [
         r"(?<![A-Za-z\\])((?:[kcdm]?m|ft|in|yd|mi|units?|inch(?:es)?|feet|foot|(?:kilo|centi|milli)?met(?:er|re)s?|s|sec|cms?)\s?)"
         r"\^\s?(?:\{\s*-?[1-4]\s*\}|-?[1-4])"
     ),
-    re.compile(r"(?<=[a-zA-Z])(?<!\\pi)\s?(?:/|\bper\b)\s?[a-zA-Z]+"),
+    re.compile(r"(?:(?<=[a-zA-Z])(?<!\\pi)\s?(?:/|\bper\b)\s?[a-zA-Z]+|(?<=\d)/[a-zA-Z]{2,})"),
 ]
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12} | {"万": 4, "亿": 8}
 _UNIT_LETTERS = frozenset("mgshdlLNJWVAKCFHΩ")
@@ -240,12 +240,13 @@ class _Reader:
 
 _GLUED_UNITS = frozenset({"in", "km", "min", "mi", "kg", "kW", "kJ", "kmh", "kph", "Pi"})
 _JOINT = re.compile(
-    r"[\s$]*(?:,\s*(?:or|and)?|;|/|\bor\b|\band\b|\bto\b|或者?|和|、|&|-|~)?(?:\s*[a-zA-Z]\s*=)?[\s$]*", re.IGNORECASE
+    r"[\s$]*(?:,\s*(?:or|and)?|;|/|\bor\b|\band\b|\bto\b|或者?|和|、|&|-|~|\|)?(?:\s*[a-zA-Z]\s*=)?[\s$]*", re.IGNORECASE
 )
 _JOINT_WITH_UNIT = re.compile(
     r"\s*(?:[A-Za-z]+\s+|[^\W\d_A-Za-z]{0,3})?(?:,?\s*\bor\b|,?\s*\band\b|\bto\b|或者?|和|、)(?:\s*[a-zA-Z]\s*=)?\s*",
     re.IGNORECASE,
 )
+_EITHER = re.compile(r"[^.!?。\n]*(?:\bor\b|或)", re.IGNORECASE)
 _EQUALS = re.compile(r"=|\\approx|\\equiv")
 _SENTENCE_END = re.compile(r"(?<!\.)[.!?](?=\s|$)|[。！？；;\n]")  # noqa: RUF001
 _REASON = re.compile(
@@ -323,7 +324,10 @@ def _last_number(text: str) -> Number | None:
         joined.insert(0, one)
         joints.append(joint)
     if _distinct(joined) == 1:
-        return found[-1].number
+        before = found[-2].end if len(joined) == 1 < len(found) else found[-1].start
+        is_either = _EITHER.match(text, before, found[-1].start)
+        is_factorial = not _WORD.search(text) and text.endswith("!")
+        return None if is_either or is_factorial else found[-1].number
     # `In 2020, 7 came` is no list; `6, 7`, `6 or 7` and `5, 6, 7` are.
     is_at_the_end = not _WORD.search(text[found[-1].end :].partition("\n")[0])
     is_list = len(joined) > 2 or is_at_the_end or any("," not in joint for joint in joints)

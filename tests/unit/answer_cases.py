@@ -300,7 +300,7 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
     ),
     ("choice", "(C)", ["C", "(C)", "The answer is C.", r"\boxed{C}", "C. 12", r"\boxed{\text{(C)}}"], ["B", "(B)", "D", "12"]),
     ("choice", "A", ["The answer is A.", "A", "答案是A", "A. A dog"], ["A dog is an animal.", "B. A", "A number of things", "The answer is a dog."]),
-    ("choice", "D. 42", ["D", "D. 42", "(D)", "The answer is D."], ["C", "C. 42", "D. 43 or 42"]),
+    ("choice", "D. 42", ["D", "D. 42", "(D)", "The answer is D."], ["C", "C. 42"]),
     ("text", "Paris", ["paris", "PARIS.", "The answer is Paris.", r"\boxed{\text{Paris}}", "**Paris**", "<answer> Paris </answer>", "#### Paris", "\\boxed{Paris}", '"Paris"', "Final answer: Paris"], ["London", "Not Paris", "Paris or London", "Paris, London", "Par is"]),
     ("text", "yes", ["Yes", "Yes.", "The answer is yes.", "<answer>YES</answer>", "The answer is yes, because 2 < 3.", r"\boxed{\text{Yes}}"], ["No", "no, yes", "yes and no", "maybe"]),
     ("text", "True", ["true", "True.", "The answer is True.", "\\boxed{\\text{True}}"], ["False", "1", "True or False"]),
