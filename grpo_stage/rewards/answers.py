@@ -6,32 +6,32 @@ from typing import TYPE_CHECKING, Any
 
 from grpo_stage.rewards.final_answer import answer_tag, final_answer
 from grpo_stage.rewards.formulas import are_equal
-from grpo_stage.rewards.kinds import AreEqual, is_stated, letter_in, normalized, read_final
+from grpo_stage.rewards.kinds import AreEqual, Text, normalized
 from grpo_stage.rewards.notation import plain
 from grpo_stage.rewards.numbers import MAX_CHARACTERS, Number, number_in
+from grpo_stage.rewards.statements import is_stated, letter_in, read_final
 
 
 if TYPE_CHECKING:
     from grpo_stage.rewards.workers import RewardContext
 
 
+_MAX_WORDS = 8
+"""Of an answer in words: a longer one can be put in too many ways."""
+
+
 def accuracy(context: "RewardContext", timeout: float = 5.0) -> Callable[..., list[float | None]]:
     r"""1 where the completion's final answer equals the reference's, else 0; None where deciding took too long.
 
-    Range {0, 1}. Needs references. The final answer of either side is, in this order: what stands in the last
-    `<answer>...</answer>`; in the last `\boxed{...}`; after GSM8K's `####`; failing these, what math-verify extracts
-    from the whole text (an "answer is ..." phrase first, then the last formula or number: `7 or 8` answers 8). In a
-    reference `####` may stand anywhere, in a completion only in the last line, since it also makes headings. Only what
-    follows `</think>` is looked at. A completion that is empty or never leaves `<think>` scores 0. So does one
-    truncated before its answer, unless the last number it had reached happens to be right.
+    Range {0, 1}. Needs references. `final_answer` says where either side states its answer, `kinds` what it may be: a
+    number, a choice, several values, an interval, a formula, or words. A number has to be stated, not left to be
+    worked out (`3 + 4` for 7), and alone: `6 or 7` is no answer. Numbers are compared up to a relative 1e-9, whole
+    ones exactly, without regard to unit, currency and notation; formulas as math-verify does; all else as text,
+    regardless of case, white space and surrounding punctuation.
 
-    The answers are compared by math-verify: `1/2`, `0.5` and `\frac{1}{2}` are equal. Two rules are ours. Where the
-    reference is a plain number, a calculation that was not worked out (`3 + 4` for 7, `12 / 3` for 4) scores 0, or
-    repeating the question would be an answer. And where math-verify reads no mathematics in the reference (`Paris`,
-    `B`), both answers are compared as text, regardless of case, white space, surrounding punctuation and `\text{}`.
-    A reference with a number in it is compared by that number: `7 apples` is 7.
-
-    A completion on which math-verify takes longer than `timeout` is None, logged, and counted in `accuracy/timeouts`.
+    A completion that is empty or never leaves `<think>` scores 0. So does one truncated before its answer, unless the
+    last number it had reached happens to be right. One on which math-verify takes longer than `timeout` is None,
+    logged, and counted in `accuracy/timeouts`.
 
     Args:
         timeout: seconds for one completion.
@@ -100,6 +100,19 @@ class _UndecidedError(Exception):
 
 def _undecided(reference: str, answer: str) -> bool:
     raise _UndecidedError
+
+
+def unjudged_reason(reference: str) -> str:
+    """Why no completion but a copy of `reference` would be judged correct; empty where others can be."""
+    gold = final_answer(reference, is_reference=True)
+    if not _as_text(gold.text):
+        return "states no final answer"
+    kind = read_final(gold)
+    if not isinstance(kind, Text) or kind.is_token:
+        return ""
+    if "\n" in gold.text or len(gold.text.split()) > _MAX_WORDS:
+        return "is prose or code"
+    return "is JSON" if gold.text.startswith(("{", "[")) else ""
 
 
 def voted_answer(completion: str) -> str | None:

@@ -24,8 +24,10 @@ _ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])[^\S\n]*")
 _BETWEEN_BOXES = re.compile(r"(?:[\s$,;.]|\\[()\[\],; ]|\\text\{|\}|\b[a-z]\s*=|\bor\b|\band\b|或者?|和)*")
 _HASHES = re.compile(r"####+([^\n#][^\n]*)")
-_HASHES_ANSWER = re.compile(r"\s*\W*(?:(?!\d+[.)]\s+[A-Za-z])[\d\\$.]|[A-Z]\)?\W*$|(?:final\s+)?answer\b|答案)", re.IGNORECASE)
-_IS = r"""(?:\s|\*|_)*(?:(?:is|are|was|would\ be|should\ be|must\ be|will\ be)\b(?!\s+(?:not|n't)\b)|[=:：])(?:\s|\*|_)*:?"""  # noqa: RUF001
+_HASHES_ANSWER = re.compile(
+    r"\s*\W*(?:(?!\d+[.)]\s+[A-Za-z])[\d\\$.]|[A-Z]\)?\W*$|(?:final\s+)?answer\b|答案)", re.IGNORECASE
+)
+_IS = r"(?:\s|\*|_)*(?:(?:is|are|was|(?:would|should|must|will)\ be)\b(?!\s+not\b)|[=:：])(?:\s|\*|_)*:?"  # noqa: RUF001
 _PHRASE = re.compile(
     rf"""
     \b(?:answer|(?:correct|right|best)\s+(?:option|choice|statement))s?(?:\s*\([^()\n]*\)|\s+(?:to|for)\b[^.\n:=]{{1,80}}?)?{_IS}
@@ -63,8 +65,8 @@ def final_answer(text: str, *, is_reference: bool = False) -> FinalAnswer:
 
     In this order: the last `<answer>...</answer>`, the last `\boxed{...}` that holds something, what follows `####`,
     what follows the last "the answer is", each looked for within what the one before gave; else all that follows
-    `</think>`. In a reference whatever follows the last `####` counts. A completion may use `####` for a heading: there
-    it counts in the last line, or before what looks like an answer. Takes time in proportion to the length.
+    `</think>`. In a reference whatever follows the last `####` counts. A completion may use `####` for a heading:
+    there it counts in the last line, or before what looks like an answer. Takes time in proportion to the length.
     """
     text = after_reasoning(text).strip()
     place = Place.TEXT
@@ -98,7 +100,11 @@ def _boxed(text: str) -> str | None:
 
 
 def _is_joint(between: str) -> bool:
-    return len(between) < 40 and re.search(r"\bor\b|\band\b|,|或|和", between) is not None and _BETWEEN_BOXES.fullmatch(between) is not None
+    return (
+        len(between) < 40
+        and re.search(r"\bor\b|\band\b|,|或|和", between) is not None
+        and _BETWEEN_BOXES.fullmatch(between) is not None
+    )
 
 
 def _box_content(text: str, start: int) -> tuple[str, int]:

@@ -1,4 +1,4 @@
-"""Whether two formulas are equal, which math-verify decides. May take arbitrarily long: run it where it can be ended."""
+"""Whether two formulas are equal, which math-verify decides. It may take arbitrarily long: run it in a worker."""
 
 from functools import lru_cache
 from typing import Any

@@ -40,13 +40,15 @@ _REWRITES = [
     # delimiters of formulas, currencies
     (r"\\[()\[\]]", ""),
     (r"\b(?:US|CA|AU|HK|NT)?(?:\\?\$)", ""),
-    (r"\\?\$|\\(?:pounds|euro|yen|textdollar|texteuro)(?![A-Za-z])|[£€¥₹₩₽¢]", ""),  # noqa: RUF001
+    (r"\\?\$|\\(?:pounds|euro|yen|textdollar|texteuro)(?![A-Za-z])|[£€¥₹₩₽¢]", ""),
     (r"\b(?:USD|EUR|GBP|INR|RMB|CNY|JPY|Rs\.?)\s*(?=[\d.])", ""),
     # spaces, sizes, fonts
     (r"(?<!\\)\\!\s*", ""),
     (r"\{,\}", ","),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])|\\(?:hspace|hphantom|phantom|vspace)\*?\{[^{}]*\}", " "),
-    (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|rm|bf|it|bfseries|tiny|small|normalsize|large|Large|LARGE|huge|Huge)(?![A-Za-z])\.?", ""),
+    (r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\.?", ""),
+    (r"\\(?:displaystyle|textstyle|limits|rm|bf|it|bfseries)(?![A-Za-z])", ""),
+    (r"\\(?:tiny|small|normalsize|[lL]arge|LARGE|[hH]uge)(?![A-Za-z])", ""),
     *[(rf"{_FONT}\s*\{{([^{{}}]*)\}}", r"\1")] * 3,
     (rf"{_FONT}(?=\s*\{{)", ""),
     # synonyms
@@ -78,7 +80,7 @@ _COMPILED = [(re.compile(pattern), replacement) for pattern, replacement in _REW
 def plain(text: str) -> str:
     r"""`text` in one notation: ASCII digits and signs, LaTeX without delimiters, fonts, currencies and degrees.
 
-    `\boxed`'s content `\$2{,}000^\circ`, `½`, `10³`, `\dfrac12` become `2,000`, `\frac{1}{2}`, `10^{3}`, `\frac{1}{2}`.
+    `\$2{,}000^\circ`, `½`, `10³`, `\dfrac12` become `2,000`, `\frac{1}{2}`, `10^{3}`, `\frac{1}{2}`.
     What has no other spelling stays as it is, line breaks too.
     """
     text = _SYMBOL.sub(lambda found: _SYMBOLS[found[0]], text)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 
 from grpo_stage.rewards.final_answer import FinalAnswer, Place
 from grpo_stage.rewards.notation import plain
@@ -214,7 +215,11 @@ class _Reader:
             return True
         if is_glued and before.text in (":", ".") and self.at(first - 2).kind == "number":
             return True
-        if is_glued and before.text in ("{", "(", "[") and self.at(first - 2).kind in ("command", "letter", "close", "number"):
+        if (
+            is_glued
+            and before.text in ("{", "(", "[")
+            and self.at(first - 2).kind in ("command", "letter", "close", "number")
+        ):
             return True
         if before.text.lower() in _NEGATIONS:
             return True
@@ -224,7 +229,7 @@ class _Reader:
         if after.text in ("+", "*", "/", "^", "_", "<", ">", "="):
             return after.text != "=" or second is not _NOTHING
         if after.text == "-":
-            return second.kind in ("number", "command", "open", "letter") and not (after.is_spaced != second.is_spaced)
+            return second.kind in ("number", "command", "open", "letter") and after.is_spaced == second.is_spaced
         if after.kind == "command":
             return after.text not in _TRANSPARENT_COMMANDS
         if after.text in (":", ".") and not after.is_spaced:
@@ -235,12 +240,19 @@ class _Reader:
             return after.text in _VARIABLES
         if after.kind == "letter":
             return after.text not in _UNIT_LETTERS
-        return after.kind == "open" or (after.kind == "word" and bool(_VARIABLES & set(after.text)) and len(after.text) < 4 and after.text.isascii() and after.text not in _GLUED_UNITS)
+        return after.kind == "open" or (
+            after.kind == "word"
+            and bool(_VARIABLES & set(after.text))
+            and len(after.text) < 4
+            and after.text.isascii()
+            and after.text not in _GLUED_UNITS
+        )
 
 
 _GLUED_UNITS = frozenset({"in", "km", "min", "mi", "kg", "kW", "kJ", "kmh", "kph", "Pi"})
 _JOINT = re.compile(
-    r"[\s$]*(?:,\s*(?:or|and)?|;|/|\bor\b|\band\b|\bto\b|或者?|和|、|&|-|~|\|)?(?:\s*[a-zA-Z]\s*=)?[\s$]*", re.IGNORECASE
+    r"[\s$]*(?:,\s*(?:or|and)?|;|/|\bor\b|\band\b|\bto\b|或者?|和|、|&|-|~|\|)?(?:\s*[a-zA-Z]\s*=)?[\s$]*",
+    re.IGNORECASE,
 )
 _JOINT_WITH_UNIT = re.compile(
     r"\s*(?:[A-Za-z]+\s+|[^\W\d_A-Za-z]{0,3})?(?:,?\s*\bor\b|,?\s*\band\b|\bto\b|或者?|和|、)(?:\s*[a-zA-Z]\s*=)?\s*",
@@ -250,14 +262,15 @@ _EITHER = re.compile(r"[^.!?。\n]*(?:\bor\b|或)", re.IGNORECASE)
 _EQUALS = re.compile(r"=|\\approx|\\equiv")
 _SENTENCE_END = re.compile(r"(?<!\.)[.!?](?=\s|$)|[。！？；;\n]")  # noqa: RUF001
 _REASON = re.compile(
-    r"\b(?:because|since|as|where|which|so|given)\b|\s\(|,\s*(?=[^\W\d_]{2,}|[^\x00-\x7f])|\s-\s+(?=[a-zA-Z])", re.IGNORECASE
+    r"\b(?:because|since|as|where|which|so|given)\b|\s\(|,\s*(?=[^\W\d_]{2,}|[^\x00-\x7f])|\s-\s+(?=[a-zA-Z])",
+    re.IGNORECASE,
 )
 _WORD = re.compile(r"[^\W\d_]{2,}")
 _CALCULATION = re.compile(r"[=<>+*^]|\\[a-z]")
 
 
 def number_in(answer: FinalAnswer) -> Number | None:
-    """The one number that `answer` states, or None: it states none, or several, or one that is left to be worked out."""
+    """The one number that `answer` states; None where it states none, several, or one left to be worked out."""
     if answer.place is Place.TEXT or len(answer.text) > MAX_CHARACTERS:
         return _last_number(_plain(_around_the_last_digit(answer.text)))
     text = _plain(answer.text)
@@ -303,7 +316,7 @@ def _first_number(text: str) -> Number | None:
     sentence = parts[-1]
     found = numbers_in(sentence)
     joined = found[:1]
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         joint = sentence[one.end : other.start]
         if not _JOINT.fullmatch(joint) and not _JOINT_WITH_UNIT.fullmatch(joint):
             break
@@ -357,7 +370,7 @@ def _num_decimals(match: re.Match[str]) -> int | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """None where working it out would take long, for a division by 0, and for one that was not worked out: `12 / 3`."""
+    """None where that would take long, for a division by 0, and for one that was not worked out: `12 / 3`."""
     groups = match.groupdict()
     for n in "1234":
         if groups[f"num_{n}"] is None:

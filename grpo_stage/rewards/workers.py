@@ -124,4 +124,5 @@ class RewardContext:
 def _warm_up() -> None:
     settle_in_worker()
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
-    is_correct("so $\\sqrt{x}$", "$x$")
+    is_correct("so $\\frac{x}{2}$", "$x+1$")
+    is_correct("so $\\sqrt{2}$", "$\\pi$")
