@@ -136,5 +136,5 @@ def _after_phrase(text: str) -> str | None:
         return None
     for line in text[phrases[-1].end() :].split("\n"):
         if _HAS_CONTENT.search(line):
-            return line.strip()
+            return line.lstrip("} ").strip()
     return None

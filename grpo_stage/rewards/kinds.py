@@ -86,7 +86,8 @@ _ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[^{}]*\}(?:\{[clr|]*\})?|\\[a-zA-Z]
 _NO_PRODUCTS = frozenset(
     {"cm", "km", "kg", "mm", "or", "is", "if", "and", "the", "are", "for", "not", "no", "to", "by", "pm", "am"}
 )
-_TRAILING_UNIT = re.compile(r"(?<=[\w})])\s*(?<![\\A-Za-z])[a-zA-Z]{2,}(?:\s+[a-zA-Z]+)*$")
+_TRAILING_UNIT = re.compile(r"(?<=[\w})])\s*(?<![\\A-Za-z])[a-zA-Z]{2,}(?:(?:\s+|/)[a-zA-Z]+)*(?:\^\{?[23]\}?)?$")
+_WORDS = re.compile(r"(?<!\\)\b[^\W\d_]{3,}")
 _EDGE = " .,:;!?\"'`*。，：；！？\n"  # noqa: RUF001
 
 
@@ -121,7 +122,8 @@ def _relation(text: str) -> Kind | None:
     signs = [sign.strip() for sign in _RELATION.findall(text)]
     if not signs or not all(parts) or "=" in text:
         return None
-    if len(parts) == 2 and re.fullmatch(_NAME, parts[1]) and not re.fullmatch(_NAME, parts[0]):
+    is_named = [re.fullmatch(_NAME, part) is not None for part in parts]
+    if is_named == [False, True] or (is_named == [True, True] and signs[0] in (">", r"\ge")):
         parts, signs = parts[::-1], [_FLIPPED[signs[0]]]
     if len(parts) == 3 and {signs[0], signs[1]} <= {">", r"\ge"}:
         parts, signs = parts[::-1], [_FLIPPED[sign] for sign in signs[::-1]]
@@ -168,7 +170,9 @@ def _values(text: str) -> Kind | None:
 def _collection(brackets: str, items: list[str]) -> Kind | None:
     kinds = tuple(read(item) for item in items)
     # `July 4, 1776` and `{"n": 1}` are texts.
-    return None if any(isinstance(kind, Text) for kind in kinds) else Values(brackets, kinds)
+    units = {tuple(words) for item in items if (words := _WORDS.findall(item))}
+    is_text = any(isinstance(kind, Text) for kind in kinds) or len(units) > 1  # `2 apples and 3 pears`
+    return None if is_text else Values(brackets, kinds)
 
 
 def _inside_brackets(text: str) -> str:
@@ -208,7 +212,6 @@ def _number(text: str) -> Number | None:
 
 
 def _formula(text: str) -> Formula | None:
-    text = without_unit_powers(text)
     if re.search(r"\d", text) or "\\" in text:
         text = _TRAILING_UNIT.sub("", text)
     runs = _RUN_OF_LETTERS.findall(_ENVIRONMENT.sub(" ", text))
@@ -229,9 +232,11 @@ def is_same(reference: Kind, answer: Kind, are_equal: AreEqual) -> bool:
     """True where `answer` states what `reference` does. `are_equal` is asked about formulas alone."""
     match reference, answer:
         case Named(), Named():
-            return reference.name == answer.name and is_same(reference.value, answer.value, are_equal)
+            return _is_same_name(reference.name, answer.name) and is_same(reference.value, answer.value, are_equal)
         case Named(), _:
             return is_same(reference.value, answer, are_equal)
+        case Formula(), Named(value=Formula() as value) if "=" in reference.latex:  # an equation, solved for a name
+            return are_equal(reference.latex, f"{answer.name}={value.latex}")
         case _, Named():
             return is_same(reference, answer.value, are_equal)
         case Number(), Number():
@@ -245,6 +250,12 @@ def is_same(reference: Kind, answer: Kind, are_equal: AreEqual) -> bool:
         case Formula(), Number():
             return are_equal(reference.latex, _latex(answer))
     return False
+
+
+def _is_same_name(one: str, other: str) -> bool:
+    """`x_1` is a value of x."""
+    bare = [name.rstrip("0123456789") for name in (one, other)]
+    return one == other or (bare[0] == bare[1] and bare[0] in (one, other))
 
 
 def _are_same_values(reference: Values, answer: Values, are_equal: AreEqual) -> bool:

@@ -88,11 +88,10 @@ _TOKEN = re.compile(
 )
 # `7 cm^2`, `7 km/h`: no power and no division of the number.
 _UNIT_ENDINGS = [
+    re.compile(r"((?<![A-Za-z\\])(?:[a-zA-Z]{2,}|[msgL])\s?)\^\s?(?:\{\s*-?[1-4]\s*\}|-?[1-4])"),
     re.compile(
-        r"(?<![A-Za-z\\])((?:[kcdm]?m|ft|in|yd|mi|units?|inch(?:es)?|feet|foot|(?:kilo|centi|milli)?met(?:er|re)s?|s|sec|cms?)\s?)"
-        r"\^\s?(?:\{\s*-?[1-4]\s*\}|-?[1-4])"
+        r"((?:(?<=\d)|(?<=\d\s))[a-zA-Z]+|(?<![\\A-Za-z])[a-zA-Z]{2,}|\d(?=/[a-zA-Z]{2}))\s?(?:/|\bper\b)\s?[a-zA-Z]+"
     ),
-    re.compile(r"(?:(?<=[a-zA-Z])(?<!\\pi)\s?(?:/|\bper\b)\s?[a-zA-Z]+|(?<=\d)/[a-zA-Z]{2,})"),
 ]
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12} | {"万": 4, "亿": 8}
 _UNIT_LETTERS = frozenset("mgshdlLNJWVAKCFHΩ")
@@ -228,6 +227,8 @@ class _Reader:
     def _is_continued(self, after: _Token, second: _Token, third: _Token) -> bool:
         if after.text in ("+", "*", "/", "^", "_", "<", ">", "="):
             return after.text != "=" or second is not _NOTHING
+        if after.text == "-" and second is _NOTHING:
+            return not after.is_spaced
         if after.text == "-":
             return second.kind in ("number", "command", "open", "letter") and after.is_spaced == second.is_spaced
         if after.kind == "command":
@@ -298,8 +299,8 @@ def _plain(text: str) -> str:
 
 
 def without_unit_powers(text: str) -> str:
-    for ending, replacement in zip(_UNIT_ENDINGS, (r"\1", ""), strict=True):
-        text = ending.sub(replacement, text)
+    for ending in _UNIT_ENDINGS:
+        text = ending.sub(r"\1", text)
     return text
 
 

@@ -29,7 +29,7 @@ _REASON = re.compile(
     r"|[,，]\s*(?:因为|由于|所以|谢谢|因此|不)|\s\((?=[a-z]{2,})",  # noqa: RUF001
     re.IGNORECASE,
 )
-_IS = re.compile(r"\b(?:is|are|equals?|be|was|were|gives?|gets?|becomes?)\b(?!\s+not\b):?|[:=](?!\d)|(?<!不)[是为有]")
+_IS = re.compile(r"\b(?:is|are|equals?|be|was|were|gives?|gets?|becomes?)\b(?!\s+not\b):?|:(?!\d)|(?<!不)[是为有]")
 _DOUBT = re.compile(r"\bnot\b|n't\b|\bwhether\b|\bif\b|不", re.IGNORECASE)
 _PREPOSITION = re.compile(r"^(?:on|in|at|the|about)\s+", re.IGNORECASE)
 _FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -160,6 +160,8 @@ _REST = re.compile(
 _ANOTHER_LETTER = re.compile(
     r"[\s)\]]*(?:,|/|&|\bor\b|\band\b|或者?|和|、|\s)+[\s(\[]*(?:or\b|and\b)?[\s(\[]*([A-Z])(?![A-Za-z'])"
 )
+_SO = re.compile(r"\b(?:it's|therefore|hence|thus|so|say)\b", re.IGNORECASE)
+_OR_ANOTHER = re.compile(r"(?:\bor\b|或)\W*[A-Z]\b")
 _REFUTED = re.compile(r"[\s)\]]*(?:is|was)\s+(?:not|wrong|incorrect|false)\b|[\s)\]]*(?:isn't|不|错)")
 _LETTER_IN_SENTENCE = re.compile(
     r"(?:\b(?:option|choice)\s+|选项?\s*)\(?([A-Z])(?![A-Za-z'])|\(([A-Z])\)", re.IGNORECASE
@@ -173,7 +175,7 @@ def letter_in(answer: FinalAnswer) -> str | None:
         return _letter_at_the_beginning(text)
     lines = [line for line in text.split("\n") if line.strip()]
     for line in lines[-1:] + lines[:1]:
-        verbs = list(_IS.finditer(line))
+        verbs = list(_SO.finditer(line)) or list(_IS.finditer(line))
         if letter := _letter_at_the_beginning(line) or (verbs and _letter_at_the_beginning(line[verbs[-1].end() :])):
             return letter
     last_sentence = [part for part in _SENTENCE.split(lines[-1]) if part.strip()][-1:] if lines else []
@@ -187,7 +189,12 @@ def _letter_at_the_beginning(text: str) -> str | None:
         return None
     letter, rest = (found["capital"] or found["small"]).upper(), found["rest"]
     another = _ANOTHER_LETTER.match(rest)
-    if (another and another[1] != letter) or _REFUTED.match(rest) or not _REST.match(rest):
+    if (
+        _OR_ANOTHER.search(rest.partition("\n")[0])
+        or (another and another[1] != letter)
+        or _REFUTED.match(rest)
+        or not _REST.match(rest)
+    ):
         return None
     return letter
 
