@@ -220,6 +220,8 @@ class _Reader:
             and self.at(first - 2).kind in ("command", "letter", "close", "number")
         ):
             return True
+        if (before.kind == "open" and after.text == ",") or (before.text == "," and after.kind == "close"):
+            return True  # of an interval or a tuple
         if before.text.lower() in _NEGATIONS:
             return True
         return self._is_continued(after, self.at(last + 2), self.at(last + 3))
@@ -260,6 +262,10 @@ _JOINT_WITH_UNIT = re.compile(
     re.IGNORECASE,
 )
 _EITHER = re.compile(r"[^.!?。\n]*(?:\bor\b|或)", re.IGNORECASE)
+_COMPOUND = re.compile(
+    r"\s*(?:hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|km|m|kg|feet|ft|dollars?|pounds?|lbs?)\s*,?\s*(?:and\s*)?"
+)
+"""Between the parts of one quantity: `3 hours and 20 minutes`."""
 _EQUALS = re.compile(r"=|\\approx|\\equiv")
 _SENTENCE_END = re.compile(r"(?<!\.)[.!?](?=\s|$)|[。！？；;\n]")  # noqa: RUF001
 _REASON = re.compile(
@@ -339,9 +345,11 @@ def _last_number(text: str) -> Number | None:
         joints.append(joint)
     if _distinct(joined) == 1:
         before = found[-2].end if len(joined) == 1 < len(found) else found[-1].start
-        is_either = _EITHER.match(text, before, found[-1].start)
+        is_one_of_several = _EITHER.match(text, before, found[-1].start) or _COMPOUND.fullmatch(
+            text, before, found[-1].start
+        )
         is_factorial = not _WORD.search(text) and text.endswith("!")
-        return None if is_either or is_factorial else found[-1].number
+        return None if is_one_of_several or is_factorial else found[-1].number
     # `In 2020, 7 came` is no list; `6, 7`, `6 or 7` and `5, 6, 7` are.
     is_at_the_end = not _WORD.search(text[found[-1].end :].partition("\n")[0])
     is_list = len(joined) > 2 or is_at_the_end or any("," not in joint for joint in joints)

@@ -1593,4 +1593,11 @@ CASES: list[tuple[str, str, list[str], list[str]]] = [
     ("yet more of all kinds", "5 to 10", [], ["5 to 11"]),
     ("yet more of all kinds", "7 days a week", ["7 days a week"], []),
     ("yet more of all kinds", "24/7", ["24/7"], []),
+    (
+        "part of something",
+        "20",
+        ["So 20 minutes"],
+        ["3 hours and 20 minutes", "3 hours 20 minutes", "It takes 3 hours, 20 minutes."],
+    ),
+    ("part of something", "-1", [], ["[-1,\\infty)", "x \\in (-\\infty, -1]", "(-1, 2)", "(x, -1)"]),
 ]
