@@ -19,8 +19,11 @@ def are_equal(reference: str, answer: str) -> bool:
     gold, predicted = _parse_reference(reference), _parse(answer)
     if not gold or not predicted:
         return False
-    if _is_value(gold[0]) and _is_value(predicted[0]):
-        return _are_close(gold[0], predicted[0])
+    try:
+        if _is_value(gold[0]) and _is_value(predicted[0]):
+            return _are_close(gold[0], predicted[0])
+    except Exception:  # sympy raises anything on what a model writes, and what has no value equals none
+        return False
     return verify(gold, predicted, float_rounding=12, numeric_precision=_DIGITS, timeout_seconds=None)
 
 

@@ -274,8 +274,6 @@ def _are_same_values(reference: Values, answer: Values, are_equal: AreEqual) -> 
 
 
 def _latex(number: Number) -> str:
-    if number.num_decimals is not None and number.value.denominator > 1:
-        return f"{float(number.value):.{number.num_decimals}f}"
     return rf"\frac{{{number.value.numerator}}}{{{number.value.denominator}}}"
 
 

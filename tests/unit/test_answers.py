@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_stage.rewards.answers import is_correct, unjudged_reason
+from grpo_stage.rewards.answers import is_correct, unjudged_reason, voted_answer
 from tests.unit.answer_cases import CASES
 
 
@@ -124,3 +124,10 @@ def test_no_completion_is_right_with_either_of_two_answers(hedge: str, one: str,
 )
 def test_a_reference_that_is_not_judged_has_a_reason(reference: str, reason: str) -> None:
     assert unjudged_reason(reference) == reason
+
+
+@pytest.mark.parametrize("answer", ["9" * 1900, "9" * 400 + ".5", "1." + "3" * 1900 + "e999", "10^{1000}", "1e-1000"])
+@pytest.mark.parametrize("reference", [r"\sqrt{2}", "7", "(1, 2)", "x = 7"])
+def test_a_number_of_any_size_is_judged(answer: str, reference: str) -> None:
+    assert is_correct(answer, reference) is False
+    assert voted_answer(answer)
