@@ -1,50 +1,37 @@
 """Rewards that compare a completion with the reference: `accuracy` and `exact_match`."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
-from fractions import Fraction
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+
+from grpo_stage.rewards.final_answer import answer_tag, final_answer
+from grpo_stage.rewards.formulas import are_equal
+from grpo_stage.rewards.kinds import AreEqual, Text, normalized
+from grpo_stage.rewards.notation import plain
+from grpo_stage.rewards.numbers import MAX_CHARACTERS, Number, number_in
+from grpo_stage.rewards.statements import is_stated, letter_in, read_final
 
 
 if TYPE_CHECKING:
     from grpo_stage.rewards.workers import RewardContext
 
 
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_ANSWER_PHRASE = re.compile(r"\banswer\s*(?:is\b|:)\s*:?([^\n]*)", re.IGNORECASE)
-_BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
-# math-verify sees a number only after white space: not in `answer:7`, nor after a Chinese character.
-_GLUED_ANSWER = re.compile(
-    r"(?<=answer:)(?=\S)|(?<=[\u3000-\u303f\u3400-\u9fff\uff00-\uffef])(?=[-\d$\\.])", re.IGNORECASE
-)
-_PLAIN_NUMBER = re.compile(r"[-+]?\$?\s*(?:\d[\d,]*(?:\.\d*)?|\.\d+)")
-_GROUPED_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+|\s*/\s*0*[1-9]\d*)?")
-_BARE_POINT = re.compile(r"(?<!\d)\.(?=\d)")
-_TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\s*\{([^{}]*)\}")
-_COMMAND = re.compile(r"\\[A-Za-z]+")
-_WORD = re.compile(r"[^\W\d_]{2,}")
-_DELIMITER = re.compile(r"\$|\\\(|\\\[|\\boxed")
+_MAX_WORDS = 8
+"""Of an answer in words: a longer one can be put in too many ways."""
 
 
 def accuracy(context: "RewardContext", timeout: float = 5.0) -> Callable[..., list[float | None]]:
     r"""1 where the completion's final answer equals the reference's, else 0; None where deciding took too long.
 
-    Range {0, 1}. Needs references. The final answer of either side is, in this order: what stands in the last
-    `<answer>...</answer>`; in the last `\boxed{...}`; after GSM8K's `####`; failing these, what math-verify extracts
-    from the whole text (an "answer is ..." phrase first, then the last formula or number: `7 or 8` answers 8). In a
-    reference `####` may stand anywhere, in a completion only in the last line, since it also makes headings. Only what
-    follows `</think>` is looked at. A completion that is empty or never leaves `<think>` scores 0. So does one
-    truncated before its answer, unless the last number it had reached happens to be right.
+    Range {0, 1}. Needs references. `final_answer` says where either side states its answer, `kinds` what it may be: a
+    number, a choice, several values, an interval, a formula, or words. A number has to be stated, not left to be
+    worked out (`3 + 4` for 7), and alone: `6 or 7` is no answer. Numbers are compared up to a relative 1e-9, whole
+    ones exactly, without regard to unit, currency and notation; formulas as math-verify does; all else as text,
+    regardless of case, white space and surrounding punctuation.
 
-    The answers are compared by math-verify: `1/2`, `0.5` and `\frac{1}{2}` are equal. Two rules are ours. Where the
-    reference is a plain number, a calculation that was not worked out (`3 + 4` for 7, `12 / 3` for 4) scores 0, or
-    repeating the question would be an answer. And where math-verify reads no mathematics in the reference (`Paris`,
-    `B`), both answers are compared as text, regardless of case, white space, surrounding punctuation and `\text{}`.
-    A reference with a number in it is compared by that number: `7 apples` is 7.
-
-    A completion on which math-verify takes longer than `timeout` is None, logged, and counted in `accuracy/timeouts`.
+    A completion that is empty or never leaves `<think>` scores 0. So does one truncated before its answer, unless the
+    last number it had reached happens to be right. One on which math-verify takes longer than `timeout` is None,
+    logged, and counted in `accuracy/timeouts`.
 
     Args:
         timeout: seconds for one completion.
@@ -66,11 +53,16 @@ def exact_match(context: "RewardContext") -> Callable[..., list[float]]:
 
     def score(completions: Sequence[str], references: Sequence[str]) -> list[float]:
         return [
-            float(_answer_tag(completion).strip() == reference.strip())
+            float(_tagged(completion).strip() == reference.strip())
             for completion, reference in zip(completions, references, strict=True)
         ]
 
     return score
+
+
+def _tagged(completion: str) -> str:
+    tagged = answer_tag(completion)
+    return completion if tagged is None else tagged
 
 
 def seconds(name: str, value: Any) -> float:
@@ -80,139 +72,61 @@ def seconds(name: str, value: Any) -> float:
     return float(value)
 
 
-def is_same_text(completion: str, reference: str) -> bool:
-    """True where both sides state the answer in the same words: decided without math-verify."""
-    answer = _normalize(final_answer(completion))
-    return bool(answer) and answer == _normalize(final_answer(reference, is_reference=True))
+def verdict_without_formulas(completion: str, reference: str) -> bool | None:
+    """What `is_correct` says, or None where math-verify has to be asked. Takes no longer than reading the texts."""
+    try:
+        return _is_correct(completion, reference, _undecided)
+    except _UndecidedError:
+        return None
 
 
 def is_correct(completion: str, reference: str) -> bool:
     """What `accuracy` says. Runs in a worker, since math-verify may take arbitrarily long."""
-    from math_verify import verify
+    return _is_correct(completion, reference, are_equal)
 
-    if is_same_text(completion, reference):
-        return True
-    answer = final_answer(completion)
-    gold_text = final_answer(reference, is_reference=True)
-    gold = _parse_reference(gold_text)
-    if not gold:
-        # Both sides in words. Only here may a phrase stand for a mark: math-verify knows the phrase for mathematics.
-        phrases = _ANSWER_PHRASE.findall(answer)
-        return bool(phrases) and _normalize(phrases[-1]) == _normalize(gold_text)
-    predicted = _parse(answer)
-    number = gold_text.strip().rstrip(".")
-    if _PLAIN_NUMBER.fullmatch(number) and any(_is_unfinished(expression, number) for expression in predicted):
+
+def _is_correct(completion: str, reference: str, are_equal: AreEqual) -> bool:
+    answer, gold = final_answer(completion), final_answer(reference, is_reference=True)
+    if not answer.text:
         return False
-    return verify(gold, predicted, timeout_seconds=None)
+    kind = read_final(gold)
+    is_word_for_word = _as_text(answer.text) == _as_text(gold.text) != ""
+    return (is_word_for_word and not isinstance(kind, Number)) or is_stated(kind, answer, are_equal)
 
 
-def final_answer(text: str, *, is_reference: bool = False) -> str:
-    """The part of `text` that states the answer: marked by tags, a box or `####`, else everything after `</think>`."""
-    if "</think>" in text:
-        text = text.rpartition("</think>")[2]
-    elif "<think>" in text:
+class _UndecidedError(Exception):
+    """Only math-verify can tell."""
+
+
+def _undecided(reference: str, answer: str) -> bool:
+    raise _UndecidedError
+
+
+def unjudged_reason(reference: str) -> str:
+    """Why no completion but a copy of `reference` would be judged correct; empty where others can be."""
+    gold = final_answer(reference, is_reference=True)
+    if not _as_text(gold.text):
+        return "states no final answer"
+    kind = read_final(gold)
+    if not isinstance(kind, Text) or kind.is_token:
         return ""
-    text = _answer_tag(text)
-    if (boxed := _last_boxed(text)) is not None:
-        return boxed
-    if is_reference and "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
-    text = text.strip()
-    _, hashes, answer = text.rpartition("\n")[2].partition("####")
-    return answer.strip() if hashes else text
+    if "\n" in gold.text or len(gold.text.split()) > _MAX_WORDS:
+        return "is prose or code"
+    return "is JSON" if gold.text.startswith(("{", "[")) else ""
 
 
 def voted_answer(completion: str) -> str | None:
     r"""What `completion` votes for in maj@k: the same text for the same answer; None where it is empty or unfinished.
 
-    The final answer as `accuracy` finds it, or failing marks and an "answer is ..." phrase the last number of a
-    sentence, or all of it. Regardless of case, white space and surrounding punctuation, and of how a number is written
-    (`1,000.0`, `3/6`). Formulas are compared as text: deciding which are equal may take arbitrarily long.
+    The final answer as `accuracy` finds it: the value of a number however it is written (`1,000.0`, `3/6`), the letter
+    of an option, else the text regardless of case, white space and surrounding punctuation. Formulas are compared as
+    text: deciding which are equal may take arbitrarily long.
     """
-    answer = _BARE_POINT.sub("0.", final_answer(completion))
-    if phrases := _ANSWER_PHRASE.findall(answer):
-        answer = phrases[-1]
-    is_sentence = "\\" not in answer and _WORD.search(answer)
-    if is_sentence and (numbers := _GROUPED_NUMBER.findall(answer)):
-        answer = numbers[-1]
-    text = _normalize(answer)
-    if len(text) > 100 or not _GROUPED_NUMBER.fullmatch(text):
-        return text or None
-    return str(Fraction(text.replace(",", "").replace(" ", "")))
+    answer = final_answer(completion)
+    if (number := number_in(answer)) is not None:
+        return str(number.value)
+    return letter_in(answer) or _as_text(answer.text) or None
 
 
-def _answer_tag(text: str) -> str:
-    # Not beyond the last closing tag: each opening one would be followed to the end of the text.
-    tags = _ANSWER_TAG.findall(text, 0, text.rfind("</answer>") + len("</answer>"))
-    return tags[-1] if tags else text
-
-
-def _last_boxed(text: str) -> str | None:
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return None
-    start += len("\\boxed{")
-    depth = 1
-    for end in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[end], 0)
-        if depth == 0:
-            return text[start:end].strip()
-    return None
-
-
-def _normalize(text: str) -> str:
-    text = _TEXT_COMMAND.sub(r"\1", _BOLD.sub(r"\1", text))
-    return " ".join(text.casefold().split()).strip(" .,:;!?\"'`*$()。，：；！？（）")  # noqa: RUF001
-
-
-@lru_cache(maxsize=256)
-def _parse_reference(text: str) -> list[Any]:
-    return _parse(text)
-
-
-def _parse(text: str) -> list[Any]:
-    from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
-
-    text = _GLUED_ANSWER.sub(" ", _BOLD.sub(r"\1", text).replace("\N{MINUS SIGN}", "-"))
-    if _is_bare_formula(text):
-        text = f"\\boxed{{{text}}}"
-    return parse(
-        text,
-        extraction_config=(LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()),
-        # Not the matched string where parsing fails: text is compared by our own rule.
-        fallback_mode="no_fallback",
-        extraction_mode="first_match",
-        parsing_timeout=None,
-    )
-
-
-def _is_bare_formula(text: str) -> bool:
-    r"""True for `x^2+1`, `\sqrt{2}\text{ cm}`, `(1, 2)`: LaTeX that math-verify would not see without a delimiter."""
-    rest = _TEXT_COMMAND.sub("", text).strip()
-    if not rest or "\n" in rest or _DELIMITER.search(rest) or _WORD.search(_COMMAND.sub("", rest)):
-        return False
-    return "\\" in rest or any(c in "([{" for c in rest) or (any(c in "^_=+-*/" for c in rest) and _has_letter(rest))
-
-
-def _has_letter(text: str) -> bool:
-    return any(c.isalpha() for c in text)
-
-
-def _is_unfinished(expression: Any, reference: str) -> bool:
-    """True for arithmetic left undone; a percentage, `3 * 10^8` and a fraction for 0.75 are numbers."""
-    import sympy  # type: ignore[import-untyped]
-
-    if isinstance(expression, sympy.Eq):
-        expression = expression.rhs
-    if not isinstance(expression, sympy.Basic):
-        return False
-    is_whole = "." not in reference
-    return any(_is_operation(node, is_whole) for node in sympy.preorder_traversal(expression))
-
-
-def _is_operation(node: Any, with_division: bool) -> bool:
-    if node.is_Mul:
-        return len([factor for factor in node.args if factor.is_Number and abs(factor) > 1]) > 1
-    if node.is_Pow and node.base.is_Number and node.exp.is_Integer:
-        return node.base != 10 if node.exp > 0 else with_division
-    return bool(node.is_Add)
+def _as_text(text: str) -> str:
+    return normalized(plain(text) if len(text) <= MAX_CHARACTERS else text)

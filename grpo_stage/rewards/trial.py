@@ -1,11 +1,14 @@
 """Completions of known worth, and whether rewards tell them apart: what `grpo-stage try-rewards` scores and says."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from grpo_stage.rewards.answers import unjudged_reason
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
+from grpo_stage.rewards.registry import CHECKED
 from grpo_stage.rewards.scoring import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
@@ -127,6 +130,8 @@ def warnings_about(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
         for name in names
         if all(row.rewards[name] is None for row in rows)
     ]
+    if judged_by := CHECKED.intersection(names):
+        warnings += _unjudged(rows, min(judged_by))
     if not any(row.kind == REFERENCE for row in rows):
         warnings.append(
             "No row has a reference answer, so that there is no perfect completion to compare a broken one with. "
@@ -142,6 +147,19 @@ def warnings_about(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
     groups = list(by_prompt.values())
     not_told_apart = [_not_told_apart(groups, kind, words) for kind, words in _BELOW_THE_REFERENCE.items()]
     return warnings + [warning for warning in (*not_told_apart, _level(groups)) if warning]
+
+
+def _unjudged(rows: Sequence[TrialRow], name: str) -> list[str]:
+    references = {row.prompt_index: row.reference for row in rows if row.kind == REFERENCE and row.reference}
+    reasons = {index: reason for index, text in references.items() if (reason := unjudged_reason(text))}
+    return [
+        f"`{name}` does not judge {count} of {len(references)} reference answers: each {reason}, first that of the "
+        f"prompt of index {index}: {references[index]!r:.200}. Only a copy of it counts as correct. Put the answer "
+        "itself, a number, a formula, a choice or a few words, into `\\boxed{}`, into `<answer>` tags, behind `####` "
+        "or into a column of its own (`reference_column`); or use a function of your own or a reward model."
+        for reason, count in Counter(reasons.values()).items()
+        for index in [next(index for index, one in reasons.items() if one == reason)]
+    ]
 
 
 def _not_told_apart(groups: Sequence[Sequence[TrialRow]], kind: str, words: str) -> str:

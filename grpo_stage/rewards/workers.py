@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from pebble import ProcessExpired, ProcessPool
 
-from grpo_stage.rewards.answers import is_correct, is_same_text
+from grpo_stage.rewards.answers import is_correct, verdict_without_formulas
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
 from grpo_stage.rewards.processes import WorkerContext, settle_in_worker, start_fork_server
 
@@ -49,8 +49,9 @@ class AnswerChecker:
             CompletionError: if a worker died for another reason than the limit.
         """
         known = {pair: self._known[pair_timeout_s, *pair] for pair in pairs if (pair_timeout_s, *pair) in self._known}
-        verdicts = known | {pair: True for pair in pairs if pair not in known and is_same_text(*pair)}
-        open_pairs = [pair for pair in dict.fromkeys(pairs) if pair not in verdicts]
+        decided = {pair: verdict_without_formulas(*pair) for pair in dict.fromkeys(pairs) if pair not in known}
+        verdicts = known | {pair: verdict for pair, verdict in decided.items() if verdict is not None}
+        open_pairs = [pair for pair, verdict in decided.items() if verdict is None]
         if open_pairs:
             pool = self._ready_pool()
             futures = [pool.schedule(is_correct, args=pair, timeout=pair_timeout_s) for pair in open_pairs]
@@ -123,4 +124,5 @@ class RewardContext:
 def _warm_up() -> None:
     settle_in_worker()
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its own time limit is off
-    is_correct("so $\\frac{1}{2}$ or 1/3", "$0.5$")
+    is_correct("so $\\frac{x}{2}$", "$x+1$")
+    is_correct("so $\\sqrt{2}$", "$\\pi$")

@@ -47,8 +47,8 @@ def groups(*texts: str, reference: str = "7") -> list[RolloutGroup]:
 
 
 def test_verdicts_come_back_in_order(checker: AnswerChecker) -> None:
-    pairs = [(f"It is {n}.", str(7 * (n % 2))) for n in range(64)]
-    assert checker.check(pairs, 60.0) == [n == 7 * (n % 2) for n in range(64)]
+    pairs = [(f"It is ${n} + x$.", f"$x + {7 * (n % 2)}$") for n in range(16)]
+    assert checker.check(pairs, 60.0) == [n == 7 * (n % 2) for n in range(16)]
 
 
 def test_equal_pairs_are_decided_once(checker: AnswerChecker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,17 +61,18 @@ def test_equal_pairs_are_decided_once(checker: AnswerChecker, monkeypatch: pytes
         return schedule(*args, **kwargs)
 
     monkeypatch.setattr(pool, "schedule", recorded)
-    pairs = [("It is 3.", "3"), ("It is 4.", "3"), ("It is 3.", "3")] * 3
+    pairs = [("It is $1+x$.", "$x+1$"), ("It is $x$.", "$x+1$"), ("It is $1+x$.", "$x+1$")] * 3
     assert checker.check(pairs, 60.0) == [True, False, True] * 3
     assert checker.check(pairs, 60.0) == [True, False, True] * 3
-    assert scheduled == [("It is 3.", "3"), ("It is 4.", "3")]
+    assert scheduled == pairs[:2]
     assert checker.check(pairs, 30.0) == [True, False, True] * 3
     assert len(scheduled) == 4, "a verdict under one limit says nothing about another"
 
 
-def test_the_same_words_need_no_worker() -> None:
+def test_only_formulas_need_a_worker() -> None:
     checker = AnswerChecker(timeout_s=5.0)
-    assert checker.check([(r"so \boxed{72}", "#### 72"), ("Paris.", "paris")], 5.0) == [True, True]
+    pairs = [(r"so \boxed{72}", "#### 72"), ("It is 71.", "72"), ("Paris.", "paris"), ("(A)", "B"), ("10:45", "10:30")]
+    assert checker.check(pairs, 5.0) == [True, False, True, False, False]
     assert checker._pool is None
 
 
@@ -101,7 +102,7 @@ def test_a_worker_that_dies_stops_the_run() -> None:
     settings = {"accuracy": {"timeout": 60}}
     suite = load_rewards(["accuracy"], None, settings, max_new_tokens=10, timeout_s=60.0)
     before = set(children())
-    assert suite.score(groups("It is 6."))[0][0] == [0.0]
+    assert suite.score(groups("It is $y$", reference="$x$"))[0][0] == [0.0]
     pool = set(children()) - before
 
     def kill_the_busy_one() -> None:
@@ -128,7 +129,7 @@ def test_all_completions_together_have_a_limit_too() -> None:
     settings = {"accuracy": {"timeout": 60}}
     suite = load_rewards(["accuracy"], None, settings, max_new_tokens=10, timeout_s=60.0)
     try:
-        suite.score(groups("It is 6.", "It is 8."))  # the workers have started
+        suite.score(groups("It is $y$", "It is $z$", reference="$x$"))  # the workers have started
         suite._context.checker.timeout_s = 1.0
         started = time.monotonic()
         with pytest.raises(RewardTimeoutError, match=r"math-verify had not decided 1.*`timeout` .*60 s") as caught:
@@ -141,8 +142,8 @@ def test_all_completions_together_have_a_limit_too() -> None:
 
 def test_close_ends_the_workers_and_may_be_called_twice() -> None:
     before = set(children())
-    checker = AnswerChecker(timeout_s=5.0)
-    assert checker.check([("It is 3.", "4")], 5.0) == [False]
+    checker = AnswerChecker(timeout_s=60.0)
+    assert checker.check([("It is $x$.", "$y$")], 60.0) == [False]
     started = set(children()) - before
     assert len(started) >= 2
     checker.close()
@@ -155,7 +156,7 @@ import sys
 print("main script", flush=True)
 from grpo_stage.rewards.workers import AnswerChecker
 checker = AnswerChecker(timeout_s=60.0)
-print(checker.check([("It is 3.", "3"), ("It is 4.", "3")], 60.0), flush=True)
+print(checker.check([("$1+x$", "$x+1$"), ("$x$", "$x+1$")], 60.0), flush=True)
 import multiprocessing
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 print(sorted({"math_verify", "sympy", "torch"} & sys.modules.keys()), flush=True)

@@ -1,5 +1,6 @@
 """What `grpo-stage try-rewards` makes of a reference answer, and what it says about the scores."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -138,3 +139,24 @@ def test_a_function_that_never_applied_is_named() -> None:
     never, alike = warnings_about(rows({"reference": None, "empty": None}), ["f"])
     assert "`f` applied to none of the completions" in never
     assert "the same total reward (none)" in alike
+
+
+@pytest.mark.parametrize("name", ["accuracy", "length"])
+def test_references_that_are_not_judged_are_named_with_the_remedy(name: str) -> None:
+    prose = "Because the moon turns around the earth, which turns around the sun."
+    judged, unjudged = rows(GOOD), rows(GOOD, reference=prose)
+    tried = [
+        dataclasses.replace(row, prompt_index=index, rewards={name: row.reward})
+        for index, some in enumerate([judged, unjudged])
+        for row in some
+    ]
+    [note] = warnings_about(tried, [name])
+    assert f"`{name}` does not judge 1 of 2 reference answers: each is prose or code" in note
+    assert f"index 1: '{prose}'" in note
+    assert "`reference_column`" in note
+
+
+def test_references_are_no_concern_where_nothing_compares_with_them() -> None:
+    assert (
+        warnings_about(rows(GOOD, reference="Because the moon turns around the earth as it always does."), ["f"]) == []
+    )
