@@ -31,7 +31,7 @@ from grpo_stage.rollout.vllm_engine import VLLMEngine
 from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
 
 
-FAULTS = ("none", "not delivered", "half", "twice", "base", "one behind")
+FAULTS = ("none", "one behind", "half", "twice", "base", "not delivered")
 BREAKS_AT = 5
 """The sync from which `not delivered` is true: before it everything arrives."""
 MAX_NEW_TOKENS, VOCABULARY, STOP = 16, 256, 2

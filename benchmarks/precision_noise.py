@@ -1,4 +1,4 @@
-"""How far two bf16 passes through one model differ, by depth, vocabulary and entropy: what the canary has to live with.
+"""How far two bf16 passes through one model differ, by depth, vocabulary and entropy: what the canary lives with.
 
     python benchmarks/precision_noise.py [--device cuda]
 
@@ -21,8 +21,9 @@ TOKENS, ROWS = 64, 16
 def random_llama(layers: int, vocabulary: int, attention: str) -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=512, intermediate_size=1408, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False, attn_implementation=attention,
+        vocab_size=vocabulary, hidden_size=512, intermediate_size=1408, num_hidden_layers=layers,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False,
+        attn_implementation=attention,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(torch.bfloat16)
 

@@ -287,7 +287,7 @@ class SlopeTest:
             f"that both score differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what the "
             "trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
             "since, 2 with twice that. The completions come from another policy than the one that is trained, so the "
-            "run is stopped. Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version."
+            "run is stopped. Try `rollout_backend: hf`; if that is quiet, report the model and the vLLM version."
         )
 
 
