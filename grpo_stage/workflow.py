@@ -148,11 +148,21 @@ def sampling_settings(
 
 
 def stop_token_ids(model: Any, template: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a completion: the model's own EOS ids, the tokenizer's, and the template's stop words."""
+    """Every token that ends a completion: the model's own EOS ids, the tokenizer's, and the template's stop words.
+
+    The id of a stop word that the tokenizer lacks is that of its unknown token, which ends nothing. GPT-2 and its
+    like have one token for unknown and EOS: as EOS it ends a completion.
+    """
     configured = model.generation_config.eos_token_id
     own = configured if isinstance(configured, list) else [configured]
-    known = {token_id for token_id in [*own, *template.get_stop_token_ids(tokenizer)] if token_id is not None}
-    return tuple(sorted(known - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}))
+    known_words = [
+        token_id
+        for word, token_id in zip(
+            template.stop_words, tokenizer.convert_tokens_to_ids(template.stop_words), strict=True
+        )
+        if token_id != tokenizer.unk_token_id or word == tokenizer.unk_token
+    ]
+    return tuple(sorted({*own, tokenizer.eos_token_id, *known_words} - {None}))
 
 
 def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy | None:
