@@ -24,9 +24,20 @@ def process_index() -> int:
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Give every rank the sum of all ranks' gradients. Each rank must have run the model at least once."""
+    """Give every rank the sum of all ranks' gradients, in which one that a rank lacks is 0.
+
+    A rank lacks the gradients of what its completions never reach, such as an expert of a mixture. A parameter for
+    which no rank has one keeps none, so that the optimizer passes it by.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return
-    works = [dist.all_reduce(p.grad, async_op=True) for p in model.parameters() if p.grad is not None]
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    is_reached = torch.tensor([p.grad is not None for p in trainable], dtype=torch.uint8, device=trainable[0].device)
+    dist.all_reduce(is_reached, op=dist.ReduceOp.MAX)
+    works = []
+    for p, reached in zip(trainable, is_reached.tolist(), strict=True):
+        if reached:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            works.append(dist.all_reduce(p.grad, async_op=True))
     for work in works:
         work.wait()

@@ -143,12 +143,28 @@ def test_two_processes_train_as_one_does(recipe, two, tmp_path):
         assert (tensor - reference[name]).norm() <= 1e-4 * reference[name].norm() + 1e-6, name
 
 
-def test_no_objective_depends_on_the_number_of_ranks(tmp_path):
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    script = Path(__file__).parents[1] / "unit" / "gradients_of_ranks.py"
+    file = tmp_path_factory.mktemp("gradients") / "gradients.pt"
+    launch("torchrun", "--nproc_per_node", "2", "--master_port", "29613", str(script), str(file))
+    return torch.load(file)
+
+
+def test_no_objective_depends_on_the_number_of_ranks(of_two_ranks):
     from tests.unit.gradients_of_ranks import OBJECTIVES, gradients
 
-    script = Path(__file__).parents[1] / "unit" / "gradients_of_ranks.py"
-    file = tmp_path / "gradients.pt"
-    launch("torchrun", "--nproc_per_node", "2", "--master_port", "29613", str(script), str(file))
-    for options, ours, theirs in zip(OBJECTIVES, torch.load(file), gradients(num_ranks=1), strict=True):
+    for options, ours, theirs in zip(OBJECTIVES, of_two_ranks[0], gradients(num_ranks=1), strict=True):
         assert theirs.norm() > 1e-3, options
         assert (ours - theirs).norm() / theirs.norm() < 1e-5, options
+
+
+def test_a_gradient_that_a_rank_lacks_is_zero(of_two_ranks):
+    """Each rank reaches two of four experts; the fifth is reached by none, and the optimizer must pass it by."""
+    from tests.unit.gradients_of_ranks import gradients_of_experts
+
+    *reached, unreached = zip(of_two_ranks[1], gradients_of_experts(num_ranks=1), strict=True)
+    for ours, theirs in reached:
+        assert theirs.norm() > 1e-3
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    assert unreached == (None, None)
