@@ -73,7 +73,8 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
 
-    model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+    # What is copied from it from here on, such as a reference of its initial weights, is on the same device.
+    model = _placed(facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train), arguments)
     _warn_of_slow_precision(model)
     sampling = sampling_settings(arguments, model, template, tokenizer)
     reference = _reference_policy(arguments, model)
@@ -173,6 +174,7 @@ def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy 
     if finetuning_args.ref_model is not None:
         model_args = facade.arguments_for(arguments.model, finetuning_args.ref_model)
         other = ModelReference(_placed(facade.create_ref_model(model_args, finetuning_args), arguments))
+        other.match_precision(model)
         if finetuning_args.sync_ref_model:
             other.check_alike(model)
         return other
@@ -185,7 +187,7 @@ def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy 
 
 
 def _placed(model: Any, arguments: "RunArguments") -> Any:
-    """The host loads onto the device only with `low_cpu_mem_usage`, or quantized; Trainer places the policy alone."""
+    """The host loads onto the device only with `low_cpu_mem_usage`, or quantized; Trainer comes later."""
     if getattr(model, "quantization_method", None) is not None:
         return model
     return model.to(arguments.training.device)
