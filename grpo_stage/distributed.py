@@ -1,5 +1,6 @@
 """What the ranks of a run tell one another; all of it works in a single process, too."""
 
+import gc
 from typing import TypeVar
 
 import torch
@@ -41,3 +42,14 @@ def sum_gradients(model: torch.nn.Module) -> None:
             works.append(dist.all_reduce(p.grad, async_op=True))
     for work in works:
         work.wait()
+
+
+def leave_process_group() -> None:
+    """Destroy the process group, at the end of a run that nothing refers to any more.
+
+    gloo's threads end with the last reference to the group. DDP has one, in a trainer that is garbage in cycles. A
+    thread that still lets go of a tensor while the interpreter exits aborts the process (SIGABRT).
+    """
+    if dist.is_available() and dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()

@@ -87,7 +87,7 @@ def test_two_processes_stop_together_and_go_on_exactly(recipe, two, tmp_path):
     """Only the second is asked, in its rollout; the first leaves with it, having finished its own."""
     stopped = recipe(output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, **SETTINGS)
     file = recipe_file(stopped)
-    ranks = ("--nproc_per_node", "2", "--master_port", "29611", str(SCRIPT), "SIGTERM", "rollout", "1")
+    ranks = ("--standalone", "--nproc_per_node", "2", str(SCRIPT), "SIGTERM", "rollout", "1")
     output = launch("torchrun", *ranks, file, succeeds=False)
     assert "The run was stopped by SIGTERM" in output
     assert f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}" in output
@@ -147,7 +147,7 @@ def test_two_processes_train_as_one_does(recipe, two, tmp_path):
 def of_two_ranks(tmp_path_factory) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     script = Path(__file__).parents[1] / "unit" / "gradients_of_ranks.py"
     file = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    launch("torchrun", "--nproc_per_node", "2", "--master_port", "29613", str(script), str(file))
+    launch("torchrun", "--standalone", "--nproc_per_node", "2", str(script), str(file))
     return torch.load(file)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_stage.distributed import leave_process_group
 from grpo_stage.policy import InitialWeightsReference
 
 
@@ -71,7 +72,6 @@ def trainer_of(num_ranks: int, **options: Any) -> Any:
         return make_trainer(
             Path(folder),
             num_prompts=NUM_PROMPTS,
-            reference=InitialWeightsReference,
             training={"per_device_train_batch_size": NUM_PROMPTS // num_ranks},
             **options,
         )
@@ -89,7 +89,7 @@ def gradients(num_ranks: int) -> list[torch.Tensor]:
     """On each rank the whole gradient, of the same completions however many ranks share them."""
     result = []
     for options in OBJECTIVES:
-        trainer = trainer_of(num_ranks, num_iterations=2, **{**TOGETHER, **options})
+        trainer = trainer_of(num_ranks, num_iterations=2, reference=InitialWeightsReference, **{**TOGETHER, **options})
         data = trainer.collect()[1]
         with torch.no_grad():
             for p in trainer.model.parameters():
@@ -102,4 +102,4 @@ if __name__ == "__main__":
     of_all = gradients(num_ranks=2), gradients_of_experts(num_ranks=2)
     if torch.distributed.get_rank() == 0:
         torch.save(of_all, sys.argv[1])
-    torch.distributed.destroy_process_group()
+    leave_process_group()
