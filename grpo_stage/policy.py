@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
@@ -158,6 +159,18 @@ class ModelReference:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model.eval()
+
+    def match_precision(self, policy: Any) -> None:
+        """Hold its weights in the precision of the policy's of the same name, where that is higher.
+
+        The host keeps what is trained in float32. Mixed precision rounds a network of bf16 weights otherwise, and the
+        KL of identical weights would not be 0.
+        """
+        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        theirs = {name.replace(".base_layer", ""): p.dtype for name, p in base.named_parameters()}
+        for name, p in self._model.named_parameters():
+            if p.is_floating_point() and theirs.get(name) == torch.float32:
+                p.data = p.data.float()
 
     def check_alike(self, policy: nn.Module) -> None:
         """Raise ValueError unless `policy` has a weight of the same name and shape for each of its own."""

@@ -141,7 +141,7 @@ class GRPOTrainer(Trainer):
             max_sampling_logprob_diff=max_sampling_logprob_diff,
             pad_token_id=self.processing_class.pad_token_id or 0,
             accelerator=self.accelerator,
-            autocast=self.compute_loss_context_manager,
+            autocast=self.accelerator.autocast,  # Accelerate puts the policy's own forward in it, and no other model's
             safe_point=self.stop.check_together,
         )
         self.slope_test: SlopeTest | None = None

@@ -64,7 +64,7 @@ class Completion:
     """The engine's log-probability of each token, at `RolloutEngine.logprob_temperature`."""
     finish_reason: FinishReason
     text: str
-    """Decoded without special tokens: what rewards see."""
+    """What rewards see: see `rollout.decoding.completion_text`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -83,7 +83,8 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
 
-    model = facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train)
+    # What is copied from it from here on, such as a reference of its initial weights, is on the same device.
+    model = _placed(facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train), arguments)
     refuse_built(model, adapter_source(arguments))
     _warn_of_parted_layers(model)
     _warn_of_slow_precision(model)
@@ -162,11 +163,21 @@ def sampling_settings(
 
 
 def stop_token_ids(model: Any, template: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Every token that ends a completion: the model's own EOS ids, the tokenizer's, and the template's stop words."""
+    """Every token that ends a completion: the model's own EOS ids, the tokenizer's, and the template's stop words.
+
+    The id of a stop word that the tokenizer lacks is that of its unknown token, which ends nothing. GPT-2 and its
+    like have one token for unknown and EOS: as EOS it ends a completion.
+    """
     configured = model.generation_config.eos_token_id
     own = configured if isinstance(configured, list) else [configured]
-    known = {token_id for token_id in [*own, *template.get_stop_token_ids(tokenizer)] if token_id is not None}
-    return tuple(sorted(known - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}))
+    known_words = [
+        token_id
+        for word, token_id in zip(
+            template.stop_words, tokenizer.convert_tokens_to_ids(template.stop_words), strict=True
+        )
+        if token_id != tokenizer.unk_token_id or word == tokenizer.unk_token
+    ]
+    return tuple(sorted({*own, tokenizer.eos_token_id, *known_words} - {None}))
 
 
 def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy | None:
@@ -177,6 +188,7 @@ def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy 
     if finetuning_args.ref_model is not None:
         model_args = facade.arguments_for(arguments.model, finetuning_args.ref_model)
         other = ModelReference(_placed(facade.create_ref_model(model_args, finetuning_args), arguments))
+        other.match_precision(model)
         if finetuning_args.sync_ref_model:
             other.check_alike(model)
         return other
@@ -189,7 +201,7 @@ def _reference_policy(arguments: "RunArguments", model: Any) -> ReferencePolicy 
 
 
 def _placed(model: Any, arguments: "RunArguments") -> Any:
-    """The host loads onto the device only with `low_cpu_mem_usage`, or quantized; Trainer places the policy alone."""
+    """The host loads onto the device only with `low_cpu_mem_usage`, or quantized; Trainer comes later."""
     if getattr(model, "quantization_method", None) is not None:
         return model
     return model.to(arguments.training.device)

@@ -197,12 +197,14 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     from grpo_stage.host.launch import run
 
+    stopped = None
     try:
         run(parser.parse(config["args"]), config["callbacks"])
-    except SystemExit:  # the run was stopped, and all ranks leave
-        _leave_process_group()
-        raise
+    except SystemExit as stop:  # all ranks leave; its frames refer to the trainer, and so to the process group
+        stopped = SystemExit(stop.code)
     _leave_process_group()
+    if stopped is not None:
+        raise stopped
 
 
 @wrapt.decorator
@@ -238,16 +240,14 @@ def _wrong_mode(switch: str, trainers: str) -> UnsupportedHostError:
 
 def _leave_process_group() -> None:
     """End the run as the host ends its own stages."""
-    import torch.distributed as dist
-
+    from grpo_stage.distributed import leave_process_group
     from grpo_stage.host.log import get_logger
 
     ray = sys.modules.get("ray")
     if ray is not None and ray.is_initialized():
         return  # Ray destroys the group itself
     try:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_process_group()
     except RuntimeError as error:  # the model is saved by now: not worth an exit code
         get_logger(__name__).warning(f"Failed to destroy process group: {error}.")
 

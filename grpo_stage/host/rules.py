@@ -129,7 +129,10 @@ UNSUPPORTED = (
         "Write `temperature`, `top_p`, `top_k`, `repetition_penalty` and `max_new_tokens`.",
         harmless=(),
     ),
-    Unsupported("skip_special_tokens", "rewards see completions without special tokens", harmless=(True,)),
+    Unsupported(
+        "skip_special_tokens",
+        "rewards see the special tokens of a completion: tags can be special tokens. Only the end token is left out",
+    ),
     # The model and how it is changed
     Unsupported(
         "lora_dropout module_dropout",

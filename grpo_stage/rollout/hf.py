@@ -19,6 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from grpo_stage.rollout.decoding import completion_text
 from grpo_stage.rollout.seeds import sample_seed
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
 
@@ -142,11 +143,12 @@ class HFEngine:
     def _completion(self, sampled: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...]) -> Completion:
         end = next((i for i, token in enumerate(sampled) if token in stop_token_ids), None)
         length = len(sampled) if end is None else end + 1
+        finish_reason = FinishReason.LENGTH if end is None else FinishReason.STOP
         return Completion(
             token_ids=tuple(sampled[:length]),
             sampling_logprobs=tuple(logprobs[:length]),
-            finish_reason=FinishReason.LENGTH if end is None else FinishReason.STOP,
-            text=self._tokenizer.decode(sampled[:length], skip_special_tokens=True),
+            finish_reason=finish_reason,
+            text=completion_text(self._tokenizer, sampled[:length], finish_reason),
         )
 
 

@@ -17,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from grpo_stage.rollout import vllm_delivery, vllm_process
+from grpo_stage.rollout.decoding import completion_text
 from grpo_stage.rollout.seeds import sample_seed
 from grpo_stage.rollout.vllm_options import LORA_RANKS
 from grpo_stage.rollout.weights import adapted_modules, checkpoint_weights, servable_config, write_adapter
@@ -316,14 +317,14 @@ class VLLMEngine:
         )
 
     def _completion(self, output: Any) -> Completion:
-        token_ids = tuple(output.token_ids)
+        token_ids, finish_reason = tuple(output.token_ids), FinishReason(output.finish_reason)
         return Completion(
             token_ids=token_ids,
             sampling_logprobs=tuple(
                 position[token].logprob for token, position in zip(token_ids, output.logprobs, strict=True)
             ),
-            finish_reason=FinishReason(output.finish_reason),
-            text=self._tokenizer.decode(token_ids, skip_special_tokens=True),
+            finish_reason=finish_reason,
+            text=completion_text(self._tokenizer, token_ids, finish_reason),
         )
 
 

@@ -87,7 +87,7 @@ def test_two_processes_stop_together_and_go_on_exactly(recipe, two, tmp_path):
     """Only the second is asked, in its rollout; the first leaves with it, having finished its own."""
     stopped = recipe(output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, **SETTINGS)
     file = recipe_file(stopped)
-    ranks = ("--nproc_per_node", "2", "--master_port", "29611", str(SCRIPT), "SIGTERM", "rollout", "1")
+    ranks = ("--standalone", "--nproc_per_node", "2", str(SCRIPT), "SIGTERM", "rollout", "1")
     output = launch("torchrun", *ranks, file, succeeds=False)
     assert "The run was stopped by SIGTERM" in output
     assert f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}" in output
@@ -143,12 +143,28 @@ def test_two_processes_train_as_one_does(recipe, two, tmp_path):
         assert (tensor - reference[name]).norm() <= 1e-4 * reference[name].norm() + 1e-6, name
 
 
-def test_no_objective_depends_on_the_number_of_ranks(tmp_path):
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+    script = Path(__file__).parents[1] / "unit" / "gradients_of_ranks.py"
+    file = tmp_path_factory.mktemp("gradients") / "gradients.pt"
+    launch("torchrun", "--standalone", "--nproc_per_node", "2", str(script), str(file))
+    return torch.load(file)
+
+
+def test_no_objective_depends_on_the_number_of_ranks(of_two_ranks):
     from tests.unit.gradients_of_ranks import OBJECTIVES, gradients
 
-    script = Path(__file__).parents[1] / "unit" / "gradients_of_ranks.py"
-    file = tmp_path / "gradients.pt"
-    launch("torchrun", "--nproc_per_node", "2", "--master_port", "29613", str(script), str(file))
-    for options, ours, theirs in zip(OBJECTIVES, torch.load(file), gradients(num_ranks=1), strict=True):
+    for options, ours, theirs in zip(OBJECTIVES, of_two_ranks[0], gradients(num_ranks=1), strict=True):
         assert theirs.norm() > 1e-3, options
         assert (ours - theirs).norm() / theirs.norm() < 1e-5, options
+
+
+def test_a_gradient_that_a_rank_lacks_is_zero(of_two_ranks):
+    """Each rank reaches two of four experts; the fifth is reached by none, and the optimizer must pass it by."""
+    from tests.unit.gradients_of_ranks import gradients_of_experts
+
+    *reached, unreached = zip(of_two_ranks[1], gradients_of_experts(num_ranks=1), strict=True)
+    for ours, theirs in reached:
+        assert theirs.norm() > 1e-3
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5
+    assert unreached == (None, None)

@@ -84,8 +84,10 @@ def test_every_stop_token_ends_a_completion_and_belongs_to_it(
         assert (completion.token_ids[-1] in stops) == (completion.finish_reason is FinishReason.STOP)
         if completion.finish_reason is FinishReason.LENGTH:
             assert len(completion.token_ids) == sampling.max_new_tokens
-        words = [tokenizer.convert_ids_to_tokens(token) for token in completion.token_ids if token not in (0, 1, 2)]
-        assert completion.text.split() == words
+        ended = completion.finish_reason is FinishReason.STOP
+        words = tokenizer.convert_ids_to_tokens(completion.token_ids[:-1] if ended else completion.token_ids)
+        assert completion.text.split() == words, "special tokens included, without the end token"
+    assert any("<bos>" in c.text or "<pad>" in c.text for c in completions)
 
 
 def test_without_stop_tokens_every_completion_runs_to_the_limit(

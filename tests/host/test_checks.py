@@ -107,7 +107,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"max_length": 100}, ["max_length: 100", "max_new_tokens"]),
     ({"generation_max_length": 100}, ["generation_max_length: 100", "max_new_tokens"]),
     ({"generation_config": "folder"}, ["generation_config: folder", "`temperature`"]),
-    ({"skip_special_tokens": False}, ["skip_special_tokens: false", "Leave it out"]),
+    ({"skip_special_tokens": True}, ["skip_special_tokens: true", "tags", "Leave it out"]),
     # the model
     ({"lora_dropout": 0.1}, ["lora_dropout: 0.1", "ratio", "write 0"]),
     ({"neftune_noise_alpha": 5}, ["neftune_noise_alpha: 5", "Leave it out"]),

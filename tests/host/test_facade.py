@@ -8,9 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from llamafactory.data import get_template_and_fix_tokenizer
+from llamafactory.hparams.data_args import DataArguments
 from llamafactory.train import tuner
 from llamafactory.train.callbacks import LogCallback, PissaConvertCallback
 from peft import PeftModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from grpo_stage.host import facade
 from grpo_stage.host.parser import RunArguments
@@ -158,13 +163,35 @@ def test_a_resumed_run_estimates_its_end_from_its_own_steps(tmp_path):
     assert line["remaining_time"] == "0:03:20"
 
 
+@pytest.fixture
+def gpt2_like_tokenizer():
+    """One token for the unknown, the beginning and the end, as GPT-2 has it."""
+    words = {"<|endoftext|>": 0, "a": 1, "b": 2, "<|im_end|>": 3}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<|endoftext|>")),
+        **dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
+    )
+
+
 @pytest.mark.parametrize(
-    ("configured", "template_stops", "expected"),
-    [(2, [2], (2,)), ([7, 9], [2, 9], (2, 7, 9)), (None, [2, None], (2,)), (5, [2, 0], (2, 5))],
+    ("template", "configured", "expected"),
+    [
+        ("default", 0, (0,)),
+        ("qwen", 0, (0, 3)),  # whose `<|im_end|>` becomes the tokenizer's EOS
+        ("qwen", [1, 0], (0, 1, 3)),
+        ("qwen", None, (3,)),
+        ("qwen", 2, (2, 3)),
+    ],
 )
-def test_every_end_token_ends_a_completion(configured, template_stops, expected):
-    """Those of the generation config, of the template, and the tokenizer's; an unknown stop word is no token."""
+def test_every_end_token_ends_a_completion(gpt2_like_tokenizer, template, configured, expected):
+    """Those of the generation config, of the template, and the tokenizer's."""
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=configured))
-    template = SimpleNamespace(get_stop_token_ids=lambda _: template_stops)
-    tokenizer = SimpleNamespace(eos_token_id=2, unk_token_id=0)
-    assert stop_token_ids(model, template, tokenizer) == expected
+    fixed = get_template_and_fix_tokenizer(gpt2_like_tokenizer, DataArguments(template=template))
+    assert stop_token_ids(model, fixed, gpt2_like_tokenizer) == expected
+
+
+@pytest.mark.parametrize(("words", "expected"), [(["c"], (1,)), (["c", "b"], (1, 2)), (["<|endoftext|>"], (0, 1))])
+def test_a_stop_word_that_the_tokenizer_lacks_is_no_token(gpt2_like_tokenizer, words, expected):
+    gpt2_like_tokenizer.eos_token = "a"
+    model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    assert stop_token_ids(model, SimpleNamespace(stop_words=words), gpt2_like_tokenizer) == expected

@@ -1,12 +1,15 @@
 """The gradients of one step under every objective, by as many processes as torchrun starts: argv names the file."""
 
+import copy
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from grpo_stage.distributed import leave_process_group
 from grpo_stage.policy import InitialWeightsReference
 
 
@@ -46,19 +49,47 @@ OBJECTIVES: list[dict[str, Any]] = [
 ]
 
 
+class Experts(nn.Module):
+    """An output layer for each prompt, of which a rank reaches those of its own prompts, and one that none reaches."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(copy.deepcopy(model.lm_head) for _ in range(NUM_PROMPTS + 1))
+        model.register_forward_pre_hook(self._note_prompts, with_kwargs=True)
+        model.lm_head = self
+
+    def _note_prompts(self, module: nn.Module, args: Any, kwargs: dict[str, torch.Tensor]) -> None:
+        starts = kwargs["attention_mask"].argmax(dim=1, keepdim=True)
+        self.prompts = (kwargs["input_ids"].gather(1, starts) - 1).flatten().tolist()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.stack([self.heads[prompt](row) for prompt, row in zip(self.prompts, hidden, strict=True)])
+
+
+def trainer_of(num_ranks: int, **options: Any) -> Any:
+    """Its prompts are the same however many ranks share them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return make_trainer(
+            Path(folder),
+            num_prompts=NUM_PROMPTS,
+            training={"per_device_train_batch_size": NUM_PROMPTS // num_ranks},
+            **options,
+        )
+
+
+def gradients_of_experts(num_ranks: int) -> list[torch.Tensor | None]:
+    """On each rank the whole gradient of each output layer."""
+    trainer = trainer_of(num_ranks)
+    experts = Experts(trainer.model)
+    trainer.update(trainer.model, trainer.collect()[0])
+    return [head.weight.grad for head in experts.heads]
+
+
 def gradients(num_ranks: int) -> list[torch.Tensor]:
     """On each rank the whole gradient, of the same completions however many ranks share them."""
     result = []
     for options in OBJECTIVES:
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = make_trainer(
-                Path(folder),
-                num_prompts=NUM_PROMPTS,
-                num_iterations=2,
-                reference=InitialWeightsReference,
-                training={"per_device_train_batch_size": NUM_PROMPTS // num_ranks},
-                **{**TOGETHER, **options},
-            )
+        trainer = trainer_of(num_ranks, num_iterations=2, reference=InitialWeightsReference, **{**TOGETHER, **options})
         data = trainer.collect()[1]
         with torch.no_grad():
             for p in trainer.model.parameters():
@@ -68,7 +99,7 @@ def gradients(num_ranks: int) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
-    of_all = gradients(num_ranks=2)
+    of_all = gradients(num_ranks=2), gradients_of_experts(num_ranks=2)
     if torch.distributed.get_rank() == 0:
         torch.save(of_all, sys.argv[1])
-    torch.distributed.destroy_process_group()
+    leave_process_group()

@@ -7,11 +7,8 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -25,7 +22,15 @@ from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.stop import StopRequested
 from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup, TrainingProgress
 
-from .trainer_on_fakes import FakeEngine, LengthRewards, fake_completion, gradient_of, make_trainer, relative
+from .trainer_on_fakes import (
+    FakeEngine,
+    LengthRewards,
+    fake_completion,
+    gradient_of,
+    make_trainer,
+    outputs_of_two_ranks,
+    relative,
+)
 
 
 class PickyRewards(LengthRewards):
@@ -506,26 +511,8 @@ same = bool(torch.equal(weights_of(resumed), weights_of(trainer)))
 print("result", json.dumps({{"batches": batches, "asked": trainer.engine.asked, "same": same,
     "kept": metrics_of(trainer, "num_kept"), "waiting": metrics_of(trainer, "num_waiting"),
     "dropped": metrics_of(trainer, "frac_dropped"), "weights": weights_of(trainer).tolist()[::1000]}}))
-torch.distributed.destroy_process_group()
 """
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | {"PYTHONPATH": str(Path(__file__).parents[2]), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29619", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=180)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    outputs = outputs_of_two_ranks(code)
     two = [json.loads(output.split("result ")[1].splitlines()[0]) for output in outputs]
 
     one = make(

@@ -21,7 +21,7 @@ from grpo_stage.stop import SafeStop, StopRequested
 from grpo_stage.types import FinishReason
 from grpo_stage.watchdog import HangError, Watchdog
 
-from .trainer_on_fakes import FakeEngine, LengthRewards, gradient_of, make_trainer, relative
+from .trainer_on_fakes import FakeEngine, LengthRewards, gradient_of, make_trainer, outputs_of_two_ranks, relative
 
 
 # Losses and gradients that are not finite
@@ -184,7 +184,7 @@ def test_one_rank_that_runs_out_of_memory_takes_the_other_through_the_step_again
     code = f"""
 import os, sys, torch
 from pathlib import Path
-from trainer_on_fakes import make_trainer
+from tests.unit.trainer_on_fakes import make_trainer
 
 def run(name, fails):
     folder = Path({str(tmp_path)!r}, name, os.environ["RANK"])
@@ -201,27 +201,8 @@ def run(name, fails):
 
 ample, scarce = run("ample", ()), run("scarce", (1, 5))
 print("weights differ by", ((ample - scarce).norm() / ample.norm()).item())
-torch.distributed.destroy_process_group()
 """
-    folder = str(Path(__file__).parent)
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", code],
-            env=os.environ
-            | {"PYTHONPATH": folder, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29617", "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    outputs = outputs_of_two_ranks(code)
     assert "Out of memory on rank 1" in outputs[1]
     assert "Out of memory" not in outputs[0]
     for output in outputs:

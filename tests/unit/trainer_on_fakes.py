@@ -2,6 +2,10 @@
 
 import functools
 import gc
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -110,6 +114,7 @@ def make_trainer(
     training=None,
     num_eval_prompts=0,
     shuffle=True,
+    temperature=1.0,
     **grpo,
 ):
     leave_imports_to_themselves()
@@ -135,7 +140,7 @@ def make_trainer(
             lr_scheduler_type="constant", **training,
         ),
         grpo_args=arguments,
-        sampling=SamplingSettings(num_generations=4, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0),
+        sampling=SamplingSettings(num_generations=4, max_new_tokens=MAX_NEW_TOKENS, temperature=temperature),
         prompts=[
             Prompt(index=i, token_ids=(i + 1, i + 2, i + 3)[: i % 3 + 1], messages=(), reference=None)
             for i in range(num_prompts)
@@ -151,6 +156,41 @@ def make_trainer(
         shuffle=shuffle,
         processing_class=FakeTokenizer(),
     )  # fmt: skip
+
+
+RANK = """
+import os
+from grpo_stage.distributed import leave_process_group
+exec({code!r}, {{}})  # nothing refers to what is in it afterwards
+leave_process_group()
+threads = [open(f"/proc/self/task/{{each}}/comm").read().strip() for each in os.listdir("/proc/self/task")]
+assert "pt_gloo_runloop" not in threads, "a thread of gloo's is left, and may abort the process as it exits"
+"""
+
+
+def outputs_of_two_ranks(code: str) -> list[str]:
+    """What two processes of one run print that both execute `code`; neither may fail."""
+    with socket.create_server(("127.0.0.1", 0)) as free:  # a fixed port might be another run's
+        port = free.getsockname()[1]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK.format(code=code)],
+            env=os.environ
+            | {"PYTHONPATH": str(Path(__file__).parents[2]), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    return outputs
 
 
 def gradient_of(trainer: GRPOTrainer, data: StepData) -> torch.Tensor:
