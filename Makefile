@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test check build bench docs lock
+.PHONY: help install quickstart test smoke check build bench docs lock
 
 help:
 	@echo "make quickstart   teach a 135M model addition with stage: grpo, on this machine's CPU"
@@ -25,7 +25,8 @@ help:
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make bench        compare with TRL's GRPOTrainer"
 	@echo "make docs         write docs/configuration.md anew from the help texts"
-	@echo "make lock         write requirements/cpu.txt anew from pyproject.toml"
+	@echo "make smoke        run a selection of tests on transformers 4, which the metadata allows too"
+	@echo "make lock         write requirements/cpu.txt and gpu.txt anew from pyproject.toml"
 	@echo "make install      only the environment, in $(VENV)"
 
 install: $(STAMP)
@@ -56,6 +57,17 @@ test: $(STAMP)
 	@echo "== Tests: unit, host, engines, end to end (the last ones load models and take minutes)"
 	$(VENV)/bin/python -m pytest -q --durations=10
 
+# In an environment of its own: what one has that holds transformers 4 already.
+SMOKE_VENV := $(VENV)-transformers4
+SMOKE_TESTS := tests/engines/test_contract.py tests/engines/test_weights.py \
+	tests/e2e/test_runs.py tests/e2e/test_vllm_runs.py
+
+smoke:
+	$(MAKE) install VENV=$(SMOKE_VENV)
+	$(SMOKE_VENV)/bin/uv pip install --python $(SMOKE_VENV)/bin/python --no-deps -r requirements/transformers4.txt
+	@echo "== Tests on transformers 4: engines and whole runs"
+	PATH="$(abspath $(SMOKE_VENV))/bin:$$PATH" $(SMOKE_VENV)/bin/python -m pytest -q --durations=10 $(SMOKE_TESTS)
+
 check: $(STAMP)
 	ruff check .
 	ruff format --check .
@@ -72,6 +84,9 @@ docs: $(STAMP)
 	grpo-stage configuration-docs --output docs/configuration.md
 
 # Pins stay where they can; `make lock LOCK_FLAGS=--upgrade` renews them.
+LOCK := $(VENV)/bin/uv pip compile pyproject.toml --universal --fork-strategy fewest --python-version 3.11 \
+	--no-emit-index-url --no-annotate --no-header
+
 lock: $(STAMP)
-	$(VENV)/bin/uv pip compile pyproject.toml --extra cpu --extra dev --group quickstart --python-version 3.11 \
-		--no-emit-index-url --no-annotate --no-header $(LOCK_FLAGS) -o requirements/cpu.txt
+	$(LOCK) --extra cpu --extra dev --group quickstart $(LOCK_FLAGS) -o requirements/cpu.txt
+	$(LOCK) --extra vllm $(LOCK_FLAGS) -o requirements/gpu.txt

@@ -10,9 +10,23 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+
+try:
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+except ImportError:  # transformers 4, which names a model's weights as its files do
+
+    def revert_weight_conversion(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return tensors
+
+    def remove_tied_weights_from_state_dict(
+        tensors: dict[str, torch.Tensor], model: PreTrainedModel
+    ) -> dict[str, torch.Tensor]:
+        """Keep the first name of each: an embedding's comes before the output layer's."""
+        first = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(tensors.items())}
+        return {name: tensors[name] for name in tensors if name in first.values()}
 
 
 ADAPTER = "default"
