@@ -130,9 +130,9 @@ def lines(*names: str) -> list[str]:
 
 def resolve(requirement: str, python: str, missing_tool: Callable[[str], None]) -> dict[str, str]:
     """What an installer gives a new environment, without the checkout's `[tool.uv]`, which reaches no user."""
+    options = ("--no-config", "--quiet", "--no-header", "--no-annotate", "--python-platform", "linux")
     done = subprocess.run(
-        [UV, *"pip compile - --no-config --quiet --no-header --no-annotate --python-platform linux".split()]
-        + ["--python-version", python],
+        [UV, "pip", "compile", "-", *options, "--python-version", python],
         input=requirement,
         capture_output=True,
         text=True,
