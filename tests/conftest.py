@@ -44,7 +44,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
     )
     for reason, count in reasons.items():
-        terminalreporter.write_line(f"{count} tests did not run: {reason}", yellow=True)
+        terminalreporter.write_line(f"Not run ({count}): {reason}", yellow=True)
 
 
 @pytest.fixture(scope="session")

@@ -95,7 +95,7 @@ def _answers(url: str) -> bool:
 @pytest.fixture(scope="module")
 def chromium(missing_tool: Callable[[str], None]) -> Iterator[Browser]:
     if CHROMIUM is None:
-        missing_tool("LLaMA Board in a browser needs Chromium; `apt-get install chromium`, and `make test` runs them")
+        missing_tool("LLaMA Board in a browser needs Chromium: `apt-get install chromium`, and `make test` runs it.")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

@@ -140,7 +140,8 @@ def resolve(requirement: str, python: str, missing_tool: Callable[[str], None]) 
         check=False,
     )
     if re.search(r"Failed to fetch|network connectivity|client error|dns error", done.stderr):
-        missing_tool(f"the package index cannot be reached ({done.stderr.strip().splitlines()[-1].strip()})")
+        cause = done.stderr.strip().splitlines()[-1].strip()
+        missing_tool(f"Resolving what pip would install needs the package index, which cannot be reached ({cause}).")
     assert done.returncode == 0, done.stderr
     return stack(*done.stdout.splitlines())
 
