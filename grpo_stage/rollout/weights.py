@@ -133,8 +133,9 @@ def write_base(policy: torch.nn.Module, folder: Path) -> None:
     model = _base_model(policy)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for name in ("quantization_config", "_pre_quantization_dtype"):  # transformers 4 leaves out both or neither
+        if hasattr(config, name):
+            delattr(config, name)
     if model._auto_class is not None:  # the code of a model that transformers does not have
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
