@@ -25,7 +25,7 @@ help:
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make bench        compare with TRL's GRPOTrainer"
 	@echo "make docs         write docs/configuration.md anew from the help texts"
-	@echo "make lock         write requirements/cpu.txt anew from pyproject.toml"
+	@echo "make lock         write requirements/cpu.txt and gpu.txt anew from pyproject.toml"
 	@echo "make install      only the environment, in $(VENV)"
 
 install: $(STAMP)
@@ -72,6 +72,9 @@ docs: $(STAMP)
 	grpo-stage configuration-docs --output docs/configuration.md
 
 # Pins stay where they can; `make lock LOCK_FLAGS=--upgrade` renews them.
+LOCK := $(VENV)/bin/uv pip compile pyproject.toml --universal --fork-strategy fewest --python-version 3.11 \
+	--no-emit-index-url --no-annotate --no-header
+
 lock: $(STAMP)
-	$(VENV)/bin/uv pip compile pyproject.toml --extra cpu --extra dev --group quickstart --python-version 3.11 \
-		--no-emit-index-url --no-annotate --no-header $(LOCK_FLAGS) -o requirements/cpu.txt
+	$(LOCK) --extra cpu --extra dev --group quickstart $(LOCK_FLAGS) -o requirements/cpu.txt
+	$(LOCK) --extra vllm $(LOCK_FLAGS) -o requirements/gpu.txt

@@ -3,6 +3,8 @@
 import hashlib
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,25 @@ os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 def _one_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """After a `map` in several processes `datasets` puts a copy in its place, which others do not hold."""
     monkeypatch.setattr(os, "environ", os.environ)
+
+
+@pytest.fixture(scope="session")
+def missing_tool() -> Callable[[str], None]:
+    """Leave a test out for want of something on this machine; a machine that checks changes must have it."""
+
+    def leave_out(what: str) -> None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
+
+    return leave_out
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end, in one line for each reason, what did not run."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.getreports("skipped")
+    )
+    for reason, count in reasons.items():
+        terminalreporter.write_line(f"Not run ({count}): {reason}", yellow=True)
 
 
 @pytest.fixture(scope="session")

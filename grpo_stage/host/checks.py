@@ -52,8 +52,7 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     """
     for entry in UNSUPPORTED:
         for key in entry.keys.split():
-            value = getattr(values, key)
-            if key in given and value not in entry.harmless:
+            if key in given and (value := getattr(values, key)) not in entry.harmless:
                 raise ValueError(
                     f"`{key}: {_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}"
                 )

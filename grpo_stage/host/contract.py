@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from packaging.specifiers import SpecifierSet
 
 
-SUPPORTED_HOST = ">=0.9.5,<0.9.6"
+SUPPORTED_HOST = ">=0.9.5,<0.9.7"
 
 
 class UnsupportedHostError(RuntimeError):

@@ -27,6 +27,8 @@ from grpo_stage.host.contract import (
 
 
 STAGE = "grpo"
+MEGATRON = {"USE_MCA": "Megatron-Core's trainers", "USE_MEGATRON_BRIDGE": "Megatron Bridge's trainers"}
+"""Switches of the host that lead to other trainers, which parse arguments of their own."""
 RawArguments = dict[str, Any] | list[str]
 
 
@@ -209,7 +211,7 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 @wrapt.decorator
 def _refuse_megatron_launch(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    if _autoload.is_enabled("USE_MCA") and _launches_grpo():
+    if any(map(_autoload.is_enabled, MEGATRON)) and _launches_grpo():
         _refuse_megatron()
     return wrapped(*args, **kwargs)
 
@@ -226,13 +228,14 @@ def _launches_grpo() -> bool:
 
 
 def _refuse_megatron() -> None:
-    if _autoload.is_enabled("USE_MCA"):
-        raise _wrong_mode("USE_MCA", "Megatron-Core's trainers")
+    for switch, trainers in MEGATRON.items():
+        if _autoload.is_enabled(switch):
+            raise _wrong_mode(switch, trainers)
 
 
 def _wrong_mode(switch: str, trainers: str) -> UnsupportedHostError:
     return UnsupportedHostError(
-        f"`stage: grpo` cannot run with {switch}=1, which hands the run to {trainers}: they have no GRPO. Installed "
+        f"`stage: grpo` cannot run with {switch}=1, which asks for {trainers}: they have no GRPO. Installed "
         f"is llamafactory {installed_version()}, supported is {SUPPORTED_HOST} with its default trainers. Unset "
         f"{switch} for this run."
     )
@@ -288,7 +291,7 @@ ROWS: tuple[Row, ...] = (
         "llamafactory.launcher",
         "launch",
         _refuse_megatron_launch,
-        "With USE_MCA=1 the host may fail at the import of its arguments, before any other row could say why.",
+        "With a Megatron switch the host may fail at its own arguments, before any other row could say why.",
         is_guard=True,
     ),
     Row(

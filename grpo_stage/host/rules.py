@@ -38,7 +38,8 @@ class Rule:
     message: str
 
 
-# What none of the keys below may be; the first group are objectives and loops of other stages.
+# What none of the keys below may be; the first group are objectives and loops of other stages. Some keys exist on
+# the host's main alone.
 UNSUPPORTED = (
     Unsupported(
         "pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight "
@@ -159,11 +160,11 @@ UNSUPPORTED = (
     ),
     Unsupported("use_kt", "KTransformers' experts were not verified in this stage"),
     Unsupported(
-        "use_mca use_hyper_parallel",
+        "use_mca use_megatron_bridge use_hyper_parallel",
         "that backend has no GRPO",
         "Leave it out; several devices run under torchrun (DDP).",
     ),
-    Unsupported("hyper_parallel_args", "that backend has no GRPO", harmless=()),
+    Unsupported("hyper_parallel_args hyper_parallel_cp_size", "that backend has no GRPO", harmless=()),
     # Optimisation
     Unsupported(
         "deepspeed fsdp fsdp_config parallelism_config",

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -93,10 +93,9 @@ def _answers(url: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
+def chromium(missing_tool: Callable[[str], None]) -> Iterator[Browser]:
     if CHROMIUM is None:
-        say = pytest.fail if os.environ.get("CI") else pytest.skip
-        say("No Chromium is installed: `apt-get install chromium`, and these tests run.")
+        missing_tool("LLaMA Board in a browser needs Chromium: `apt-get install chromium`, and `make test` runs it.")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser

