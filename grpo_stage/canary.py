@@ -34,8 +34,9 @@ _TOKENS_A_SEQUENCE = 32
 _TOKENS_A_BLOCK = 8
 """Rounding errors of neighboring tokens may depend on each other; those of different blocks are taken not to."""
 
-_MARGIN = 0.1
-"""What a slope may be off for other reasons than noise, such as another rounding of the adapter."""
+_MARGIN, _MARGIN_OF_HALF = 0.1, 0.05
+"""What a slope may be off for other reasons than noise, such as another rounding of the adapter. The half is exact for
+errors of equal size, which those of two versions are but nearly."""
 
 _FALSE_ALARMS = 1e-7
 """The probability of an alarm in a sound run, each time that a slope is looked at."""
@@ -100,7 +101,8 @@ class Slope:
 
     for a sound engine: never below 0.5, however large the noise is. (The residual of the regression holds at least
     half of sum n_p^2.) An engine that answers with the earlier version is above 0 by as much, and never above 0.5. So
-    the bound that `is_sound` compares with is 0.5 where the noise is large, and goes to 1 where it is small.
+    the bound that `is_sound` compares with is 0.5 where the noise is large, and goes to 1 where it is small, each less
+    a margin.
     """
 
     xx: float = 0.0
@@ -154,7 +156,7 @@ class Slope:
 
         noise = -float(stdtrit(self.num_blocks - 1, _FALSE_ALARMS)) * self.error  # Student's t
         residual = self.yy - self.value * self.xy
-        lowest = max(0.5, 1 - 2 * residual / self.xx - _MARGIN)
+        lowest = max(0.5 - _MARGIN_OF_HALF, 1 - 2 * residual / self.xx - _MARGIN)
         return lowest - noise <= self.value <= 1 + _MARGIN + noise
 
 

@@ -322,6 +322,12 @@ def _rollout_engine(
         logger.warning_rank0(f"`vllm_sleep: {sleep_level}` has no effect on a CPU: vLLM frees memory of GPUs alone.")
         sleep_level = 0
     is_lora = arguments.finetuning.finetuning_type == "lora"
+    dtype = torch.float32 if on_cpu else _compute_dtype(arguments, model)
+    if is_lora and dtype == torch.float32 and not on_cpu:
+        raise ValueError(
+            "The run computes in float32, and vLLM's kernels for a LoRA adapter on a GPU know half precision alone. "
+            "Write `bf16: true`, or use `rollout_backend: hf` or `finetuning_type: full`."
+        )
     max_lora_rank = _max_lora_rank(arguments, servable_config(model).r) if is_lora else 0
     with _model_for_vllm(arguments, model) as (path, quantization):
         logger.info_rank0(f"Starting vLLM with {path}.")
@@ -334,7 +340,7 @@ def _rollout_engine(
             max_lora_rank=max_lora_rank,
             gpu_memory_utilization=model_args.vllm_gpu_util,
             enforce_eager=model_args.vllm_enforce_eager,
-            dtype="float32" if on_cpu else str(_compute_dtype(arguments, model)).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch."),
             logprob_temperature=None if sampling.is_neutral else 1.0,
             sleep_level=sleep_level,
             quantization=quantization,
@@ -447,9 +453,7 @@ def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
 
 def _canary_bound(arguments: "RunArguments", model: Any) -> float:
     """That of half precision where float32 is rounded too: bitsandbytes' activations of 8 bits, and tf32."""
-    rounds = getattr(model, "is_loaded_in_8bit", False) or (
-        model.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    )
+    rounds = getattr(model, "is_loaded_in_8bit", False) or (model.device.type == "cuda" and arguments.training.tf32)
     return DEFAULT_BOUNDS[torch.bfloat16 if rounds else _compute_dtype(arguments, model)]
 
 

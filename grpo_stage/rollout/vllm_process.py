@@ -9,7 +9,7 @@ import functools
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -180,7 +180,7 @@ def process_unchanged() -> Iterator[None]:
     """Put back what starting vLLM changes: random states, environment variables, `torch.set_num_threads`."""
     environment = dict(os.environ)
     set_num_threads, num_threads = torch.set_num_threads, torch.get_num_threads()
-    matmul_precision = torch.get_float32_matmul_precision()
+    put_back_precision = _float32_precision()
     try:
         with random_states_unchanged():
             yield
@@ -188,9 +188,28 @@ def process_unchanged() -> Iterator[None]:
         torch.set_num_threads = set_num_threads
         if torch.get_num_threads() != num_threads:
             torch.set_num_threads(num_threads)
-        torch.set_float32_matmul_precision(matmul_precision)
+        put_back_precision()
         os.environ.clear()
         os.environ.update(environment)
+
+
+def _float32_precision() -> Callable[[], None]:
+    """What puts back today's precision of float32 products, by the interface of torch that set it.
+
+    transformers' `tf32` sets it by the newer one, and torch then refuses to read the older one, which vLLM sets.
+    """
+    backends: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    newer = [backend.fp32_precision for backend in backends]
+    try:
+        older = torch.get_float32_matmul_precision()
+    except RuntimeError:
+
+        def put_back() -> None:
+            for backend, precision in zip(backends, newer, strict=True):
+                backend.fp32_precision = precision
+
+        return put_back
+    return functools.partial(torch.set_float32_matmul_precision, older)
 
 
 def release(llm: Any, owns_process_group: bool) -> None:
