@@ -181,7 +181,7 @@ class SlopeTest:
 
     *previous*: a probe of the rollout before, against the version that sampled it. It finds an engine that is one sync
     behind. Each sync says little where updates are small, so evidence adds up: over the whole run, and over the last
-    syncs alone for a fault that begins late.
+    syncs for a fault that begins late. Where updates are large, the present sync alone tells.
 
     `ask` comes first, while the engine is awake, then `check`.
     """
@@ -229,15 +229,16 @@ class SlopeTest:
         for before in self._start.before:
             from_start.add(before, next(policy), next(engine))
         self._since_previous[1].forget(1 - 1 / _MEMORY_SYNCS)
+        this_sync = Slope()
         for before in self._previous.before if self._previous else ():
             of_policy, of_engine = next(policy), next(engine)
-            for slope in self._since_previous:
+            for slope in (*self._since_previous, this_sync):
                 slope.add(before, of_policy, of_engine)
         if chosen:
             self._previous = _Probe(chosen, scores[num_answers:])
         start = "the model without its adapter" if self.adapter_off else "the first rollout"
         self._judge(from_start, start, version)
-        for slope in self._since_previous:
+        for slope in (*self._since_previous, this_sync):
             self._judge(slope, "the sync before", version)
         return {
             f"sampling/{figure}/{name}": value

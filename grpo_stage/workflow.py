@@ -452,8 +452,10 @@ def _compute_dtype(arguments: "RunArguments", model: Any) -> torch.dtype:
 
 
 def _canary_bound(arguments: "RunArguments", model: Any) -> float:
-    """That of half precision where float32 is rounded too: bitsandbytes' activations of 8 bits, and tf32."""
-    rounds = getattr(model, "is_loaded_in_8bit", False) or (model.device.type == "cuda" and arguments.training.tf32)
+    """That of half precision where float32 is rounded too: activations of 8 bits, tf32, vLLM's attention on a GPU."""
+    on_gpu = model.device.type == "cuda"
+    in_tf32 = on_gpu and (arguments.training.tf32 or arguments.finetuning.rollout_backend == "vllm")
+    rounds = in_tf32 or getattr(model, "is_loaded_in_8bit", False)
     return DEFAULT_BOUNDS[torch.bfloat16 if rounds else _compute_dtype(arguments, model)]
 
 

@@ -87,10 +87,11 @@ def test_a_reference_of_the_same_weights_has_no_divergence(
     weights = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     same = {"model_name_or_path": str(folder), "ref_model": str(folder), "finetuning_type": finetuning_type}
-    run = recipe(beta=0.1, bf16=True, max_steps=1, max_sampling_logprob_diff=10.0, **same)
+    run = recipe(beta=0.1, bf16=True, max_steps=2, **same)
     run_exp(run)
     lines = [json.loads(line) for line in (Path(run["output_dir"]) / "trainer_log.jsonl").read_text().splitlines()]
     assert lines[0]["kl"] == 0.0
+    assert lines[1]["sampling/slope/start"] == pytest.approx(1, abs=0.5), "the canary's test in half precision"
 
 
 @pytest.fixture(scope="module")

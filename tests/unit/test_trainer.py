@@ -1,5 +1,6 @@
 """The trainer with a fake engine: which prompts, when, and what gradient."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -147,6 +148,65 @@ def test_a_group_of_another_policy_version_stops_the_run(tmp_path):
 def test_engine_logprobs_far_from_the_trainers_stop_the_run(tmp_path):
     with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
         make_trainer(tmp_path, bound=0.05).train()
+
+
+class ScoringEngine(FakeEngine):
+    """Answers with the weights that it was given at the last sync, or at one before."""
+
+    def __init__(self, backlog: int = 0) -> None:
+        super().__init__()
+        self.backlog = backlog
+        self.given: list[torch.nn.Module] = []
+
+    def sync(self, policy, version):
+        super().sync(policy, version)
+        self.given.append(copy.deepcopy(policy))
+
+    @torch.no_grad()
+    def score(self, groups):
+        model = self.given[max(0, len(self.given) - 1 - self.backlog)]
+        scores = []
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+                logits = model(input_ids=ids).logits[0, -len(completion.token_ids) - 1 : -1]
+                scores.append(logits.log_softmax(-1)[range(len(completion.token_ids)), completion.token_ids])
+        return scores
+
+
+def test_the_slope_of_a_sound_engine_is_logged_and_goes_on_from_a_checkpoint(tmp_path):
+    run = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 4}
+    whole = make_trainer(tmp_path / "whole", engine=ScoringEngine(), tests_slope=True, training=run)
+    whole.train()
+    names = {f"sampling/{figure}/{probe}" for figure in ("slope", "slope_error") for probe in ("start", "previous")}
+    logged = [{name: line[name] for name in names & line.keys()} for line in whole.state.log_history if "loss" in line]
+    assert logged[0] == {}, "nothing has moved"
+    assert all(line.keys() == names for line in logged[1:])
+    for line in logged[1:]:
+        assert line["sampling/slope/start"] == pytest.approx(1, abs=1e-3)
+        assert line["sampling/slope/previous"] == pytest.approx(1, abs=1e-3)
+
+    resumed = make_trainer(tmp_path / "resumed", engine=ScoringEngine(), tests_slope=True, training=run)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert [line for line in resumed.state.log_history if "loss" in line][4:] == [
+        {**theirs, **{name: ours[name] for name in ours if "time" in name or "per_second" in name}}
+        for ours, theirs in zip(
+            [line for line in resumed.state.log_history if "loss" in line][4:],
+            [line for line in whole.state.log_history if "loss" in line][4:],
+            strict=True,
+        )
+    ]
+
+
+@pytest.mark.parametrize("backlog", [1, 100])
+def test_an_engine_that_does_not_follow_the_policy_stops_the_run(tmp_path, backlog):
+    """Its log-probabilities are within any bound, and it says that it is at the right version."""
+    trainer = make_trainer(
+        tmp_path, engine=ScoringEngine(backlog), tests_slope=True, num_prompts=20, training={"num_train_epochs": 2}
+    )
+    with pytest.raises(StaleRolloutError, match="does not follow the policy"):
+        trainer.train()
+    assert 1 <= trainer.state.global_step <= 6
 
 
 class SparseRewards(LengthRewards):
