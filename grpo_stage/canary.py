@@ -11,14 +11,15 @@ never delivered, delivered twice, scaled wrongly, answered from a stale cache. T
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
 
 from .buffer import group_state, load_group, load_tensors, tensors_state
-from .types import Completion, FinishReason, Prompt, RolloutEngine, RolloutGroup, ScoredGroup
+from .types import Completion, Prompt, RolloutEngine, RolloutGroup, ScoredGroup
 
 
 # float32, measured with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on average
@@ -34,9 +35,9 @@ _TOKENS_A_SEQUENCE = 32
 _TOKENS_A_BLOCK = 8
 """Rounding errors of neighboring tokens may depend on each other; those of different blocks are taken not to."""
 
-_MARGIN, _MARGIN_OF_HALF = 0.1, 0.05
-"""What a slope may be off for other reasons than noise, such as another rounding of the adapter. The half is exact for
-errors of equal size, which those of two versions are but nearly."""
+_MARGIN, _LEAST_ERROR = 0.1, 0.01
+"""What a slope may be off for other reasons than noise: another rounding of the adapter, or noise that is not of quite
+equal size in two versions. Such a bias does not shrink as a standard error does over a long run."""
 
 _FALSE_ALARMS = 1e-7
 """The probability of an alarm in a sound run, each time that a slope is looked at."""
@@ -79,6 +80,10 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
     )
 
 
+Scores = Sequence[torch.Tensor]
+"""One [T] a completion, prompt-major."""
+
+
 @dataclass(slots=True)
 class Slope:
     """By how much of the policy's move the engine has moved, over tokens that both have scored.
@@ -90,9 +95,10 @@ class Slope:
 
     1 is sound, 0 an engine that answers with the earlier version, 0.5 with half of what came since, 2 with twice that.
 
-    The error is the standard error that allows for any dependence within a block of neighboring tokens (the sandwich
-    estimator with blocks as clusters), and is about noise / sqrt(sum (p - b)^2): it says by itself when it is too
-    early to tell.
+    The error is the standard error that allows for any dependence within a cluster (the sandwich estimator), and is
+    about noise / sqrt(sum (p - b)^2): it says by itself when it is too early to tell. A cluster is a block of
+    neighboring tokens of all completions of a prompt, whose beginnings are often the same. Where few clusters hold
+    most of the sum, they are what counts: `num_clusters` is the effective number, sum(xx)^2 / sum(xx^2).
 
     **Noise in p draws the slope towards 0.5.** A pass in half precision has an error n, and p - b holds n_p - n_b.
     With errors of equal size that an update makes independent, sum (p - b)(e - p) is -sum n_p^2 on average, and so
@@ -110,35 +116,48 @@ class Slope:
     yy: float = 0.0
     """sum (e - b)^2."""
     square_xx: float = 0.0
-    """The sum over blocks of a block's xx^2; the next two are alike."""
+    """The sum over clusters of a cluster's xx^2; the next two are alike."""
     product: float = 0.0
     square_xy: float = 0.0
-    num_blocks: float = 0.0
 
-    def add(self, before: torch.Tensor, policy: torch.Tensor, engine: torch.Tensor) -> None:
-        """Count one completion's log-probabilities in, each [T] in nats: of b, p and e above."""
-        x, y = policy.double() - before.double(), engine.double() - before.double()
-        self.yy += y.square().sum().item()
-        for block_x, block_y in zip(x.split(_TOKENS_A_BLOCK), y.split(_TOKENS_A_BLOCK), strict=True):
-            xx, xy = block_x.square().sum().item(), (block_x * block_y).sum().item()
+    def add(self, before: Scores, policy: Scores, engine: Scores) -> None:
+        """Count the completions of one prompt in: of each the b, p and e above, [T] in nats.
+
+        What the trainer has no finite number for is left out, and is the loss's affair.
+        """
+        clusters: dict[int, list[float]] = {}
+        for b, p, e in zip(before, policy, engine, strict=True):
+            x, y = p.double() - b.double(), e.double() - b.double()
+            if not x.isfinite().all():
+                continue
+            self.yy += y.square().sum().item()
+            blocks = zip(x.split(_TOKENS_A_BLOCK), y.split(_TOKENS_A_BLOCK), strict=True)
+            for i, (block_x, block_y) in enumerate(blocks):
+                cluster = clusters.setdefault(i, [0.0, 0.0])
+                cluster[0] += block_x.square().sum().item()
+                cluster[1] += (block_x * block_y).sum().item()
+        for xx, xy in clusters.values():
             self.xx += xx
             self.xy += xy
             self.square_xx += xx * xx
             self.product += xx * xy
             self.square_xy += xy * xy
-            self.num_blocks += 1
 
     def forget(self, factor: float) -> None:
         """Let what was counted so far weigh `factor` as much as what follows."""
-        for name in ("xx", "xy", "yy", "num_blocks"):
+        for name in ("xx", "xy", "yy"):
             setattr(self, name, getattr(self, name) * factor)
         for name in ("square_xx", "product", "square_xy"):
             setattr(self, name, getattr(self, name) * factor * factor)
 
     @property
+    def num_clusters(self) -> float:
+        return self.xx**2 / self.square_xx if self.square_xx > 0 else 0.0
+
+    @property
     def is_defined(self) -> bool:
-        """Whether anything has moved in at least two blocks."""
-        return self.xx > 0 and self.num_blocks >= 2
+        """Whether more than one cluster has moved."""
+        return self.num_clusters > 1.5
 
     @property
     def value(self) -> float:
@@ -147,17 +166,18 @@ class Slope:
     @property
     def error(self) -> float:
         scores = self.square_xy - 2 * self.value * self.product + self.value**2 * self.square_xx
-        return math.sqrt(max(scores, 0.0) * self.num_blocks / (self.num_blocks - 1)) / self.xx
+        n = self.num_clusters
+        return math.sqrt(max(scores, 0.0) * n / (n - 1)) / self.xx
 
     @property
     def is_sound(self) -> bool:
         """False where noise alone would give such a slope once in 10 million looks."""
         from scipy.special import stdtrit
 
-        noise = -float(stdtrit(self.num_blocks - 1, _FALSE_ALARMS)) * self.error  # Student's t
+        quantile = -float(stdtrit(self.num_clusters - 1, _FALSE_ALARMS))  # Student's t
+        noise = quantile * max(self.error, _LEAST_ERROR) + _MARGIN
         residual = self.yy - self.value * self.xy
-        lowest = max(0.5 - _MARGIN_OF_HALF, 1 - 2 * residual / self.xx - _MARGIN)
-        return lowest - noise <= self.value <= 1 + _MARGIN + noise
+        return max(0.5, 1 - 2 * residual / self.xx) - noise <= self.value <= 1 + noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,8 +185,16 @@ class _Probe:
     """Tokens that engine and trainer score, and what the trainer said of them before."""
 
     groups: tuple[ScoredGroup, ...]
-    before: tuple[torch.Tensor, ...]
-    """One [T] a completion, prompt-major."""
+    before: Scores
+
+    def add_to(self, slopes: Sequence[Slope], policy: Iterator[torch.Tensor], engine: Iterator[torch.Tensor]) -> None:
+        """Count its tokens in; takes its completions' scores off both."""
+        before = iter(self.before)
+        for scored in self.groups:
+            count = len(scored.group.completions)
+            of_prompt = [list(islice(scores, count)) for scores in (before, policy, engine)]
+            for slope in slopes:
+                slope.add(*of_prompt)
 
 
 Scorer = Callable[[Sequence[ScoredGroup]], tuple[torch.Tensor, ...]]
@@ -202,9 +230,7 @@ class SlopeTest:
     def ask(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> None:
         """Have the engine score the probes; `groups` is what it has just sampled from `version`."""
         if self._start is None and groups:
-            chosen = _choose(groups, _START_SEQUENCES)
-            before = (self.adapter_off or self.policy)(chosen)
-            self._start = _Probe(chosen, before)
+            self._start = _Probe(_choose(groups, _START_SEQUENCES), ())
         if version == self._version or self._start is None:
             return
         self._answers = engine.score([scored.group for scored in self._probes])
@@ -225,15 +251,15 @@ class SlopeTest:
         scores = self.policy([*self._probes, *chosen])
         num_answers = len(self._answers)
         policy, engine = iter(scores[:num_answers]), iter(self._answers)
-        from_start = Slope()
-        for before in self._start.before:
-            from_start.add(before, next(policy), next(engine))
+        if not self._start.before:  # not before the engine sleeps, which may need its memory for this
+            groups_of_start = self._start.groups
+            before = self.adapter_off(groups_of_start) if self.adapter_off else scores[: _count(groups_of_start)]
+            self._start = _Probe(groups_of_start, before)
+        from_start, this_sync = Slope(), Slope()
+        self._start.add_to([from_start], policy, engine)
         self._since_previous[1].forget(1 - 1 / _MEMORY_SYNCS)
-        this_sync = Slope()
-        for before in self._previous.before if self._previous else ():
-            of_policy, of_engine = next(policy), next(engine)
-            for slope in (*self._since_previous, this_sync):
-                slope.add(before, of_policy, of_engine)
+        if self._previous is not None:
+            self._previous.add_to([*self._since_previous, this_sync], policy, engine)
         if chosen:
             self._previous = _Probe(chosen, scores[num_answers:])
         start = "the model without its adapter" if self.adapter_off else "the first rollout"
@@ -262,15 +288,18 @@ class SlopeTest:
         """For JSON, exact; `load_state_dict` reads it."""
         return {
             "probes": [
-                probe and [[group_state(scored) for scored in probe.groups], tensors_state(probe.before)]
+                probe and [[group_state(scored) for scored in probe.groups], tensors_state(tuple(probe.before))]
                 for probe in (self._start, self._previous)
             ],
             "since_previous": [dataclasses.asdict(slope) for slope in self._since_previous],
             "version": self._version,
+            "backend": self.backend,
         }
 
     def load_state_dict(self, state: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-        """Go on from what `state_dict` gave; `prompts` is the dataset."""
+        """Go on from what `state_dict` gave, unless it is of another engine; `prompts` is the dataset."""
+        if state["backend"] != self.backend:
+            return
         self._start, self._previous = (
             probe and _Probe(tuple(load_group(group, prompts) for group in probe[0]), load_tensors(probe[1]) or ())
             for probe in state["probes"]
@@ -295,7 +324,8 @@ class SlopeTest:
 
 
 def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[ScoredGroup, ...]:
-    """The beginnings of `count` completions, of as many prompts as there are; an engine has room to score each."""
+    """The beginnings of `count` completions, of as many prompts as there are, the shortest first."""
+    groups = sorted(groups, key=lambda group: len(group.prompt.token_ids))
     per_group = -(-count // max(1, len(groups)))
     chosen = []
     for group in groups[:count]:
@@ -314,9 +344,12 @@ def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[ScoredGroup, ..
 
 
 def _beginning(completion: Completion) -> Completion:
-    """Without the last token of one that fills `max_new_tokens`: the engine wants room for one more."""
-    room = len(completion.token_ids) - (completion.finish_reason is FinishReason.LENGTH)
-    count = min(_TOKENS_A_SEQUENCE, room)
+    """Without its last token: the engine wants room for one more, and there may be none."""
+    count = min(_TOKENS_A_SEQUENCE, len(completion.token_ids) - 1)
     return dataclasses.replace(
         completion, token_ids=completion.token_ids[:count], sampling_logprobs=completion.sampling_logprobs[:count]
     )
+
+
+def _count(groups: Sequence[ScoredGroup]) -> int:
+    return sum(len(scored.group.completions) for scored in groups)

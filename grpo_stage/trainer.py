@@ -264,7 +264,8 @@ class GRPOTrainer(Trainer):
         """Free its memory for rewards and log-probabilities, and see whether it has followed the policy."""
         version = self.state.global_step
         if self.slope_test is not None:
-            self.slope_test.ask(self.engine, groups, version)
+            with self.watchdog.limit("canary", self.grpo_args.rollout_timeout, "rollout_timeout"):
+                self.slope_test.ask(self.engine, groups, version)
         self.engine.sleep()
         if self.slope_test is not None:
             for name, value in self.slope_test.check(groups, version).items():
@@ -846,7 +847,7 @@ class GRPOTrainer(Trainer):
         self.buffer.load_state_dict(of_rank["steps"], self.prompts)
         if self.dynamic is not None:
             self.dynamic.load_state_dict(of_rank["dynamic_sampling"], self.prompts)
-        if self.slope_test is not None:
+        if self.slope_test is not None and of_rank["slope_test"] is not None:  # None: in another precision until now
             self.slope_test.load_state_dict(of_rank["slope_test"], self.prompts)
         num_steps = self.args.max_steps
         if num_steps <= 0:

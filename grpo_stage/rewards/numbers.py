@@ -273,6 +273,18 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 _CALCULATION = re.compile(r"[=<>+*^]|\\[a-z]")
 
 
+_LIMIT_BEFORE = re.compile(
+    r"(?:\b(?:less|more|fewer|greater|larger|smaller|lower|higher|other) than|\bat (?:least|most)|\bup to|\bnot"
+    r"|\b(?:any|every|no)thing (?:but|except)|\bis (?:over|under|above|below)|n't"
+    r"|小于|大于|少于|多于|不到|不足|超过|至少|至多|最多|最少|不是|不等于)"
+    r"(?:\s+(?:exactly|equal to|necessarily))?[\s$({\[]*$",
+    re.IGNORECASE,
+)
+_LIMIT_AFTER = re.compile(
+    r"[\s$)}\]]*(?:or (?:less|more|fewer|greater|above|below|higher|lower)\b|以上|以下|以内)", re.IGNORECASE
+)
+
+
 def number_in(answer: FinalAnswer) -> Number | None:
     """The one number that `answer` states; None where it states none, several, or one left to be worked out."""
     if answer.place is Place.TEXT or len(answer.text) > MAX_CHARACTERS:
@@ -290,7 +302,12 @@ def whole_number(text: str) -> Number | None:
     if _distinct(found) > 1:
         return _last_number(right) if len(_WORD.findall(right)) > 5 else None
     outside = right[: found[0].start] + right[found[-1].end :].replace("!", "^")  # no exclamation, but a factorial
-    return None if _CALCULATION.search(outside) else found[-1].number
+    return None if _CALCULATION.search(outside) or _is_limit(right, found[0], found[-1]) else found[-1].number
+
+
+def _is_limit(text: str, first: Found, last: Found) -> bool:
+    """True of `at least 5`, `5 or more` and `not 5`, which say what the number is not."""
+    return bool(_LIMIT_BEFORE.search(text, 0, first.start) or _LIMIT_AFTER.match(text, last.end))
 
 
 def numbers_in(text: str) -> list[Found]:
@@ -325,7 +342,8 @@ def _first_number(text: str) -> Number | None:
         if not _JOINT.fullmatch(joint) and not _JOINT_WITH_UNIT.fullmatch(joint):
             break
         joined.append(other)
-    return found[0].number if _distinct(joined) == 1 else None
+    is_stated = _distinct(joined) == 1 and not _is_limit(sentence, found[0], joined[-1])
+    return found[0].number if is_stated else None
 
 
 def _last_number(text: str) -> Number | None:
@@ -346,7 +364,8 @@ def _last_number(text: str) -> Number | None:
             text, before, found[-1].start
         )
         is_factorial = not _WORD.search(text) and text.endswith("!")
-        return None if is_one_of_several or is_factorial else found[-1].number
+        is_limit = _is_limit(text, joined[0], found[-1])
+        return None if is_one_of_several or is_factorial or is_limit else found[-1].number
     # `In 2020, 7 came` is no list; `6, 7`, `6 or 7` and `5, 6, 7` are.
     is_at_the_end = not _WORD.search(text[found[-1].end :].partition("\n")[0])
     is_list = len(joined) > 2 or is_at_the_end or any("," not in joint for joint in joints)

@@ -245,7 +245,7 @@ class VLLMEngine:
         if not self._is_synced:
             raise RuntimeError("score() was called before sync(): there is no policy to ask.")
         sequences = [(group.prompt.token_ids, each.token_ids) for group in groups for each in group.completions]
-        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu():
+        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
             outputs = self._llm.generate(
                 [{"prompt_token_ids": [*prompt, *completion]} for prompt, completion in sequences],
                 _scoring_params(),

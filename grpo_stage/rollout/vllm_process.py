@@ -198,7 +198,8 @@ def _float32_precision() -> Callable[[], None]:
 
     transformers' `tf32` sets it by the newer one, and torch then refuses to read the older one, which vLLM sets.
     """
-    backends: tuple[Any, ...] = (torch.backends, torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    torch_backends: Any = torch.backends
+    backends = (torch_backends, torch_backends.cuda.matmul, torch_backends.mkldnn.matmul)
     newer = [backend.fp32_precision for backend in backends]
     try:
         older = torch.get_float32_matmul_precision()

@@ -131,3 +131,23 @@ def test_a_reference_that_is_not_judged_has_a_reason(reference: str, reason: str
 def test_a_number_of_any_size_is_judged(answer: str, reference: str) -> None:
     assert is_correct(answer, reference) is False
     assert voted_answer(answer)
+
+
+@pytest.mark.parametrize(
+    "completion",
+    [
+        *("The answer is less than 5", "more than 5", "at most 5", "The answer is at least 5.", "5 or less", "not 5"),
+        *("The answer is not exactly 5", "anything but 5", r"\boxed{\text{less than } 5}", "<answer>up to 5</answer>"),
+        *("#### at least 5", "答案是不是5", "答案是至少5", "答案是5以上", "It isn't 5"),
+    ],
+)
+def test_a_limit_or_a_negation_in_words_is_no_number(completion: str) -> None:
+    assert not is_correct(completion, "5")
+    assert voted_answer(completion) != voted_answer("5")
+
+
+@pytest.mark.parametrize(
+    "completion", ["It is not 4 but 5", "More than 4 is wrong: the answer is 5", "at least I think it is 5"]
+)
+def test_words_of_a_limit_elsewhere_do_not_matter(completion: str) -> None:
+    assert is_correct(completion, "5")
