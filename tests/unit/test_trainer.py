@@ -201,9 +201,8 @@ def test_the_slope_of_a_sound_engine_is_logged_and_goes_on_from_a_checkpoint(tmp
 @pytest.mark.parametrize("backlog", [1, 100])
 def test_an_engine_that_does_not_follow_the_policy_stops_the_run(tmp_path, backlog):
     """Its log-probabilities are within any bound, and it says that it is at the right version."""
-    trainer = make_trainer(
-        tmp_path, engine=ScoringEngine(backlog), tests_slope=True, num_prompts=20, training={"num_train_epochs": 2}
-    )
+    run = {"per_device_train_batch_size": 10, "max_steps": 8}
+    trainer = make_trainer(tmp_path, engine=ScoringEngine(backlog), tests_slope=True, num_prompts=20, training=run)
     with pytest.raises(StaleRolloutError, match="does not follow the policy"):
         trainer.train()
     assert 1 <= trainer.state.global_step <= 6
