@@ -12,7 +12,7 @@ import copy
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,7 @@ class Run:
         self.before = self.initial
         self.delivered = self.initial
         self.slope = SlopeTest(
-            backend="engine", policy=self.score, adapter_off=self._score_base if self.adapter else None
+            backend="engine", score=self.score, adapter_off=self.policy.disable_adapter if self.adapter else None
         )
         generator = torch.Generator().manual_seed(1)
         vocabulary = model.config.vocab_size
@@ -80,18 +80,13 @@ class Run:
         with self._holding(self.delivered if isinstance(self.engine, HFEngine) else self.before):
             groups = self.engine.generate(self.prompts, self.sampling, version)
         engine = _Holding(self) if isinstance(self.engine, HFEngine) else self.engine
-        self.slope.ask(engine, groups, version)
-        figures = self.slope.check(groups, version)
+        figures = self.slope.check(self.slope.ask(engine, groups, version), groups, version)
         self._learn(groups)
         return figures
 
     def score(self, groups: Any) -> tuple[torch.Tensor, ...]:
         with torch.no_grad():
             return tuple(each.detach().cpu() for each in self._logprobs(groups))
-
-    def _score_base(self, groups: Any) -> tuple[torch.Tensor, ...]:
-        with self.policy.disable_adapter():
-            return self.score(groups)
 
     def _weights(self, version: int, fault: str) -> list[torch.Tensor]:
         """What the engine gets in place of the policy's weights."""
@@ -203,18 +198,16 @@ def start_engine(kind: str, folder: str, tuning: str, vocabulary: int) -> Rollou
 
 
 def run(
-    engine: RolloutEngine, model: Any, tuning: str, rate: float, fault: str, steps: int, device: str,
-    each_step: Callable[[int, dict[str, float]], None] = lambda *_: None,
-) -> tuple[int | None, dict[str, float]]:  # fmt: skip
+    engine: RolloutEngine, model: Any, tuning: str, rate: float, fault: str, steps: int, device: str
+) -> tuple[int | None, dict[str, float]]:
     """The step that the slope test stopped at, None if it did not, and the last figures."""
     training = Run(engine, model, tuning, rate, device)
     figures: dict[str, float] = {}
     for version in range(steps):
         try:
             figures = training.step(version, fault)
-        except StaleRolloutError as error:
-            return version, figures | {"message": str(error)}  # type: ignore[dict-item]
-        each_step(version, figures)
+        except StaleRolloutError:
+            return version, figures
     return None, figures
 
 
@@ -241,7 +234,7 @@ def main() -> None:
                 for fault in options.faults:
                     started = time.perf_counter()
                     found, figures = run(engine, model, options.tuning, rate, fault, options.steps, options.device)
-                    slopes = {name: round(v, 3) for name, v in figures.items() if isinstance(v, float)}
+                    slopes = {name: round(value, 3) for name, value in figures.items()}
                     row = {
                         "engine": options.engine, "tuning": options.tuning, "rate": rate, "fault": fault,
                         "found": found, **slopes, "s": round(time.perf_counter() - started, 1),

@@ -12,6 +12,7 @@ never delivered, delivered twice, scaled wrongly, answered from a stale cache. T
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -197,9 +198,6 @@ class _Probe:
                 slope.add(*of_prompt)
 
 
-Scorer = Callable[[Sequence[ScoredGroup]], tuple[torch.Tensor, ...]]
-
-
 @dataclass(slots=True, kw_only=True)
 class SlopeTest:
     """Whether the engine follows the policy, sync by sync: two slopes at each new version.
@@ -216,27 +214,37 @@ class SlopeTest:
 
     backend: str
     """The engine's name, for the message."""
-    policy: Scorer
-    """The trainer's log-probabilities at temperature 1: one [T] a completion, prompt-major."""
-    adapter_off: Scorer | None
-    """The same with the adapter switched off; None where there is none."""
+    score: Callable[[Sequence[ScoredGroup]], Scores]
+    """The trainer's log-probabilities at temperature 1."""
+    adapter_off: Callable[[], AbstractContextManager[Any]] | None
+    """In it `score` is that of the model without its adapter; None where there is no adapter."""
     _start: _Probe | None = None
     _previous: _Probe | None = None
     _since_previous: tuple[Slope, Slope] = field(default_factory=lambda: (Slope(), Slope()))
     """Over all syncs, and over the last ones."""
     _version: int = -1
-    _answers: list[torch.Tensor] = field(default_factory=list)
 
-    def ask(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> None:
-        """Have the engine score the probes; `groups` is what it has just sampled from `version`."""
-        if self._start is None and groups:
-            self._start = _Probe(_choose(groups, _START_SEQUENCES), ())
-        if version == self._version or self._start is None:
-            return
-        self._answers = engine.score([scored.group for scored in self._probes])
+    def ask(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> list[torch.Tensor]:
+        """The engine's scores of the probes, for `check`; none where there is nothing to compare.
 
-    def check(self, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+        Args:
+            engine: holds `version`.
+            groups: what it has just sampled.
+            version: of the policy.
+        """
+        if self._start is None and (chosen := _choose(groups, _START_SEQUENCES)):
+            self._start = _Probe(chosen, ())
+        if self._start is None or version == self._version:
+            return []
+        return engine.score([scored.group for scored in self._probes])
+
+    def check(self, answers: Scores, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
         """Compare the engine's answers with the trainer's, and prepare the next comparison.
+
+        Args:
+            answers: what `ask` gave.
+            groups: as there.
+            version: as there.
 
         Returns:
             The slopes and their standard errors, by metric name; what cannot be told yet is left out.
@@ -244,26 +252,23 @@ class SlopeTest:
         Raises:
             StaleRolloutError: if a slope is not sound.
         """
-        if version == self._version or self._start is None:
+        if self._start is None or not answers:
             return {}
         self._version = version
         chosen = _choose(groups, _PREVIOUS_SEQUENCES)
-        scores = self.policy([*self._probes, *chosen])
-        num_answers = len(self._answers)
-        policy, engine = iter(scores[:num_answers]), iter(self._answers)
-        if not self._start.before:  # not before the engine sleeps, which may need its memory for this
-            groups_of_start = self._start.groups
-            before = self.adapter_off(groups_of_start) if self.adapter_off else scores[: _count(groups_of_start)]
-            self._start = _Probe(groups_of_start, before)
+        scores = self.score([*self._probes, *chosen])
+        policy, engine = iter(scores[: len(answers)]), iter(answers)
+        if not self._start.before:  # not in `ask`: the engine may need its memory until it sleeps
+            with (self.adapter_off or nullcontext)():
+                self._start = _Probe(self._start.groups, self.score(self._start.groups))
         from_start, this_sync = Slope(), Slope()
         self._start.add_to([from_start], policy, engine)
         self._since_previous[1].forget(1 - 1 / _MEMORY_SYNCS)
         if self._previous is not None:
             self._previous.add_to([*self._since_previous, this_sync], policy, engine)
         if chosen:
-            self._previous = _Probe(chosen, scores[num_answers:])
-        start = "the model without its adapter" if self.adapter_off else "the first rollout"
-        self._judge(from_start, start, version)
+            self._previous = _Probe(chosen, scores[len(answers) :])
+        self._judge(from_start, "the model without its adapter" if self.adapter_off else "the first rollout", version)
         for slope in (*self._since_previous, this_sync):
             self._judge(slope, "the sync before", version)
         return {
@@ -349,7 +354,3 @@ def _beginning(completion: Completion) -> Completion:
     return dataclasses.replace(
         completion, token_ids=completion.token_ids[:count], sampling_logprobs=completion.sampling_logprobs[:count]
     )
-
-
-def _count(groups: Sequence[ScoredGroup]) -> int:
-    return sum(len(scored.group.completions) for scored in groups)

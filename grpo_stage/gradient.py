@@ -163,7 +163,7 @@ class PolicyGradient:
 
     def _selection(self, model: nn.Module, data: StepData, step: int) -> TokenSelection:
         policy = self._accelerator.unwrap_model(model)
-        logprobs, entropies = self._frozen(policy, data.groups, with_entropy=True)
+        logprobs, entropies = self._frozen(policy, data.groups, self._sampling.temperature, with_entropy=True)
         masks = self._grpo_args.mask_truncated_completions
         return self.objective.select(
             logprobs,
@@ -186,11 +186,11 @@ class PolicyGradient:
 
         At the sampling temperature, unless another is given.
         """
-        return self._frozen(model, groups, with_entropy=False, temperature=temperature)[0]
+        return self._frozen(model, groups, self._sampling.temperature if temperature is None else temperature)[0]
 
     @torch.no_grad()
     def _frozen(
-        self, model: nn.Module, groups: Sequence[ScoredGroup], with_entropy: bool, temperature: float | None = None
+        self, model: nn.Module, groups: Sequence[ScoredGroup], temperature: float, with_entropy: bool = False
     ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
         """Log-probabilities, and entropies where they are asked for."""
         totals = count_totals(groups, self._sampling.max_new_tokens, mask_truncated_completions=False)
@@ -200,9 +200,7 @@ class PolicyGradient:
             for batch in self._split(groups, totals):
                 try:
                     with self._autocast():
-                        logprobs, entropy = token_logprobs(
-                            model, batch, temperature or self._sampling.temperature, with_entropy=with_entropy
-                        )
+                        logprobs, entropy = token_logprobs(model, batch, temperature, with_entropy=with_entropy)
                 except RuntimeError as error:
                     if not should_reduce_batch_size(error):
                         raise

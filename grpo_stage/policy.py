@@ -4,6 +4,7 @@ B completions in a micro-batch    T completion tokens    V vocabulary
 """
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -14,6 +15,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from .types import PolicyBatch
+
+
+_PEFT_PARTS = re.compile(r"\.base_layer|\.modules_to_save\.default")
+"""What PEFT adds to the names of a model's weights, those trained whole included."""
 
 
 def token_logprobs(
@@ -167,7 +172,7 @@ class ModelReference:
         KL of identical weights would not be 0.
         """
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        theirs = {name.replace(".base_layer", ""): p.dtype for name, p in base.named_parameters()}
+        theirs = {_PEFT_PARTS.sub("", name): p.dtype for name, p in base.named_parameters()}
         for name, p in self._model.named_parameters():
             if p.is_floating_point() and theirs.get(name) == torch.float32:
                 p.data = p.data.float()

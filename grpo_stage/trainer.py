@@ -148,8 +148,8 @@ class GRPOTrainer(Trainer):
         if tests_slope:
             self.slope_test = SlopeTest(
                 backend=grpo_args.rollout_backend,
-                policy=self._probe_logprobs,
-                adapter_off=self._probe_logprobs_without_adapter if isinstance(model, PeftModel) else None,
+                score=partial(self.gradient.frozen_logprobs, model, temperature=1.0),
+                adapter_off=model.disable_adapter if isinstance(model, PeftModel) else None,
             )
         self._moving_reference: MovingReference | None = None
         if grpo_args.sync_ref_model:
@@ -262,21 +262,14 @@ class GRPOTrainer(Trainer):
 
     def _let_engine_sleep(self, groups: Sequence[RolloutGroup]) -> None:
         """Free its memory for rewards and log-probabilities, and see whether it has followed the policy."""
-        version = self.state.global_step
+        version, answers = self.state.global_step, []
         if self.slope_test is not None:
             with self.watchdog.limit("canary", self.grpo_args.rollout_timeout, "rollout_timeout"):
-                self.slope_test.ask(self.engine, groups, version)
+                answers = self.slope_test.ask(self.engine, groups, version)
         self.engine.sleep()
         if self.slope_test is not None:
-            for name, value in self.slope_test.check(groups, version).items():
+            for name, value in self.slope_test.check(answers, groups, version).items():
                 self.tracker.add(name, value)
-
-    def _probe_logprobs(self, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
-        return self.gradient.frozen_logprobs(self.accelerator.unwrap_model(self.model), groups, temperature=1.0)
-
-    def _probe_logprobs_without_adapter(self, groups: Sequence[ScoredGroup]) -> tuple[torch.Tensor, ...]:
-        with self.accelerator.unwrap_model(self.model).disable_adapter():
-            return self._probe_logprobs(groups)
 
     def _count_rewarded(self, scored: Sequence[ScoredGroup], limit: int) -> None:
         """Say which rollouts have no reward, and end the run when `limit` groups in a row have none."""

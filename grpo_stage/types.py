@@ -124,7 +124,11 @@ class RolloutEngine(Protocol):
     def score(self, groups: Sequence[RolloutGroup]) -> "list[torch.Tensor]":
         """Log-probabilities of given completions at temperature 1: one [T] each, prompt-major.
 
-        A prompt and its completion leave room for one more token.
+        A prompt and its completion leave room for one more token. Neither the global random state nor the policy's
+        training mode is changed.
+
+        Raises:
+            RuntimeError: if `sync` was never called.
         """
 
     def sleep(self) -> None:

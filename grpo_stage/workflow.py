@@ -64,6 +64,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=finetuning_args.reward_timeout,
         dump_dir=training_args.output_dir,
+        fields=tuple(finetuning_args.reward_columns or ()),
     )
     tokenizer_module = facade.load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]

@@ -97,7 +97,19 @@ _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillio
 _UNIT_LETTERS = frozenset("mgshdlLNJWVAKCFHΩ")
 _VARIABLES = frozenset("xyznki")
 _NEGATIVE_WORDS = frozenset({"negative", "minus", "负"})
-_NEGATIONS = frozenset({"not", "isn't", "never", "except", "不是", "并非"})
+# `at least 5`, `5 or more` and `not 5` say what the number is not.
+_LIMIT_BEFORE = re.compile(
+    r"(?:\b(?:less|more|fewer|greater|larger|smaller|lower|higher|other) than|\bat (?:least|most)|\bup to"
+    r"|\b(?:not|never|except)|n't|\b(?:any|every|no)thing but|\bis (?:over|under|above|below)"
+    r"|小于|大于|少于|多于|不到|不足|超过|至少|至多|最多|最少|不是|并非|不等于)"
+    r"(?:\s+(?:exactly|equal to|necessarily))?[\s$({\[]*$",
+    re.IGNORECASE,
+)
+_LIMIT_AFTER = re.compile(
+    r"[\s$)}\]]*(?:or (?:less|more|fewer|greater|above|below|higher|lower)\b|以上|以下|以内)", re.IGNORECASE
+)
+_LIMIT_CHARACTERS = 40
+"""No longer is what `_LIMIT_BEFORE` looks for."""
 _VERBS = frozenset({"is", "are", "equals", "be", "was", "get"})
 _TRANSPARENT_COMMANDS = frozenset({r"\approx", r"\equiv", r"\cup", r"\in"})
 
@@ -121,7 +133,7 @@ class Found:
     """A number in a text."""
 
     number: Number | None
-    """None where it is a part of something else: a calculation, a time, a version, a word."""
+    """None where it is a part of something else: a calculation, a time, a version, a word, a limit."""
     start: int
     end: int
 
@@ -130,6 +142,7 @@ class _Reader:
     """Finds numbers among the tokens of a text."""
 
     def __init__(self, text: str) -> None:
+        self.text = text
         self.tokens: list[_Token] = []
         end = 0
         for match in _TOKEN.finditer(text):
@@ -163,7 +176,11 @@ class _Reader:
             sign = None if sign is None or outer is None else sign * outer
         token = self.tokens[index]
         start, end = self.tokens[first].start, self.tokens[last].end
-        if value is None or sign is None or self._is_part(first, last):
+        is_limit = (
+            _LIMIT_BEFORE.search(self.text, max(0, start - _LIMIT_CHARACTERS), start) is not None
+            or _LIMIT_AFTER.match(self.text, end) is not None
+        )
+        if value is None or sign is None or is_limit or self._is_part(first, last):
             return Found(None, start, end)
         if self.at(first - 1).text.lower() in _NEGATIVE_WORDS:
             sign, start = -sign, self.at(first - 1).start
@@ -219,8 +236,6 @@ class _Reader:
             return True
         if (before.kind == "open" and after.text == ",") or (before.text == "," and after.kind == "close"):
             return True  # of an interval or a tuple
-        if before.text.lower() in _NEGATIONS:
-            return True
         return self._is_continued(after, self.at(last + 2))
 
     def _is_continued(self, after: _Token, second: _Token) -> bool:
@@ -273,18 +288,6 @@ _WORD = re.compile(r"[^\W\d_]{2,}")
 _CALCULATION = re.compile(r"[=<>+*^]|\\[a-z]")
 
 
-_LIMIT_BEFORE = re.compile(
-    r"(?:\b(?:less|more|fewer|greater|larger|smaller|lower|higher|other) than|\bat (?:least|most)|\bup to|\bnot"
-    r"|\b(?:any|every|no)thing (?:but|except)|\bis (?:over|under|above|below)|n't"
-    r"|小于|大于|少于|多于|不到|不足|超过|至少|至多|最多|最少|不是|不等于)"
-    r"(?:\s+(?:exactly|equal to|necessarily))?[\s$({\[]*$",
-    re.IGNORECASE,
-)
-_LIMIT_AFTER = re.compile(
-    r"[\s$)}\]]*(?:or (?:less|more|fewer|greater|above|below|higher|lower)\b|以上|以下|以内)", re.IGNORECASE
-)
-
-
 def number_in(answer: FinalAnswer) -> Number | None:
     """The one number that `answer` states; None where it states none, several, or one left to be worked out."""
     if answer.place is Place.TEXT or len(answer.text) > MAX_CHARACTERS:
@@ -302,12 +305,7 @@ def whole_number(text: str) -> Number | None:
     if _distinct(found) > 1:
         return _last_number(right) if len(_WORD.findall(right)) > 5 else None
     outside = right[: found[0].start] + right[found[-1].end :].replace("!", "^")  # no exclamation, but a factorial
-    return None if _CALCULATION.search(outside) or _is_limit(right, found[0], found[-1]) else found[-1].number
-
-
-def _is_limit(text: str, first: Found, last: Found) -> bool:
-    """True of `at least 5`, `5 or more` and `not 5`, which say what the number is not."""
-    return bool(_LIMIT_BEFORE.search(text, 0, first.start) or _LIMIT_AFTER.match(text, last.end))
+    return None if _CALCULATION.search(outside) else found[-1].number
 
 
 def numbers_in(text: str) -> list[Found]:
@@ -342,8 +340,7 @@ def _first_number(text: str) -> Number | None:
         if not _JOINT.fullmatch(joint) and not _JOINT_WITH_UNIT.fullmatch(joint):
             break
         joined.append(other)
-    is_stated = _distinct(joined) == 1 and not _is_limit(sentence, found[0], joined[-1])
-    return found[0].number if is_stated else None
+    return found[0].number if _distinct(joined) == 1 else None
 
 
 def _last_number(text: str) -> Number | None:
@@ -364,8 +361,7 @@ def _last_number(text: str) -> Number | None:
             text, before, found[-1].start
         )
         is_factorial = not _WORD.search(text) and text.endswith("!")
-        is_limit = _is_limit(text, joined[0], found[-1])
-        return None if is_one_of_several or is_factorial or is_limit else found[-1].number
+        return None if is_one_of_several or is_factorial else found[-1].number
     # `In 2020, 7 came` is no list; `6, 7`, `6 or 7` and `5, 6, 7` are.
     is_at_the_end = not _WORD.search(text[found[-1].end :].partition("\n")[0])
     is_list = len(joined) > 2 or is_at_the_end or any("," not in joint for joint in joints)

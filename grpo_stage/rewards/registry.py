@@ -5,7 +5,7 @@ import importlib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -53,6 +53,7 @@ def load_rewards(
     max_new_tokens: int,
     timeout_s: float,
     dump_dir: str | None = None,
+    fields: Collection[str] = (),
 ) -> RewardSuite:
     """The suite that `reward_funcs`, `reward_weights` and `reward_kwargs` describe.
 
@@ -64,6 +65,7 @@ def load_rewards(
         max_new_tokens: the default length of `length` and `overlong`.
         timeout_s: seconds that one function may take for the completions of one rollout.
         dump_dir: the folder that the stacks of a function that took longer are written to.
+        fields: the arguments that `reward_columns` names.
 
     Raises:
         ValueError: on anything the user has to mend.
@@ -107,6 +109,12 @@ def load_rewards(
             source_file = getattr(sys.modules.get(function.function.__module__), "__file__", None)
             workers[name] = FunctionWorker(
                 name, partial(_load_in_worker, *described), source_file, timeout_s, dump_dir
+            )
+    for field in fields:
+        if not any(field in (*f.required, *f.optional) or f.takes_everything for f in functions):
+            raise ValueError(
+                f"`reward_columns` has {field!r}, and no function of `reward_funcs` ({_listed(display_names)}) takes "
+                "an argument of that name: it would have no effect. Name it as the function does, or leave it out."
             )
     if workers or not CHECKED.isdisjoint(display_names):
         start_fork_server()  # it gets ready while the model is loaded

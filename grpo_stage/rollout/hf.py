@@ -86,6 +86,8 @@ class HFEngine:
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
         """Token by token, as completions are sampled."""
+        if self._policy is None:
+            raise RuntimeError("score() was called before sync(): there is no policy to ask.")
         rows = [_Row(group.prompt, 0) for group in groups for _ in group.completions]
         completions = iter([completion.token_ids for group in groups for completion in group.completions])
         longest = max((len(each.token_ids) for group in groups for each in group.completions), default=0)

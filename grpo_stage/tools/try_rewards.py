@@ -137,6 +137,7 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
         cast(dict[str, Any] | None, arguments.finetuning.reward_kwargs),
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=arguments.finetuning.reward_timeout,
+        fields=tuple(arguments.finetuning.reward_columns or ()),
     )
     rewards.progress = TrainingProgress(max_steps=max(1, arguments.training.max_steps))
     with contextlib.closing(rewards):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from grpo_stage.rollout.hf import HFEngine
 from grpo_stage.types import FinishReason, Prompt, RolloutEngine, RolloutGroup, SamplingSettings
 
-from .conftest import STOPS, logprob_difference, vllm_engine
+from .conftest import STOPS, logprob_difference, policy_logprobs, vllm_engine
 
 
 @pytest.fixture(scope="module", params=["hf", "vllm"])
@@ -38,6 +38,8 @@ def policy(make_policy: Callable[..., PeftModel]) -> PeftModel:
 def engine(unsynced: RolloutEngine, policy: PeftModel) -> RolloutEngine:
     with pytest.raises(RuntimeError, match="before sync"):
         unsynced.generate([], SamplingSettings(num_generations=2, max_new_tokens=1, temperature=1.0), step=0)
+    with pytest.raises(RuntimeError, match="before sync"):
+        unsynced.score([])
     unsynced.sync(policy, version=7)
     return unsynced
 
@@ -254,3 +256,17 @@ def test_sleeping_until_the_next_sync_changes_nothing(
     engine.sleep()
     engine.sync(policy, version=7)
     assert tokens(engine.generate(prompts, sampling, step=13)) == expected
+
+
+def test_scores_are_the_policys_at_temperature_1_and_change_nothing(
+    engine: RolloutEngine, policy: PeftModel, prompts: list[Prompt], sampling: SamplingSettings
+) -> None:
+    groups = engine.generate(prompts, sampling, step=6)
+    _seed_all()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    scores = engine.score(groups)
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+    expected = [each for group in groups for each in policy_logprobs(policy, group, 1.0)]
+    for ours, theirs in zip(scores, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    assert tokens(engine.generate(prompts, sampling, step=6)) == tokens(groups)

@@ -1,6 +1,7 @@
 """What only a GPU can run, as far as a CPU can tell: the order of the calls, and that vLLM has what is called."""
 
 import dataclasses
+import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -230,3 +231,61 @@ def test_vllm_picks_its_bitsandbytes_loader_by_that_argument(checkpoint: Path) -
 
     arguments = EngineArgs(model=str(checkpoint), quantization="bitsandbytes", skip_tokenizer_init=True)
     assert arguments.create_load_config().load_format == "bitsandbytes"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+def test_an_output_layers_adapter_counts_in_every_row_of_logits(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own would take those alone that it samples from."""
+    module = importlib.import_module(f"vllm.lora.punica_wrapper.punica_{kind}")
+    wrapper = getattr(module, f"PunicaWrapper{kind.upper()}")
+    names = list(inspect.signature(inspect.unwrap(wrapper.add_lora_logits)).parameters)
+    assert names[:6] == ["self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale"]
+    monkeypatch.setattr(wrapper, "add_lora_logits", inspect.unwrap(wrapper.add_lora_logits))
+    vllm_process._add_one_adapter_to_all_logits(wrapper)
+    logits, hidden = torch.randn(7, 10), torch.randn(7, 4)  # the vocabulary is padded to 12
+    a, b = torch.randn(1, 1, 2, 4), torch.randn(1, 1, 12, 2)
+    expected = logits + 0.5 * (hidden @ a[0, 0].T @ b[0, 0].T)[:, :10]
+    wrapper.add_lora_logits(None, logits, hidden, a, b, 0.5)
+    torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "keys", "bound"),
+    [
+        (torch.float32, "cpu", {}, 2e-4),
+        (torch.float32, "cpu", {"tf32": True}, 2e-4),  # it is of GPUs
+        (torch.float32, "cuda", {"rollout_backend": "hf"}, 2e-4),
+        (torch.float32, "cuda", {"rollout_backend": "hf", "tf32": True}, 0.5),
+        (torch.float32, "cuda", {}, 0.5),  # its attention rounds: 0.0019 in a sound run
+        (torch.float32, "cpu", {"is_loaded_in_8bit": True}, 0.5),
+        (torch.bfloat16, "cpu", {}, 0.5),
+        (torch.float32, "cpu", {"bf16": True}, 0.5),
+        (torch.float32, "cpu", {"fp16": True}, 0.5),
+    ],
+)
+def test_the_bound_is_tight_where_nothing_is_rounded(
+    dtype: torch.dtype, device: str, keys: dict[str, Any], bound: float
+) -> None:
+    keys = {"rollout_backend": "vllm", "tf32": None, "bf16": False, "fp16": False, **keys}
+    embeddings = SimpleNamespace(weight=torch.zeros(1, dtype=dtype))
+    model = SimpleNamespace(
+        device=torch.device(device), get_input_embeddings=lambda: embeddings,
+        is_loaded_in_8bit=keys.pop("is_loaded_in_8bit", False),
+    )  # fmt: skip
+    arguments: Any = SimpleNamespace(
+        training=SimpleNamespace(**keys), finetuning=SimpleNamespace(**keys, pure_bf16=False)
+    )
+    assert workflow._canary_bound(arguments, model) == bound
+
+
+def test_an_adapter_in_float32_is_refused_on_a_gpu() -> None:
+    embeddings = SimpleNamespace(weight=torch.zeros(1))
+    arguments: Any = SimpleNamespace(
+        model=None,
+        training=SimpleNamespace(device=torch.device("cuda"), bf16=False, fp16=False),
+        finetuning=SimpleNamespace(rollout_backend="vllm", vllm_sleep=0, finetuning_type="lora", pure_bf16=False),
+    )
+    model = SimpleNamespace(get_input_embeddings=lambda: embeddings)
+    sampling = SamplingSettings(num_generations=2, max_new_tokens=1, temperature=1.0)
+    with pytest.raises(ValueError, match=r"float32.*half precision alone.*`bf16: true`"):
+        workflow._rollout_engine(arguments, model, None, sampling)  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ rounding would give.
 
 import json
 import math
+from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
@@ -188,7 +189,9 @@ class World:
         self.version = 0
         self.passes = 0
         self.asked: list[int] = []
-        self.test = SlopeTest(backend="made up", policy=self.policy, adapter_off=self.base if has_adapter else None)
+        self.test = SlopeTest(
+            backend="made up", score=self.policy, adapter_off=self.adapter_off if has_adapter else None
+        )
 
     def true(self, groups, version: int) -> list[torch.Tensor]:
         rows = [(g.prompt.index, c.token_ids) for g in groups for c in g.completions]
@@ -207,8 +210,11 @@ class World:
     def policy(self, scored):
         return tuple(self.rounded(self.true([each.group for each in scored], self.version)))
 
-    def base(self, scored):
-        return tuple(self.rounded(self.true([each.group for each in scored], 0)))
+    @contextmanager
+    def adapter_off(self):
+        version, self.version = self.version, 0
+        yield
+        self.version = version
 
     def score(self, groups):
         self.asked.append(sum(len(group.completions) for group in groups))
@@ -218,8 +224,7 @@ class World:
 
     def step(self, groups=None):
         groups = [completions_of(prompt, self.version) for prompt in PROMPTS] if groups is None else groups
-        self.test.ask(self, groups, self.version)
-        figures = self.test.check(groups, self.version)
+        figures = self.test.check(self.test.ask(self, groups, self.version), groups, self.version)
         self.version += 1
         return figures
 
@@ -268,6 +273,18 @@ def test_an_engine_one_sync_behind_is_found_when_its_error_says_so(rate):
     error_of_one_sync = math.sqrt(1.5) * noise / math.sqrt(8 * 32 * (rate**2 + 2 * noise**2))
     promised = (6 * error_of_one_sync / (0.5 * kept - 0.1)) ** 2
     assert world.version < 1.5 * promised + 3
+
+
+@pytest.mark.parametrize("has_adapter", [True, False])
+def test_what_was_there_before_the_run_counts_where_an_adapter_can_be_switched_off(has_adapter):
+    """A continued adapter that never arrives, or a run that goes on with another engine."""
+    world = World(has_adapter)
+    world.version, world.share = 5, 0.0
+    if has_adapter:
+        with pytest.raises(StaleRolloutError, match="at step 5 .* those of the model without its adapter by 0"):
+            world.step()
+    else:
+        world.step()
 
 
 def test_a_fault_that_begins_late_is_found():
@@ -334,3 +351,22 @@ def test_it_goes_on_from_a_checkpoint_and_can_be_undone(cut):
     for ours, theirs in zip(seen, expected, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
     assert all(a != b for a, b in pairwise(seen[1:]))
+
+
+def test_what_another_engine_has_shown_is_not_this_ones():
+    world, other = World(), World()
+    for _ in range(3):
+        other.step()
+    world.test.backend = "hf"
+    before = world.test.state_dict()
+    world.test.load_state_dict(json.loads(json.dumps(other.test.state_dict())), PROMPTS)
+    assert world.test.state_dict() == before
+
+
+def test_completions_of_one_token_are_no_probe():
+    world = World()
+    short = [completions_of(prompt, 0, length=1) for prompt in PROMPTS]
+    assert world.step(short) == {}
+    assert world.asked == []
+    world.step()
+    assert world.asked == [16], "the first rollout with a longer one"

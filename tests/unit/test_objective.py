@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from grpo_stage.advantages import has_reward_variance, with_advantages
 from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
@@ -472,6 +473,19 @@ def test_another_model_moves_only_if_it_is_of_the_same_shape(tmp_path):
         torch.testing.assert_close(p, before[name] + 0.5)
     with pytest.raises(ValueError, match=r"2 weights of it are of another name or shape"):
         ModelReference(torch.nn.Linear(2, 3)).check_alike(policy)
+
+
+def test_another_model_is_held_in_the_precision_of_the_policys_weights():
+    """Those of layers that are trained whole beside an adapter included, which PEFT gives other names."""
+    policy = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).to(torch.bfloat16),
+        LoraConfig(target_modules=["0"], modules_to_save=["1"]),
+    )
+    for p in policy.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    other = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3))).to(torch.bfloat16)
+    ModelReference(other).match_precision(policy)
+    assert [layer.weight.dtype for layer in other] == [torch.bfloat16, torch.float32, torch.bfloat16]
 
 
 def test_a_mix_in_bfloat16_does_not_vanish_in_rounding():

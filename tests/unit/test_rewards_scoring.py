@@ -494,6 +494,17 @@ def test_a_recipe_that_cannot_be_right(
         load_rewards(names, weights, kwargs, max_new_tokens=10, timeout_s=5.0)
 
 
+def test_a_field_that_no_function_takes_is_refused(own: Callable[[str], str]) -> None:
+    file = own("def f(completions, level=None): return [1.0] * len(completions)\ndef g(**kwargs): return []\n")
+
+    def load_with(names: list[str]) -> None:
+        load_rewards(names, None, None, max_new_tokens=10, timeout_s=5.0, fields=("level", "truth")).close()
+
+    with pytest.raises(ValueError, match=r"`reward_columns` has 'truth', and no function .*\(f, format\).* no effect"):
+        load_with([f"{file}:f", "format"])
+    load_with([f"{file}:f", f"{file}:g"])
+
+
 def test_settings_of_an_own_function_must_be_named_by_it(own: Callable[[str], str]) -> None:
     file = own("def f(completions, scale=1.0): return [scale] * len(completions)")
     with pytest.raises(ValueError, match=r"sets 'scael'.*it names \['completions', 'scale'\]"):

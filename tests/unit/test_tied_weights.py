@@ -80,23 +80,16 @@ def test_an_adapter_on_a_shared_weight_merges_into_another_policy_and_is_refused
 
 
 @pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings")
-@pytest.mark.parametrize("adapter", MERGES_RIGHT, ids=str)
-def test_what_merges_as_it_was_trained_is_not_refused(adapter, tmp_path):
-    model = trained(llama(is_tied=True), **adapter)
+@pytest.mark.parametrize(
+    ("is_tied", "adapter"), [(True, each) for each in MERGES_RIGHT] + [(False, each) for each in MERGES_WRONG], ids=str
+)
+def test_what_merges_as_it_was_trained_is_not_refused(is_tied, adapter, tmp_path):
+    """Layers with weights of their own among it."""
+    model = trained(llama(is_tied), **adapter)
     before = logits(model)
-    refuse_planned(LoraConfig(**adapter), llama(is_tied=True).config, SOURCE)
+    refuse_planned(LoraConfig(**adapter), llama(is_tied).config, SOURCE)
     refuse_built(model, SOURCE)
-    assert bool(layers_parted(model)) == ("modules_to_save" in adapter)
-    assert torch.allclose(logits(exported(model, tmp_path)), before, atol=1e-5)
-
-
-@pytest.mark.parametrize("adapter", MERGES_WRONG, ids=str)
-def test_layers_with_weights_of_their_own_are_not_refused(adapter, tmp_path):
-    model = trained(llama(is_tied=False), **adapter)
-    before = logits(model)
-    refuse_planned(LoraConfig(**adapter), llama(is_tied=False).config, SOURCE)
-    refuse_built(model, SOURCE)
-    assert layers_parted(model) == []
+    assert bool(layers_parted(model)) == (is_tied and "modules_to_save" in adapter)
     assert torch.allclose(logits(exported(model, tmp_path)), before, atol=1e-5)
 
 
