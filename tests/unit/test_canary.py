@@ -281,7 +281,7 @@ def test_what_was_there_before_the_run_counts_where_an_adapter_can_be_switched_o
     world = World(has_adapter)
     world.version, world.share = 5, 0.0
     if has_adapter:
-        with pytest.raises(StaleRolloutError, match="at step 5 .* those of the model without its adapter by 0"):
+        with pytest.raises(StaleRolloutError, match=r"at step 5 .* those of the model without its adapter by 0"):
             world.step()
     else:
         world.step()

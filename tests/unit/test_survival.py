@@ -21,7 +21,15 @@ from grpo_stage.stop import SafeStop, StopRequested
 from grpo_stage.types import FinishReason
 from grpo_stage.watchdog import HangError, Watchdog
 
-from .trainer_on_fakes import FakeEngine, LengthRewards, gradient_of, make_trainer, outputs_of_two_ranks, relative
+from .trainer_on_fakes import (
+    FakeEngine,
+    LengthRewards,
+    ScoringEngine,
+    gradient_of,
+    make_trainer,
+    outputs_of_two_ranks,
+    relative,
+)
 
 
 # Losses and gradients that are not finite
@@ -278,10 +286,14 @@ def untimed(history):
 def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(tmp_path, where, at_step, logging_steps):
     """Steps 0 and 4 begin with a rollout; the data of step 5 waits in the buffer."""
     training = {"num_train_epochs": 1.5, "logging_steps": logging_steps}
-    whole = make_trainer(tmp_path / "whole", training=training, **RUN)
+
+    def make(name):
+        return make_trainer(tmp_path / name, training=training, engine=ScoringEngine(), tests_slope=True, **RUN)
+
+    whole = make("whole")
     whole.train()
 
-    stopped = make_trainer(tmp_path / "stopped", training=training, **RUN)
+    stopped = make("stopped")
     strike(stopped, where, at_step)
     before = {each: signal.getsignal(each) for each in stop_module.STOP_SIGNALS}
     with pytest.raises(StopRequested, match="stopped by SIGTERM") as request:
@@ -289,7 +301,7 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(tmp_path, wh
     assert {each: signal.getsignal(each) for each in stop_module.STOP_SIGNALS} == before
     assert stopped.state.global_step == at_step
 
-    resumed = make_trainer(tmp_path / "stopped", training=training, **RUN)
+    resumed = make("stopped")
     if at_step == 0:
         assert request.value.checkpoint is None
         resumed.train()
@@ -476,7 +488,7 @@ def test_a_signal_after_the_last_safe_point_has_nothing_to_stop():
 # Hangs
 
 
-class HangingEngine(FakeEngine):
+class HangingEngine(ScoringEngine):
     def __init__(self, where, step):
         super().__init__()
         self.where, self.step = where, step
@@ -492,6 +504,11 @@ class HangingEngine(FakeEngine):
                 pass
         return super().generate(prompts, sampling, step)
 
+    def score(self, groups):
+        if (self.where, self.step) == ("canary", self.synced[-1]):
+            time.sleep(60)
+        return super().score(groups)
+
 
 class HangingRewards(LengthRewards):
     calls = 0
@@ -503,21 +520,28 @@ class HangingRewards(LengthRewards):
         return super().score(groups)
 
 
-@pytest.mark.parametrize("where", ["sync", "rollout", "reward"])
-def test_a_hang_ends_the_run_with_the_stacks_and_a_checkpoint_that_goes_on(tmp_path, where):
+@pytest.mark.parametrize(
+    ("where", "key"),
+    [
+        *(("sync", "sync_timeout"), ("rollout", "rollout_timeout"), ("canary", "rollout_timeout")),
+        ("reward", "reward_timeout"),
+    ],
+)
+def test_a_hang_ends_the_run_with_the_stacks_and_a_checkpoint_that_goes_on(tmp_path, where, key):
     whole = make_trainer(tmp_path / "whole", training={"num_train_epochs": 2})
     whole.train()
 
-    limits = {"sync_timeout": 30.0, "rollout_timeout": 30.0, "reward_timeout": 30.0, f"{where}_timeout": 0.2}
+    limits = {"sync_timeout": 30.0, "rollout_timeout": 30.0, "reward_timeout": 30.0, key: 0.2}
     hanging = make_trainer(
         tmp_path / "hanging",
         training={"num_train_epochs": 2},
         engine=HangingEngine(where, 2),
         rewards=HangingRewards() if where == "reward" else None,
+        tests_slope=where == "canary",
         **limits,
     )
     started = time.monotonic()
-    with pytest.raises(HangError, match=rf"{where} took .*`{where}_timeout`.*stacks_{where}_rank0") as error:
+    with pytest.raises(HangError, match=rf"{where} took .*`{key}`.*stacks_{where}_rank0") as error:
         hanging.train()
     assert time.monotonic() - started < 20
     checkpoint = tmp_path / "hanging" / "checkpoint-2"

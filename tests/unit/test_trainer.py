@@ -1,6 +1,5 @@
 """The trainer with a fake engine: which prompts, when, and what gradient."""
 
-import copy
 import dataclasses
 import json
 import re
@@ -15,7 +14,7 @@ from grpo_stage.checkpoints import STATE_FILE
 from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.trainer import UnrewardedError
 
-from .trainer_on_fakes import FakeEngine, LengthRewards, gradient_of, make_trainer, relative
+from .trainer_on_fakes import FakeEngine, LengthRewards, ScoringEngine, gradient_of, make_trainer, relative
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
@@ -148,36 +147,6 @@ def test_a_group_of_another_policy_version_stops_the_run(tmp_path):
 def test_engine_logprobs_far_from_the_trainers_stop_the_run(tmp_path):
     with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
         make_trainer(tmp_path, bound=0.05).train()
-
-
-class ScoringEngine(FakeEngine):
-    """Answers with the weights that it was given at the last sync, or at one before."""
-
-    def __init__(self, backlog: int = 0) -> None:
-        super().__init__()
-        self.backlog = backlog
-        self.given: list[torch.nn.Module] = []
-        self.is_awake = False
-
-    def sync(self, policy, version):
-        super().sync(policy, version)
-        self.given.append(copy.deepcopy(policy))
-        self.is_awake = True
-
-    def sleep(self):
-        self.is_awake = False
-
-    @torch.no_grad()
-    def score(self, groups):
-        assert self.is_awake
-        model = self.given[max(0, len(self.given) - 1 - self.backlog)]
-        scores = []
-        for group in groups:
-            for completion in group.completions:
-                ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
-                logits = model(input_ids=ids).logits[0, -len(completion.token_ids) - 1 : -1]
-                scores.append(logits.log_softmax(-1)[range(len(completion.token_ids)), completion.token_ids])
-        return scores
 
 
 def test_the_slope_of_a_sound_engine_is_logged_and_goes_on_from_a_checkpoint(tmp_path):

@@ -1,5 +1,6 @@
 """A trainer with a fake engine and a fake reward: for tests of the trainer alone."""
 
+import copy
 import functools
 import gc
 import os
@@ -72,6 +73,36 @@ def fake_completion(seed: int) -> Completion:
         finish_reason=FinishReason.LENGTH if length == MAX_NEW_TOKENS else FinishReason.STOP,
         text=f"{seed}",
     )
+
+
+class ScoringEngine(FakeEngine):
+    """Answers with the weights that it was given at the last sync, or at one before."""
+
+    def __init__(self, backlog: int = 0) -> None:
+        super().__init__()
+        self.backlog = backlog
+        self.given: list[torch.nn.Module] = []
+        self.is_awake = False
+
+    def sync(self, policy, version):
+        super().sync(policy, version)
+        self.given.append(copy.deepcopy(policy))
+        self.is_awake = True
+
+    def sleep(self):
+        self.is_awake = False
+
+    @torch.no_grad()
+    def score(self, groups):
+        assert self.is_awake
+        model = self.given[max(0, len(self.given) - 1 - self.backlog)]
+        scores = []
+        for group in groups:
+            for completion in group.completions:
+                ids = torch.tensor([group.prompt.token_ids + completion.token_ids])
+                logits = model(input_ids=ids).logits[0, -len(completion.token_ids) - 1 : -1]
+                scores.append(logits.log_softmax(-1)[range(len(completion.token_ids)), completion.token_ids])
+        return scores
 
 
 class LengthRewards:
