@@ -8,6 +8,7 @@ import json
 import math
 from contextlib import contextmanager
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -142,8 +143,18 @@ def test_too_little_is_no_verdict():
     """Seven clusters and noise as large as the move: Student's t with six degrees of freedom allows for a lot."""
     true = drawn(0, 0.05, 56)
     assert slope_of(torch.zeros(56), true, drawn(1, 0.05, 56)).is_sound
+    agreeing = slope_of(torch.zeros(16), torch.ones(16), torch.full((16,), 0.5))
+    assert agreeing.error == 0
+    assert agreeing.is_sound, "two clusters that agree by chance"
     assert not Slope().is_defined
     assert not slope_of(torch.zeros(8), drawn(0, 1.0, 8), drawn(0, 1.0, 8)).is_defined
+
+
+def test_forgetting_alone_changes_no_verdict():
+    slope = slope_of(drawn(0, 0.03), drawn(1, 0.05), drawn(1, 0.05) + drawn(2, 0.03))
+    before = (slope.value, slope.error, slope.num_clusters)
+    slope.forget(0.5)
+    assert (slope.value, slope.error, slope.num_clusters) == pytest.approx(before)
 
 
 def test_an_old_observation_is_forgotten():
@@ -318,6 +329,16 @@ def test_a_version_is_looked_at_once_and_a_rank_may_have_sampled_nothing():
     figures = world.step([])
     assert "sampling/slope/previous" in figures
     assert world.asked == [16, 24]
+
+
+def test_the_shortest_prompts_are_asked_for():
+    """An engine may hold the logits of a whole prompt to answer."""
+    prompts = [Prompt(index=i, token_ids=(i,) * (20 - i), messages=(), reference=None) for i in range(20)]
+    asked = []
+    world = World()
+    engine = SimpleNamespace(score=lambda groups: asked.extend(group.prompt.index for group in groups) or [])
+    world.test.ask(engine, [completions_of(prompt, 0) for prompt in prompts], 0)
+    assert asked == list(range(19, 3, -1))
 
 
 def test_the_last_token_of_a_completion_is_left_out():
