@@ -1,9 +1,8 @@
 """The text of a completion: what rewards, evaluation and logs see, whichever engine sampled it."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from grpo_stage.types import FinishReason
 
@@ -27,10 +26,7 @@ def completion_text(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]
 
 
 def _decoded(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int]) -> str:
-    """The text as it was sampled: no space is added around special tokens, and none taken from before a comma."""
-    options: dict[str, Any] = {"clean_up_tokenization_spaces": False}
-    if isinstance(tokenizer, PreTrainedTokenizer):  # others add no spaces, and some refuse an option they do not know
-        options["spaces_between_special_tokens"] = False
-    text = tokenizer.decode(list(token_ids), skip_special_tokens=False, **options)
+    """The text as it was sampled: no space is taken from before a comma."""
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
     assert isinstance(text, str)
     return text
