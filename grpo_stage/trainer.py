@@ -11,6 +11,7 @@ One Trainer step is one optimizer step:
 
 import contextlib
 import copy
+import copyreg
 import dataclasses
 import json
 import logging
@@ -123,6 +124,7 @@ class GRPOTrainer(Trainer):
         self.rewards = rewards
         self.reference = reference
         self.recipe = recipe
+        copyreg.pickle(type(args), _without_token)  # type: ignore[arg-type]  # for `training_args.bin`
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.dynamic: DynamicSampling | None = None
         if grpo_args.dynamic_sampling:
@@ -878,6 +880,13 @@ class GRPOTrainer(Trainer):
         # Either may have been lowered: by the user, or where memory ran out.
         self.gradient.token_budget = min(self.gradient.token_budget, of_rank["token_budget"])
         return step
+
+
+def _without_token(args: TrainingArguments) -> tuple[Any, ...]:
+    """How the arguments are pickled: without the token that the hub is written to with."""
+    constructor, arguments, state = args.__reduce_ex__(2)[:3]
+    assert isinstance(state, dict)
+    return constructor, arguments, {**state, "hub_token": None}
 
 
 def _write_json(path: str, value: Any) -> None:
