@@ -124,7 +124,7 @@ class GRPOTrainer(Trainer):
         self.rewards = rewards
         self.reference = reference
         self.recipe = recipe
-        copyreg.pickle(type(args), _without_token)  # type: ignore[arg-type]  # for `training_args.bin`
+        copyreg.pickle(type(args), _without_token)  # for `training_args.bin`
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.dynamic: DynamicSampling | None = None
         if grpo_args.dynamic_sampling:

@@ -100,7 +100,7 @@ def check_loaded(code: RewardCode, module: ModuleType, function: Any) -> RewardC
     """
     if not callable(function):
         return code
-    home = _home(function, vars(module))
+    home = _home(function)
     if home is None:
         raise _refusal(code.spec, f"it is compiled code ({_origin(function)}), and no Python function")
     home_name, home_file = str(home.get("__name__", "")), home.get("__file__")
@@ -176,11 +176,10 @@ def _is_pythons_own(file: Path) -> bool:
     return False
 
 
-def _home(function: Any, here: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _home(function: Any) -> Mapping[str, Any] | None:
     """The names of the module in which the Python function behind `function` is defined; None where none is behind.
 
-    Decorators, partial functions and methods are followed to what they call, objects to their `__call__`; not beyond
-    what is defined in `here`, the names of the module that is looked at.
+    Decorators, partial functions and methods are followed to what they call, objects to their `__call__`.
     """
     seen: set[int] = set()
     while id(function) not in seen:
@@ -191,8 +190,6 @@ def _home(function: Any, here: Mapping[str, Any]) -> Mapping[str, Any] | None:
             function = function.__func__
         elif inspect.isclass(function):
             return vars(sys.modules[function.__module__])
-        elif isinstance(function, FunctionType) and function.__globals__ is here:
-            return here
         elif hasattr(function, "__wrapped__"):
             function = function.__wrapped__
         elif isinstance(function, FunctionType):
