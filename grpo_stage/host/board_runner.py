@@ -7,11 +7,12 @@ panel's stand among the host's own "extra arguments", under the names that they 
 import json
 import os
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 from gradio.components import Component
 from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_ARGS, TRAINING_STAGES
-from llamafactory.webui.common import get_save_dir
+from llamafactory.webui.common import DEFAULT_CONFIG_DIR, get_save_dir
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
@@ -73,8 +74,17 @@ class GRPORunner(Runner):
             board_loaded.remember({self.manager.get_id_by_elem(element): value for element, value in data.items()})
         for update in super()._launch(data, do_train):
             if self.running and do_train and self._is_grpo(data):
-                _keep_private(self._parse_train_args(data))
+                arguments = self._parse_train_args(data)
+                folder = Path(arguments["output_dir"])
+                _keep_private(arguments, folder / LLAMABOARD_CONFIG, folder / TRAINING_ARGS)
             yield update
+
+    def save_args(self, data: dict[Component, Any]) -> dict[Component, str]:
+        said: dict[Component, str] = super().save_args(data)
+        if self._is_grpo(data):
+            name = data[self.manager.get_elem_by_id("train.config_path")]
+            _keep_private(self._parse_train_args(data), Path(DEFAULT_CONFIG_DIR, name))
+        return said
 
     def load_args(self, lang: str, config_path: str) -> dict[Component, Any]:
         return self.restored(super().load_args(lang, config_path))
@@ -129,11 +139,11 @@ class GRPORunner(Runner):
         return data[self.manager.get_elem_by_id("train.training_stage")] == STAGE_NAME
 
 
-def _keep_private(arguments: Mapping[str, Any]) -> None:
-    """The files from which the Board runs a recipe hold its secrets, as they must: they are for their owner alone."""
+def _keep_private(arguments: Mapping[str, Any], *files: Path) -> None:
+    """Files from which the Board runs a recipe hold its secrets, as they must: they are for their owner alone."""
     if secrets_in(arguments):
-        for name in (LLAMABOARD_CONFIG, TRAINING_ARGS):
-            os.chmod(os.path.join(arguments["output_dir"], name), 0o600)
+        for file in filter(os.path.isfile, files):
+            os.chmod(file, 0o600)
 
 
 def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], extra: Any) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 from collections.abc import Mapping
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ def _refuse_compilation(value: Any) -> None:
         )
 
 
-def known_options() -> set[str]:
+@cache
+def known_options() -> frozenset[str]:
     """The arguments of vLLM's engine, out of its source: importing it takes ten seconds and changes the process."""
     spec = find_spec("vllm")
     assert spec is not None, "vLLM is not installed"
@@ -172,8 +174,8 @@ def known_options() -> set[str]:
     arguments = next(
         node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "EngineArgs"
     )
-    return {
+    return frozenset(
         node.target.id
         for node in arguments.body
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    }
+    )

@@ -374,7 +374,8 @@ def test_no_error_says_a_secret(folder: Path, is_object: bool) -> None:
     """Neither the error of the run nor what it comes from, which Python prints as well."""
     (folder / "asks.py").write_text(
         "def ask(completions, api_key, url):\n    raise RuntimeError(f'{url} does not know {api_key!r}')\n"
-        "class Ask:\n    def __call__(self, completions, api_key, url): ask(completions, api_key, url)\nobject = Ask()\n"
+        "class Ask:\n    def __call__(self, completions, api_key, url): ask(completions, api_key, url)\n"
+        "object = Ask()\n"
     )
     settings = {"api_key": "my own secret", "url": "https://me:pa55@host"}
     name = "object" if is_object else "ask"
