@@ -11,7 +11,6 @@ One Trainer step is one optimizer step:
 
 import contextlib
 import copy
-import copyreg
 import dataclasses
 import json
 import logging
@@ -109,6 +108,7 @@ class GRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
+        vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles them beside the weights
         self.prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.gradient_accumulation_steps = 1
         # A rank that runs out of memory in its first pass would broadcast once more than the others. All are alike.
@@ -124,7 +124,6 @@ class GRPOTrainer(Trainer):
         self.rewards = rewards
         self.reference = reference
         self.recipe = recipe
-        copyreg.pickle(type(args), _without_token)  # for `training_args.bin`
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.dynamic: DynamicSampling | None = None
         if grpo_args.dynamic_sampling:
@@ -882,11 +881,13 @@ class GRPOTrainer(Trainer):
         return step
 
 
-def _without_token(args: TrainingArguments) -> tuple[Any, ...]:
-    """How the arguments are pickled: without the token that the hub is written to with."""
-    constructor, arguments, state = args.__reduce_ex__(2)[:3]
-    assert isinstance(state, dict)
-    return constructor, arguments, {**state, "hub_token": None}
+def _without_token(args: TrainingArguments, protocol: int) -> tuple[Any, ...]:
+    """How the arguments are pickled, into `training_args.bin`: without the token that writes to the hub."""
+    reduced = object.__reduce_ex__(args, protocol)
+    assert isinstance(reduced, tuple)
+    constructor, arguments, state = reduced[:3]
+    kept = {name: value for name, value in state.items() if name != "__reduce_ex__"}
+    return constructor, arguments, kept | {"hub_token": None}
 
 
 def _write_json(path: str, value: Any) -> None:

@@ -16,7 +16,7 @@ from llamafactory.webui.common import DEFAULT_CONFIG_DIR, get_save_dir
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
-from ..redaction import secrets_in
+from ..redaction import errors_masked, secrets_in
 from . import board_code, board_loaded
 from .board_fields import FORM_FIELDS, effective
 from .locales import PREFIX
@@ -44,7 +44,8 @@ class GRPORunner(Runner):
             return error
         try:
             arguments = self._parse_train_args(data)
-            check(arguments)
+            with errors_masked(arguments):
+                check(arguments)
             if not from_preview:
                 self._refuse_unconfirmed(arguments, data)
         except ValueError as refusal:

@@ -41,7 +41,7 @@ class RewardCode:
     @property
     def is_installed(self) -> bool:
         """It belongs to an installed package."""
-        return not {*_INSTALLED}.isdisjoint(self.file.parts)
+        return _is_installed(self.file)
 
 
 def describe(specs: Iterable[str], folder: Path) -> list[RewardCode]:
@@ -110,7 +110,7 @@ def check_loaded(code: RewardCode, module: ModuleType, function: Any) -> RewardC
     if not is_here and not _is_one_package(code, module, home_name, home_file):
         name = next((name for name, value in home.items() if value is function), None)
         if name is not None:
-            place = home_name if code.is_installed or not home_file else home_file
+            place = home_file if home_file and not _is_installed(Path(home_file)) else home_name
             raise ValueError(
                 f"reward {code.spec!r}: {name!r} is only imported there, so that the file that is named is not the "
                 f"code that runs. Name it where it is defined: `{place}:{name}`."
@@ -166,6 +166,10 @@ def _find(name: str) -> ModuleSpec | None:
     return next((found for found in specs if found is not None), None)
 
 
+def _is_installed(file: Path) -> bool:
+    return not {*_INSTALLED}.isdisjoint(file.parts)
+
+
 def _is_pythons_own(file: Path) -> bool:
     """True below the standard library of any Python, known by what is in its folder; packages may be below it."""
     for folder in file.parents:
@@ -189,7 +193,7 @@ def _home(function: Any) -> Mapping[str, Any] | None:
         elif inspect.ismethod(function):
             function = function.__func__
         elif inspect.isclass(function):
-            return vars(sys.modules[function.__module__])
+            return getattr(sys.modules.get(function.__module__), "__dict__", {})
         elif hasattr(function, "__wrapped__"):
             function = function.__wrapped__
         elif isinstance(function, FunctionType):

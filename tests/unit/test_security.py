@@ -1,6 +1,5 @@
 """What a recipe alone cannot do: run code that is not a reward function, and leave secrets in files and messages."""
 
-import copyreg
 import hashlib
 import io
 import json
@@ -8,6 +7,7 @@ import os
 import py_compile
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ ATTACKS: dict[str, str] = {
     "own.py:shell": "it is `subprocess.run` of Python's standard library",
     "own.py:helped": "'helped' is only imported there*helper.py:helped`",
     "own.py:judge": "'judge' is only imported there*helper.py:judge`",
-    "own.py:shown": "'shown' is only imported there*acme_rewards/core.py:shown`",
+    "own.py:shown": "'shown' is only imported there*acme_rewards.core:shown`",
     "module_here:getoutput": "it is `subprocess.getoutput` of Python's standard library",
     "module_here:helped": "'helped' is only imported there",
     "package_here:getoutput": "it is `subprocess.getoutput` of Python's standard library",
@@ -405,13 +405,12 @@ def test_a_mask_is_no_value(folder: Path) -> None:
 
 def test_saved_arguments_hold_no_token(tmp_path: Path) -> None:
     arguments = TrainingArguments(output_dir=str(tmp_path), hub_token="hf_secret", use_cpu=True)
+    vars(arguments)["__reduce_ex__"] = partial(_without_token, arguments)
     file = io.BytesIO()
-    copyreg.pickle(TrainingArguments, _without_token)
-    try:
-        torch.save(arguments, file)
-    finally:
-        del copyreg.dispatch_table[TrainingArguments]
+    torch.save(arguments, file)
     assert b"hf_secret" not in file.getvalue()
     file.seek(0)
-    assert torch.load(file, weights_only=False).output_dir == arguments.output_dir
+    saved = torch.load(file, weights_only=False)
+    assert saved.to_dict() == arguments.to_dict() | {"hub_token": "<HUB_TOKEN>"}
+    assert saved.hub_token is None
     assert arguments.hub_token == "hf_secret"
