@@ -30,8 +30,10 @@ class GRPOFinetuningArguments(GRPOArguments, FinetuningArguments):
 
     def to_dict(self) -> dict[str, Any]:
         r"""As the host's, which trackers get; other stages do not see this stage's keys."""
-        values = mask(super().to_dict())
-        return values if self.stage == "grpo" else {k: v for k, v in values.items() if k not in grpo_field_names()}
+        values = super().to_dict()
+        return (
+            mask(values) if self.stage == "grpo" else {k: v for k, v in values.items() if k not in grpo_field_names()}
+        )
 
 
 def _keep_help_only(fields: dict[str, "dataclasses.Field[Any]"]) -> None:
