@@ -120,8 +120,8 @@ def mask_error(error: BaseException | None, secrets: Collection[str]) -> None:
         seen.add(id(error))
         error.args = tuple(mask_text(arg, secrets) if isinstance(arg, str) else arg for arg in error.args)
         for name, value in vars(error).items():
-            if isinstance(value, str):
-                setattr(error, name, mask_text(value, secrets))
+            if isinstance(value, str) and (masked := mask_text(value, secrets)) != value:
+                setattr(error, name, masked)
         origin = error.__cause__ or error.__context__
         if origin is not None and mask_text(str(origin), secrets) != str(origin):
             mask_error(origin, secrets)

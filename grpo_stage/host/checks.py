@@ -321,9 +321,11 @@ def _warn(arguments: "RunArguments") -> None:
             f"{', '.join(skewed)}: completions are sampled from another distribution than the policy that is trained "
             "on them, which biases every gradient. Leave these keys out unless you mean it."
         )
-    if arguments.model.trust_remote_code:
-        _say_remote_code(arguments.model.model_name_or_path)
     finetuning = arguments.finetuning
+    if arguments.model.trust_remote_code:
+        others = (finetuning.ref_model, finetuning.reward_model if finetuning.reward_model_type == "full" else None)
+        for model in dict.fromkeys(filter(None, (arguments.model.model_name_or_path, *others))):
+            _say_remote_code(model)
     uses = finetuning.num_iterations * finetuning.steps_per_generation
     is_off_policy = uses > 1 or finetuning.dynamic_sampling  # whose groups may wait for a later step
     if not is_off_policy and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):

@@ -75,7 +75,10 @@ def locate(spec: str, folder: Path) -> RewardCode:
             raise ValueError(
                 f"reward {spec!r}: there is no file {file}; a relative path starts at the working directory"
             )
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"reward {spec!r}: {file} cannot be read: {error}. Check its permissions") from error
     else:
         file, content = _module_file(place, spec, folder)
     if _is_pythons_own(file):
