@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,8 +179,8 @@ def _rows(prompts: Sequence[Prompt]) -> dict[str, Any]:
     for start in range(0, len(prompts), size):
         digest = hashlib.sha256()
         for prompt in prompts[start : start + size]:
-            row = [prompt.token_ids, prompt.reference, prompt.columns]
-            digest.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+            text = json.dumps([prompt.reference, prompt.columns], sort_keys=True, default=str)
+            digest.update(array("q", [len(prompt.token_ids), *prompt.token_ids]).tobytes() + text.encode())
         blocks.append(digest.hexdigest()[:16])
     return {"num": len(prompts), "blocks": blocks}
 
