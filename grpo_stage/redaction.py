@@ -22,8 +22,8 @@ _OWNERS = (
     "api|access|private|secret|auth|authentication|service|account|hub|hf|license|signing|encryption|subscription|"
     "master|admin|user|session|refresh|bot|webhook|openai|anthropic|wandb|swanlab|github|client"
 )
-_SURELY_SECRET = re.compile(rf"(?:{_PASSWORDS}|(?:{_OWNERS})(?:key|token))s?$")
-_MAYBE_SECRET = re.compile(r"(?:key|token|auth)s?$")
+_SURELY_SECRET = re.compile(rf"(?:{_PASSWORDS}|webhookurl|(?:{_OWNERS})(?:key|token))s?$")
+_MAYBE_SECRET = re.compile(r"(?:keys?|token|auth)$")
 _PLAIN = re.compile(
     r"[a-z]{1,11}(?:[_. -](?!secret|token|key|password)[a-z]{1,11})*|[A-Z][A-Z0-9_]*_[A-Z0-9_]+|<[^<>]*>|\[[^\[\]]*\]|"
     r"[0-9]{1,7}|\W{0,4}"

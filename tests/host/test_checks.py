@@ -1,5 +1,6 @@
 """Everything that a run is refused for before a model is loaded: one table, and the subtle ones after it."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -21,6 +22,7 @@ from grpo_stage.host import checks, rules
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
 from grpo_stage.host.recipe import check_same_training, recipe_of, training_record
+from grpo_stage.redaction import secrets_in
 from grpo_stage.types import Prompt
 
 
@@ -767,6 +769,15 @@ def test_no_refusal_says_a_secret(recipe, keys):
     with pytest.raises(ValueError, match=r".") as error:
         parse(recipe | keys)
     assert SECRET not in str(error.value)
+
+
+def test_of_the_keys_of_a_recipe_these_are_secrets():
+    names = [spec.name for cls in ARGUMENT_CLASSES for spec in dataclasses.fields(cls)]
+    secret = {name for name in names if secrets_in({name: "a-Value-7"})}
+    assert secret == {
+        *("hub_token", "hf_hub_token", "ms_hub_token", "om_hub_token"),
+        *("swanlab_api_key", "swanlab_lark_secret", "swanlab_lark_webhook_url"),
+    }
 
 
 def test_trackers_get_no_secret(recipe):
