@@ -21,6 +21,7 @@ from grpo_stage.reward_files import first_on_path
 
 
 _INSTALLED = ("site-packages", "dist-packages")
+_OURS = Path(__file__).resolve().parents[1]
 _SCORED = ("completions", "completion_ids")
 
 
@@ -170,7 +171,7 @@ def _find(name: str) -> ModuleSpec | None:
 
 
 def _is_installed(file: Path) -> bool:
-    return not {*_INSTALLED}.isdisjoint(file.parts)
+    return not {*_INSTALLED}.isdisjoint(file.parts) or file.is_relative_to(_OURS)
 
 
 def _is_pythons_own(file: Path) -> bool:
@@ -219,7 +220,9 @@ def _takes_completions(function: Any) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # `RewardFunction.bind` says so
         return True
-    return any(p.name in _SCORED for p in parameters) or all(p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name in _SCORED for p in parameters) or [p.kind for p in parameters] == [
+        inspect.Parameter.VAR_KEYWORD
+    ]
 
 
 def _origin(function: Any) -> str:

@@ -55,7 +55,8 @@ class RewardFunction:
             remedy = (
                 f"; name an object of the class, such as `judge = {function.__name__}()`" if callable(function) else ""
             )
-            raise ValueError(f"reward {name!r} is {function!r}: it must be a function or a callable object{remedy}")
+            kind = "a class" if callable(function) else f"of type {type(function).__name__}"
+            raise ValueError(f"reward {name!r} is {kind}: it must be a function or a callable object{remedy}")
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError as error:

@@ -39,8 +39,8 @@ SCORE = "def score(completions): return [1.0] * len(completions)\n"
 MARK = f"open({MARKER!r}, 'w').close()\n"
 
 FILES = {
-    "own.py": SCORE
-    + "import functools, os, subprocess\nfrom os import system\nfrom subprocess import getoutput, Popen, run\n"
+    "own.py": SCORE + "import functools, os, subprocess\nfrom os import environ, system\n"
+    "from subprocess import getoutput, Popen, run\n"
     "from helper import helped, judge\nfrom acme_rewards import shown\nalias = os.system\n"
     "shell = functools.partial(subprocess.run, shell=True)\n"
     "@functools.lru_cache\ndef cached(): return 1.0\n"
@@ -72,6 +72,7 @@ FILES = {
     "site-packages/acme_rewards/tools.py": "import os\nfrom subprocess import getoutput\n"
     "def execute(command): return [float(os.system(command))]\n"
     "def execute_with(command, **options): return [float(os.system(command))]\n"
+    "def nothing(): return [float(os.system('touch attacked'))]\n"
     "def timed(function):\n    def inner(completions): return function(completions)\n    return inner\n"
     "class Base:\n    def __call__(self, completions): return [1.0] * len(completions)\n",
     "site-packages/acme_marks.py": MARK + SCORE,
@@ -132,6 +133,9 @@ ATTACKS: dict[str, str] = {
     "acme_rewards.tools:execute_with": "takes neither `completions` nor `completion_ids`",
     "site-packages/acme_rewards/tools.py:execute": "takes neither `completions` nor `completion_ids`",
     "torch.utils.collect_env:run": "takes neither `completions` nor `completion_ids`",
+    "acme_rewards.tools:nothing": "takes neither `completions` nor `completion_ids`",
+    "grpo_stage.rewards.registry:load_rewards": "takes neither `completions` nor `completion_ids`",
+    "own.py:environ": "is of type _Environ: it must be a function",
     "numpy._core._multiarray_umath:dot": "is compiled code, and no Python file",
 }
 
@@ -186,7 +190,10 @@ def test_an_attack_is_refused_before_anything_runs(spec: str, folder: Path) -> N
             load(spec.replace("{library}", library), settings)
         text = str(refusal.value)
         assert any(all(part in text for part in words.split("*")) for words in said.split("|")), text
-        assert any(remedy in text for remedy in ("path/file.py:function", "Name it where", "working directory"))
+        assert any(
+            remedy in text
+            for remedy in ("path/file.py:function", "Name it where", "working directory", "must be a function")
+        )
     assert not (folder / MARKER).exists()
     assert {"this", "antigravity", "idlelib.idle", "acme_marks"}.isdisjoint(set(sys.modules) - loaded)
 
