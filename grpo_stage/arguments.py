@@ -669,6 +669,16 @@ class GRPOArguments:
             ),
         },
     )
+    resume_with_changes: bool = field(
+        default=False,
+        metadata={
+            "group": LIMITS,
+            "help": (
+                "Resume although the dataset's rows or the files of reward functions have changed since the "
+                "checkpoint. Without it such a resume is refused, and what has changed is named."
+            ),
+        },
+    )
     # Monitoring
     max_sampling_logprob_diff: float | None = field(
         default=None,

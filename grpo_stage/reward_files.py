@@ -16,7 +16,7 @@ from importlib import import_module, invalidate_caches
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 
@@ -43,6 +43,10 @@ def first_on_path(folder: Path) -> Iterator[None]:
 
 class _Loader(SourceFileLoader):
     """Runs a file with its own folder first on the path, as Python runs a script."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Out of the source alone, whose hash was shown: a cached file may hold other code."""
+        return self.source_to_code(self.get_data(self.path), self.path)
 
     def exec_module(self, module: ModuleType) -> None:
         with first_on_path(Path(self.path).parent):

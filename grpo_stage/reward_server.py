@@ -12,6 +12,8 @@ from urllib.request import Request, urlopen
 
 from transformers import PreTrainedTokenizerBase
 
+from .redaction import mask_text
+
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
 
@@ -38,7 +40,7 @@ class ServerScorer:
             tokenizer: the policy's.
             timeout_s: `reward_timeout`; what one request may take.
         """
-        self._url = url
+        self._url, self._shown_url = url, mask_text(url)
         self._tokenizer = tokenizer
         self._timeout_s = timeout_s
 
@@ -67,7 +69,7 @@ class ServerScorer:
             self._request([(self._tokenizer.eos_token_id,)])
         except RewardServerError as error:
             raise ValueError(
-                f"`reward_model: {self._url}` with `reward_model_type: api` is no reward server that answers: "
+                f"`reward_model: {self._shown_url}` with `reward_model_type: api` is no reward server that answers: "
                 f"{error}. Start one with `llamafactory-cli api` and `stage: rm`, and give the whole address, for "
                 "example `http://localhost:8000/v1/score/evaluation`."
             ) from error
@@ -85,21 +87,21 @@ class ServerScorer:
         except HTTPError as error:
             said = error.read().decode(errors="replace")[:SHOWN_CHARACTERS]
             kind = _PassingError if error.code >= 500 else RewardServerError
-            raise kind(f"{self._url} answered with status {error.code}: {said}") from error
+            raise kind(f"{self._shown_url} answered with status {error.code}: {said}") from error
         except (OSError, HTTPException) as error:
             if isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError):
                 raise RewardServerError(
-                    f"{self._url} did not answer within {self._timeout_s:g} s (`reward_timeout`)"
+                    f"{self._shown_url} did not answer within {self._timeout_s:g} s (`reward_timeout`)"
                 ) from error
-            raise _PassingError(f"{self._url} did not answer ({type(error).__name__}: {error})") from error
+            raise _PassingError(f"{self._shown_url} did not answer ({type(error).__name__}: {error})") from error
         scores = _scores(body)
         if scores is None:
             raise RewardServerError(
-                f"{self._url} answered with status {status}, but with no list of finite scores: "
+                f"{self._shown_url} answered with status {status}, but with no list of finite scores: "
                 f"{body[:SHOWN_CHARACTERS]}"
             )
         if len(scores) != len(texts):
-            raise RewardServerError(f"{self._url} answered with {len(scores)} scores for {len(texts)} texts")
+            raise RewardServerError(f"{self._shown_url} answered with {len(scores)} scores for {len(texts)} texts")
         return scores
 
 

@@ -108,6 +108,7 @@ class GRPOTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         args = copy.copy(args)
+        vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles them beside the weights
         self.prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.gradient_accumulation_steps = 1
         # A rank that runs out of memory in its first pass would broadcast once more than the others. All are alike.
@@ -878,6 +879,15 @@ class GRPOTrainer(Trainer):
         # Either may have been lowered: by the user, or where memory ran out.
         self.gradient.token_budget = min(self.gradient.token_budget, of_rank["token_budget"])
         return step
+
+
+def _without_token(args: TrainingArguments, protocol: int) -> tuple[Any, ...]:
+    """How the arguments are pickled, into `training_args.bin`: without the token that writes to the hub."""
+    reduced = object.__reduce_ex__(args, protocol)
+    assert isinstance(reduced, tuple)
+    constructor, arguments, state = reduced[:3]
+    kept = {name: value for name, value in state.items() if name != "__reduce_ex__"}
+    return constructor, arguments, kept | {"hub_token": None}
 
 
 def _write_json(path: str, value: Any) -> None:

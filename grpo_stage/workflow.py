@@ -18,8 +18,9 @@ from .host import facade
 from .host.adapters import items
 from .host.datasets import load_prompts
 from .host.model_checks import adapter_source, num_embeddings, refuse_tied_adapters, refuse_unknown_tokens
-from .host.recipe import recipe_record
+from .host.recipe import check_same_training, recipe_of, training_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
+from .redaction import errors_masked
 from .reward_model import (
     AdapterOnPolicy,
     ModelReward,
@@ -54,9 +55,14 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     Raises:
         ValueError: for what can only be told from the data or the model's files, before the weights are loaded.
     """
+    with errors_masked(*(vars(part) for part in (arguments.model, arguments.training, arguments.finetuning))):
+        _run_grpo(arguments, callbacks)
+
+
+def _run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> None:
     model_args, data_args, training_args = arguments.model, arguments.data, arguments.training
     finetuning_args = arguments.finetuning
-    recipe = recipe_record(arguments)  # before the host's loaders change the arguments
+    recipe = recipe_of(arguments)  # before the host's loaders change the arguments
     rewards = load_rewards(
         cast(list[str], finetuning_args.reward_funcs),
         cast(list[float] | None, finetuning_args.reward_weights),
@@ -65,6 +71,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
         timeout_s=finetuning_args.reward_timeout,
         dump_dir=training_args.output_dir,
         fields=tuple(finetuning_args.reward_columns or ()),
+        announce=logger.info_rank0,
     )
     tokenizer_module = facade.load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
@@ -83,6 +90,9 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
     )
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
+    record = training_record(prompts.train, prompts.evaluation, data_args.eval_dataset, rewards.code)
+    if training_args.resume_from_checkpoint:
+        check_same_training(Path(training_args.resume_from_checkpoint), record, finetuning_args.resume_with_changes)
 
     # What is copied from it from here on, such as a reference of its initial weights, is on the same device.
     model = _placed(facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train), arguments)
@@ -108,7 +118,7 @@ def run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> Non
             reference=reference,
             max_sampling_logprob_diff=bound,
             tests_slope=bound > TIGHT_BOUND,
-            recipe=recipe,
+            recipe={"recipe": recipe, **record},
             shuffle=not finetuning_args.disable_shuffling,
             optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),
             prepare_scheduler=facade.create_custom_scheduler,

@@ -18,6 +18,7 @@ from llamafactory.extras.misc import is_accelerator_available
 from llamafactory.webui.control import list_datasets
 
 from ..arguments import applies
+from .board_code import ImportedCode
 from .board_fields import FORM_FIELDS, GROUPS, FormField, effective
 from .board_recipes import export_recipe, import_recipe
 from .board_run_view import RunView
@@ -112,9 +113,11 @@ class Panel:
                 with gr.Accordion(open=group in OPEN_GROUPS) as section:
                     self._add_rows(list(fields))
                     if group == "Rewards":
+                        self.code = ImportedCode()
                         self._add_trial()
                 self.elements[f"{PREFIX}group_{group.lower()}"] = section
         self.elements |= {
+            **self.code.elements,
             "grpo_tab": self.accordion,
             "grpo_import_btn": self._import,
             "grpo_export_btn": self._export,
@@ -125,7 +128,7 @@ class Panel:
     @property
     def inputs(self) -> set[Component]:
         """Whose values reach the runner."""
-        return set(self.fields.values())
+        return {*self.fields.values(), *self.code.elements.values()}
 
     def _add_rows(self, fields: list[FormField]) -> None:
         for start in range(0, len(fields), FIELDS_IN_A_ROW):
@@ -164,7 +167,8 @@ class Panel:
                 assert isinstance(recipe, dict)
                 form = import_recipe(engine.runner, recipe)
                 said = message("imported", data[lang])
-                return {element: value for element, value in form.items() if element in inputs} | {output_box: said}
+                shown = {element: value for element, value in form.items() if element in inputs}
+                return shown | {output_box: said, self.code.confirmed: self.code.choices(recipe)}
             except ValueError as refusal:
                 gr.Warning(str(refusal))
                 return {output_box: str(refusal)}
@@ -187,6 +191,7 @@ class Panel:
             attempt, inputs | {lang, self._num_rows, self._source}, [self._report, self._scores], concurrency_limit=1
         )
         train["stop_btn"].click(None, cancels=[trial])
+        self.code.connect(engine.runner, [self._try, train["start_btn"]], inputs)
         dataset_lists = [train["dataset_dir"], train["training_stage"]]
         eval_dataset = self.fields["eval_dataset"]
         eval_dataset.focus(list_datasets, dataset_lists, [eval_dataset], queue=False)

@@ -21,7 +21,8 @@ from llamafactory.hparams.training_args import TrainingArguments
 from llamafactory.webui.common import save_config
 
 from ..arguments import ROLLOUT
-from . import board_loaded
+from ..redaction import mask
+from . import board_code, board_loaded
 from .board_fields import FORM_FIELDS, GROUPS
 from .board_runner import EXTRA_ARGUMENTS, FORM_IDS, STAGE_NAME, GRPORunner
 from .parser import DERIVED_KEYS, effective_defaults, typed
@@ -98,6 +99,7 @@ def _form_values(runner: GRPORunner, wanted: Mapping[str, Any], effective: Mappi
         "train.output_dir": _as_path(str(effective["output_dir"])) if wanted.get("output_dir") else "",
         "train.compute_type": next((name for name in ("bf16", "fp16", "pure_bf16") if effective[name]), "fp32"),
         EXTRA_ARGUMENTS: "{}",
+        board_code.IDS[0]: board_code.of_recipe(effective),
     }
     skipped = {"top.lang", "top.hub_name", "train.config_path", "train.current_time", "train.swanlab_link"}
     return {element_id: value for element_id, value in form.items() if element_id not in skipped}
@@ -168,7 +170,8 @@ def _items(value: Any) -> list[str]:
 
 
 def export_recipe(arguments: Mapping[str, Any]) -> str:
-    """A run's arguments as a YAML file, in the sections that the host's examples have."""
+    """A run's arguments as a YAML file to pass on, in the sections that the host's examples have, without secrets."""
+    arguments = mask(arguments)
     groups = {field.key: field.group.lower() for field in FORM_FIELDS}
     for name, owner in _SECTIONS:
         groups |= {spec.name: name for spec in dataclasses.fields(owner) if spec.name not in groups}

@@ -7,15 +7,17 @@ panel's stand among the host's own "extra arguments", under the names that they 
 import json
 import os
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
 from gradio.components import Component
-from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_STAGES
-from llamafactory.webui.common import get_save_dir
+from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_ARGS, TRAINING_STAGES
+from llamafactory.webui.common import DEFAULT_CONFIG_DIR, get_save_dir
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
-from . import board_loaded
+from ..redaction import errors_masked, secrets_in
+from . import board_code, board_loaded
 from .board_fields import FORM_FIELDS, effective
 from .locales import PREFIX
 from .parser import check, effective_defaults
@@ -41,7 +43,11 @@ class GRPORunner(Runner):
         if error or not do_train or not self._is_grpo(data):
             return error
         try:
-            check(self._parse_train_args(data))
+            arguments = self._parse_train_args(data)
+            with errors_masked(arguments):
+                check(arguments)
+            if not from_preview:
+                self._refuse_unconfirmed(arguments, data)
         except ValueError as refusal:
             return str(refusal)
         return ""
@@ -67,7 +73,19 @@ class GRPORunner(Runner):
     def _launch(self, data: dict[Component, Any], do_train: bool) -> Generator[dict[Component, Any], None, None]:
         if do_train and self._is_grpo(data):  # a page that is opened while the run lasts gets its form back
             board_loaded.remember({self.manager.get_id_by_elem(element): value for element, value in data.items()})
-        yield from super()._launch(data, do_train)
+        for update in super()._launch(data, do_train):
+            if self.running and do_train and self._is_grpo(data):
+                arguments = self._parse_train_args(data)
+                folder = Path(arguments["output_dir"])
+                _keep_private(arguments, folder / LLAMABOARD_CONFIG, folder / TRAINING_ARGS)
+            yield update
+
+    def save_args(self, data: dict[Component, Any]) -> dict[Component, str]:
+        said: dict[Component, str] = super().save_args(data)
+        if self._is_grpo(data):
+            name = data[self.manager.get_elem_by_id("train.config_path")]
+            _keep_private(self._parse_train_args(data), Path(DEFAULT_CONFIG_DIR, name))
+        return said
 
     def load_args(self, lang: str, config_path: str) -> dict[Component, Any]:
         return self.restored(super().load_args(lang, config_path))
@@ -111,10 +129,22 @@ class GRPORunner(Runner):
             arguments = self._parse_train_args(values)
         except json.JSONDecodeError as error:
             raise ValueError(ALERTS["err_json_schema"][values[get("top.lang")]]) from error
+        self._refuse_unconfirmed(arguments, values)
         return {key: value for key, value in arguments.items() if key != "output_dir"}
+
+    def _refuse_unconfirmed(self, arguments: Mapping[str, Any], data: Mapping[Component, Any]) -> None:
+        imported, confirmed, lang = (data[self.manager.get_elem_by_id(name)] for name in (*board_code.IDS, "top.lang"))
+        board_code.refuse_unconfirmed(arguments, imported, confirmed, lang)
 
     def _is_grpo(self, data: Mapping[Component, Any]) -> bool:
         return data[self.manager.get_elem_by_id("train.training_stage")] == STAGE_NAME
+
+
+def _keep_private(arguments: Mapping[str, Any], *files: Path) -> None:
+    """Files from which the Board runs a recipe hold its secrets, as they must: they are for their owner alone."""
+    if secrets_in(arguments):
+        for file in filter(os.path.isfile, files):
+            os.chmod(file, 0o600)
 
 
 def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], extra: Any) -> dict[str, Any]:

@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
+_MAY_NAME_CODE = (
+    *("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
+    *("generation_config.json", "video_preprocessor_config.json"),
+)
+"""Files of a model in which `auto_map` names the code that its repository brings."""
 OFF_POLICY_KEYS = frozenset(
     ("epsilon", "epsilon_high", "delta", "importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")
 )
@@ -317,6 +322,10 @@ def _warn(arguments: "RunArguments") -> None:
             "on them, which biases every gradient. Leave these keys out unless you mean it."
         )
     finetuning = arguments.finetuning
+    if arguments.model.trust_remote_code:
+        others = (finetuning.ref_model, finetuning.reward_model if finetuning.reward_model_type == "full" else None)
+        for model in dict.fromkeys(filter(None, (arguments.model.model_name_or_path, *others))):
+            _say_remote_code(model)
     uses = finetuning.num_iterations * finetuning.steps_per_generation
     is_off_policy = uses > 1 or finetuning.dynamic_sampling  # whose groups may wait for a later step
     if not is_off_policy and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
@@ -344,6 +353,20 @@ def _warn(arguments: "RunArguments") -> None:
             "`bf16: true` or `fp16: true` on a CPU: most processors compute these 8 to 25 times slower than float32. "
             "Leave the key out."
         )
+
+
+def _say_remote_code(model: str) -> None:
+    said = "`trust_remote_code: true`: Python code from the repository of the model"
+    leave = "Leave the key out unless you have read that code."
+    if not os.path.isdir(model):
+        logger.warning_rank0(f"{said} {model} runs in this process with all your rights, if there is any. {leave}")
+        return
+    configs = [Path(model, name) for name in _MAY_NAME_CODE]
+    if any("auto_map" in file.read_text(encoding="utf-8", errors="replace") for file in configs if file.is_file()):
+        files = ", ".join(sorted(file.name for file in Path(model).glob("*.py"))) or "another repository's files"
+        logger.warning_rank0(f"{said} runs in this process with all your rights: {files} of {model}. {leave}")
+    else:
+        logger.info_rank0(f"{said} may run. The folder {model} names none, so that none of it does.")
 
 
 def _yaml(value: Any) -> str:

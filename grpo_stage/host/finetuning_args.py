@@ -1,7 +1,7 @@
 """The host's fine-tuning arguments with ours: what registration puts in their place.
 
-Registration imports this while the host's parser is being imported. So nothing of ours but `arguments` is imported
-here, and whoever else wants the class imports `llamafactory.hparams` first.
+Registration imports this while the host's parser is being imported. So nothing of ours is imported here but what
+imports none of the host, and whoever else wants the class imports `llamafactory.hparams` first.
 """
 
 import copy
@@ -13,6 +13,7 @@ from typing import Any, Literal
 from llamafactory.hparams.finetuning_args import FinetuningArguments
 
 from ..arguments import GRPOArguments, grpo_field_names
+from ..redaction import mask
 
 
 @dataclass
@@ -28,9 +29,11 @@ class GRPOFinetuningArguments(GRPOArguments, FinetuningArguments):
         GRPOArguments.__post_init__(self)
 
     def to_dict(self) -> dict[str, Any]:
-        r"""As the host's; other stages do not see this stage's keys."""
+        r"""As the host's, which trackers get; other stages do not see this stage's keys."""
         values = super().to_dict()
-        return values if self.stage == "grpo" else {k: v for k, v in values.items() if k not in grpo_field_names()}
+        return (
+            mask(values) if self.stage == "grpo" else {k: v for k, v in values.items() if k not in grpo_field_names()}
+        )
 
 
 def _keep_help_only(fields: dict[str, "dataclasses.Field[Any]"]) -> None:

@@ -19,6 +19,7 @@ from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
 
 from ..arguments import GRPOArguments, grpo_field_names
+from ..redaction import errors_masked
 from ..rewards import REWARD_MODEL
 from ..rollout.vllm_options import LORA_RANKS
 from .adapters import lora_rank
@@ -77,6 +78,11 @@ def parse(raw: RawArguments) -> RunArguments:
     """
     if isinstance(raw, list) and {"-h", "--help"} & set(raw):
         host.get_train_args(raw)  # prints the help and exits
+    with errors_masked(read(raw)):
+        return _parse(raw)
+
+
+def _parse(raw: RawArguments) -> RunArguments:
     written = check(raw)
     given = frozenset(key for key, value in written.items() if value is not None)
     model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})

@@ -1,8 +1,10 @@
-"""What a run trains, as one record: a checkpoint is resumed only by the recipe that wrote it."""
+"""What a run trains, as one record: a checkpoint is resumed only by the recipe, rows and code that wrote it."""
 
 import dataclasses
 import hashlib
 import json
+from array import array
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,21 @@ from llamafactory.hparams.finetuning_args import (
 
 from ..arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArguments
 from ..checkpoints import STATE_FILE, read_state, verify
+from ..redaction import mask
+from ..types import Prompt
+from . import facade
 
 
 if TYPE_CHECKING:
     from .parser import RunArguments
 
+
+logger = facade.get_logger(__name__)
+
+BUILT_IN = "grpo-stage "
+"""How the code of a built-in reward function begins in `RewardSuite.code`: its version follows."""
+NUM_BLOCKS = 64
+"""Into which prompts are hashed, so that a difference can be told roughly by its place."""
 
 _MODEL = """
     model_name_or_path model_revision adapter_name_or_path adapter_folder train_from_scratch rope_scaling resize_vocab
@@ -52,7 +64,8 @@ def recipe_of(arguments: "RunArguments") -> dict[str, Any]:
 
     Taken from the arguments as `parse` returns them, before the workflow changes any. Left out is what only decides
     where the run writes, how often, what it logs, and how much memory it takes. The run's length belongs to the
-    recipe only where the learning rate schedule depends on it.
+    recipe only where the learning rate schedule depends on it. Secrets are masked: no file gets one, and a key that
+    was renewed is no other recipe.
     """
     training = arguments.training
     schedule = training.lr_scheduler_type
@@ -72,18 +85,108 @@ def recipe_of(arguments: "RunArguments") -> dict[str, Any]:
         (arguments.generating, _GENERATING.split()),
     )
     recipe = {name: getattr(owner, name) for owner, names in parts for name in names}
-    return json.loads(json.dumps(recipe, default=str), parse_float=_number)
+    return mask(json.loads(json.dumps(recipe, default=str), parse_float=_number))
 
 
-def recipe_hash(recipe: dict[str, Any]) -> str:
-    """A short name for a recipe, the same in every process and on every machine."""
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
+def training_record(
+    prompts: Sequence[Prompt], evaluation: Sequence[Prompt], eval_dataset: Any, reward_code: Mapping[str, str]
+) -> dict[str, Any]:
+    """What a checkpoint's state file holds about the rows and the code that it was trained with.
+
+    Args:
+        prompts: those of the training, in their order.
+        evaluation: those of the evaluation.
+        eval_dataset: as the recipe names it. It may change from run to run, and its rows are then other ones.
+        reward_code: `RewardSuite.code`.
+    """
+    return {
+        "rows": _rows(prompts),
+        "eval_rows": {**_rows(evaluation), "eval_dataset": eval_dataset},
+        "reward_code": dict(reward_code),
+    }
 
 
-def recipe_record(arguments: "RunArguments") -> dict[str, Any]:
-    """What a checkpoint's state file holds about its recipe: `recipe_hash`, and `recipe` to name what differs."""
-    recipe = recipe_of(arguments)
-    return {"recipe_hash": recipe_hash(recipe), "recipe": recipe}
+def check_same_training(folder: Path, record: Mapping[str, Any], allows_changes: bool) -> None:
+    """Refuse to go on from `folder` with other rows or other reward code than it was trained with.
+
+    Args:
+        folder: a checkpoint that `check_checkpoint` accepts.
+        record: `training_record` of this run.
+        allows_changes: `resume_with_changes`: the changes are only said.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    stored = read_state(folder)
+    for name, code in record["reward_code"].items():
+        before = stored.get("reward_code", {}).get(name, code)
+        if before != code and code.startswith(BUILT_IN):
+            logger.info_rank0(f"The reward `{name}` is that of {code}; {folder} was trained with that of {before}.")
+    changes = _changes(stored, record)
+    if not changes:
+        return
+    message = f"{folder} was not trained with what this run has: {'; '.join(changes)}."
+    if stored.get("rows", record["rows"])["num"] != record["rows"]["num"]:
+        remedy = (
+            "Bring the rows back to go on. With another number of them no run can go on where it was: to train its "
+            "weights further, choose another `output_dir` and start from what it trained (`adapter_name_or_path` or "
+            "`model_name_or_path`)."
+        )
+        raise ValueError(f"Cannot resume: {message} {remedy}")
+    if not allows_changes:
+        raise ValueError(
+            f"Cannot resume: {message} Bring it back to go on with what the run began with, or write "
+            "`resume_with_changes: true` to go on with what is there now."
+        )
+    logger.warning_rank0(f"`resume_with_changes: true`: {message}")
+
+
+def _changes(stored: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
+    """What differs between a checkpoint's record and a run's, in words."""
+    if "reward_code" not in stored:
+        return ["an earlier version saved it, which did not record rows and code"]
+    changes = [_changed_rows("dataset", stored["rows"], record["rows"])]
+    if stored["eval_rows"]["eval_dataset"] == record["eval_rows"]["eval_dataset"]:
+        changes.append(_changed_rows("evaluation's dataset", stored["eval_rows"], record["eval_rows"]))
+    changes += [
+        f"the file of the reward function `{name}` has changed (sha256 {before[:12]} there, {code[:12]} here)"
+        for name, code in record["reward_code"].items()
+        if (before := stored["reward_code"].get(name, code)) != code and not code.startswith(BUILT_IN)
+    ]
+    return [change for change in changes if change]
+
+
+def _changed_rows(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if before["num"] != now["num"]:
+        return f"the {name} had {before['num']} rows there and has {now['num']} here"
+    size = _block_size(now["num"])
+    differing = next(
+        (i for i, pair in enumerate(zip(before["blocks"], now["blocks"], strict=True)) if len({*pair}) > 1), None
+    )
+    if differing is None:
+        return ""
+    first, last = differing * size + 1, min((differing + 1) * size, now["num"])
+    place = f"row {first}" if first == last else f"one of the rows {first} to {last}"
+    return (
+        f"the {name} has other rows, in another order, or encoded in another way (the first that differs is {place})"
+    )
+
+
+def _rows(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """The number of prompts, and a hash of each block of them: tokens, reference and columns."""
+    size = _block_size(len(prompts))
+    blocks = []
+    for start in range(0, len(prompts), size):
+        digest = hashlib.sha256()
+        for prompt in prompts[start : start + size]:
+            text = json.dumps([prompt.reference, prompt.columns], sort_keys=True, default=str)
+            digest.update(array("q", [len(prompt.token_ids), *prompt.token_ids]).tobytes() + text.encode())
+        blocks.append(digest.hexdigest()[:16])
+    return {"num": len(prompts), "blocks": blocks}
+
+
+def _block_size(num_prompts: int) -> int:
+    return max(1, -(-num_prompts // NUM_BLOCKS))
 
 
 def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
@@ -102,12 +205,11 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
             f"Cannot resume from {folder}: it has no {STATE_FILE}, so it is not a checkpoint of `stage: grpo` "
             f"but of another stage, or was saved without the trainer's state. {remedy}"
         )
-    state = read_state(folder)
-    if state["recipe_hash"] == recipe_hash(recipe):
+    stored = mask(read_state(folder)["recipe"])
+    if stored == recipe:
         verify(folder)
         return
 
-    stored = state["recipe"]
     missing = object()
     differing = [
         f"`{name}` ({_shown(stored, name)} there, {_shown(recipe, name)} here)"
@@ -116,7 +218,7 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
     ]
     raise ValueError(
         f"Cannot resume from {folder}: it was trained by another recipe. "
-        f"Differing: {', '.join(differing) or 'not recorded'}. Give those keys their old values to resume. {remedy}"
+        f"Differing: {', '.join(differing)}. Give those keys their old values to resume. {remedy}"
     )
 
 

@@ -1,8 +1,10 @@
 """Reward functions by name: built-ins, `path/file.py:function`, `package.module:function`."""
 
+import dataclasses
 import difflib
 import importlib
 import inspect
+import logging
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,13 +13,17 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
+from grpo_stage.redaction import MASK, mask, strings_in
 from grpo_stage.reward_files import first_on_path, module_of
 from grpo_stage.rewards import answers, shaping, structure
 from grpo_stage.rewards.function_worker import FunctionWorker
 from grpo_stage.rewards.processes import start_fork_server
+from grpo_stage.rewards.provenance import check_loaded, describe, file_of, locate
 from grpo_stage.rewards.scoring import REWARD_MODEL, RewardFunction, RewardSuite
 from grpo_stage.rewards.workers import AnswerChecker, RewardContext
 
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's, whose handlers show it
 
 BUILTIN_REWARDS: Mapping[str, Callable[..., Callable[..., Any]]] = MappingProxyType(
     {
@@ -54,6 +60,7 @@ def load_rewards(
     timeout_s: float,
     dump_dir: str | None = None,
     fields: Collection[str] = (),
+    announce: Callable[[str], object] = logger.info,
 ) -> RewardSuite:
     """The suite that `reward_funcs`, `reward_weights` and `reward_kwargs` describe.
 
@@ -66,6 +73,7 @@ def load_rewards(
         timeout_s: seconds that one function may take for the completions of one rollout.
         dump_dir: the folder that the stacks of a function that took longer are written to.
         fields: the arguments that `reward_columns` names.
+        announce: is told of each function's code before any of it is loaded.
 
     Raises:
         ValueError: on anything the user has to mend.
@@ -86,18 +94,27 @@ def load_rewards(
             )
     kwargs = kwargs or {}
     if not isinstance(kwargs, Mapping):
-        raise ValueError(f"reward_kwargs is {kwargs!r}: it must map a function's name to its settings")
+        raise ValueError(f"reward_kwargs is {mask(kwargs)!r}: it must map a function's name to its settings")
     for key, settings in kwargs.items():
         if key not in display_names:
             raise ValueError(
                 f"reward_kwargs names {key!r}, which is not in reward_funcs: there are {_listed(display_names)}"
             )
         if not isinstance(settings, Mapping):
-            raise ValueError(f"reward_kwargs[{key!r}] is {settings!r}: it must map settings to values")
+            raise ValueError(
+                f"reward_kwargs[{key!r}] is {mask({key: settings})[key]!r}: it must map settings to values"
+            )
+        if MASK in strings_in(settings):
+            raise ValueError(
+                f"reward_kwargs[{key!r}] has `{MASK}` where a secret was taken out of the recipe. Write the value, or "
+                "read it in the function from an environment variable, which no file holds (docs/security.md)"
+            )
     if REWARD_MODEL in kwargs:
         raise ValueError(f"reward_kwargs of {REWARD_MODEL!r}: a model has no settings there: remove them")
     checked_weights = _check_weights(weights, names)
     context = RewardContext(max_new_tokens, AnswerChecker(timeout_s))
+    for code in describe(names, Path.cwd()):
+        announce(f"Reward code that will run: {code}.")
     functions, workers = [], {}
     for spec, name in zip(names, display_names, strict=True):
         if spec.strip() == REWARD_MODEL:
@@ -106,9 +123,9 @@ def load_rewards(
         function = _load(*described, context)
         functions.append(function)
         if _runs_in_worker(spec.strip(), function.function):
-            source_file = getattr(sys.modules.get(function.function.__module__), "__file__", None)
+            source_file = function.source.file if function.source else structure.__file__
             workers[name] = FunctionWorker(
-                name, partial(_load_in_worker, *described), source_file, timeout_s, dump_dir
+                name, partial(_load_in_worker, *described), str(source_file), timeout_s, dump_dir
             )
     for field in fields:
         if not any(field in (*f.required, *f.optional) or f.takes_everything for f in functions):
@@ -156,12 +173,15 @@ def _load(
         near = difflib.get_close_matches(spec, BUILTIN_REWARDS, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown reward {spec!r}: {hint}{KNOWN}")
+    code = locate(spec, folder)
     module = (_module_from_file if place.endswith(".py") else _module_by_name)(place, spec, folder)
     if not hasattr(module, attribute):
         raise ValueError(
             f"reward {spec!r}: {place} has no {attribute!r}; its functions are {_listed(_functions(module))}"
         )
-    return RewardFunction.bind(name, getattr(module, attribute), settings)
+    function = getattr(module, attribute)
+    source = check_loaded(code, module, function)
+    return dataclasses.replace(RewardFunction.bind(name, function, settings), source=source)
 
 
 def _configure(name: str, settings: Mapping[str, Any], context: RewardContext | None) -> Callable[..., Any]:
@@ -185,18 +205,12 @@ def _load_in_worker(spec: str, name: str, settings: Mapping[str, Any], folder: P
     function = _load(spec, name, settings, folder)
     place = spec.rpartition(":")[0]
     if place:
-        sys.path.insert(0, str(_file(place, folder).parent if place.endswith(".py") else folder))
+        sys.path.insert(0, str(file_of(place, folder).parent if place.endswith(".py") else folder))
     return function
 
 
-def _file(place: str, folder: Path) -> Path:
-    return (folder / Path(place).expanduser()).resolve()
-
-
 def _module_from_file(place: str, spec: str, folder: Path) -> ModuleType:
-    path = _file(place, folder)
-    if not path.is_file():
-        raise ValueError(f"reward {spec!r}: there is no file {path}; a relative path starts at the working directory")
+    path = file_of(place, folder)
     try:
         return module_of(path)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
@@ -208,12 +222,7 @@ def _module_by_name(place: str, spec: str, folder: Path) -> ModuleType:
         with first_on_path(folder):
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{place}.".startswith(f"{error.name}."):
-            raise ValueError(f"reward {spec!r}: importing {place} failed, since it imports {error.name!r}") from error
-        raise ValueError(
-            f"reward {spec!r}: there is no module {place!r}. It was looked for in the working directory {folder} "
-            f"and then on sys.path: {_listed(path for path in sys.path if path)}"
-        ) from error
+        raise ValueError(f"reward {spec!r}: importing {place} failed, since it imports {error.name!r}") from error
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         raise ValueError(f"reward {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
+from grpo_stage import __version__
 from grpo_stage.arguments import BATCH_ARGUMENTS
 from grpo_stage.rewards.errors import CompletionError, RewardError, shorten
 from grpo_stage.rewards.explanations import NOT_SUPPLIED, explanation_of
 from grpo_stage.rewards.function_worker import EventLoop, FunctionWorker, batch_seed
+from grpo_stage.rewards.provenance import RewardCode
 from grpo_stage.rewards.workers import RewardContext
 from grpo_stage.types import Prompt, Reward, RolloutGroup, TrainingProgress
 
@@ -39,6 +41,8 @@ class RewardFunction:
     optional: tuple[str, ...]
     takes_everything: bool
     """It has a `**kwargs`."""
+    source: RewardCode | None = None
+    """Where it is defined; None for a built-in function."""
 
     @classmethod
     def bind(cls, name: str, function: Any, settings: Mapping[str, Any]) -> "RewardFunction":
@@ -51,7 +55,8 @@ class RewardFunction:
             remedy = (
                 f"; name an object of the class, such as `judge = {function.__name__}()`" if callable(function) else ""
             )
-            raise ValueError(f"reward {name!r} is {function!r}: it must be a function or a callable object{remedy}")
+            kind = "a class" if callable(function) else f"of type {type(function).__name__}"
+            raise ValueError(f"reward {name!r} is {kind}: it must be a function or a callable object{remedy}")
         try:
             parameters = inspect.signature(function).parameters.values()
         except ValueError as error:
@@ -237,6 +242,11 @@ class RewardSuite:
         self.progress = TrainingProgress()
         self.names = tuple(names)
         self.weights = tuple(weights)
+
+    @property
+    def code(self) -> dict[str, str]:
+        """What each function's code is: the hash of its file, or the version of this package for a built-in one."""
+        return {f.name: f.source.sha256 if f.source else f"grpo-stage {__version__}" for f in self._functions}
 
     @property
     def counters(self) -> dict[str, int]:

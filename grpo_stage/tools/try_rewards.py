@@ -85,13 +85,15 @@ def _try(args: argparse.Namespace) -> TrialResult:
 
     from ..host.contract import UnsupportedHostError, check_contract
     from ..host.registration import install
+    from ..redaction import errors_masked
     from ..rewards import RewardError
 
     configuration = _read(args.config, args.overrides)
     install()
     try:
         check_contract()
-        return _try_recipe(configuration, args.rows, samples=args.completions == "model")
+        with errors_masked(configuration):
+            return _try_recipe(configuration, args.rows, samples=args.completions == "model")
     except (RewardError, UnsupportedHostError) as error:
         raise ValueError(str(error)) from error
     except (OSError, DatasetsError) as error:  # files of the model or of a dataset are not there, or damaged
@@ -138,6 +140,7 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=arguments.finetuning.reward_timeout,
         fields=tuple(arguments.finetuning.reward_columns or ()),
+        announce=print,  # on stderr, as `run` has it
     )
     rewards.progress = TrainingProgress(max_steps=max(1, arguments.training.max_steps))
     with contextlib.closing(rewards):

@@ -258,6 +258,10 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     assert {key: str(exported.get(key)) for key in recipe} == texts_of
 
     page.get_by_role("button", name="Start", exact=True).click()
+    expect(page.get_by_text("that you have not confirmed").first).to_be_visible()  # code of the imported recipe
+    expect(page.locator("#grpo_confirmed_code")).to_contain_text(f"{workplace.resolve()}/my rewards.py, sha256 ")
+    page.locator("#grpo_confirmed_code input[type=checkbox]").check()
+    page.get_by_role("button", name="Start", exact=True).click()
     expect(page.locator("#grpo_run_status")).to_contain_text("of 400", timeout=240_000)
     first = step_shown(page)
     expect(page.locator("#grpo_plot_reward canvas, #grpo_plot_reward svg").first).to_be_visible()

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from grpo_stage.host import board_loaded, board_recipes
+from grpo_stage.host.board_code import ImportedCode, to_confirm
 from grpo_stage.host.board_fields import FORM_FIELDS
 from grpo_stage.host.board_recipes import export_recipe, import_recipe
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
@@ -255,3 +256,79 @@ def test_a_run_of_the_board_brings_its_form_back(board: Board) -> None:
     (folder / "llamaboard_config.yaml").write_text(yaml.safe_dump(config))
     shown = board.by_id(board.runner.check_output_dir("en", "Custom", "lora", "run"))
     assert shown["train.grpo_num_generations"] == 4
+
+
+# Code of an imported recipe
+
+OWN = "def score(completions): return [1.0] * len(completions)\n"
+
+
+@pytest.fixture
+def imported(board: Board) -> dict[str, Any]:
+    """A page's values after the import of a recipe with a function of its own, by id with `__` for the dot."""
+    Path("own.py").write_text(OWN)
+    recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
+    recipe |= {"reward_funcs": "accuracy,own.py:score", "dataset_dir": str(REPOSITORY / "yaml_examples" / "data")}
+    form = board.by_id(import_recipe(board.runner, recipe))
+    return {element_id.replace(".", "__"): value for element_id, value in form.items()} | {"train__output_dir": "run"}
+
+
+def confirmation(board: Board, form: dict[str, Any]) -> list[str]:
+    """What the person ticks: all that is shown for the form."""
+    shown = to_confirm(board.arguments(**form), form["train__grpo_imported_code"])
+    assert all("own.py, sha256 " in text and "`score`" in text for text in shown.values())
+    return list(shown)
+
+
+def test_imported_code_has_to_be_confirmed(board: Board, imported: dict[str, Any]) -> None:
+    said = board.runner._initialize(board.data(**imported), do_train=True, from_preview=False)
+    assert "have not confirmed" in said
+    assert f"{Path('own.py').resolve()}, sha256 " in said
+    with pytest.raises(ValueError, match="have not confirmed"):
+        board.runner.trial_arguments(board.data(**imported))
+    assert board.runner._initialize(board.data(**imported), do_train=True, from_preview=True) == "", "nothing runs"
+
+    confirmed = imported | {"train__grpo_confirmed_code": confirmation(board, imported)}
+    assert board.runner._initialize(board.data(**confirmed), do_train=True, from_preview=False) == ""
+    board.runner.trial_arguments(board.data(**confirmed))
+
+    Path("own.py").write_text(OWN + "# changed\n")
+    assert "has changed since" in board.runner._initialize(board.data(**confirmed), do_train=True, from_preview=False)
+
+
+def test_what_a_person_types_needs_no_confirmation(board: Board, imported: dict[str, Any]) -> None:
+    Path("typed.py").write_text(OWN)
+    typed_in = imported | {"train__grpo_reward_funcs": ["accuracy", "typed.py:score"]}
+    assert board.runner._initialize(board.data(**typed_in), do_train=True, from_preview=False) == ""
+    assert board.runner._initialize(board.data(), do_train=True, from_preview=False) == ""
+
+
+def test_the_list_shows_files_as_they_are(board: Board, imported: dict[str, Any]) -> None:
+    panel = ImportedCode()
+    arguments = board.arguments(**imported)
+    shown = panel.choices(arguments)
+    assert shown.visible
+    ((text, name),) = shown.choices
+    assert "own.py, sha256 " in text
+    Path("own.py").write_text(OWN + "# changed\n")
+    renewed = panel.choices(arguments, imported["train__grpo_imported_code"], [name])
+    assert renewed.choices[0][0] != text
+    assert renewed.value == []
+    assert not panel.choices({"reward_funcs": "accuracy"}).visible
+    trusting = panel.choices({"reward_funcs": "accuracy", "trust_remote_code": True, "model_name_or_path": "a/b"})
+    assert trusting.choices == [("trust_remote_code: Python code from the repository of a/b", "trust_remote_code")]
+
+
+def test_a_shared_recipe_holds_no_secret(board: Board) -> None:
+    kwargs = {"reward_funcs": "own.py:score", "reward_kwargs": {"score": {"api_key": "my-own-5ecret", "n": 2}}}
+    shared = export_recipe({"stage": "grpo", **kwargs})
+    assert yaml.safe_load(shared)["reward_kwargs"] == {"score": {"api_key": "***", "n": 2}}
+
+
+def test_a_saved_configuration_with_a_secret_is_its_owners_alone(board: Board) -> None:
+    path = Path("llamaboard_config/saved.yaml")
+    board.runner.save_args(board.data())
+    assert path.stat().st_mode & 0o044
+    board.runner.save_args(board.data(train__grpo_reward_kwargs='{"accuracy": {"api_key": "my-own-5ecret"}}'))
+    assert path.stat().st_mode & 0o077 == 0
+    assert "my-own-5ecret" in path.read_text()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_stage import workflow
+
 from .conftest import completions, trainer_log
 
 
@@ -137,6 +139,46 @@ def test_a_checkpoint_of_another_recipe_or_stage_is_refused(recipe, run_exp, tmp
     state_file.unlink()
     with pytest.raises(ValueError, match="not a checkpoint of `stage: grpo`"):
         run_exp(arguments)
+
+
+def test_a_run_leaves_no_secret_and_is_not_resumed_with_other_code_or_rows(
+    recipe, run_exp, tmp_path, dataset_dir, monkeypatch
+):
+    secret, renewed = "my-own-5ecret", "a-new-0ne"
+    function, data = tmp_path / "judged.py", tmp_path / "data"
+    source = "def judged(completions, api_key):\n    return [float(len(text)) for text in completions]\n"
+    function.write_text(source)
+    shutil.copytree(dataset_dir, data)
+    arguments = recipe(
+        reward_funcs=f"{function}:judged",
+        reward_kwargs={"judged": {"api_key": secret}},
+        hub_token=secret,
+        dataset_dir=str(data),
+        save_strategy="steps",
+        save_steps=1,
+        max_steps=1,
+        num_train_epochs=1,
+        log_completions=True,
+    )
+    run_exp(arguments)
+    files = [path for path in Path(arguments["output_dir"]).rglob("*") if path.is_file()]
+    assert {"training_args.bin", "grpo_state.json"} <= {path.name for path in files}
+    assert [path.name for path in files if secret.encode() in path.read_bytes()] == []
+
+    arguments |= {"max_steps": 2, "reward_kwargs": {"judged": {"api_key": renewed}}}
+    with monkeypatch.context() as patch:
+        patch.setattr(workflow.facade, "load_model", None)
+        function.write_text(f"{source}# edited\n")
+        with pytest.raises(ValueError, match=r"Cannot resume: .*reward function `judged` has changed.*"):
+            run_exp(arguments)
+        function.write_text(source)
+        rows = json.loads((data / "sums.json").read_text())
+        rows[3]["answer"] = "another"
+        (data / "sums.json").write_text(json.dumps(rows))
+        with pytest.raises(ValueError, match=r"the dataset has other rows.* row 4\).*`resume_with_changes: true`"):
+            run_exp(arguments)
+    run_exp(arguments | {"resume_with_changes": True})
+    assert [line["step"] for line in completions(arguments["output_dir"])][-1] == 2
 
 
 def test_evaluation_gives_the_mean_reward_and_leaves_training_alone(recipe, run_exp, tmp_path):

@@ -251,3 +251,29 @@ def test_a_file_that_is_no_recipe_is_refused(
 def test_a_file_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert cli.main(["try-rewards", str(tmp_path / "none.yaml")]) == 1
     assert "none.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("os:system", "the module 'os' is of Python's standard library"),
+        ("own.py:getoutput", "it is `subprocess.getoutput` of Python's standard library"),
+    ],
+)
+def test_a_recipe_alone_runs_no_program(
+    run: Callable[..., int], own: Callable[[str], str], capsys: pytest.CaptureFixture[str], function: str, said: str
+) -> None:
+    own("from subprocess import getoutput\n")
+    name = function.rpartition(":")[2]
+    command = {name: {"command" if name == "system" else "cmd": "touch attacked"}}
+    assert run(reward_funcs=f"exact_match,{function}", reward_weights="1,0", reward_kwargs=command) == 1
+    assert said in capsys.readouterr().err
+    assert not Path("attacked").exists()
+
+
+def test_what_will_run_is_shown(
+    run: Callable[..., int], own: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    function = own("def f(completions):\n    return [0.0] * len(completions)\n")
+    assert run(reward_funcs=function) == 0
+    assert f"Reward code that will run: function `f` of {tmp_path}/own.py, sha256 " in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Everything that a run is refused for before a model is loaded: one table, and the subtle ones after it."""
 
+import dataclasses
 import importlib.util
 import json
 import re
@@ -17,14 +18,16 @@ from transformers import AutoConfig
 
 from grpo_stage import checkpoints
 from grpo_stage.checkpoints import STATE_FILE
-from grpo_stage.host import rules
+from grpo_stage.host import checks, rules
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
-from grpo_stage.host.recipe import recipe_hash, recipe_of, recipe_record
+from grpo_stage.host.recipe import check_same_training, recipe_of, training_record
+from grpo_stage.redaction import secrets_in
+from grpo_stage.types import Prompt
 
 
 def refusal(raw: dict[str, Any]) -> str:
-    with pytest.raises(ValueError, match="`") as error:
+    with pytest.raises(ValueError, match=r".") as error:
         parse(raw)
     return str(error.value)
 
@@ -573,7 +576,9 @@ def _checkpoint(recipe: dict[str, Any], step: int = 2) -> Path:
         name: lambda staging, name=name: Path(staging, name).write_bytes(name.encode())
         for name in ("adapter_model.safetensors", "optimizer.pt")
     }
-    checkpoints.save(folder, parts, recipe_record(parse(recipe | {"overwrite_output_dir": True})), is_saver=True)
+    checkpoints.save(
+        folder, parts, {"recipe": recipe_of(parse(recipe | {"overwrite_output_dir": True}))}, is_saver=True
+    )
     return folder
 
 
@@ -731,8 +736,124 @@ def test_a_run_may_grow_where_the_schedule_does_not_depend_on_its_length(recipe,
         assert "`num_train_epochs` (3 there, 6 here)" in refusal(longer)
 
 
-def test_a_recipe_is_plain_json_and_its_hash_stable(recipe):
+SECRET = "my-own-5ecret"
+
+
+def test_a_renewed_secret_is_the_same_recipe_and_in_no_record(recipe):
+    def own(key: str, model: str) -> dict[str, Any]:
+        settings = {"accuracy": {"api_key": key, "url": f"https://me:{key}@host", "model": model}}
+        return recipe | {"reward_kwargs": settings, "hf_hub_token": key}
+
+    folder = _checkpoint(own(SECRET, "a"))
+    assert SECRET not in (folder / STATE_FILE).read_text()
+    arguments = parse(own("a-new-0ne", "a"))
+    assert arguments.training.resume_from_checkpoint == str(folder)
+    assert arguments.finetuning.reward_kwargs["accuracy"]["api_key"] == "a-new-0ne"
+    message = refusal(own(SECRET, "b"))
+    assert "`reward_kwargs` (" in message
+    assert '"api_key": "***"' in message
+    assert SECRET not in message
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"reward_kwargs": {"api_key": SECRET}},
+        {"reward_kwargs": '{"judge": {"api_key": "' + SECRET + '"}'},
+        {"reward_kwargs": {"accuracy": {"api_key": SECRET}, "judge": f"https://a:{SECRET}@host"}},
+        {"reward_model": f"https://me:{SECRET}@host", "reward_model_type": "full"},
+        {"swanlab_api_key": SECRET, "num_generations": SECRET},
+    ],
+)
+def test_no_refusal_says_a_secret(recipe, keys):
+    with pytest.raises(ValueError, match=r".") as error:
+        parse(recipe | keys)
+    assert SECRET not in str(error.value)
+
+
+def test_of_the_keys_of_a_recipe_these_are_secrets():
+    names = [spec.name for cls in ARGUMENT_CLASSES for spec in dataclasses.fields(cls)]
+    secret = {name for name in names if secrets_in({name: "a-Value-7"})}
+    assert secret == {
+        *("hub_token", "hf_hub_token", "ms_hub_token", "om_hub_token"),
+        *("swanlab_api_key", "swanlab_lark_secret", "swanlab_lark_webhook_url"),
+    }
+
+
+def test_trackers_get_no_secret(recipe):
+    finetuning = parse(recipe | {"reward_kwargs": {"accuracy": {"api_key": SECRET}}}).finetuning
+    assert SECRET not in json.dumps(finetuning.to_dict())
+    assert finetuning.to_dict()["reward_kwargs"] == {"accuracy": {"api_key": "***"}}
+
+
+@pytest.mark.parametrize("kind", ["with code", "without code", "hub"])
+def test_code_of_the_models_repository_is_announced(recipe, monkeypatch, kind):
+    said: dict[str, list[str]] = {"warning_rank0": [], "info_rank0": []}
+    for name, texts in said.items():
+        monkeypatch.setattr(checks.logger, name, texts.append, raising=False)
+    folder = Path(recipe["model_name_or_path"])
+    if kind == "with code":
+        (folder / "modeling_own.py").write_text("")
+        (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling_own.T", null]}}')
+    checks._say_remote_code("owner/model" if kind == "hub" else str(folder))
+    warned = {"with code": f"modeling_own.py of {folder}", "hub": "owner/model runs in this process"}.get(kind)
+    if warned is None:
+        assert said["warning_rank0"] == []
+        assert "names none" in said["info_rank0"][0]
+    else:
+        assert warned in said["warning_rank0"][0]
+        assert "`trust_remote_code: true`" in said["warning_rank0"][0]
+        assert "all your rights" in said["warning_rank0"][0]
+
+
+def _prompts(*references: str, length: int = 200) -> list[Prompt]:
+    return [
+        Prompt(index=i, token_ids=(i, i + 1), messages=(), reference=dict(enumerate(references)).get(i, "7"))
+        for i in range(length)
+    ]
+
+
+CODE = {"accuracy": "grpo-stage 0.1.0", "own": "ab" * 32}
+
+
+@pytest.mark.parametrize(
+    ("prompts", "evaluation", "code", "said", "may_go_on"),
+    [
+        (_prompts("8"), _prompts(length=3), CODE, ["the dataset has other rows", "the rows 1 to 4"], True),
+        (_prompts()[::-1], _prompts(length=3), CODE, ["the dataset has other rows, in another order"], True),
+        (_prompts(length=201), _prompts(length=3), CODE, ["had 200 rows there and has 201 here"], False),
+        (_prompts(), _prompts("7", "8", length=3), CODE, ["evaluation's dataset", "row 2"], True),
+        (_prompts(), _prompts(length=4), CODE, ["evaluation's dataset had 3 rows there and has 4 here"], True),
+        (_prompts(), _prompts(length=3), CODE | {"own": "cd" * 32}, ["`own` has changed", "abababababab there"], True),
+    ],
+)
+def test_other_rows_or_other_reward_code_is_another_training(tmp_path, prompts, evaluation, code, said, may_go_on):
+    folder = tmp_path / "checkpoint-1"
+    checkpoints.save(folder, {}, training_record(_prompts(), _prompts(length=3), ["held"], CODE), is_saver=True)
+    record = training_record(prompts, evaluation, ["held"], code)
+    with pytest.raises(ValueError, match="Cannot resume: ") as refused:
+        check_same_training(folder, record, allows_changes=False)
+    for part in (str(folder), *said):
+        assert part in str(refused.value)
+    assert ("resume_with_changes: true" in str(refused.value)) == may_go_on
+    if may_go_on:
+        check_same_training(folder, record, allows_changes=True)
+    else:
+        with pytest.raises(ValueError, match="another number of them"):
+            check_same_training(folder, record, allows_changes=True)
+
+
+def test_the_same_rows_and_code_go_on(tmp_path):
+    folder = tmp_path / "checkpoint-1"
+    rows = _prompts(), _prompts(length=3)
+    checkpoints.save(folder, {}, training_record(*rows, ["held"], CODE), is_saver=True)
+    check_same_training(folder, training_record(*rows, ["held"], CODE), allows_changes=False)
+    other_version = CODE | {"accuracy": "grpo-stage 0.2.0"}
+    check_same_training(folder, training_record(*rows, ["held"], other_version), allows_changes=False)
+    other_evaluation = training_record(rows[0], _prompts("8", length=9), ["another"], CODE)
+    check_same_training(folder, other_evaluation, allows_changes=False)
+
+
+def test_a_recipe_is_plain_json(recipe):
     stored = recipe_of(parse(recipe))
     assert json.loads(json.dumps(stored)) == stored
-    assert recipe_hash(stored) == recipe_hash(dict(reversed(stored.items())))
-    assert recipe_hash(stored) != recipe_hash(stored | {"beta": 1})

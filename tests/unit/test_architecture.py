@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("rewards", "rollout"),
     ),
     ("stop",),
-    ("checkpoints", "distributed", "jsonl", "reward_files", "tied_weights", "watchdog"),
+    ("checkpoints", "distributed", "jsonl", "redaction", "reward_files", "tied_weights", "watchdog"),
     ("algorithm",),
     ("types",),
 )

@@ -432,8 +432,8 @@ def test_an_argument_of_another_framework_is_named(own: Callable[[str], str], ar
         ("xyzzy", ["unknown reward 'xyzzy'", *BUILTIN_REWARDS]),
         ("nowhere/file.py:f", ["there is no file", "nowhere/file.py", "working directory"]),
         ("no_such_package.sub:f", ["no module 'no_such_package.sub'", "working directory", "sys.path"]),
-        ("math:cosh2", ["math has no 'cosh2'"]),
-        ("math:pi", ["'pi'", "callable"]),
+        ("own_rewards:cosh2", ["own_rewards has no 'cosh2'"]),
+        ("own_rewards:CONSTANT", ["it must be a function"]),
         ("own_rewards.py:missing", ["has no 'missing'", "its functions are first, second"]),
         ("own_rewards.py:CONSTANT", ["it must be a function"]),
         (
