@@ -146,7 +146,7 @@ class RewardFunction:
 @contextlib.contextmanager
 def working_directory_kept() -> Iterator[None]:
     """Whoever changes the working directory in this block has changed it for the block alone."""
-    folder = os.open(".", os.O_RDONLY)  # it may have no path any more
+    folder = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # it may have no path any more, or not be readable
     try:
         yield
     finally:
