@@ -45,12 +45,35 @@ def is_watched(name: str) -> bool:
     return name in WATCHED and (name != "llamafactory.launcher" or is_training)
 
 
+def starts_run(argv: "list[str]") -> bool:
+    """Whether a command line trains with this stage, of `llamafactory-cli` or of a process that torchrun starts.
+
+    The recipe's text is searched, since a parser takes long to import: should it only be about the stage, a stop
+    before training ends that run with a line in place of a traceback.
+    """
+    is_of_torchrun = argv[:1] and argv[0].endswith(os.path.join("llamafactory", "launcher.py"))
+    if not is_of_torchrun and argv[1:2] != ["train"]:
+        return False
+    words = argv[1:] if is_of_torchrun else argv[2:]
+    texts = [" ".join(words)]
+    if words and words[0].endswith((".yaml", ".yml", ".json")) and os.path.isfile(words[0]):
+        with open(words[0], encoding="utf-8", errors="replace") as file:
+            texts.append(file.read())
+    import re
+
+    return any(re.search(r"""\bstage["']?[\s:=]+["']?grpo\b""", text) for text in texts)
+
+
 class PostImportFinder:
     """Finds the watched modules with the other finders, and has `on_import` called once they are executed."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
+        if name == "llamafactory" and starts_run(sys.argv):  # the first of many seconds of imports
+            from grpo_stage.stop import end_at_once
+
+            end_at_once()
         if not is_watched(name):
             return None
         finders = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))

@@ -30,6 +30,10 @@ ROLLOUT_FILE = "grpo_rollout_{rank}.json"
 """In every checkpoint: what is left of the last rollout on that rank."""
 REFERENCE_FILE = "grpo_reference.pt"
 """With `sync_ref_model`: the reference's weights that have moved."""
+FINISHED_FILE = "grpo_finished.json"
+"""In the folder of a run whose steps are done: what of its end is done, too."""
+RESULTS, EVALUATION, MODEL_CARD = "results", "evaluation", "model card"
+"""The parts of the end."""
 MAX_HASHED_BYTES = 2**30
 """Larger files are known by their size alone: hashing them would hold up every start."""
 
@@ -108,14 +112,30 @@ def newest_whole(output_dir: Path, before: int | None = None) -> Path | None:
 
 
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
-    """Keep `limit` checkpoints: delete those saved longest ago, but not the newest, nor the best."""
+    """Keep `limit` checkpoints, among them the newest and the best; one that cannot be deleted is a warning.
+
+    Those of later steps than the newest are deleted first: they were left behind by a resume from an earlier one. The
+    order is that of the steps, since time stamps are as wrong as the clock was.
+    """
     if not limit or limit < 0:
         return
     kept = {newest.absolute()} | ({Path(best).absolute()} if best else set())
     others = [folder.absolute() for _, folder in _checkpoints(newest.parent) if folder.absolute() not in kept]
-    others.sort(key=lambda folder: folder.stat().st_mtime_ns)  # stable: by step where a disk keeps no such times
+    others.sort(key=lambda folder: _step(folder) < _step(newest))  # stable: by steps among themselves
     for folder in others[: max(0, len(others) - max(0, limit - len(kept)))]:
-        _remove(folder)
+        if (problem := _remove(folder)) is not None:
+            logger.warning(problem)
+
+
+def warn_of_later_ones(resumed: Path) -> None:
+    """Say that a run goes on from a checkpoint though its folder holds later ones. Called on the saving rank."""
+    later = [folder.name for step, folder in _checkpoints(resumed.parent) if step > _step(resumed)]
+    if later:
+        logger.warning(
+            f"Going on from {resumed}, with {', '.join(later)} of the same run beside it. They stay until this run "
+            "saves the same steps, or until `save_total_limit` is reached, for which they are deleted first. Without "
+            f"`resume_from_checkpoint` the run would go on from {later[-1]}: delete them if you do not want them."
+        )
 
 
 def remove_unfinished(output_dir: str) -> None:
@@ -133,19 +153,52 @@ def remove_unfinished(output_dir: str) -> None:
 def discard_earlier_run(output_dir: str) -> None:
     """Delete the checkpoints of an earlier run of this stage, for a run that starts afresh in its folder.
 
-    Its higher-numbered ones would be resumed from, in place of this run's, and the state that it left at its end would
-    make this run look finished. Called on the saving rank.
+    Its higher-numbered ones would be resumed from, in place of this run's, and what it noted at its end would make
+    this run look finished. Called on the saving rank.
+
+    Raises:
+        OSError: if one of them can neither be deleted nor renamed.
     """
     remove_unfinished(output_dir)
-    Path(output_dir, TRAINER_STATE_NAME).unlink(missing_ok=True)
+    mark_unfinished(output_dir)
     discarded = [folder for _, folder in _checkpoints(Path(output_dir)) if (folder / STATE_FILE).is_file()]
     for folder in discarded:
-        _remove(folder)
+        if (problem := _remove(folder)) is not None:
+            if folder.exists():
+                raise OSError(
+                    f"{problem} It would be taken for a checkpoint of this run; or choose another `output_dir`."
+                )
+            logger.warning(problem)
     if discarded:
         logger.warning(
             f"Starting afresh in {output_dir}: the checkpoints of the earlier run there are deleted "
             f"({', '.join(folder.name for folder in discarded)})."
         )
+
+
+def parts_done(output_dir: str, step: int) -> frozenset[str]:
+    """What of the end of the run is done, of one whose last step is `step`. Called on all ranks."""
+    noted = all_gather(_noted(output_dir))[0]  # others may not see the disk
+    return frozenset(noted["parts"] if noted["step"] == step else ())
+
+
+def mark_done(output_dir: str, step: int, part: str) -> None:
+    """Add to `parts_done`. Called on the saving rank."""
+    noted = _noted(output_dir)
+    parts = [*(noted["parts"] if noted["step"] == step else ()), part]
+    temporary = Path(output_dir, f"{FINISHED_FILE}.tmp")
+    temporary.write_text(json.dumps({"step": step, "parts": parts}), encoding="utf-8")
+    temporary.replace(Path(output_dir, FINISHED_FILE))
+
+
+def mark_unfinished(output_dir: str) -> None:
+    """Empty `parts_done`, for a run that trains on. Called on the saving rank."""
+    Path(output_dir, FINISHED_FILE).unlink(missing_ok=True)
+
+
+def _noted(output_dir: str) -> dict[str, Any]:
+    file = Path(output_dir, FINISHED_FILE)
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"step": None, "parts": []}
 
 
 def _written(staging: Path, parts: Mapping[str, Part]) -> tuple[Exception | None, list[str]]:
@@ -179,7 +232,7 @@ def _seal(staging: Path, folder: Path, state: Mapping[str, Any] | None) -> None:
     staging.rename(folder)
     _flush(folder.parent)
     if replaced.exists():
-        shutil.rmtree(replaced)
+        shutil.rmtree(replaced, ignore_errors=True)  # `remove_unfinished` tries again
 
 
 def _state(folder: Path) -> tuple[dict[str, Any], str | None]:
@@ -244,11 +297,24 @@ def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), folder) for name, folder in found if name is not None)
 
 
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint such that a kill in between leaves no half of one under its name."""
+def _step(folder: Path) -> int:
+    name = _NAME.fullmatch(folder.name)
+    return int(name[1]) if name else -1
+
+
+def _remove(folder: Path) -> str | None:
+    """Delete a checkpoint such that a kill in between leaves no half of one under its name; None if it is gone."""
     doomed = folder.with_name(_TEMPORARY + folder.name)
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+    try:
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+    except OSError as error:
+        rest = f"What is left of it is {doomed}" if doomed.exists() else "All of it is still there"
+        return (
+            f"The checkpoint {folder} could not be deleted: {error}. {rest}. Delete it yourself, once no other "
+            "program has a file of it open and you may write to it, or the disk fills up."
+        )
+    return None
 
 
 def _entry(path: Path, is_hashed: bool | None = None) -> dict[str, Any]:

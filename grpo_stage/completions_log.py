@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .jsonl import keep_lines
+from .jsonl import LineLog
 from .types import ScoredGroup
 
 
@@ -20,14 +20,14 @@ class CompletionsLog:
     """Written on one rank, with the completions of all."""
 
     def __init__(self, output_dir: str, reward_names: Sequence[str], num_to_print: int) -> None:
-        self._path = os.path.join(output_dir, COMPLETIONS_FILE)
+        self._log = LineLog(os.path.join(output_dir, COMPLETIONS_FILE))
         self._reward_names = reward_names
         self._num_to_print = num_to_print
         self._latest: list[dict[str, Any]] = []
 
     def drop_after(self, step: int) -> None:
         """Forget lines past `step`: a resumed run replays those steps, and a fresh run (step 0) has none yet."""
-        keep_lines(self._path, lambda record: record["step"] <= step)
+        self._log.keep(lambda record: record["step"] <= step)
 
     def record(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Append a line a completion. `step` is the optimizer step that trains on it first."""
@@ -50,9 +50,11 @@ class CompletionsLog:
                 scored.group.completions, scored.rewards, scored.total_rewards, scored.advantages, strict=True
             )
         ]
-        os.makedirs(os.path.dirname(self._path), exist_ok=True)
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in self._latest)
+        self._log.append([json.dumps(record, ensure_ascii=False) for record in self._latest])
+
+    def close(self) -> None:
+        """Write what has not been taken by the disk until now."""
+        self._log.close()
 
     def print_table(self) -> None:
         """Show the best and the worst of the last rollout, alternating."""

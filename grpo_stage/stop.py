@@ -1,21 +1,98 @@
-"""A run that is asked to stop leaves what it is at, at a safe point, so that a checkpoint can be saved."""
+"""A process that is asked to stop: at once before training, and from then on at a safe point, with a checkpoint.
 
+Imported before torch is, so that a stop during the long imports is heard, too.
+"""
+
+import _thread
+import atexit
 import os
 import signal
+import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
-from .distributed import all_gather
+from .descendants import kill_descendants
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT)
-"""Ctrl-C; what schedulers, `kill` and torchrun send; what LLaMA Board's stop sends."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP)
+"""Ctrl-C; what schedulers, `kill` and torchrun send; what LLaMA Board's stop sends; a terminal that is closed."""
 SAME_REQUEST_S = 2.0
 """Signals this close to the first are the same request: a terminal and torchrun both pass on one Ctrl-C."""
+LEAVING_S = 2.0
+"""How long a process that trains nothing yet may take to tidy up: its temporary folders, and processes of its own."""
+
+Handler = Callable[[int, FrameType | None], None]
+
+_before: dict[signal.Signals, Any] = {}
+"""The handlers before `end_at_once`."""
+
+
+def end_at_once() -> None:
+    """Have a stop signal end this process at once, with exit code 128 + n, until a `SafeStop` listens or `leave`."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        # Not through logging and threading, whose locks this may have interrupted.
+        os.write(2, f"\nStopped by {signal.Signals(signum).name} outside of training: nothing is lost.\n".encode())
+        _handle_stops_with(signal.SIG_IGN)  # the same request, passed on by others; it ends soon in any case
+        _thread.start_new_thread(_end_anyway, (128 + signum,))
+        # No exception: numpy's import takes one for a reason to try again, and `datasets` for data it cannot hash.
+        atexit._run_exitfuncs()
+        os._exit(128 + signum)
+
+    _before.update(_handle_stops_with(_in_this_process(end)))
+
+
+def leave() -> None:
+    """Undo `end_at_once`, if that was called."""
+    while _before:
+        signal.signal(*_before.popitem())
+
+
+def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.CompletedProcess[bytes]":
+    """Run torchrun until its processes have ended, and pass on to it what only this process is sent."""
+    with subprocess.Popen(command, **kwargs) as process:
+        asked: list[int] = []
+
+        def pass_on(signum: int, frame: FrameType | None) -> None:
+            asked.append(signum)
+            # A terminal sends the others to torchrun as well, which takes a second one for an order to leave at once.
+            if signum not in (signal.SIGINT, signal.SIGHUP):
+                process.send_signal(signal.SIGTERM)
+
+        _handle_stops_with(_in_this_process(pass_on))
+        returncode = process.wait()
+    return subprocess.CompletedProcess(command, 128 + asked[0] if asked and returncode else returncode)
+
+
+def _handle_stops_with(handler: Any) -> dict[signal.Signals, Any]:
+    """Set the handler of every stop signal, but not of a SIGHUP that nohup has ignored; returns the earlier ones."""
+    handled = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
+    return {each: signal.signal(each, handler) for each in handled}
+
+
+def _in_this_process(handler: Handler) -> Handler:
+    """The handler; a process that is forked from this one and inherits it has the system's default instead."""
+    owner = os.getpid()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if os.getpid() == owner:
+            handler(signum, frame)
+        else:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    return handle
+
+
+def _end_anyway(exit_code: int) -> None:
+    """End a process whose main thread waits for what it has interrupted itself."""
+    time.sleep(LEAVING_S)
+    kill_descendants(os.getpid())
+    os._exit(exit_code)
 
 
 class StopRequested(BaseException):
@@ -42,11 +119,14 @@ class SafeStop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals. In another thread than the main one (Ray's workers) Python cannot: nothing is done."""
-        if threading.current_thread() is not threading.main_thread():
+        """Handle the signals; inside another such block this one changes nothing.
+
+        In another thread than the main one (Ray's workers) Python cannot: nothing is done.
+        """
+        if self._is_listening or threading.current_thread() is not threading.main_thread():
             yield
             return
-        previous: dict[signal.Signals, Any] = {each: signal.signal(each, self._handle) for each in STOP_SIGNALS}
+        previous = _handle_stops_with(_in_this_process(self._handle))
         self._is_listening = True
         try:
             yield
@@ -67,6 +147,8 @@ class SafeStop:
 
     def check_together(self) -> None:
         """A safe point that all ranks come to: one that was asked takes the others with it."""
+        from .distributed import all_gather  # imports torch
+
         asked = [each for each in all_gather(self.signal) if each is not None]
         if asked:
             raise StopRequested(asked[0])

@@ -168,6 +168,7 @@ class GRPOTrainer(Trainer):
         self._evaluation_due = False
         self._evaluated_step = -1
         self._is_over = False
+        self._holds_best = False  # the weights of another step than the last
         self._undo_rollout: Callable[[], None] | None = None
 
     # One optimizer step
@@ -434,17 +435,21 @@ class GRPOTrainer(Trainer):
             next(p.grad for p in model.parameters() if p.grad is not None).fill_(math.inf)
         self._num_skipped += 1
         step, rank = self.state.global_step + 1, self.args.process_index
-        os.makedirs(self.args.output_dir, exist_ok=True)
         file = os.path.join(self.args.output_dir, f"skipped_step_{step}_rank{rank}.json")
-        _write_json(file, {"step": step, "loss": str(loss.item()), **step_state(data)})
+        where = f"The batch is in {file}."
+        try:
+            os.makedirs(self.args.output_dir, exist_ok=True)
+            _write_json(file, {"step": step, "loss": str(loss.item()), **step_state(data)})
+        except OSError as error:  # a look at it is not worth the run
+            where = f"The batch could not be written to {file}: {error}."
         problem = f"The loss or its gradient in step {step} is not finite"
         if self._num_skipped > limit:
             raise FloatingPointError(
                 f"{problem}, and so were those of the {self._num_skipped - 1} steps before (`max_skipped_steps: "
-                f"{self.grpo_args.max_skipped_steps}`): the run is stopped. The batch is in {file}. "
+                f"{self.grpo_args.max_skipped_steps}`): the run is stopped. {where} "
                 f"{NON_FINITE_REMEDY}"
             )
-        logger.warning(f"{problem}: the step is skipped, and the weights stay as they are. The batch is in {file}.")
+        logger.warning(f"{problem}: the step is skipped, and the weights stay as they are. {where}")
 
     # Evaluation
 
@@ -742,7 +747,7 @@ class GRPOTrainer(Trainer):
         if self.grpo_args.log_completions and self.is_world_process_zero():
             # A rollout that waits for its first use is not sampled again, and was logged as of the next step.
             self.completions_log.drop_after(step + 1 if self.buffer else step)
-        with self.stop.listening():
+        with self.stoppable():
             try:
                 if resume_from_checkpoint and self._is_over:
                     output = self._finish(resume_from_checkpoint)
@@ -750,6 +755,16 @@ class GRPOTrainer(Trainer):
                     output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except TrainingEnded:
                 output = self._finish()
+        self.completions_log.close()
+        self._check_learned(output.global_step)
+        return output
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """In this block a stop, a hang and a failing reward leave a checkpoint of the last finished step."""
+        with self.stop.listening():
+            try:
+                yield
             except StopRequested as request:
                 request.checkpoint = self.save_progress()
                 raise
@@ -758,8 +773,6 @@ class GRPOTrainer(Trainer):
                 if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
                     error.add_note(f"What was trained until then is in {checkpoint}.")
                 raise
-        self._check_learned(output.global_step)
-        return output
 
     def _check_learned(self, num_steps: int) -> None:
         """No run that learned nothing is a success."""
@@ -796,27 +809,49 @@ class GRPOTrainer(Trainer):
             self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
             if self._evaluation_due:
                 self._evaluate_late()
+        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
+        metrics = {"train_loss": sum(losses) / max(1, len(losses)), "total_flos": self.state.total_flos}
+        self.log(metrics)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
             self._load_best_model()
         self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
-        return TrainOutput(self.state.global_step, 0.0, {})
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._holds_best = True
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        """With `save_total_limit: 1` Trainer deletes all but the best checkpoint here: see `delete_all_but_best`."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        output = super()._finalize_training(*args)
+        self.args.save_total_limit = limit
+        return output
+
+    def delete_all_but_best(self) -> None:
+        """As Trainer does with `save_total_limit: 1`, but once nothing goes on from the last checkpoint any more."""
+        best = Path(self.state.best_model_checkpoint or "")
+        is_own = best.is_dir() and best.parent == Path(self.args.output_dir)
+        if self.args.should_save and self.args.save_total_limit == 1 and is_own:
+            checkpoints.rotate(best, limit=1, best=str(best))
 
     def save_progress(self) -> str | None:
-        """The folder of a checkpoint of the last finished step, written if it is not yet; None before the first."""
+        """The folder of a checkpoint of the last finished step, written if it is not yet; None before the first.
+
+        Once the best model is loaded, the newest that there is: the weights of the last step are gone.
+        """
         step = self.state.global_step
         if step == 0:
             return None
+        if self._holds_best:
+            newest = checkpoints.newest_whole(Path(self.args.output_dir))
+            return None if newest is None else str(newest)
         folder = os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         if self._saved != (step, self._is_evaluation_due):
             self.args.save_only_model = False
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
         return folder
-
-    def _final_step(self) -> int | None:
-        """The step at which the run in `output_dir` ended and saved its model; None where it did not."""
-        file = os.path.join(self.args.output_dir, TRAINER_STATE_NAME)
-        return TrainerState.load_from_json(file).global_step if os.path.isfile(file) else None
 
     def _end_hanging(self, error: HangError) -> None:
         """End the process from the watchdog's thread: the main one hangs in native code and cannot be reached."""
@@ -852,7 +887,10 @@ class GRPOTrainer(Trainer):
         stops_early = step < trainer_state.max_steps and control.get("args", {}).get("should_training_stop", False)
         self._is_over = step >= num_steps or stops_early
         is_own = Path(folder).resolve().parent == Path(self.args.output_dir).resolve()
-        if self._is_over and not (is_own and self._final_step() != step):
+        end = {checkpoints.RESULTS, checkpoints.MODEL_CARD} | (
+            {checkpoints.EVALUATION} if self.args.do_eval else set()
+        )
+        if self._is_over and not (is_own and end - checkpoints.parts_done(self.args.output_dir, step)):
             raise ValueError(
                 f"The run in {folder} is finished: it is at step {step} of {num_steps}"
                 f"{', where it stopped early' if stops_early else ''}. Train longer by raising "
@@ -863,6 +901,10 @@ class GRPOTrainer(Trainer):
             self.args._setup_devices = torch.device("cpu")
         if self.args.should_save:
             checkpoints.remove_unfinished(self.args.output_dir)
+            if is_own:
+                checkpoints.warn_of_later_ones(Path(folder))
+            if not self._is_over:
+                checkpoints.mark_unfinished(self.args.output_dir)
         for callback in self.callback_handler.callbacks:  # the patience of early stopping
             saved = trainer_state.stateful_callbacks.get(type(callback).__name__)
             if isinstance(callback, ExportableState) and isinstance(saved, dict):

@@ -3,7 +3,7 @@
 import faulthandler
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -67,13 +67,17 @@ class Watchdog:
         if done.wait(seconds):
             return
         stacks = self._folder / f"stacks_{what}_rank{self._rank}.txt"
-        with suppress(OSError):  # the run is to end all the same
+        where = f"is in {stacks}"
+        try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
+        except OSError as failure:  # the run is to end all the same
+            faulthandler.dump_traceback(all_threads=True)
+            where = f"is in this run's terminal output, since {stacks} cannot be written: {failure}"
         error = HangError(
             f"The {what} took longer than {seconds:g} s (`{key}`) on rank {self._rank}, so the run is ended. Where "
-            f"every thread was is in {stacks}. Raise `{key}` if it only needs more time."
+            f"every thread was {where}. Raise `{key}` if it only needs more time."
         )
         self._interrupt(error)
         if not done.wait(GRACE_S):

@@ -20,6 +20,7 @@ from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from ..evaluation import rewarding_metrics
 from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from ..rollout.vllm_options import refuse_options
+from ..run_lock import refuse_used
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .log import get_logger
 from .other_models import arguments_for
@@ -262,6 +263,8 @@ def _positions(config: Any) -> int | None:
 
 def _check_resume(arguments: "RunArguments") -> None:
     training = arguments.training
+    if training.should_save:  # the rank that will own it
+        refuse_used(training.output_dir)  # whose checkpoints may come and go while they are looked at
     if training.resume_from_checkpoint is True:
         training.resume_from_checkpoint = (
             get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None

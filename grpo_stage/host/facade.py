@@ -3,6 +3,7 @@
 Importing this module imports the host.
 """
 
+import json
 import os
 import signal
 import time
@@ -32,8 +33,7 @@ from llamafactory.train.trainer_utils import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from ..jsonl import keep_lines
-from ..stop import StopRequested
+from ..jsonl import LineLog
 from .log import get_logger
 from .other_models import arguments_for
 
@@ -83,22 +83,29 @@ class MetricsLogCallback(LogCallback):
     """
 
     def __init__(self) -> None:
+        before = signal.getsignal(signal.SIGABRT)
         super().__init__()
+        if signal.getsignal(signal.SIGABRT) is not before:
+            signal.signal(signal.SIGABRT, before)  # the host's stops nothing before the first step
         self._metrics: deque[dict[str, Any]] = deque()
         self._first_step = 0
+        self._log: LineLog | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The host deletes the log where the folder may be overwritten, in a resumed run too."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.aborted:  # LLaMA Board's stop, while the model was loaded
-            raise StopRequested(signal.SIGABRT)
         self._first_step = state.global_step
         if args.should_save:
-            log = os.path.join(args.output_dir, TRAINER_LOG)
-            # From the start, even the evaluation before the first step is done again.
-            keep_lines(log, lambda line: self._first_step > 0 and line["current_steps"] <= self._first_step)
+            self._log = LineLog(os.path.join(args.output_dir, TRAINER_LOG))
+            # From the start, even the evaluation before the first step is done again, and so is the end of the run.
+            self._log.keep(lambda line: 0 < self._first_step >= line["current_steps"] and "train_loss" not in line)
         super().on_train_begin(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control, **kwargs)  # all lines are handed over then
+        if self._log is not None:
+            self._log.close()
 
     def _timing(self, cur_steps: int) -> None:
         super()._timing(cur_steps)
@@ -110,9 +117,12 @@ class MetricsLogCallback(LogCallback):
         if args.should_save and self.thread_pool is not None:  # then the host writes exactly one line
             self._metrics.append({k: v for k, v in state.log_history[-1].items() if k != "step"})
         super().on_log(args, state, control, **kwargs)
+        if self.thread_pool is not None:
+            self.thread_pool.submit(int).result()  # the line is written before a checkpoint of its step is
 
     def _write_log(self, output_dir: str, logs: dict[str, Any]) -> None:
-        super()._write_log(output_dir, {**(self._metrics.popleft() if self._metrics else {}), **logs})
+        log = self._log or LineLog(os.path.join(output_dir, TRAINER_LOG))
+        log.append([json.dumps({**(self._metrics.popleft() if self._metrics else {}), **logs})])
 
 
 class PissaCallback(PissaConvertCallback):

@@ -1,10 +1,13 @@
 """From parsed arguments to a run, and from a run that was stopped back to the command line."""
 
+import contextlib
+import os
 import shlex
 import sys
 
 from transformers import TrainerCallback
 
+from ..run_lock import owned
 from ..stop import StopRequested
 from ..workflow import run_grpo
 from .facade import get_logger, stage_callbacks
@@ -18,10 +21,14 @@ def run(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
     """Run the stage with the caller's callbacks and the host's own.
 
     Raises:
+        ValueError: if another run is in `output_dir`.
         SystemExit: with the exit code of a process that the signal ended, where the run was stopped by one.
     """
+    training = arguments.training
+    training.output_dir = os.path.abspath(training.output_dir)  # wherever a reward function changes to
     try:
-        run_grpo(arguments, callbacks + stage_callbacks(arguments))
+        with owned(training.output_dir) if training.should_save else contextlib.nullcontext():
+            run_grpo(arguments, callbacks + stage_callbacks(arguments))
     except StopRequested as request:
         logger.warning_rank0(f"The run was {request}. {_how_to_go_on(request.checkpoint, sys.argv[1:])}")
         raise SystemExit(128 + request.signal) from None

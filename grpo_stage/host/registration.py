@@ -24,6 +24,7 @@ from grpo_stage.host.contract import (
     installed_version,
     is_supported_version,
 )
+from grpo_stage.stop import leave, run_and_pass_on
 
 
 STAGE = "grpo"
@@ -161,15 +162,15 @@ def _add_grpo_to_stages(stages: dict[str, str]) -> dict[str, str]:
     return {name: stages.get(name, STAGE) for name in names}
 
 
-def _keep_arguments_whole(module: ModuleType) -> SimpleNamespace:
-    """The host's launcher joins its arguments with spaces and splits the whole at spaces."""
+def _run_torchrun(module: ModuleType) -> SimpleNamespace:
+    """The host's launcher joins its arguments with spaces, splits the whole at spaces, and leaves before torchrun."""
 
     def run(command: list[str], **kwargs: Any) -> Any:
         arguments = sys.argv[1:]
         words = " ".join(arguments).split()
-        if words and stage_of(read_command_line(arguments)) == STAGE:
-            command = [*command[: -len(words)], *arguments]
-        return module.run(command, **kwargs)
+        if not words or stage_of(read_command_line(arguments)) != STAGE:
+            return module.run(command, **kwargs)
+        return run_and_pass_on([*command[: -len(words)], *arguments], env=kwargs["env"])
 
     return SimpleNamespace(**{**vars(module), "run": run})
 
@@ -194,6 +195,7 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     config = args[0] if args else kwargs["config"]
     if stage_of(config["args"]) != STAGE:
+        leave()
         parser.refuse_grpo_keys(config["args"])
         return wrapped(*args, **kwargs)
 
@@ -297,8 +299,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         "llamafactory.launcher",
         "subprocess",
-        _keep_arguments_whole,
-        "On several devices a value with a space in it would reach the run in pieces.",
+        _run_torchrun,
+        "On several devices a value with a space in it would reach the run in pieces, and a stop would not reach it.",
     ),
     Row(
         "llamafactory.v1.launcher",

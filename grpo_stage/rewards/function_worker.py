@@ -29,7 +29,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
-from grpo_stage.rewards.processes import WorkerProcess, guard_group, settle_in_worker, start_fork_server
+from grpo_stage.rewards.processes import WorkerProcess, end_kept, keep, start_fork_server
 
 
 CLOSE_GRACE_S = 2.0
@@ -167,7 +167,7 @@ class FunctionWorker:
         if self._process is None:
             return
         if self._is_busy:
-            _kill(self._process)
+            end_kept(self._process)
         self._end()
         self._process, self._is_busy = None, False
 
@@ -245,15 +245,7 @@ def _send(connection: Connection, call: bytes) -> None:
 def _end(process: WorkerProcess, connection: Connection) -> None:
     connection.close()
     process.join(CLOSE_GRACE_S)
-    _kill(process)
-
-
-def _kill(process: WorkerProcess) -> None:
-    assert process.pid is not None
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)  # with what the function has started
-    process.kill()
-    process.join()
+    end_kept(process)
 
 
 def _innermost_frame(stacks: str, source_file: str | None) -> str:
@@ -302,9 +294,7 @@ def _serve(
     environment: Mapping[str, str],
     start_method: str | None,
 ) -> None:
-    settle_in_worker()
-    os.setsid()  # a group of its own, to be killed with all that the function starts
-    guard_group()
+    keep()
     # How the trainer's processes start, and not as this one did: a function that works there works here.
     multiprocessing.set_start_method(start_method, force=True)
     # What the function starts has to hear SIGTERM, which many programs are ended with; the worker has not.

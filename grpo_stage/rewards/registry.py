@@ -19,7 +19,7 @@ from grpo_stage.rewards import answers, shaping, structure
 from grpo_stage.rewards.function_worker import FunctionWorker
 from grpo_stage.rewards.processes import start_fork_server
 from grpo_stage.rewards.provenance import check_loaded, describe, file_of, locate
-from grpo_stage.rewards.scoring import REWARD_MODEL, RewardFunction, RewardSuite
+from grpo_stage.rewards.scoring import REWARD_MODEL, RewardFunction, RewardSuite, working_directory_kept
 from grpo_stage.rewards.workers import AnswerChecker, RewardContext
 
 
@@ -120,7 +120,8 @@ def load_rewards(
         if spec.strip() == REWARD_MODEL:
             continue
         described = spec.strip(), name, dict(kwargs.get(name, {})), Path.cwd()
-        function = _load(*described, context)
+        with working_directory_kept():
+            function = _load(*described, context)
         functions.append(function)
         if _runs_in_worker(spec.strip(), function.function):
             source_file = function.source.file if function.source else structure.__file__

@@ -1,13 +1,15 @@
 """Reward functions called with the arguments they name, and their scores combined."""
 
 import asyncio
+import contextlib
 import difflib
 import inspect
 import json
 import math
+import os
 import traceback
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -125,11 +127,12 @@ class RewardFunction:
         """
         where = f"in a batch of {count} completions, the first of which is shown"
         try:
-            # A copy for each function: what one does to its lists is not another's concern.
-            own = {name: list(value) if isinstance(value, list) else value for name, value in arguments.items()}
-            scores = self.function(**own, **self.settings)
-            if inspect.isawaitable(scores):
-                scores = wait_for(scores)
+            # Copies for each call: what a function does to its arguments is no other function's or step's concern.
+            own = {name: _copied(value) for name, value in (*arguments.items(), *self.settings.items())}
+            with working_directory_kept():
+                scores = self.function(**own)
+                if inspect.isawaitable(scores):
+                    scores = wait_for(scores)
         except CompletionError:
             raise
         # A user's function may raise anything; all of it stops the run.
@@ -143,6 +146,26 @@ class RewardFunction:
         if len(scores) != count:
             raise CompletionError(0, f"returned {len(scores)} scores {where}: it must return one for each")
         return [_checked(score, position) for position, score in enumerate(scores)]
+
+
+@contextlib.contextmanager
+def working_directory_kept() -> Iterator[None]:
+    """Whoever changes the working directory in this block has changed it for the block alone."""
+    folder = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # it may have no path any more, or not be readable
+    try:
+        yield
+    finally:
+        os.fchdir(folder)
+        os.close(folder)
+
+
+def _copied(value: Any) -> Any:
+    """Lists and mappings as copies, whatever they are nested in. Cheaper than `deepcopy`, which notes each number."""
+    if isinstance(value, list):
+        return [_copied(each) if isinstance(each, list | dict) else each for each in value]
+    if isinstance(value, dict):
+        return {key: _copied(each) for key, each in value.items()}
+    return value
 
 
 def _missing(name: str, lacking: str, prompts: Sequence[Prompt]) -> str:

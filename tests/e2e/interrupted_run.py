@@ -5,6 +5,7 @@ import signal
 import sys
 from typing import Any
 
+from grpo_stage import checkpoints
 from grpo_stage.trainer import GRPOTrainer
 
 
@@ -39,6 +40,8 @@ class InterruptedTrainer(GRPOTrainer):
         def count() -> None:
             self.calls += 1
             place = "rollout" if sampling is self.sampling else "evaluation"
+            if checkpoints.parts_done(self.args.output_dir, self.state.global_step):
+                place = "final evaluation"
             if place == POINT and self.is_due and self.calls > 3:
                 self.calls = -1000
                 strike()

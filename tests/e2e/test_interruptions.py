@@ -1,5 +1,6 @@
 """Runs that are killed or stopped at every point, and go on: nothing is lost, replayed wrongly, or logged twice."""
 
+import json
 import os
 import re
 import shlex
@@ -59,14 +60,20 @@ def interrupt(
     return result
 
 
-def untimed_log(output_dir: str) -> list[dict]:
-    return [{k: v for k, v in line.items() if not TIMES.search(k)} for line in trainer_log(output_dir)]
+def untimed(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if not TIMES.search(k)}
+
+
+def untimed_log(output_dir: str) -> list[dict[str, Any]]:
+    return [untimed(line) for line in trainer_log(output_dir)]
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
     """Bit for bit: what was sampled and rewarded, every logged figure, and the weights."""
     assert completions(ours["output_dir"]) == completions(theirs["output_dir"])
     assert untimed_log(ours["output_dir"]) == untimed_log(theirs["output_dir"])
+    results = [json.loads(Path(each["output_dir"], "eval_results.json").read_text()) for each in (ours, theirs)]
+    assert untimed(results[0]) == untimed(results[1])
     (file,) = {file.name for file in Path(theirs["output_dir"]).glob("*.safetensors")}
     weights = [load_file(Path(each["output_dir"]) / file) for each in (ours, theirs)]
     assert weights[0].keys() == weights[1].keys()
@@ -105,7 +112,7 @@ def resume_command(result: subprocess.CompletedProcess) -> list[str]:
 
 # Each process goes on from the last checkpoint, 5 or 10, and is interrupted in its turn.
 KILLS = {
-    "hf": [("save", 10), ("between", 6), ("rollout", 8), ("update", 12)],
+    "hf": [("save", 10), ("between", 6), ("rollout", 8), ("update", 12), ("final evaluation", 14)],
     "vllm": [("save", 10), ("update", 7), ("rollout", 8)],
     "vllm, full": [("rollout", 12)],
 }
@@ -118,12 +125,19 @@ def test_a_run_goes_on_exactly_however_often_it_is_killed(recipe, run_exp, whole
     for point, step in KILLS[engine]:
         assert interrupt(arguments, "SIGKILL", point, step).returncode == -signal.SIGKILL
         saved = {folder.name for folder in (tmp_path / "out").glob("checkpoint-*")}
-        assert saved == {f"checkpoint-{each}" for each in (5, 10) if each < step or (each == step and point != "save")}
+        after = {f"checkpoint-{each}" for each in (5, 10, 14) if each < step or (each == step and point != "save")}
+        assert saved == after
+    model = next((tmp_path / "out").glob("*.safetensors"), None)
+    saved_at = model and model.stat().st_mtime_ns
     run_exp(arguments)
+    assert model is None or model.stat().st_mtime_ns == saved_at, "what of the end was done is not done again"
     assert_same(arguments, whole(engine))
 
 
-STOPS = [("SIGTERM", "save", 5), ("SIGABRT", "evaluation", 6), ("SIGINT", "rollout", 8), ("SIGTERM", "update", 8)]
+STOPS = [
+    *(("SIGTERM", "save", 5), ("SIGABRT", "evaluation", 6), ("SIGINT", "rollout", 8), ("SIGHUP", "update", 8)),
+    ("SIGTERM", "final evaluation", 14),
+]
 
 
 def test_a_stopped_run_prints_how_it_goes_on_exactly(recipe, whole, tmp_path):

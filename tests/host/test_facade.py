@@ -1,8 +1,13 @@
 """What the facade mirrors of the host, compared with the host itself."""
 
+import contextlib
 import importlib
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,9 +22,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from grpo_stage.host import facade
+from grpo_stage.host import facade, launch
 from grpo_stage.host.parser import RunArguments
-from grpo_stage.stop import StopRequested
 from grpo_stage.workflow import stop_token_ids
 
 
@@ -74,12 +78,37 @@ def test_a_resumed_run_keeps_the_adapter_that_pissa_began_with(tmp_path):
     callback.on_train_begin(args, SimpleNamespace(global_step=3), None, model=Policy())  # would fail to make it again
 
 
-def test_the_boards_stop_while_the_model_is_loaded_is_a_stop(tmp_path):
-    callback = facade.MetricsLogCallback()
-    callback._set_abort(6, None)
-    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
-    with pytest.raises(StopRequested, match="SIGABRT"):
-        callback.on_train_begin(args, SimpleNamespace(global_step=0, max_steps=3), None)
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_run_owns_its_folder_before_anything_of_it_begins(tmp_path, monkeypatch, is_used):
+    begun = []
+    monkeypatch.setattr(launch, "stage_callbacks", lambda _: begun.append("callbacks") or [])
+    monkeypatch.setattr(launch, "run_grpo", lambda *_: begun.append(sorted(os.listdir(tmp_path / "out"))))
+    monkeypatch.chdir(tmp_path)
+    training = SimpleNamespace(output_dir="out", should_save=True)
+    hold = "import sys; from grpo_stage.run_lock import owned\nwith owned('out'): print(flush=True), sys.stdin.read()"
+    with contextlib.ExitStack() as others:
+        if is_used:
+            other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            others.callback(other.communicate)
+            other.stdout.readline()
+            others.enter_context(pytest.raises(ValueError, match=rf"is in use: process {other.pid} "))
+        launch.run(SimpleNamespace(training=training), [])
+    assert begun == ([] if is_used else ["callbacks", ["_grpo_stage.lock"]])
+    assert training.output_dir == str(tmp_path / "out"), "wherever a reward function changes to"
+
+
+def test_the_boards_stop_while_the_model_is_loaded_is_left_to_the_stage(tmp_path, monkeypatch):
+    """The host's callback takes SIGABRT for itself, and only notes it for the end of the next step."""
+    monkeypatch.setenv("LLAMABOARD_ENABLED", "1")
+    monkeypatch.setenv("LLAMABOARD_WORKDIR", str(tmp_path))
+    before = signal.signal(signal.SIGABRT, ours := lambda *_: None)
+    try:
+        callback = facade.MetricsLogCallback()
+        assert signal.getsignal(signal.SIGABRT) is ours
+    finally:
+        signal.signal(signal.SIGABRT, before)
+        for logger in (logging.getLogger("llamafactory"), logging.getLogger("transformers")):
+            logger.removeHandler(callback.logger_handler)
 
 
 def test_a_resumed_run_keeps_its_log_where_the_folder_may_be_overwritten(tmp_path):
@@ -143,7 +172,8 @@ def _begun(folder: Path, global_step: int, should_save: bool = True) -> tuple[fa
 @pytest.mark.parametrize(("resumed_from", "kept"), [(0, []), (1, [0, 1]), (2, [0, 1, 2, 2]), (3, [0, 1, 2, 2, 3])])
 def test_a_resumed_run_cuts_the_log_at_its_step(tmp_path, resumed_from, kept):
     lines = [{"current_steps": 0, "eval_reward": 0.5}, *({"current_steps": i, "loss": 0.1} for i in (1, 2, 2, 3))]
-    log = "".join(json.dumps(line) + "\n" for line in lines) + '{"current_steps": 1, "lo'
+    of_the_end = {"current_steps": 3, "train_loss": 0.1}  # which is to come again
+    log = "".join(json.dumps(line) + "\n" for line in (*lines, of_the_end)) + '{"current_steps": 1, "lo'
     (tmp_path / "trainer_log.jsonl").write_text(log)
     _begun(tmp_path, resumed_from, should_save=False)
     assert (tmp_path / "trainer_log.jsonl").read_text() == log, "that is the saving rank's"

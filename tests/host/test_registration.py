@@ -313,6 +313,11 @@ class TestModes:
         monkeypatch.setattr(
             launcher.subprocess, "run", lambda command, **_: commands.append(command) or SimpleNamespace(returncode=0)
         )
+        monkeypatch.setattr(
+            registration,
+            "run_and_pass_on",
+            lambda command, env: commands.append(command) or SimpleNamespace(returncode=0),
+        )
         arguments = ["--default_system", "Think  first,\nthen 'answer'.", "--output_dir", "my runs/a b", "--seed", "7"]
         monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "train"])
         registration.install()

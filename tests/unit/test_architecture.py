@@ -24,7 +24,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         *("rewards", "rollout"),
     ),
     ("stop",),
-    ("checkpoints", "distributed", "jsonl", "redaction", "reward_files", "tied_weights", "watchdog"),
+    ("checkpoints", "distributed", "jsonl", "redaction", "reward_files", "run_lock", "tied_weights", "watchdog"),
+    ("descendants",),
     ("algorithm",),
     ("types",),
 )

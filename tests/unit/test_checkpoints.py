@@ -3,17 +3,19 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from grpo_stage import checkpoints
+from grpo_stage import checkpoints, jsonl
 from grpo_stage.checkpoints import STATE_FILE, CheckpointSaveError, DamagedCheckpointError
-from grpo_stage.jsonl import keep_lines
+from grpo_stage.jsonl import LineLog
 
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "grpo_rollout_0.json", "trainer_state.json")
@@ -298,9 +300,9 @@ def test_a_replayed_step_replaces_its_checkpoint(tmp_path):
 # Rotation, and starting afresh
 
 
-def saved_at(output_dir: Path, order: list[int]) -> None:
+def saved_at(output_dir: Path, order: list[int], clock: int = 1) -> None:
     for time, step in enumerate(order):
-        os.utime(save(output_dir, step), (1000 + time, 1000 + time))
+        os.utime(save(output_dir, step), (1000 + clock * time, 1000 + clock * time))
 
 
 @pytest.mark.parametrize(
@@ -319,21 +321,17 @@ def saved_at(output_dir: Path, order: list[int]) -> None:
         ([8, 10, 4], 2, None, [4, 10]),
         ([6, 2, 4], 2, None, [2, 4]),
         ([8, 10, 4], 1, None, [4]),
+        ([8, 10, 2, 4, 6], 3, None, [2, 4, 6]),
+        ([8, 2, 4], 2, 8, [4, 8]),
     ],
 )
-def test_rotation_keeps_the_newest_the_best_and_the_latest_saved(tmp_path, order, limit, best, left):
-    """Also where steps are replayed from an earlier checkpoint."""
-    saved_at(tmp_path, order)
+@pytest.mark.parametrize("clock", [1, 0, -1])
+def test_rotation_keeps_the_newest_the_best_and_the_steps_before_it(tmp_path, order, limit, best, left, clock):
+    """Also where steps are replayed from an earlier checkpoint, and whichever way the clock goes."""
+    saved_at(tmp_path, order, clock)
     best_path = None if best is None else str(tmp_path / f"checkpoint-{best}")
     checkpoints.rotate(tmp_path / f"checkpoint-{order[-1]}", limit, best_path)
     assert names(tmp_path) == sorted(f"checkpoint-{step}" for step in left)
-
-
-def test_rotation_goes_by_steps_where_the_disk_keeps_no_times(tmp_path):
-    for step in (10, 2, 4):
-        os.utime(save(tmp_path, step), (0, 0))
-    checkpoints.rotate(tmp_path / "checkpoint-10", 2, None)
-    assert names(tmp_path) == ["checkpoint-10", "checkpoint-4"]
 
 
 def test_the_paths_of_the_best_and_the_newest_may_be_relative(tmp_path, monkeypatch):
@@ -386,18 +384,18 @@ def write_lines(path: Path, num_lines: int, torn: bytes = b"") -> bytes:
 def test_a_log_is_cut_after_a_step_and_loses_a_torn_line(tmp_path, torn):
     log = tmp_path / "log.jsonl"
     write_lines(log, 4, torn)
-    keep_lines(log, lambda line: line["step"] <= 2)
+    LineLog(log).keep(lambda line: line["step"] <= 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
     assert names(tmp_path) == ["log.jsonl"]
 
 
 def test_a_log_with_nothing_to_drop_is_not_touched(tmp_path):
     log = tmp_path / "log.jsonl"
-    keep_lines(log, lambda _: True)
+    LineLog(log).keep(lambda _: True)
     assert not log.exists()
     write_lines(log, 3)
     inode = log.stat().st_ino
-    keep_lines(log, lambda _: True)
+    LineLog(log).keep(lambda _: True)
     assert log.stat().st_ino == inode
 
 
@@ -407,7 +405,141 @@ def test_a_kill_while_a_log_is_cut_leaves_all_of_it(tmp_path, monkeypatch):
 
     def cut() -> None:
         monkeypatch.setattr(os, "replace", kill)
-        keep_lines(log, lambda line: line["step"] <= 2)
+        LineLog(log).keep(lambda line: line["step"] <= 2)
 
     in_a_process_that_dies(cut)
     assert log.read_bytes() == content
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """As a full disk: a write goes as far as there is room, and the next one fails."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_lines_that_the_disk_does_not_take_wait_and_are_said_to_once(tmp_path, monkeypatch):
+    said, clock = [], [0.0]
+    monkeypatch.setattr(jsonl.logger, "warning", said.append)
+    monkeypatch.setattr(jsonl.time, "monotonic", lambda: clock[0])
+    log = LineLog(tmp_path / "log.jsonl")
+    log.append(["a" * 40])
+    with files_of_at_most(60):
+        log.append(["b" * 40])
+        log.append(["c" * 40, "d"])
+        assert (tmp_path / "log.jsonl").read_text() == "a" * 40 + "\n", "no half of a line"
+        assert len(said) == 1
+        clock[0] = jsonl.WARNING_INTERVAL_S
+        log.append([])
+    assert len(said) == 2
+    assert all(word in said[1] for word in (str(tmp_path / "log.jsonl"), "File too large", "3 lines", "Free space"))
+    log.append(["e"])
+    assert (tmp_path / "log.jsonl").read_text().split("\n") == ["a" * 40, "b" * 40, "c" * 40, "d", "e", ""]
+    log.append(["f"])
+    assert (tmp_path / "log.jsonl").read_text().endswith("\ne\nf\n"), "written once"
+
+
+def test_lines_that_wait_too_long_are_given_up_oldest_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_WAITING_BYTES", 10)
+    monkeypatch.setattr(jsonl.logger, "warning", lambda _: None)
+    log = LineLog(tmp_path / "log.jsonl")
+    with files_of_at_most(0):
+        for text in ("first", "second", "3"):
+            log.append([text])
+    log.append([])
+    assert (tmp_path / "log.jsonl").read_text() == "second\n3\n"
+
+
+def test_lines_that_still_wait_at_the_end_are_said_to_be_lost(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(jsonl.logger, "warning", said.append)
+    log = LineLog(tmp_path / "log.jsonl")
+    with files_of_at_most(0):
+        log.append(["a", "b"])
+        log.close()
+    assert said[1:] == [f"2 lines are lost that {tmp_path / 'log.jsonl'} could not be given."]
+    log.append([])
+    log.close()
+    assert len(said) == 2
+    assert (tmp_path / "log.jsonl").read_text() == "a\nb\n"
+
+
+def test_a_log_that_cannot_be_cut_is_named_with_the_remedy(tmp_path):
+    content = write_lines(tmp_path / "log.jsonl", 4)
+    with files_of_at_most(0), pytest.raises(OSError, match=rf"{tmp_path}/log\.jsonl: .*Free space"):
+        LineLog(tmp_path / "log.jsonl").keep(lambda line: line["step"] <= 2)
+    assert (tmp_path / "log.jsonl").read_bytes() == content
+
+
+# Checkpoints that cannot be deleted, or belong to another branch
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(16, "Device or resource busy")
+
+
+def test_a_checkpoint_that_cannot_be_deleted_is_a_warning(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+    saved_at(tmp_path, [2, 4, 6])
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        checkpoints.rotate(tmp_path / "checkpoint-6", 2, None)
+    assert names(tmp_path) == [".tmp-checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    (message,) = said
+    for part in (
+        "checkpoint-2 could not be deleted",
+        "resource busy",
+        str(tmp_path / ".tmp-checkpoint-2"),
+        "yourself",
+    ):
+        assert part in message
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        checkpoints.rotate(tmp_path / "checkpoint-6", 1, None)
+    assert "All of it is still there" in said[1]
+    assert names(tmp_path) == [".tmp-checkpoint-2", "checkpoint-4", "checkpoint-6"]
+
+
+def test_a_fresh_start_beside_a_checkpoint_that_stays_is_refused(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    monkeypatch.setattr(checkpoints.logger, "warning", lambda _: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", refuse)
+        with pytest.raises(OSError, match=r"checkpoint-2 could not be deleted.*another `output_dir`"):
+            checkpoints.discard_earlier_run(str(tmp_path))
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    checkpoints.discard_earlier_run(str(tmp_path))
+    assert names(tmp_path) == [".tmp-checkpoint-2"], "nobody takes that for one"
+
+
+def test_a_resume_from_an_earlier_checkpoint_names_the_later_ones(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(checkpoints.logger, "warning", said.append)
+    saved_at(tmp_path, [2, 4, 10])
+    checkpoints.warn_of_later_ones(tmp_path / "checkpoint-10")
+    assert said == []
+    checkpoints.warn_of_later_ones(tmp_path / "checkpoint-2")
+    assert "with checkpoint-4, checkpoint-10 of the same run" in said[0]
+    assert "go on from checkpoint-10" in said[0]
+
+
+# The end of a run
+
+
+def test_the_parts_of_the_end_are_of_one_step(tmp_path):
+    folder = str(tmp_path)
+    assert checkpoints.parts_done(folder, 3) == frozenset()
+    checkpoints.mark_done(folder, 3, checkpoints.RESULTS)
+    checkpoints.mark_done(folder, 3, checkpoints.EVALUATION)
+    assert checkpoints.parts_done(folder, 3) == {checkpoints.RESULTS, checkpoints.EVALUATION}
+    assert checkpoints.parts_done(folder, 6) == frozenset()
+    checkpoints.mark_done(folder, 6, checkpoints.RESULTS)
+    assert checkpoints.parts_done(folder, 6) == {checkpoints.RESULTS}
+    checkpoints.mark_unfinished(folder)
+    assert checkpoints.parts_done(folder, 6) == frozenset()
+    assert names(tmp_path) == []

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_stage import checkpoints
 from grpo_stage.advantages import has_reward_variance
 from grpo_stage.canary import StaleRolloutError
 from grpo_stage.dynamic_sampling import DynamicSampling
@@ -447,7 +448,8 @@ def test_a_run_that_ended_with_its_prompts_is_finished_and_may_be_extended(tmp_p
 
     once = make(tmp_path / "once", teaching, training=training)
     once.train()
-    once.save_state()
+    for part in (checkpoints.RESULTS, checkpoints.MODEL_CARD):
+        checkpoints.mark_done(str(tmp_path / "once"), 3, part)
     last = str(tmp_path / "once" / "checkpoint-3")
     with pytest.raises(ValueError, match="is finished: it is at step 3 of 3"):
         make(tmp_path / "once", teaching, training=training).train(resume_from_checkpoint=last)

@@ -332,7 +332,7 @@ import json, os, signal, sys, time
 from pathlib import Path
 from test_rewards_processes import groups, HANGS, load_rewards
 
-for number in (signal.SIGINT, signal.SIGABRT, signal.SIGTERM):
+for number in (signal.SIGINT, signal.SIGABRT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda *_: None)
 Path("own.py").write_text('''
 import logging
@@ -394,7 +394,7 @@ def test_a_stop_reaches_all_processes_and_scoring_goes_on(start: Any, tmp_path: 
     assert read_until(process, "[") == ["printed by f\n", scores]
     pids = descendants_deepest_first(process.pid)
     assert len(pids) >= 6, "fork server, resource tracker, two functions, two of math-verify's"
-    for number in (signal.SIGABRT, signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGABRT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         for pid in (*pids, process.pid):  # as LLaMA Board does it
             os.kill(pid, number)
         time.sleep(0.2)
@@ -417,6 +417,71 @@ def test_nothing_is_left_of_a_killed_trainer(start: Any) -> None:
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=15)
     assert wait_until_gone(pids, 10) == []
+
+
+# Each leaves a program, or several, that only their place among the processes tells apart from any other.
+LEAVES = {
+    "child": 'subprocess.Popen(["sleep", NAP])',
+    "grandchild": 'subprocess.Popen(["sh", "-c", f"sleep {NAP}; true"])',
+    "session": 'subprocess.Popen(["sleep", NAP], start_new_session=True)',
+    "pipeline": 'subprocess.Popen(f"sleep {NAP} | cat | sleep {NAP}", shell=True, start_new_session=True)',
+    "daemon": 'subprocess.run(["sh", "-c", f"(setsid sleep {NAP} &) &"])',
+    "without environment": 'subprocess.run(["sh", "-c", f"(setsid env -i sleep {NAP} &) &"])',
+    "forked": "os.fork() or (os.setsid(), os.fork() and os._exit(0), os.execlp('sleep', 'sleep', NAP))",
+    "deaf": 'subprocess.Popen(["sh", "-c", f"trap \'\' TERM INT HUP; sleep {NAP}; sleep {NAP}"])',
+    "many": '[subprocess.Popen(["sleep", NAP], start_new_session=i % 2 == 0) for i in range(60)]',
+}
+LEAVING = f"""
+    import os, subprocess, time
+    def f(completions, nap):
+        NAP = nap
+        {"; ".join(LEAVES.values())}
+        time.sleep(0.5)
+        if completions == ["hang"]:
+            time.sleep(1000)
+        if completions == ["die"]:
+            os.abort()
+        return [1.0]
+    """
+
+
+def naps(nap: str) -> list[int]:
+    return [p.pid for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", nap]]
+
+
+@pytest.mark.parametrize("how", ["plain", "hang", "die"])
+def test_nothing_that_a_function_has_started_outlives_it(load: Load, how: str) -> None:
+    nap = f"{2000 + len(how)}.{os.getpid()}"
+    suite = load(LEAVING, "f", timeout_s=8.0, f={"nap": nap})
+    if how == "plain":
+        suite.score(groups(how))
+        assert len(naps(nap)) >= 60 + len(LEAVES) - 1, "between two calls of the function they may be of use"
+        suite.close()
+    else:
+        with pytest.raises(
+            RewardTimeoutError if how == "hang" else RewardError, match=None if how == "hang" else "signal 6"
+        ):
+            suite.score(groups(how))
+    assert naps(nap) == []
+
+
+def test_nothing_that_a_function_has_started_outlives_a_killed_trainer(start: Any, tmp_path: Path) -> None:
+    nap = f"2100.{os.getpid()}"
+    (tmp_path / "leaving.py").write_text(textwrap.dedent(LEAVING))
+    settings = {"f": {"nap": nap}}
+    process = start(
+        f"suite = load_rewards(['leaving.py:f'], None, {settings}, max_new_tokens=9, timeout_s=60.0)\n"
+        "score('go')\nsys.stdin.readline()\n"
+    )
+    read_until(process, "[")
+    read_until(process, "[")
+    assert len(naps(nap)) >= 60
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=15)
+    deadline = time.monotonic() + 10
+    while naps(nap) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert naps(nap) == []
 
 
 def test_an_interrupt_while_a_function_hangs_ends_the_trainer_at_once(start: Any, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -116,6 +117,46 @@ def test_what_one_function_does_to_its_lists_is_not_seen_by_the_next(own: Callab
     )
     scores = load(f"{file}:spoil", "regex", "overlong", regex={"pattern": "a"}).score([group(prompt(), "a", "b")])
     assert scores == [[[0.0, 1.0, 0.0], [0.0, 0.0, 0.0]]]
+
+
+SPOILS = """
+import os
+def spoil(completions, completion_ids, messages, info, words):
+    assert completion_ids == [[97]] and messages[0][1]["content"] == "question 0", (completion_ids, messages)
+    assert info == [{"unit": {"names": ["m", "cm"]}, "tags": [{"hard": True}]}] and words == ["one", {"two": []}]
+    completion_ids[0].clear(), messages[0].clear()
+    info[0]["unit"]["names"].append("km"), info[0]["tags"][0].clear(), words[1]["two"].append(1), words.clear()
+    os.chdir("elsewhere")
+    return [1.0]
+class Here:
+    def __call__(self, completions, completion_ids, messages, info, words):
+        return spoil(completions, completion_ids, messages, info, words)
+here = Here()
+async def awaited(completions):
+    os.chdir("elsewhere")
+    return [float(os.path.isfile("here.txt"))]
+"""
+
+
+@pytest.mark.parametrize("place", ["spoil", "here", "awaited"])
+def test_no_call_changes_what_the_next_one_gets_nor_where_it_is(own: Callable[[str], str], place: str) -> None:
+    """In a process of its own ("spoil") and in the trainer's ("here")."""
+    file, folder = own(SPOILS), os.getcwd()
+    Path("elsewhere").mkdir()
+    Path("elsewhere/here.txt").touch()
+    row = prompt(info={"unit": {"names": ["m", "cm"]}, "tags": [{"hard": True}]})
+    suite = load(f"{file}:{place}", **({} if place == "awaited" else {place: {"words": ["one", {"two": []}]}}))
+    for _ in range(3):
+        assert suite.score([group(row, "a")]) == [[[1.0]]]
+        assert os.getcwd() == folder
+
+
+def test_a_file_that_changes_the_directory_as_it_is_loaded_does_so_for_itself(own: Callable[[str], str]) -> None:
+    file = own("import os\nos.chdir('/')\ndef f(completions): return [float(os.getcwd() == '/')]\n")
+    folder = os.getcwd()
+    suite = load(f"{file}:f")
+    assert os.getcwd() == folder
+    assert suite.score([group(prompt(), "a")]) == [[[1.0]]], "its own process is where it wants to be"
 
 
 def test_a_column_of_some_datasets_is_a_list_in_every_batch(own: Callable[[str], str]) -> None:

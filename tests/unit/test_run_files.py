@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from grpo_stage.completions_log import CompletionsLog
-from grpo_stage.jsonl import keep_lines
+from grpo_stage.jsonl import LineLog
 from grpo_stage.run_files import CompletionPages, MetricCurves, thinned
 
 
@@ -66,7 +66,7 @@ def test_a_log_that_a_resume_cut_short_is_read_anew(tmp_path: Path, log: Path) -
     curves = MetricCurves(tmp_path)
     append(log, "".join(log_line(step, reward=step) for step in range(1, 6)))
     curves.update()
-    keep_lines(log, lambda line: line["current_steps"] <= 2)
+    LineLog(log).keep(lambda line: line["current_steps"] <= 2)
     append(log, "".join(log_line(step, reward=10 * step) for step in range(3, 9)))  # longer than it was
     assert curves.update()
     assert curves.matching(["reward"], 9)["reward"] == [(1, 1), (2, 2), *((s, 10 * s) for s in range(3, 9))]

@@ -10,10 +10,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo_stage import checkpoints, workflow
 from grpo_stage import stop as stop_module
 from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.rewards import RewardError
@@ -362,6 +364,139 @@ with safe_stop.listening():
     assert "Once more stops at once" in result.stderr
 
 
+EARLY = """
+import atexit, os, signal, sys, time
+from grpo_stage import stop
+stop.LEAVING_S = 0.3
+stop.end_at_once()
+"""
+
+
+def ends_with(code: str, *command: str) -> tuple[int, str, str]:
+    result = subprocess.run(
+        [*command, sys.executable, "-c", EARLY + code], capture_output=True, text=True, timeout=60, check=False
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize("sign", stop_module.STOP_SIGNALS)
+def test_a_stop_before_training_ends_the_process_at_once_with_a_line(sign):
+    for code in (
+        f"os.kill(os.getpid(), {int(sign)})",
+        f"os.kill(os.getpid(), {int(sign)}); os.kill(os.getpid(), {int(sign)})",
+        # `datasets` catches everything while it hashes, and numpy while it is imported.
+        f"""
+for _ in range(20):
+    try:
+        os.kill(os.getpid(), {int(sign)})
+        time.sleep(0.2)
+    except:
+        pass
+print("still here", flush=True)
+""",
+    ):
+        returncode, out, err = ends_with(code)
+        assert (returncode, out) == (128 + sign, "")
+        assert err.strip() == f"Stopped by {sign.name} outside of training: nothing is lost."
+
+
+def test_what_a_process_that_is_stopped_has_started_ends_with_it():
+    returncode, out, _ = ends_with("""
+child = os.fork()
+if child == 0:
+    os.setsid()
+    time.sleep(60)
+print(child, flush=True)
+atexit.register(time.sleep, 60)
+os.kill(os.getpid(), signal.SIGTERM)
+""")
+    assert returncode == 128 + signal.SIGTERM
+    assert not (status := Path(f"/proc/{int(out)}/status")).exists() or "State:\tZ" in status.read_text()
+
+
+def test_a_process_that_is_stopped_takes_its_temporary_folders_along(tmp_path):
+    returncode, out, _ = ends_with(f"""
+import tempfile
+with tempfile.TemporaryDirectory(dir={str(tmp_path)!r}) as folder:
+    print(os.listdir({str(tmp_path)!r}) == [os.path.basename(folder)], flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+""")
+    assert (returncode, out) == (128 + signal.SIGTERM, "True\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_forked_process_ends_as_it_would_without_us():
+    returncode, out, err = ends_with("""
+child = os.fork()
+if child == 0:
+    time.sleep(60)
+time.sleep(0.2)
+os.kill(child, signal.SIGTERM)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+""")
+    assert (returncode, out, err) == (0, f"{-signal.SIGTERM}\n", "")
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    hangup = "os.kill(os.getpid(), signal.SIGHUP)"
+    code = f"{hangup}\nwith stop.SafeStop().listening():\n    {hangup}"
+    assert ends_with(code + "\nprint('done')", "nohup")[:2] == (0, "done\n")
+    assert ends_with(code)[0] == 128 + signal.SIGHUP
+
+
+def test_another_stage_gets_its_signals_back():
+    code = "stop.leave()\nassert signal.getsignal(signal.SIGINT) is signal.default_int_handler\nstop.leave()\n"
+    assert ends_with(code + "os.kill(os.getpid(), signal.SIGTERM)")[0] == -signal.SIGTERM
+
+
+def test_a_block_inside_another_keeps_a_request_for_the_rest_of_it():
+    safe_stop = SafeStop()
+    with safe_stop.listening():
+        with safe_stop.listening():
+            os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopRequested):
+            safe_stop.check_together()
+
+
+@pytest.mark.parametrize(("sign", "code"), [("SIGTERM", 128 + 15), ("SIGINT", 0), ("SIGHUP", 0)])
+def test_the_launcher_waits_for_torchrun_and_passes_on_what_a_terminal_does_not(sign, code):
+    """Ctrl-C reaches torchrun without us; the stand-in for it ends with 1 when it is asked, as torchrun does."""
+    torchrun = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); time.sleep(1.5)"
+    returncode, _, err = ends_with(f"""
+import threading
+threading.Timer(0.8, os.kill, (os.getpid(), signal.{sign})).start()
+sys.exit(stop.run_and_pass_on([sys.executable, "-c", {torchrun!r}]).returncode)
+""")
+    assert returncode == code, err
+
+
+@pytest.mark.parametrize(
+    ("argv", "starts"),
+    [
+        (["/bin/llamafactory-cli", "train", "RECIPE"], True),
+        (["/x/llamafactory/launcher.py", "RECIPE"], True),
+        (["/bin/llamafactory-cli", "train", "--stage", "grpo"], True),
+        (["/bin/llamafactory-cli", "train", "--stage=grpo"], True),
+        (["/bin/llamafactory-cli", "train", "other.yaml", "stage=grpo"], True),
+        (["/bin/llamafactory-cli", "train", "--stage", "sft", "--output_dir", "grpo"], False),
+        (["/bin/llamafactory-cli", "chat", "RECIPE"], False),
+        (["/bin/llamafactory-cli", "train", "absent.yaml"], False),
+        (["-c"], False),
+        ([], False),
+    ],
+)
+@pytest.mark.parametrize(
+    "text", ["### method\nstage: grpo\n", '{"do_train": true, "stage": "grpo"}', "stage:  'grpo'"]
+)
+def test_a_command_line_that_trains_with_the_stage_is_known(tmp_path, argv, starts, text):
+    from grpo_stage._autoload import starts_run
+
+    (tmp_path / "run.yaml").write_text(text)
+    assert starts_run([str(tmp_path / "run.yaml") if word == "RECIPE" else word for word in argv]) is starts
+    (tmp_path / "run.yaml").write_text("stage: sft\noutput_dir: saves/grpo\n")
+    assert not starts_run(["llamafactory-cli", "train", str(tmp_path / "run.yaml")])
+
+
 def test_a_request_in_an_interruptible_block_does_not_wait_for_its_end():
     safe_stop = SafeStop()
 
@@ -457,7 +592,8 @@ def test_a_finished_run_is_not_finished_twice(tmp_path):
     assert killed_before_its_end.engine.asked == []
     for ours, theirs in zip(killed_before_its_end.model.parameters(), trainer.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    killed_before_its_end.save_state()
+    for part in (checkpoints.RESULTS, checkpoints.MODEL_CARD):
+        checkpoints.mark_done(str(tmp_path), 3, part)
     with pytest.raises(ValueError, match="is finished: it is at step 3 of 3"):
         make_trainer(tmp_path, training=training).train(resume_from_checkpoint=checkpoint)
     longer = make_trainer(tmp_path, training=training | {"num_train_epochs": 2})
@@ -483,6 +619,102 @@ def test_a_signal_after_the_last_safe_point_has_nothing_to_stop():
     with safe_stop.listening():
         os.kill(os.getpid(), signal.SIGTERM)
     safe_stop.check()
+
+
+# The end of a run, after its last step
+
+
+class End:
+    """What `workflow._run` does with a trainer, its parts noted as they are done."""
+
+    def __init__(self, folder, monkeypatch, training=None, evaluate=None, fails=()):
+        self.trainer = scripted(
+            make_trainer(folder, num_eval_prompts=1, training={"do_eval": True} | (training or {}))
+        )
+        self.done = []
+        score = self.trainer.evaluate
+
+        def evaluation(**of_training):
+            if of_training:
+                return score()
+            self.done.append("evaluation")
+            return evaluate(self.trainer) if evaluate else {"eval_reward": 0.5}
+
+        def note(part):
+            self.done.append(part)
+            if part in fails:
+                raise OSError(28, "No space left on device")
+
+        self.trainer.evaluate = evaluation
+        monkeypatch.setattr(workflow.facade, "create_modelcard_and_push", lambda *_: note("model card"))
+        save_model = self.trainer.save_model
+        self.trainer.save_model = lambda *args, **kwargs: (
+            save_model(*args, **kwargs) if kwargs else (note("model"), save_model())
+        )
+
+    def run(self, checkpoint=None):
+        arguments = SimpleNamespace(
+            training=SimpleNamespace(do_train=True, do_eval=True, resume_from_checkpoint=checkpoint),
+            finetuning=SimpleNamespace(plot_loss=False), model=None, data=None,
+        )  # fmt: skip
+        workflow._run(self.trainer, arguments)
+        return self.done
+
+
+def stop_in_it(trainer):
+    os.kill(os.getpid(), signal.SIGHUP)
+    trainer.stop.check()
+
+
+def fail_in_it(trainer):
+    raise RewardError("even", "raised ZeroDivisionError", prompt="p", completion="c", traceback="")
+
+
+@pytest.mark.parametrize(("evaluate", "error"), [(stop_in_it, StopRequested), (fail_in_it, RewardError)])
+@pytest.mark.parametrize("training", [{}, {"save_strategy": "steps", "save_steps": 3}, EVERY_STEP])
+def test_what_is_left_of_the_end_is_made_up_for_and_no_more(tmp_path, monkeypatch, training, evaluate, error):
+    first = End(tmp_path, monkeypatch, training, evaluate)
+    with pytest.raises(error) as caught:
+        first.run()
+    assert first.done == ["model", "evaluation"]
+    checkpoint = tmp_path / "checkpoint-3"
+    said = caught.value.checkpoint if error is StopRequested else caught.value.__notes__[0]
+    assert str(checkpoint) in said
+    second = End(tmp_path, monkeypatch, training)
+    assert second.run(str(checkpoint)) == ["evaluation", "model card"]
+    assert second.trainer.engine.asked == []
+    for ours, theirs in zip(second.trainer.model.parameters(), first.trainer.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), "the best one, where that is loaded at the end"
+    with pytest.raises(ValueError, match="is finished"):
+        End(tmp_path, monkeypatch, training).run(str(checkpoint))
+
+
+def test_a_stop_that_comes_with_the_last_step_is_honored_before_the_model_is_saved(tmp_path, monkeypatch):
+    end = End(tmp_path, monkeypatch)
+    strike(end.trainer, "update", 2)
+    end.trainer.gradient._safe_point = lambda: None  # the last safe point of training is over
+    with pytest.raises(StopRequested) as request:
+        end.run()
+    assert end.done == []
+    again = End(tmp_path, monkeypatch)
+    assert again.run(request.value.checkpoint) == ["model", "evaluation", "model card"]
+    assert again.trainer.state.log_history[-1]["train_loss"] == pytest.approx(
+        end.trainer.state.log_history[-1]["train_loss"], rel=1e-4
+    )
+
+
+def test_a_folder_that_takes_no_model_is_named_with_what_is_kept(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match=rf"Training is done.*No space left.*{tmp_path / 'checkpoint-3'}`"):
+        End(tmp_path, monkeypatch, fails=("model",)).run()
+    assert End(tmp_path, monkeypatch).run(str(tmp_path / "checkpoint-3")) == ["model", "evaluation", "model card"]
+
+
+def test_a_run_that_trains_on_has_an_end_of_its_own(tmp_path, monkeypatch):
+    training = {"save_strategy": "steps", "save_steps": 1}
+    assert End(tmp_path, monkeypatch, training).run() == ["model", "evaluation", "model card"]
+    assert End(tmp_path, monkeypatch, training).run(str(tmp_path / "checkpoint-2")) == [
+        *("model", "evaluation", "model card")
+    ]
 
 
 # Hangs
@@ -531,7 +763,9 @@ def test_a_hang_ends_the_run_with_the_stacks_and_a_checkpoint_that_goes_on(tmp_p
     whole = make_trainer(tmp_path / "whole", training={"num_train_epochs": 2})
     whole.train()
 
-    limits = {"sync_timeout": 30.0, "rollout_timeout": 30.0, "reward_timeout": 30.0, key: 0.2}
+    # The first answers for the canary take seconds where the processor is shared.
+    limits = {"sync_timeout": 30.0, "rollout_timeout": 30.0, "reward_timeout": 30.0}
+    limits[key] = 5.0 if where == "canary" else 0.2
     hanging = make_trainer(
         tmp_path / "hanging",
         training={"num_train_epochs": 2},

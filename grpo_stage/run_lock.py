@@ -1,0 +1,91 @@
+"""One run a folder: a lock that ends with its process, however that ends.
+
+A POSIX record lock: unlike one of `flock`, it is not inherited by what the process forks. The system gives it up when
+the process closes any descriptor of the file, so that nothing else may open it there.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's, whose handlers show it
+
+LOCK_FILE = "_grpo_stage.lock"
+"""Names with a `_` in front are not pushed to the hub."""
+
+
+@contextlib.contextmanager
+def owned(folder: str) -> Iterator[None]:
+    """Keep other runs out of `folder`, which is made where it is not there, while the block lasts.
+
+    Raises:
+        ValueError: if another run is in it.
+    """
+    path = Path(folder, LOCK_FILE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            descriptor = _lock(path)
+        except OSError as error:
+            logger.warning(
+                f"{path} cannot be locked ({error}), as on some network disks. The run goes on. Start no second one "
+                "in this folder: the two would delete each other's checkpoints."
+            )
+        else:
+            held.callback(os.close, descriptor)
+            held.callback(path.unlink, missing_ok=True)  # first, so that nobody locks what is about to vanish
+            owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
+            os.truncate(descriptor, 0)
+            os.write(descriptor, json.dumps(owner).encode())
+        yield
+
+
+def refuse_used(folder: str) -> None:
+    """Refuse a folder that another process's run is in; not for a process that has it itself.
+
+    Raises:
+        ValueError: naming that process.
+    """
+    path = Path(folder, LOCK_FILE)
+    if path.exists():
+        with contextlib.suppress(OSError):  # `owned` says that it cannot be locked
+            os.close(_lock(path))
+
+
+def _lock(path: Path) -> int:
+    """The descriptor of the file, which is locked."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except OSError as error:
+            is_used = error.errno in (errno.EACCES, errno.EAGAIN)
+            owner = os.read(descriptor, 1000)
+            os.close(descriptor)
+            if is_used:
+                raise _used(path.parent, owner) from None
+            raise
+        os.close(descriptor)  # its owner has left, and taken it away
+
+
+def _used(folder: Path, owner: bytes) -> ValueError:
+    try:
+        known = json.loads(owner)
+        who = f"process {known['pid']} on {known['host']} has been training in it since {known['start']}"
+        remedy = f"wait for that run, or stop it (`kill {known['pid']}` there)"
+    except ValueError:  # it is being written
+        who, remedy = "another process has just begun to train in it", "wait for that run"
+    return ValueError(
+        f"`output_dir: {folder}` is in use: {who}. Two runs in one folder would mix their logs and delete each "
+        f"other's checkpoints. Choose another `output_dir`, or {remedy}."
+    )
