@@ -209,8 +209,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_completion(record: dict[str, Any]) -> bool:
-    reward = record.get("reward")
-    return isinstance(record.get("completion"), str) and (reward is None or _is_number(reward))
+    texts = [record.get(name) or "" for name in ("prompt", "completion", "reference")]
+    rewards = record.get("rewards", {})
+    if "completion" not in record or not isinstance(rewards, dict) or not all(isinstance(text, str) for text in texts):
+        return False
+    numbers = [record.get("reward"), record.get("advantage"), *rewards.values()]
+    return all(value is None or isinstance(value, float) or _is_number(value) for value in numbers)
 
 
 def _runs_of_steps(lines: bytes) -> Iterator[tuple[int, int, int]]:

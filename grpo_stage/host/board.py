@@ -13,18 +13,23 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import wrapt
 from gradio.components import Component
-from llamafactory.extras.constants import TRAINING_STAGES
+from gradio.context import get_blocks_context
+from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
+from llamafactory.webui.common import load_dataset_info
 from llamafactory.webui.control import list_datasets
 
 from ..arguments import applies
+from . import board_loaded
 from .board_fields import FORM_FIELDS, GROUPS, FormField, effective
 from .board_recipes import export_recipe, import_recipe
 from .board_run_view import RunView
 from .board_runner import GRPORunner
+from .board_tables import literal, table
 from .board_trial import try_rewards
 from .locales import PREFIX, message
-from .registration import STAGE, read_command_line
+from .recipe_text import read_recipe
+from .registration import STAGE
 
 
 if TYPE_CHECKING:
@@ -59,6 +64,7 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
         train: dict[str, Any] = wrapped(*args, **kwargs)
     finally:
         del engine.manager.get_base_elems
+    _follow_running_process(engine)
     _move_behind(panel.accordion, train["rlhf_tab"])
     view = RunView()
     panel.connect(engine, train, inputs)
@@ -90,11 +96,31 @@ def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
     siblings.insert(siblings.index(neighbour) + 1, block)
 
 
-def _widths(num_scores: int) -> list[str]:
-    """Of prompt, kind, completion and scores, 100 % together."""
-    narrow = min(9, 45 // num_scores)
-    rest = 100 - 14 - narrow * num_scores
-    return [f"{rest * 2 // 5}%", "14%", f"{rest - rest * 2 // 5}%", *[f"{narrow}%"] * num_scores]
+def _follow_running_process(engine: "Engine") -> None:
+    """Any number of pages may start a run, open the Board while one lasts, and watch it."""
+    runner, host_resume = engine.runner, engine.resume
+    assert isinstance(runner, GRPORunner)
+
+    def resume() -> Iterator[Any]:
+        if runner.running_data is not None and runner.is_grpo(
+            runner.running_data
+        ):  # this page's form will be that of the run
+            board_loaded.remember(runner.by_id(runner.running_data))
+        yield from host_resume()
+
+    engine.resume = resume  # type: ignore[method-assign]
+    # The host would let a second page's start wait for the first's end, and then train without a word.
+    context = get_blocks_context()
+    assert context is not None
+    for event in context.fns.values():
+        if event.fn == runner.run_train:
+            event.concurrency_limit = None
+
+
+def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
+    """Those that the stage can train on, and those that the folder does not know."""
+    info, wants_pairs = load_dataset_info(folder), TRAINING_STAGES[stage_name] in STAGES_USE_PAIR_DATA
+    return [name for name in datasets if name not in info or info[name].get("ranking", False) == wants_pairs]
 
 
 class Panel:
@@ -141,9 +167,8 @@ class Panel:
         self._report = gr.Textbox(
             visible=False, interactive=False, max_lines=20, show_label=False, elem_id="grpo_try_report"
         )
-        self._scores = gr.Dataframe(
-            visible=False, interactive=False, wrap=True, datatype="str", max_height=500, elem_id="grpo_try_table"
-        )
+        self._scores = gr.HTML(visible=False, elem_id="grpo_try_table", max_height=500)
+        self._is_trying = gr.State(False)
         self.elements |= {
             "grpo_try_rows": self._num_rows,
             "grpo_try_source": self._source,
@@ -160,14 +185,12 @@ class Panel:
 
         def load(data: dict[Component, Any]) -> dict[Component, Any]:
             try:
-                recipe = read_command_line([data[self._import]])
-                assert isinstance(recipe, dict)
-                form = import_recipe(engine.runner, recipe)
-                said = message("imported", data[lang])
-                return {element: value for element, value in form.items() if element in inputs} | {output_box: said}
+                form = import_recipe(engine.runner, read_recipe(data[self._import]))
             except ValueError as refusal:
-                gr.Warning(str(refusal))
-                return {output_box: str(refusal)}
+                gr.Warning(str(refusal), duration=None)  # until it is closed
+                return {output_box: literal(str(refusal))}
+            values = {element: value for element, value in form.items() if element in inputs}
+            return values | {output_box: message("imported", data[lang])} | dict(zip(results, hidden(), strict=True))
 
         def save(data: dict[Component, Any]) -> dict[Component, Any]:
             error = engine.runner._initialize(data, do_train=True, from_preview=True)
@@ -181,12 +204,28 @@ class Panel:
         def attempt(data: dict[Component, Any]) -> Iterator[list[Any]]:
             yield from self._attempt(engine.runner, data, data[lang])
 
-        self._import.upload(load, {lang, self._import}, [*inputs, output_box], concurrency_limit=None)
-        self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
+        def hidden() -> list[Any]:
+            return [gr.update(visible=False)] * len(results)
+
+        def stop(is_trying: bool, language: str) -> list[Any]:
+            return [message("trial_stopped", language) if is_trying else gr.skip(), False]
+
+        results = [self._report, self._scores, self._exported]
         trial = self._try.click(
-            attempt, inputs | {lang, self._num_rows, self._source}, [self._report, self._scores], concurrency_limit=1
+            attempt,
+            inputs | {lang, self._num_rows, self._source},
+            [self._report, self._scores, self._is_trying],
+            concurrency_limit=1,
         )
-        train["stop_btn"].click(None, cancels=[trial])
+        self._import.upload(
+            load, {lang, self._import}, [*inputs, output_box, *results], concurrency_limit=None, cancels=[trial]
+        )
+        self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
+        train["stop_btn"].click(
+            stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False
+        )
+        # What was tried and exported is another form's once one is loaded.
+        gr.on([train["arg_load_btn"].click, train["output_dir"].input], hidden, None, results, cancels=[trial])
         dataset_lists = [train["dataset_dir"], train["training_stage"]]
         eval_dataset = self.fields["eval_dataset"]
         eval_dataset.focus(list_datasets, dataset_lists, [eval_dataset], queue=False)
@@ -195,23 +234,20 @@ class Panel:
         try:
             arguments = runner.trial_arguments(data)
         except ValueError as refusal:
-            yield [gr.Textbox(str(refusal), visible=True), gr.Dataframe(visible=False)]
+            yield [gr.Textbox(str(refusal), visible=True), gr.HTML(visible=False), False]
             return
         for trial in try_rewards(arguments, data[self._num_rows], data[self._source]):
             if not trial.is_done:
                 said = message("trying", lang, seconds=f"{trial.elapsed_s:.0f}")
-                yield [gr.Textbox(said, visible=True), gr.skip()]
+                yield [gr.Textbox(said, visible=True), gr.HTML(visible=False), True]
             elif trial.error is not None:
-                yield [gr.Textbox(trial.error, visible=True), gr.Dataframe(visible=False)]
+                yield [gr.Textbox(trial.error, visible=True), gr.HTML(visible=False), False]
             else:
                 prompt, kind, completion, total = message("trial_headers", lang).split("|")
-                table = gr.Dataframe(
-                    [list(row) for row in trial.rows],
-                    headers=[prompt, kind, completion, *trial.headers, total],
-                    column_widths=_widths(len(trial.headers) + 1),
-                    visible=True,
-                )
-                yield [gr.Textbox("\n".join(trial.notes), visible=bool(trial.notes)), table]
+                headers = [prompt, kind, completion, *trial.headers, total]
+                scores = table(headers, trial.rows, [5, 2, 5] + [1.5] * (len(headers) - 3))
+                notes = gr.Textbox("\n".join(trial.notes), visible=bool(trial.notes))
+                yield [notes, gr.HTML(scores, visible=True), False]
 
     def _show_what_applies(self, train: Mapping[str, Any]) -> None:
         """Hide the fields that have no effect beside the others' values."""
@@ -247,15 +283,24 @@ class Panel:
             compute_type = "bf16" if is_accelerator_available() else "fp32"
             return [LEARNING_RATES.get(method, "1e-5"), compute_type, *SANE_VALUES.values()]
 
-        def choose(stage: str, method: str, before: list[Any] | None, *values: Any) -> list[Any]:
-            if is_grpo(stage):
-                return [[], before or list(values), *sane(method)]
-            if before is None:
+        def choose(
+            stage: str,
+            method: str,
+            folder: str,
+            datasets: list[str] | None,
+            before: list[Any] | None,
+            *values: Any,
+        ) -> list[Any]:
+            if not is_grpo(stage) and before is None:
                 return [gr.skip(), None, *[gr.skip()] * len(names)]
+            kept_datasets = _fit_for(stage, folder, datasets or [])
+            if is_grpo(stage):
+                return [kept_datasets, before or list(values), *sane(method)]
+            assert before is not None
             kept = [
                 old if value == ours else value for old, value, ours in zip(before, values, sane(method), strict=True)
             ]
-            return [gr.skip(), None, *kept]
+            return [kept_datasets, None, *kept]
 
         def follow(stage: str, method: str, rate: str) -> Any:
             return LEARNING_RATES[method] if is_grpo(stage) and rate in LEARNING_RATES.values() else gr.skip()
@@ -263,7 +308,7 @@ class Panel:
         stage = train["training_stage"]
         stage.input(
             choose,
-            [stage, finetuning_type, earlier, *shared],
+            [stage, finetuning_type, train["dataset_dir"], train["dataset"], earlier, *shared],
             [train["dataset"], earlier, *shared],
             queue=False,
             show_progress="hidden",

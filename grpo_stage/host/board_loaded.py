@@ -1,32 +1,59 @@
-"""What a configuration that was loaded into the form says, for those fields that the host fills anew by itself.
+"""What a configuration that was loaded into a page's form says, for those fields that the host fills anew by itself.
 
 A field that a load changes fires the same events as one that a person changes, and the host then puts the default
 template, no adapters and no datasets in place of those that were loaded a moment ago. For a configuration of this
 stage these handlers give back what was loaded, as long as the fields that they follow from are the loaded ones.
+
+One Board serves several pages (a browser's tabs, several people): each has its own.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import gradio as gr
 import wrapt
+from gradio.context import LocalContext
 
 from .registration import STAGE
 
 
-_loaded: dict[str, Any] = {}
+_KEPT_PAGES = 1000
+
+
+@dataclass(slots=True)
+class _Page:
+    loaded: dict[str, Any] = field(default_factory=dict)
+    """The values of the configuration that was loaded last, by element id."""
+    stage: str = ""
+    """The stage that is chosen."""
+
+
+_pages: OrderedDict[str, _Page] = OrderedDict()
+
+
+def _page() -> _Page:
+    """The page whose event is being handled."""
+    request = LocalContext.request.get(None)
+    key = (request.session_hash if request else None) or ""
+    page = _pages.setdefault(key, _Page())
+    _pages.move_to_end(key)
+    if len(_pages) > _KEPT_PAGES:
+        _pages.popitem(last=False)
+    return page
 
 
 def remember(values: Mapping[str, Any]) -> None:
-    """Keep the values, by element id, of the configuration that was loaded last."""
-    _loaded.clear()
-    _loaded.update(values)
+    """Keep the values, by element id, of the configuration that this page has loaded last."""
+    _page().loaded = dict(values)
 
 
 def _recall(element_id: str, **conditions: Any) -> Any:
     """A loaded value, or None where another model, method or stage has been chosen since."""
-    is_current = all(_loaded.get(f"top.{name}") == value for name, value in conditions.items())
-    return _loaded.get(element_id) if is_current else None
+    loaded = _page().loaded
+    is_current = all(loaded.get(f"top.{name}") == value for name, value in conditions.items())
+    return loaded.get(element_id) if is_current else None
 
 
 @wrapt.decorator
@@ -53,8 +80,11 @@ def keep_checkpoints(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> gr.
 
 @wrapt.decorator
 def keep_dataset(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Datasets and packing: for this stage the event of a person's own choice sees to them."""
+    """Datasets and packing: into this stage and out of it, the event of a person's own choice sees to the datasets."""
     from llamafactory.extras.constants import TRAINING_STAGES
 
-    training_stage = args[0] if args else kwargs["training_stage"]
-    return (gr.skip(), False) if TRAINING_STAGES[training_stage] == STAGE else wrapped(*args, **kwargs)
+    datasets, packing = wrapped(*args, **kwargs)
+    page = _page()
+    stages = page.stage, TRAINING_STAGES[args[0] if args else kwargs["training_stage"]]
+    page.stage = stages[1]
+    return (gr.skip(), packing) if STAGE in stages else (datasets, packing)

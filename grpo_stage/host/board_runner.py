@@ -6,18 +6,26 @@ panel's stand among the host's own "extra arguments", under the names that they 
 
 import json
 import os
+import threading
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_STAGES
-from llamafactory.webui.common import get_save_dir
+from llamafactory.extras.misc import torch_gc
+from llamafactory.webui.common import DEFAULT_CONFIG_DIR, get_save_dir, load_args
+from llamafactory.webui.control import get_trainer_info
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
+from ..run_files import MetricCurves
 from . import board_loaded
 from .board_fields import FORM_FIELDS, effective
-from .locales import PREFIX
+from .board_process import TrainingProcess, running_log
+from .board_tables import fenced
+from .locales import PREFIX, message
 from .parser import check, effective_defaults
 from .registration import STAGE
 
@@ -25,6 +33,14 @@ from .registration import STAGE
 STAGE_NAME = next(name for name, stage in TRAINING_STAGES.items() if stage == STAGE)
 EXTRA_ARGUMENTS = "train.extra_args"
 FORM_IDS = {field.key: f"train.{field.element}" for field in FORM_FIELDS}
+_TICK_S = 2.0
+_NUMBERS: Mapping[str, type] = {
+    "learning_rate": float,
+    "num_train_epochs": float,
+    "max_grad_norm": float,
+    "max_samples": int,
+}
+"""The host's fields of text that it reads numbers from."""
 
 
 def grpo_runner(host_runner: type[Runner]) -> type[Runner]:
@@ -36,9 +52,19 @@ def grpo_runner(host_runner: type[Runner]) -> type[Runner]:
 class GRPORunner(Runner):
     """Runs the form's training; refuses what the stage refuses before a process is started."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.started: set[str] = set()
+        """The output folders of the runs that were started here."""
+        self._process: TrainingProcess | None = None
+        self._lock = threading.Lock()
+
     def _initialize(self, data: dict[Component, Any], do_train: bool, from_preview: bool) -> str:
+        process = self._process
+        if process is not None and do_train and self.is_grpo(data):
+            return message("busy", self._value(data, "top.lang"), folder=self._output_dir(process.data))
         error = super()._initialize(data, do_train, from_preview)
-        if error or not do_train or not self._is_grpo(data):
+        if error or not do_train or not self.is_grpo(data):
             return error
         try:
             check(self._parse_train_args(data))
@@ -47,9 +73,11 @@ class GRPORunner(Runner):
         return ""
 
     def _parse_train_args(self, data: dict[Component, Any]) -> dict[str, Any]:
+        if not self.is_grpo(data):
+            return super()._parse_train_args(data)
+        for key, kind in _NUMBERS.items():
+            _refuse_unless(kind, key, self._value(data, f"train.{key}"))
         arguments = super()._parse_train_args(data)
-        if not self._is_grpo(data):
-            return arguments
         values = {key: data[self.manager.get_elem_by_id(element_id)] for key, element_id in FORM_IDS.items()}
         extra = json.loads(data[self.manager.get_elem_by_id(EXTRA_ARGUMENTS)])
         return stage_arguments(arguments, values, extra)
@@ -57,7 +85,7 @@ class GRPORunner(Runner):
     def _build_config_dict(self, data: dict[Component, Any]) -> dict[str, Any]:
         config = super()._build_config_dict(data)
         config = {element_id: v for element_id, v in config.items() if not element_id.startswith(f"train.{PREFIX}")}
-        if self._is_grpo(data):
+        if self.is_grpo(data):
             extra = json.loads(config[EXTRA_ARGUMENTS])
             values = {key: data[self.manager.get_elem_by_id(element_id)] for key, element_id in FORM_IDS.items()}
             panel = panel_arguments(values, self._parse_train_args(data))
@@ -65,25 +93,112 @@ class GRPORunner(Runner):
         return config
 
     def _launch(self, data: dict[Component, Any], do_train: bool) -> Generator[dict[Component, Any], None, None]:
-        if do_train and self._is_grpo(data):  # a page that is opened while the run lasts gets its form back
-            board_loaded.remember({self.manager.get_id_by_elem(element): value for element, value in data.items()})
-        yield from super()._launch(data, do_train)
+        launch = super()._launch(data, do_train)
+        with self._lock:  # two pages may start at once: the second finds the first's process
+            first = next(launch)
+        yield first
+        yield from launch
+
+    def set_abort(self) -> None:
+        if self._process is not None:
+            self._process.was_aborted = True
+        super().set_abort()
+
+    def monitor(self) -> Generator[dict[Component, Any], None, None]:
+        """What a page shows of the process: the host's, but for any number of pages, and with the end as it was."""
+        if self.running_data is None:  # it has ended while the page was on its way here
+            return
+        if not (self.do_train and self.is_grpo(self.running_data)):
+            yield from super().monitor()
+            return
+        process = self._process or self._followed()
+        lang, folder = self._value(process.data, "top.lang"), self._output_dir(process.data)
+        output_box, bar = (self.manager.get_elem_by_id(f"train.{name}") for name in ("output_box", "progress_bar"))
+        while True:
+            if process.was_aborted:
+                yield {output_box: ALERTS["info_aborting"][lang], bar: gr.Slider(visible=False)}
+            else:
+                yield self._progress(lang, folder)
+            if process.has_ended(within_s=_TICK_S):
+                break
+        said, details = self._end(process, lang, folder)
+        gr.Info(said)
+        yield {output_box: f"{said}\n\n{details}", bar: gr.Slider(visible=False)}
+
+    def _followed(self) -> TrainingProcess:
+        assert self.trainer is not None
+        assert self.running_data is not None
+        self.running, self.aborted = True, False
+        self.started.add(self._output_dir(self.running_data))
+        self._process = TrainingProcess(self.trainer, self.running_data, self._release)
+        return self._process
+
+    def _release(self) -> None:
+        """The process has ended: another may be started."""
+        self.trainer, self.running_data, self._process = None, None, None
+        self.running, self.aborted = False, False
+        torch_gc()
+
+    def _progress(self, lang: str, folder: str) -> dict[Component, Any]:
+        get = self.manager.get_elem_by_id
+        try:
+            log, progress, info = get_trainer_info(lang, folder, do_train=True)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            # The host reads every line again, the one that is being written too. The run view says what is damaged.
+            return {get("train.output_box"): running_log(folder)}
+        shown = {get(f"train.{name}"): value for name, value in info.items()}
+        return {get("train.output_box"): log, get("train.progress_bar"): progress, **shown}
+
+    def _end(self, process: TrainingProcess, lang: str, folder: str) -> tuple[str, str]:
+        """How the process ended, and what it left to read."""
+        code = process.process.returncode
+        curves = MetricCurves(Path(folder))
+        curves.update()
+        step, steps = curves.progress.get("current_steps", 0), curves.progress.get("total_steps", "?")
+        if process.was_aborted and step != steps:
+            said = message("stopped", lang, step=step, steps=steps) if step else message("stopped_early", lang)
+            return said, running_log(folder)
+        if code == 0:
+            return ALERTS["info_finished"][lang], running_log(folder)
+        print(process.errors)
+        return f"{ALERTS['err_failed'][lang]} Exit code: {code}", fenced(process.errors)
 
     def load_args(self, lang: str, config_path: str) -> dict[Component, Any]:
+        path = os.path.join(DEFAULT_CONFIG_DIR, config_path)
+        if os.path.isfile(path) and not self._is_configuration(path):
+            return self._broken(lang, path)
         return self.restored(super().load_args(lang, config_path))
 
     def check_output_dir(
         self, lang: str, model_name: str, finetuning_type: str, output_dir: str
     ) -> dict[Component, Any]:
         folder = get_save_dir(model_name, finetuning_type, output_dir) if model_name and output_dir else ""
-        if folder and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, LLAMABOARD_CONFIG)):
+        path = os.path.join(folder, LLAMABOARD_CONFIG)
+        if folder and os.path.isdir(folder) and not os.path.isfile(path):
             # A run of the command line: there is something to see, and no form to fill in.
             return {self.manager.get_elem_by_id("train.output_box"): ALERTS["warn_output_dir_exists"][lang]}
+        if folder and os.path.isfile(path) and not self._is_configuration(path):
+            return self._broken(lang, path)
         return self.restored(super().check_output_dir(lang, model_name, finetuning_type, output_dir))
+
+    def _is_configuration(self, path: str) -> bool:
+        """Whether the host can load a file into its form."""
+        saved = load_args(path)
+        if not isinstance(saved, dict) or not saved.keys() <= self.manager._id_to_elem.keys():
+            return False
+        try:
+            return isinstance(json.loads(saved.get(EXTRA_ARGUMENTS, "{}")), dict)
+        except (TypeError, ValueError):
+            return False
+
+    def _broken(self, lang: str, path: str) -> dict[Component, Any]:
+        said = message("broken_configuration", lang, file=path)
+        gr.Warning(said)
+        return {self.manager.get_elem_by_id("train.output_box"): said}
 
     def restored(self, loaded: dict[Component, Any]) -> dict[Component, Any]:
         """What the host loaded, with the panel's values out of the extra arguments; one not there has its default."""
-        by_id = {self.manager.get_id_by_elem(element): value for element, value in loaded.items()}
+        by_id = self.by_id(loaded)
         if by_id.get("train.training_stage") != STAGE_NAME:
             return loaded
         extra = json.loads(by_id[EXTRA_ARGUMENTS])
@@ -113,8 +228,29 @@ class GRPORunner(Runner):
             raise ValueError(ALERTS["err_json_schema"][values[get("top.lang")]]) from error
         return {key: value for key, value in arguments.items() if key != "output_dir"}
 
-    def _is_grpo(self, data: Mapping[Component, Any]) -> bool:
-        return data[self.manager.get_elem_by_id("train.training_stage")] == STAGE_NAME
+    def by_id(self, data: Mapping[Component, Any]) -> dict[str, Any]:
+        """Elements' values by element id."""
+        return {self.manager.get_id_by_elem(element): value for element, value in data.items()}
+
+    def is_grpo(self, data: Mapping[Component, Any]) -> bool:
+        """Whether a form is this stage's."""
+        return self._value(data, "train.training_stage") == STAGE_NAME
+
+    def _value(self, data: Mapping[Component, Any], element_id: str) -> Any:
+        return data[self.manager.get_elem_by_id(element_id)]
+
+    def _output_dir(self, data: Mapping[Component, Any]) -> str:
+        names = ("top.model_name", "top.finetuning_type", "train.output_dir")
+        parts = [self._value(data, name) for name in names]
+        return str(get_save_dir(*parts))
+
+
+def _refuse_unless(kind: type, key: str, text: Any) -> None:
+    try:
+        kind(text)
+    except (TypeError, ValueError) as error:
+        wanted = "a whole number" if kind is int else "a number"
+        raise ValueError(f"`{key}: {text}` is not {wanted}. Write one in its field.") from error
 
 
 def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], extra: Any) -> dict[str, Any]:

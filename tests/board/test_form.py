@@ -224,6 +224,12 @@ def test_evaluation_follows_from_its_prompts(board: Board) -> None:
         ({"train__ds_stage": "3"}, ["deepspeed", "not possible"]),
         ({"train__lora_dropout": 0.1}, ["lora_dropout: 0.1", "dropout is off"]),
         ({"train__dataset": ["nothing"]}, ["dataset: nothing"]),
+        ({"train__learning_rate": "abc"}, ["learning_rate: abc", "a number"]),
+        ({"train__num_train_epochs": ""}, ["num_train_epochs", "a number"]),
+        ({"train__max_grad_norm": "1,0"}, ["max_grad_norm: 1,0", "a number"]),
+        ({"train__max_samples": "1.5"}, ["max_samples: 1.5", "a whole number"]),
+        ({"train__grpo_num_generations": -5}, ["num_generations: -5"]),
+        ({"train__grpo_num_generations": 2.7}, ["num_generations: 2.7", "a whole number"]),
     ],
     ids=lambda value: str(value)[:60],
 )
