@@ -91,7 +91,7 @@ class MetricCurves:
             self._points, self.progress, self.num_damaged_lines = {}, {}, 0
         for line in added.split(b"\n")[:-1]:
             record = _record(line)
-            step = record.get("current_steps")
+            step: Any = record.get("current_steps")
             if not _is_number(step):
                 self.num_damaged_lines += 1
                 continue

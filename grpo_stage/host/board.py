@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import wrapt
 from gradio.components import Component
-from gradio.context import get_blocks_context
+from gradio.context import Context, get_blocks_context
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
 from llamafactory.webui.common import load_dataset_info
@@ -23,7 +23,7 @@ from ..arguments import applies
 from . import board_loaded
 from .board_fields import FORM_FIELDS, GROUPS, FormField, effective
 from .board_recipes import export_recipe, import_recipe
-from .board_run_view import RunView
+from .board_run_view import TICK_S, RunView
 from .board_runner import GRPORunner
 from .board_tables import literal, table
 from .board_trial import try_rewards
@@ -64,9 +64,9 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
         train: dict[str, Any] = wrapped(*args, **kwargs)
     finally:
         del engine.manager.get_base_elems
-    _follow_running_process(engine)
     _move_behind(panel.accordion, train["rlhf_tab"])
     view = RunView()
+    _serve_many_pages(engine, train)
     panel.connect(engine, train, inputs)
     view.connect(engine, train)
     train["training_stage"].change(
@@ -96,25 +96,41 @@ def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
     siblings.insert(siblings.index(neighbour) + 1, block)
 
 
-def _follow_running_process(engine: "Engine") -> None:
-    """Any number of pages may start a run, open the Board while one lasts, and watch it."""
+def _serve_many_pages(engine: "Engine", train: Mapping[str, Any]) -> None:
+    """Let any number of pages start a run, open the Board while one lasts, and watch it."""
     runner, host_resume = engine.runner, engine.resume
     assert isinstance(runner, GRPORunner)
 
     def resume() -> Iterator[Any]:
-        if runner.running_data is not None and runner.is_grpo(
-            runner.running_data
-        ):  # this page's form will be that of the run
-            board_loaded.remember(runner.by_id(runner.running_data))
+        data: Any = runner.running_data  # which the host puts into this page's form
+        if data is not None and runner.is_grpo(data):
+            board_loaded.remember(runner.by_id(data))
         yield from host_resume()
 
-    engine.resume = resume  # type: ignore[method-assign]
-    # The host would let a second page's start wait for the first's end, and then train without a word.
-    context = get_blocks_context()
+    engine.resume = resume
+
+    watch = gr.Timer(TICK_S, active=False)
+    watched = [train[name] for name in ("output_box", "progress_bar", "loss_viewer", "swanlab_link")]
+    watch.tick(runner.watched, None, watched, queue=False, show_progress="hidden")
+    gr.on(
+        [train["start_btn"].click, train["resume_btn"].change], lambda: gr.Timer(active=True), None, watch, queue=False
+    )
+
+    context, blocks = get_blocks_context(), Context.root_block
     assert context is not None
+    assert blocks is not None
+    # The host would let a second page's start wait for the first's end, and then train without a word.
     for event in context.fns.values():
         if event.fn == runner.run_train:
             event.concurrency_limit = None
+    # Every page would hold a connection to say that it is still there, and a browser has six to one server: the sixth
+    # tab would freeze all of them. Without it, what a closed page had in `gr.State` goes when there are many pages.
+    host_config = blocks.get_config_file
+
+    def config_file() -> Any:
+        return {**host_config(), "connect_heartbeat": False}
+
+    blocks.get_config_file = config_file
 
 
 def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:

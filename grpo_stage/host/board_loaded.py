@@ -1,10 +1,8 @@
-"""What a configuration that was loaded into a page's form says, for those fields that the host fills anew by itself.
+"""The Board's pages: one Board serves several (a browser's tabs, several people), and what is loaded is one page's.
 
 A field that a load changes fires the same events as one that a person changes, and the host then puts the default
 template, no adapters and no datasets in place of those that were loaded a moment ago. For a configuration of this
 stage these handlers give back what was loaded, as long as the fields that they follow from are the loaded ones.
-
-One Board serves several pages (a browser's tabs, several people): each has its own.
 """
 
 from collections import OrderedDict
@@ -16,6 +14,7 @@ import gradio as gr
 import wrapt
 from gradio.context import LocalContext
 
+from .board_process import TrainingProcess
 from .registration import STAGE
 
 
@@ -23,21 +22,25 @@ _KEPT_PAGES = 1000
 
 
 @dataclass(slots=True)
-class _Page:
+class Page:
+    """A browser's tab that shows the Board."""
+
     loaded: dict[str, Any] = field(default_factory=dict)
     """The values of the configuration that was loaded last, by element id."""
     stage: str = ""
     """The stage that is chosen."""
+    process: TrainingProcess | None = None
+    """What the page has started, or was opened with, until it has shown its end."""
 
 
-_pages: OrderedDict[str, _Page] = OrderedDict()
+_pages: OrderedDict[str, Page] = OrderedDict()
 
 
-def _page() -> _Page:
+def this_page() -> Page:
     """The page whose event is being handled."""
     request = LocalContext.request.get(None)
     key = (request.session_hash if request else None) or ""
-    page = _pages.setdefault(key, _Page())
+    page = _pages.setdefault(key, Page())
     _pages.move_to_end(key)
     if len(_pages) > _KEPT_PAGES:
         _pages.popitem(last=False)
@@ -46,12 +49,12 @@ def _page() -> _Page:
 
 def remember(values: Mapping[str, Any]) -> None:
     """Keep the values, by element id, of the configuration that this page has loaded last."""
-    _page().loaded = dict(values)
+    this_page().loaded = dict(values)
 
 
 def _recall(element_id: str, **conditions: Any) -> Any:
     """A loaded value, or None where another model, method or stage has been chosen since."""
-    loaded = _page().loaded
+    loaded = this_page().loaded
     is_current = all(loaded.get(f"top.{name}") == value for name, value in conditions.items())
     return loaded.get(element_id) if is_current else None
 
@@ -84,7 +87,7 @@ def keep_dataset(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from llamafactory.extras.constants import TRAINING_STAGES
 
     datasets, packing = wrapped(*args, **kwargs)
-    page = _page()
+    page = this_page()
     stages = page.stage, TRAINING_STAGES[args[0] if args else kwargs["training_stage"]]
     page.stage = stages[1]
     return (gr.skip(), packing) if STAGE in stages else (datasets, packing)

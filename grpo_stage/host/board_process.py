@@ -32,7 +32,7 @@ class TrainingProcess:
             data: the form's values, by element.
             at_end: called once the process has ended, before the pages are told.
         """
-        self.process = process
+        self._process = process
         self.data = data
         self.was_aborted = False
         self._at_end = at_end
@@ -42,9 +42,15 @@ class TrainingProcess:
         self._reader.start()
         threading.Thread(target=self._follow, daemon=True).start()
 
-    def has_ended(self, within_s: float) -> bool:
-        """Wait for the end that long."""
-        return self._ended.wait(within_s)
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has, and its last words are read."""
+        return self._ended.is_set()
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self._process.returncode
 
     @property
     def errors(self) -> str:
@@ -52,14 +58,16 @@ class TrainingProcess:
         return self._errors.decode(errors="replace")
 
     def _read_errors(self) -> None:
-        assert self.process.stderr is not None
-        with self.process.stderr as pipe:
+        assert self._process.stderr is not None
+        with self._process.stderr as pipe:
             while block := pipe.buffer.read1(_BLOCK):  # type: ignore[attr-defined]
                 self._errors = (self._errors + block)[-_KEPT_BYTES:]
 
     def _follow(self) -> None:
-        self.process.wait()
+        self._process.wait()
         self._reader.join(_LAST_WORDS_S)  # a child of its own may hold the pipe open for longer
+        if self._process.returncode != 0 and not self.was_aborted:
+            print(self.errors)
         self._at_end()
         self._ended.set()
 

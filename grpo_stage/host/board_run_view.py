@@ -205,7 +205,7 @@ def _progress(run: _Run, lang: str) -> str:
 
 def _faults(run: _Run, lang: str) -> list[str]:
     """What of the run's files is not shown, and why."""
-    files = {LOG_FILE: run.curves, COMPLETIONS_FILE: run.completions}
+    files: dict[str, MetricCurves | CompletionPages] = {LOG_FILE: run.curves, COMPLETIONS_FILE: run.completions}
     unreadable = [
         message("unreadable", lang, file=name, error=file.error) for name, file in files.items() if file.error
     ]
@@ -236,10 +236,10 @@ def _drawn(run: _Run, plot: Plot) -> gr.LinePlot:
     )
 
 
-def _visible(curve: list[Point], reach: float) -> list[Point]:
+def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
     """A line of one point draws nothing: it becomes a dash."""
     if len(curve) != 1:
-        return curve
+        return list(curve)
     step, value = curve[0]
     return [(step - (reach or 0.1), value), (step, value), (step + (reach or 0.1), value)]
 

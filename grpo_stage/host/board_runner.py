@@ -33,7 +33,7 @@ from .registration import STAGE
 STAGE_NAME = next(name for name, stage in TRAINING_STAGES.items() if stage == STAGE)
 EXTRA_ARGUMENTS = "train.extra_args"
 FORM_IDS = {field.key: f"train.{field.element}" for field in FORM_FIELDS}
-_TICK_S = 2.0
+_HIDDEN = gr.update(visible=False)
 _NUMBERS: Mapping[str, type] = {
     "learning_rate": float,
     "num_train_epochs": float,
@@ -105,25 +105,42 @@ class GRPORunner(Runner):
         super().set_abort()
 
     def monitor(self) -> Generator[dict[Component, Any], None, None]:
-        """What a page shows of the process: the host's, but for any number of pages, and with the end as it was."""
-        if self.running_data is None:  # it has ended while the page was on its way here
+        """Begin to show a process on this page; `watched` goes on with it.
+
+        The host's would hold a connection as long as the process runs, and a browser has six to one server.
+        """
+        data: Any = self.running_data
+        if data is None:  # it has ended while the page was on its way here
             return
-        if not (self.do_train and self.is_grpo(self.running_data)):
+        if not (self.do_train and self.is_grpo(data)):
             yield from super().monitor()
             return
-        process = self._process or self._followed()
+        board_loaded.this_page().process = self._process or self._followed()
+        yield self.watched()
+
+    def watched(self) -> Any:
+        """What this page shows of the process that it has started or was opened with, by element; each page by itself.
+
+        The elements are the host's output box, progress bar, loss viewer and SwanLab link.
+        """
+        page = board_loaded.this_page()
+        process = page.process
+        if process is None:
+            return gr.skip()
         lang, folder = self._value(process.data, "top.lang"), self._output_dir(process.data)
-        output_box, bar = (self.manager.get_elem_by_id(f"train.{name}") for name in ("output_box", "progress_bar"))
-        while True:
-            if process.was_aborted:
-                yield {output_box: ALERTS["info_aborting"][lang], bar: gr.Slider(visible=False)}
-            else:
-                yield self._progress(lang, folder)
-            if process.has_ended(within_s=_TICK_S):
-                break
-        said, details = self._end(process, lang, folder)
-        gr.Info(said)
-        yield {output_box: f"{said}\n\n{details}", bar: gr.Slider(visible=False)}
+        get = self.manager.get_elem_by_id
+        if process.has_ended:
+            page.process = None
+            return {get("train.output_box"): self._end(process, lang, folder), get("train.progress_bar"): _HIDDEN}
+        if process.was_aborted:
+            return {get("train.output_box"): ALERTS["info_aborting"][lang], get("train.progress_bar"): _HIDDEN}
+        try:
+            log, progress, info = get_trainer_info(lang, folder, do_train=True)
+        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+            # The host reads every line again, the one that is being written too. The run view says what is damaged.
+            return {get("train.output_box"): running_log(folder)}
+        shown = {get(f"train.{name}"): value for name, value in info.items()}
+        return {get("train.output_box"): log, get("train.progress_bar"): progress, **shown}
 
     def _followed(self) -> TrainingProcess:
         assert self.trainer is not None
@@ -139,29 +156,19 @@ class GRPORunner(Runner):
         self.running, self.aborted = False, False
         torch_gc()
 
-    def _progress(self, lang: str, folder: str) -> dict[Component, Any]:
-        get = self.manager.get_elem_by_id
-        try:
-            log, progress, info = get_trainer_info(lang, folder, do_train=True)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            # The host reads every line again, the one that is being written too. The run view says what is damaged.
-            return {get("train.output_box"): running_log(folder)}
-        shown = {get(f"train.{name}"): value for name, value in info.items()}
-        return {get("train.output_box"): log, get("train.progress_bar"): progress, **shown}
-
-    def _end(self, process: TrainingProcess, lang: str, folder: str) -> tuple[str, str]:
-        """How the process ended, and what it left to read."""
-        code = process.process.returncode
+    def _end(self, process: TrainingProcess, lang: str, folder: str) -> str:
+        """How the process ended, and what it left to read, as Markdown."""
+        code = process.returncode
         curves = MetricCurves(Path(folder))
         curves.update()
         step, steps = curves.progress.get("current_steps", 0), curves.progress.get("total_steps", "?")
         if process.was_aborted and step != steps:
             said = message("stopped", lang, step=step, steps=steps) if step else message("stopped_early", lang)
-            return said, running_log(folder)
-        if code == 0:
-            return ALERTS["info_finished"][lang], running_log(folder)
-        print(process.errors)
-        return f"{ALERTS['err_failed'][lang]} Exit code: {code}", fenced(process.errors)
+        elif code == 0:
+            said = ALERTS["info_finished"][lang]
+        else:
+            return f"{ALERTS['err_failed'][lang]} Exit code: {code}\n\n{fenced(process.errors)}"
+        return f"{said}\n\n{running_log(folder)}"
 
     def load_args(self, lang: str, config_path: str) -> dict[Component, Any]:
         path = os.path.join(DEFAULT_CONFIG_DIR, config_path)

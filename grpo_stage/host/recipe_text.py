@@ -4,7 +4,7 @@ YAML's events come one after another, however deep or large what they describe i
 by them is built.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,9 @@ def _check(text: str) -> None:
             if isinstance(event, yaml.CollectionStartEvent):
                 open_collections.append(_Collection(isinstance(event, yaml.MappingStartEvent), event.anchor))
                 continue
-            is_alias = isinstance(event, yaml.AliasEvent)
-            size, anchor = (sizes[event.anchor], None) if is_alias else (1, event.anchor)
+            size, anchor = 1, event.anchor
+            if isinstance(event, yaml.AliasEvent):
+                size, anchor = sizes[str(anchor)], None
         else:
             continue
         parent.num_nodes += 1
@@ -122,8 +123,8 @@ def _check_place(
 
 
 def _events(text: str) -> Iterator[tuple[yaml.Event, int]]:
-    events: Iterable[yaml.Event] = yaml.parse(text, Loader=yaml.SafeLoader)
-    for event in events:
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        assert event.start_mark is not None
         yield event, event.start_mark.line + 1
 
 
