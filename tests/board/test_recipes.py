@@ -2,15 +2,12 @@
 
 import json
 import re
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gradio as gr
 import pytest
 import yaml
-from gradio.context import LocalContext
 
 from grpo_stage.host import board_loaded
 from grpo_stage.host.board_fields import FORM_FIELDS
@@ -246,54 +243,41 @@ def test_the_host_does_not_undo_what_was_loaded(board: Board) -> None:
     assert train.change_stage("Pre-Training") == ([], True)
 
 
-@pytest.fixture
-def page(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Turn to the page of that name: what follows is an event of it."""
-    kept = LocalContext.request.get(None)
-    monkeypatch.setattr(board_loaded, "_pages", OrderedDict())
-
-    def turn_to(name: str) -> None:
-        LocalContext.request.set(gr.Request(session_hash=name))
-
-    yield turn_to
-    LocalContext.request.set(kept)
-
-
-def test_what_a_page_has_loaded_is_that_pages(board: Board, page: Callable[[str], None]) -> None:
+def test_what_a_page_has_loaded_is_that_pages(board: Board, turn_to: Callable[[str], None]) -> None:
     from llamafactory.webui.components import top, train
 
     recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
-    page("first")
+    turn_to("first")
     import_recipe(board.runner, {**recipe, "adapter_name_or_path": "a/b"})
     train.change_stage("GRPO")
-    page("second")
+    turn_to("second")
     assert top.get_model_info("Custom") == ("", "default")
     assert top.list_checkpoints("Custom", "lora").constructor_args["value"] == []
     assert train.change_stage("Supervised Fine-Tuning") == ([], False)
     import_recipe(board.runner, {**recipe, "model_name_or_path": "other/model"})
-    page("first")
+    turn_to("first")
     assert top.get_model_info("Custom") == ("quickstart/model", "smollm2")
     assert not Path("llamaboard_cache/user_config.yaml").exists()  # the next page would start with it
 
 
-def test_a_page_that_opens_while_a_run_lasts_has_its_form(board: Board, page: Callable[[str], None]) -> None:
+def test_a_page_that_opens_while_a_run_lasts_has_its_form(board: Board, turn_to: Callable[[str], None]) -> None:
     from llamafactory.webui.components import top
 
-    page("third")
+    turn_to("third")
     board.runner.running_data = board.data(top__model_path="of/the/run", top__template="qwen")
     try:
         with pytest.raises(KeyError, match=r"infer.chat_box"):  # this Board has no tab for chat
             next(board.engine.resume())
         assert top.get_model_info("Custom") == ("of/the/run", "qwen")
-        page("fourth")
+        turn_to("fourth")
         assert top.get_model_info("Custom") == ("", "default")
     finally:
         board.runner.running_data = None
 
 
-def test_only_so_many_pages_are_kept(page: Callable[[str], None]) -> None:
+def test_only_so_many_pages_are_kept(turn_to: Callable[[str], None]) -> None:
     for i in range(1100):
-        page(str(i))
+        turn_to(str(i))
         board_loaded.remember({"top.model_name": str(i)})
     assert len(board_loaded._pages) == 1000
 
