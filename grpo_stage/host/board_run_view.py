@@ -217,7 +217,8 @@ def _faults(run: _Run, lang: str) -> list[str]:
     return [*unreadable, *damaged]
 
 
-def _drawn(run: _Run, plot: Plot) -> gr.LinePlot:
+def _drawn(run: _Run, plot: Plot) -> dict[str, Any]:
+    """What changes of a plot's element."""
     curves = {_legend(name): curve for name, curve in run.curves.matching(plot.patterns, MAX_POINTS).items()}
     values = [value for curve in curves.values() for _, value in curve]
     steps = [step for curve in curves.values() for step, _ in curve]
@@ -227,8 +228,8 @@ def _drawn(run: _Run, plot: Plot) -> gr.LinePlot:
     ]
     # The plot makes its scales once, and again when one of these changes: colors are given name by name, so that a
     # metric that comes later gets its own; and around a constant it would put labels of 0.
-    return gr.LinePlot(
-        pd.DataFrame(points, columns=list(_COLUMNS)),
+    return gr.update(
+        value=pd.DataFrame(points, columns=list(_COLUMNS)),
         visible=bool(points),
         color_map={name: _COLORS[i % len(_COLORS)] for i, name in enumerate(curves)},
         x_lim=[first - 1, first + 1] if first == last else None,
@@ -261,12 +262,12 @@ def _legend(metric: str) -> str:
     return rest.rpartition("/")[2].removesuffix("_length") if first in ("completions", "sampling", "time") else metric
 
 
-def _completions(run: _Run, lang: str, step: Any, order: Any, page: Any) -> tuple[str, gr.HTML, Any]:
+def _completions(run: _Run, lang: str, step: Any, order: Any, page: Any) -> tuple[str, dict[str, Any], Any]:
     """Where in the run the shown completions stand, their table, and the page where it was out of range."""
     steps = run.completions.steps
     if not steps:
         said = "" if run.completions.error else message("no_completions", lang)
-        return said, gr.HTML(visible=False), gr.skip()
+        return said, gr.update(visible=False), gr.skip()
     asked = step if _is_number(step) else steps[-1]
     is_there = step is None or (_is_number(step) and steps[0] <= asked <= steps[-1])
     shown_step = max((s for s in steps if s <= asked), default=steps[0])
@@ -302,7 +303,7 @@ def _completions(run: _Run, lang: str, step: Any, order: Any, page: Any) -> tupl
     )
     if not is_there:
         place = f"{message('no_such_step', lang, step=step, first=steps[0], last=steps[-1])} {place}"
-    completions = gr.HTML(table([*headers[:3], *names, *headers[3:]], rows, shares), visible=True)
+    completions = gr.update(value=table([*headers[:3], *names, *headers[3:]], rows, shares), visible=True)
     return place, completions, gr.skip() if page == shown_page else shown_page
 
 
