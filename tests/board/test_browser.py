@@ -1,6 +1,7 @@
 """The Board in a real Chromium, with a real server and a real run."""
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def test_languages_switch_live(page: Page) -> None:
         assert elements["grpo_overlong_prompts"]["info"].replace("`", "")[:20] in said
 
 
-def test_rewards_are_tried(page: Page) -> None:
+def test_rewards_are_tried(page: Page, workplace: Path) -> None:
     page.get_by_label("Dataset", exact=True).first.fill("sums")
     page.get_by_label("Dataset", exact=True).first.press("Enter")
     choose(page, "Rollout engine", "hf")
@@ -107,6 +108,12 @@ def test_rewards_are_tried(page: Page) -> None:
     expect(report).to_have_value(containing("ZeroDivisionError"), timeout=120_000)
     assert 'my rewards.py", line 6' in report.input_value()
     expect(table).to_be_hidden()
+    page.get_by_role("button", name="Try the rewards").click()
+    expect(report).to_have_value(containing("Loading and scoring"))
+    page.get_by_role("button", name="Abort").click()
+    expect(report).to_have_value("Stopped.")
+    import_recipe(page, workplace / "recipe.yaml")
+    expect(report).to_be_hidden()  # it is another form's
     assert page.title() != "evil"
 
 
@@ -140,8 +147,21 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     assert page.title() != "evil"
     assert page.locator("#grpo_run_table img[src=x]").count() == 0
 
+    # A second tab watches the same process, and cannot start another.
+    watcher = page.context.browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[union-attr]
+    watcher.set_default_timeout(PATIENCE_MS)
+    watcher.route("https://**", lambda route: route.abort())
+    watcher.goto(board_url)
+    expect(watcher.locator("#grpo_num_generations input")).to_have_value("4")
+    expect(watcher.get_by_text("Running ").first).to_be_visible()
+    watcher.get_by_role("button", name="Start", exact=True).click()
+    expect(watcher.get_by_text("trains one run at a time").first).to_be_visible()
+
     page.get_by_role("button", name="Abort").click()
-    expect(page.get_by_text("Finished.").first).to_be_visible(timeout=120_000)
+    for one in (page, watcher):
+        expect(one.get_by_text(re.compile(r"Stopped at step \d+ of 400")).first).to_be_visible(timeout=120_000)
+        expect(one.get_by_text("Loading and scoring")).to_be_hidden()
+    watcher.close()
     checkpoints = sorted((workplace / "saves/Custom/lora/seen").glob("checkpoint-*/grpo_state.json"))
     last = json.loads((workplace / "saves/Custom/lora/seen/trainer_log.jsonl").read_text().splitlines()[-1])
     assert f"checkpoint-{last['current_steps']}" in [path.parent.name for path in checkpoints]
