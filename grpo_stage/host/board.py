@@ -13,17 +13,16 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import wrapt
 from gradio.components import Component
-from gradio.context import Context, get_blocks_context
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
 from llamafactory.webui.common import load_dataset_info
 from llamafactory.webui.control import list_datasets
 
 from ..arguments import applies
-from . import board_loaded
 from .board_fields import FORM_FIELDS, GROUPS, FormField, effective
+from .board_pages import serve_many_pages
 from .board_recipes import export_recipe, import_recipe
-from .board_run_view import TICK_S, RunView
+from .board_run_view import RunView
 from .board_runner import GRPORunner
 from .board_tables import literal, table
 from .board_trial import try_rewards
@@ -66,7 +65,7 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
         del engine.manager.get_base_elems
     _move_behind(panel.accordion, train["rlhf_tab"])
     view = RunView()
-    _serve_many_pages(engine, train)
+    serve_many_pages(engine, train)
     panel.connect(engine, train, inputs)
     view.connect(engine, train)
     train["training_stage"].change(
@@ -94,43 +93,6 @@ def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
     siblings = block.parent.children
     siblings.remove(block)
     siblings.insert(siblings.index(neighbour) + 1, block)
-
-
-def _serve_many_pages(engine: "Engine", train: Mapping[str, Any]) -> None:
-    """Let any number of pages start a run, open the Board while one lasts, and watch it."""
-    runner, host_resume = engine.runner, engine.resume
-    assert isinstance(runner, GRPORunner)
-
-    def resume() -> Iterator[Any]:
-        data: Any = runner.running_data  # which the host puts into this page's form
-        if data is not None and runner.is_grpo(data):
-            board_loaded.remember(runner.by_id(data))
-        yield from host_resume()
-
-    engine.resume = resume
-
-    watch = gr.Timer(TICK_S, active=False)
-    watched = [train[name] for name in ("output_box", "progress_bar", "loss_viewer", "swanlab_link")]
-    watch.tick(runner.watched, None, watched, queue=False, show_progress="hidden")
-    gr.on(
-        [train["start_btn"].click, train["resume_btn"].change], lambda: gr.Timer(active=True), None, watch, queue=False
-    )
-
-    context, blocks = get_blocks_context(), Context.root_block
-    assert context is not None
-    assert blocks is not None
-    # The host would let a second page's start wait for the first's end, and then train without a word.
-    for event in context.fns.values():
-        if event.fn == runner.run_train:
-            event.concurrency_limit = None
-    # Every page would hold a connection to say that it is still there, and a browser has six to one server: the sixth
-    # tab would freeze all of them. Without it, what a closed page had in `gr.State` goes when there are many pages.
-    host_config = blocks.get_config_file
-
-    def config_file() -> Any:
-        return {**host_config(), "connect_heartbeat": False}
-
-    blocks.get_config_file = config_file
 
 
 def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
@@ -183,7 +145,7 @@ class Panel:
         self._report = gr.Textbox(
             visible=False, interactive=False, max_lines=20, show_label=False, elem_id="grpo_try_report"
         )
-        self._scores = gr.HTML(visible=False, elem_id="grpo_try_table", max_height=500)
+        self._scores = gr.HTML(visible=False, elem_id="grpo_try_table", max_height=500, padding=False)
         self._is_trying = gr.State(False)
         self.elements |= {
             "grpo_try_rows": self._num_rows,
@@ -250,20 +212,20 @@ class Panel:
         try:
             arguments = runner.trial_arguments(data)
         except ValueError as refusal:
-            yield [gr.Textbox(str(refusal), visible=True), gr.HTML(visible=False), False]
+            yield [gr.Textbox(str(refusal), visible=True), gr.update(visible=False), False]
             return
         for trial in try_rewards(arguments, data[self._num_rows], data[self._source]):
             if not trial.is_done:
                 said = message("trying", lang, seconds=f"{trial.elapsed_s:.0f}")
-                yield [gr.Textbox(said, visible=True), gr.HTML(visible=False), True]
+                yield [gr.Textbox(said, visible=True), gr.update(visible=False), True]
             elif trial.error is not None:
-                yield [gr.Textbox(trial.error, visible=True), gr.HTML(visible=False), False]
+                yield [gr.Textbox(trial.error, visible=True), gr.update(visible=False), False]
             else:
                 prompt, kind, completion, total = message("trial_headers", lang).split("|")
                 headers = [prompt, kind, completion, *trial.headers, total]
                 scores = table(headers, trial.rows, [5, 2, 5] + [1.5] * (len(headers) - 3))
                 notes = gr.Textbox("\n".join(trial.notes), visible=bool(trial.notes))
-                yield [notes, gr.HTML(scores, visible=True), False]
+                yield [notes, gr.update(value=scores, visible=True), False]
 
     def _show_what_applies(self, train: Mapping[str, Any]) -> None:
         """Hide the fields that have no effect beside the others' values."""

@@ -115,7 +115,7 @@ class RunView:
                 with gr.Column():
                     self._previous = gr.Button()
                     self._next = gr.Button()
-            self._table = gr.HTML(visible=False, elem_id="grpo_run_table", max_height=700)
+            self._table = gr.HTML(visible=False, elem_id="grpo_run_table", max_height=700, padding=False)
         self._seen = gr.State(None)
         self._typed = gr.State("")
         self.timer = gr.Timer(TICK_S, active=False)
