@@ -7,15 +7,16 @@ panel's stand among the host's own "extra arguments", under the names that they 
 import json
 import os
 import threading
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
-from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_STAGES
+from llamafactory.extras.constants import LLAMABOARD_CONFIG, MULTIMODAL_SUPPORTED_MODELS, TRAINING_STAGES
 from llamafactory.extras.misc import torch_gc
-from llamafactory.webui.common import DEFAULT_CONFIG_DIR, get_save_dir, load_args
+from llamafactory.webui.common import DEFAULT_CONFIG_DIR, calculate_pixels, get_save_dir, load_args
 from llamafactory.webui.control import get_trainer_info
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
@@ -34,13 +35,15 @@ STAGE_NAME = next(name for name, stage in TRAINING_STAGES.items() if stage == ST
 EXTRA_ARGUMENTS = "train.extra_args"
 FORM_IDS = {field.key: f"train.{field.element}" for field in FORM_FIELDS}
 _HIDDEN = gr.update(visible=False)
-_NUMBERS: Mapping[str, type] = {
-    "learning_rate": float,
-    "num_train_epochs": float,
-    "max_grad_norm": float,
-    "max_samples": int,
+_READERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "train.learning_rate": (float, "a number"),
+    "train.num_train_epochs": (float, "a number"),
+    "train.max_grad_norm": (float, "a number"),
+    "train.max_samples": (int, "a whole number"),
+    "top.quantization_bit": (lambda text: text == "none" or int(text), "a whole number"),
 }
-"""The host's fields of text that it reads numbers from."""
+"""The host's fields of text that it reads numbers from, without a word of the field where it cannot."""
+_PIXELS = tuple(f"train.{kind}_{bound}_pixels" for kind in ("image", "video") for bound in ("max", "min"))
 
 
 def grpo_runner(host_runner: type[Runner]) -> type[Runner]:
@@ -75,11 +78,14 @@ class GRPORunner(Runner):
     def _parse_train_args(self, data: dict[Component, Any]) -> dict[str, Any]:
         if not self.is_grpo(data):
             return super()._parse_train_args(data)
-        for key, kind in _NUMBERS.items():
-            _refuse_unless(kind, key, self._value(data, f"train.{key}"))
+        readers = dict(_READERS)
+        if self._value(data, "top.model_name") in MULTIMODAL_SUPPORTED_MODELS:
+            readers |= dict.fromkeys(_PIXELS, (calculate_pixels, "a number of pixels, such as 768*768"))
+        for element_id, (read, wanted) in readers.items():
+            _refuse_unless(read, wanted, element_id, self._value(data, element_id))
         arguments = super()._parse_train_args(data)
         values = {key: data[self.manager.get_elem_by_id(element_id)] for key, element_id in FORM_IDS.items()}
-        extra = json.loads(data[self.manager.get_elem_by_id(EXTRA_ARGUMENTS)])
+        extra = _extra_arguments(self._value(data, EXTRA_ARGUMENTS))
         return stage_arguments(arguments, values, extra)
 
     def _build_config_dict(self, data: dict[Component, Any]) -> dict[str, Any]:
@@ -252,12 +258,24 @@ class GRPORunner(Runner):
         return str(get_save_dir(*parts))
 
 
-def _refuse_unless(kind: type, key: str, text: Any) -> None:
+def _refuse_unless(read: Callable[[str], Any], wanted: str, element_id: str, text: Any) -> None:
     try:
-        kind(text)
+        read(text)
     except (TypeError, ValueError) as error:
-        wanted = "a whole number" if kind is int else "a number"
-        raise ValueError(f"`{key}: {text}` is not {wanted}. Write one in its field.") from error
+        key = element_id.partition(".")[2]
+        raise ValueError(f"`{key}: {text}` is not {wanted}, which this field takes.") from error
+
+
+def _extra_arguments(text: str) -> Any:
+    """The "extra arguments", whose keys stand once: JSON alone would take the last of several."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"`{key}` stands {count} times in the extra arguments. Leave one of them.")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], extra: Any) -> dict[str, Any]:

@@ -228,6 +228,12 @@ def test_evaluation_follows_from_its_prompts(board: Board) -> None:
         ({"train__num_train_epochs": ""}, ["num_train_epochs", "a number"]),
         ({"train__max_grad_norm": "1,0"}, ["max_grad_norm: 1,0", "a number"]),
         ({"train__max_samples": "1.5"}, ["max_samples: 1.5", "a whole number"]),
+        ({"top__quantization_bit": "four"}, ["quantization_bit: four", "a whole number"]),
+        (
+            {"top__model_name": "Qwen2-VL-2B-Instruct", "train__image_max_pixels": "large"},
+            ["image_max_pixels: large", "768*768"],
+        ),
+        ({"train__extra_args": '{"seed": 1, "seed": 2}'}, ["`seed` stands 2 times", "extra arguments"]),
         ({"train__grpo_num_generations": -5}, ["num_generations: -5"]),
         ({"train__grpo_num_generations": 2.7}, ["num_generations: 2.7", "a whole number"]),
     ],
