@@ -47,7 +47,7 @@ class _GrowingFile:
         self.error = ""
         try:
             if not stat.S_ISREG(self._path.stat().st_mode):  # to open a pipe would wait for its writer
-                raise OSError(f"{self._path.name} is not an ordinary file")
+                raise OSError("not an ordinary file")
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 is_new = (status.st_dev, status.st_ino) != self._identity or status.st_size < self.position

@@ -118,7 +118,7 @@ def test_what_cannot_be_shown_is_said() -> None:
     (FOLDER / "trainer_log.jsonl").unlink()
     (FOLDER / "trainer_log.jsonl").mkdir()
     answer = view.look()
-    assert "`trainer_log.jsonl` cannot be read: trainer_log.jsonl is not an ordinary file." in answer["status"]
+    assert "`trainer_log.jsonl` cannot be read: not an ordinary file." in answer["status"]
     assert "No run" not in answer["status"]
     assert not answer["reward"]["visible"]
     other = FOLDER.with_name("damaged")
