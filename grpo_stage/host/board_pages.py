@@ -30,7 +30,7 @@ def _remember_what_is_resumed(engine: "Engine", runner: GRPORunner) -> None:
 
     def resume() -> Iterator[Any]:
         data: Any = runner.running_data  # which the host puts into this page's form
-        if data is not None and runner.is_grpo(data):
+        if runner.running and data is not None and runner.is_grpo(data):
             board_loaded.remember(runner.by_id(data))
         yield from host_resume()
 

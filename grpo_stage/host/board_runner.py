@@ -60,7 +60,8 @@ class GRPORunner(Runner):
         self.started: set[str] = set()
         """The output folders of the runs that were started here."""
         self._process: TrainingProcess | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        """Held while a process begins or ends, and while the host draws its plot, which it does in one place."""
 
     def _initialize(self, data: dict[Component, Any], do_train: bool, from_preview: bool) -> str:
         process = self._process
@@ -115,13 +116,16 @@ class GRPORunner(Runner):
 
         The host's would hold a connection as long as the process runs, and a browser has six to one server.
         """
-        data: Any = self.running_data
+        with self._lock:
+            data: Any = self.running_data
+            is_ours = data is not None and self.do_train and self.is_grpo(data)
+            if is_ours:
+                board_loaded.this_page().process = self._process or self._followed()
         if data is None:  # it has ended while the page was on its way here
             return
-        if not (self.do_train and self.is_grpo(data)):
+        if not is_ours:
             yield from super().monitor()
             return
-        board_loaded.this_page().process = self._process or self._followed()
         yield self.watched()
 
     def watched(self) -> Any:
@@ -141,7 +145,8 @@ class GRPORunner(Runner):
         if process.was_aborted:
             return {get("train.output_box"): ALERTS["info_aborting"][lang], get("train.progress_bar"): _HIDDEN}
         try:
-            log, progress, info = get_trainer_info(lang, folder, do_train=True)
+            with self._lock:
+                log, progress, info = get_trainer_info(lang, folder, do_train=True)
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             # The host reads every line again, the one that is being written too. The run view says what is damaged.
             return {get("train.output_box"): running_log(folder)}
@@ -158,8 +163,9 @@ class GRPORunner(Runner):
 
     def _release(self) -> None:
         """The process has ended: another may be started."""
-        self.trainer, self.running_data, self._process = None, None, None
-        self.running, self.aborted = False, False
+        with self._lock:
+            self.trainer, self.running_data, self._process = None, None, None
+            self.running, self.aborted = False, False
         torch_gc()
 
     def _end(self, process: TrainingProcess, lang: str, folder: str) -> str:

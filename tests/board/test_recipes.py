@@ -264,7 +264,8 @@ def test_a_page_that_opens_while_a_run_lasts_has_its_form(board: Board, turn_to:
     from llamafactory.webui.components import top
 
     turn_to("third")
-    board.runner.running_data = board.data(top__model_path="of/the/run", top__template="qwen")
+    data = board.data(top__model_path="of/the/run", top__template="qwen")
+    board.runner.running, board.runner.running_data = True, data
     try:
         with pytest.raises(KeyError, match=r"infer.chat_box"):  # this Board has no tab for chat
             next(board.engine.resume())
@@ -272,7 +273,7 @@ def test_a_page_that_opens_while_a_run_lasts_has_its_form(board: Board, turn_to:
         turn_to("fourth")
         assert top.get_model_info("Custom") == ("", "default")
     finally:
-        board.runner.running_data = None
+        board.runner.running, board.runner.running_data = False, None
 
 
 def test_only_so_many_pages_are_kept(turn_to: Callable[[str], None]) -> None:
