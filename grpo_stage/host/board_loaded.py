@@ -31,6 +31,8 @@ class Page:
     """The stage that is chosen."""
     process: TrainingProcess | None = None
     """What the page has started, or was opened with, until it has shown its end."""
+    seen: Any = None
+    """What of the process the page shows."""
 
 
 _pages: OrderedDict[str, Page] = OrderedDict()

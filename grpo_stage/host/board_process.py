@@ -5,13 +5,14 @@ itself, so that two pages take them from each other, and a page that is closed l
 waits until somebody reads. Here one thread does both, and the pages ask it.
 """
 
+import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from llamafactory.extras.constants import RUNNING_LOG
+from llamafactory.extras.constants import RUNNING_LOG, SWANLAB_CONFIG, TRAINER_LOG
 
 from .board_tables import fenced
 
@@ -70,6 +71,13 @@ class TrainingProcess:
             print(self.errors)
         self._at_end()
         self._ended.set()
+
+
+def version_of_logs(output_dir: str) -> tuple[tuple[int, int], ...]:
+    """Another one whenever the host would show something else of a run."""
+    files = [os.path.join(output_dir, name) for name in (RUNNING_LOG, TRAINER_LOG, SWANLAB_CONFIG)]
+    statuses = [os.stat(file) for file in files if os.path.isfile(file)]
+    return tuple((status.st_size, status.st_mtime_ns) for status in statuses)
 
 
 def running_log(output_dir: str) -> str:

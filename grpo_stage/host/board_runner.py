@@ -24,7 +24,7 @@ from llamafactory.webui.runner import Runner
 from ..run_files import MetricCurves
 from . import board_loaded
 from .board_fields import FORM_FIELDS, effective
-from .board_process import TrainingProcess, running_log
+from .board_process import TrainingProcess, running_log, version_of_logs
 from .board_tables import fenced
 from .locales import PREFIX, message
 from .parser import check, effective_defaults
@@ -120,7 +120,8 @@ class GRPORunner(Runner):
             data: Any = self.running_data
             is_ours = data is not None and self.do_train and self.is_grpo(data)
             if is_ours:
-                board_loaded.this_page().process = self._process or self._followed()
+                page = board_loaded.this_page()
+                page.process, page.seen = self._process or self._followed(), None
         if data is None:  # it has ended while the page was on its way here
             return
         if not is_ours:
@@ -140,10 +141,14 @@ class GRPORunner(Runner):
         lang, folder = self._value(process.data, "top.lang"), self._output_dir(process.data)
         get = self.manager.get_elem_by_id
         if process.has_ended:
-            page.process = None
+            page.process, page.seen = None, None
             return {get("train.output_box"): self._end(process, lang, folder), get("train.progress_bar"): _HIDDEN}
         if process.was_aborted:
             return {get("train.output_box"): ALERTS["info_aborting"][lang], get("train.progress_bar"): _HIDDEN}
+        version = version_of_logs(folder)
+        if version == page.seen:
+            return gr.skip()
+        page.seen = version
         try:
             with self._lock:
                 log, progress, info = get_trainer_info(lang, folder, do_train=True)
