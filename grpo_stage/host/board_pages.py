@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.context import Context, get_blocks_context
 
-from . import board_loaded
 from .board_run_view import TICK_S
 from .board_runner import GRPORunner
 
@@ -29,9 +28,7 @@ def _remember_what_is_resumed(engine: "Engine", runner: GRPORunner) -> None:
     host_resume = engine.resume
 
     def resume() -> Iterator[Any]:
-        data: Any = runner.running_data  # which the host puts into this page's form
-        if runner.running and data is not None and runner.is_grpo(data):
-            board_loaded.remember(runner.by_id(data))
+        runner.remember_running()
         yield from host_resume()
 
     engine.resume = resume

@@ -6,26 +6,20 @@ panel's stand among the host's own "extra arguments", under the names that they 
 
 import json
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.constants import LLAMABOARD_CONFIG, MULTIMODAL_SUPPORTED_MODELS, TRAINING_STAGES
-from llamafactory.extras.misc import torch_gc
 from llamafactory.webui.common import DEFAULT_CONFIG_DIR, calculate_pixels, get_save_dir, load_args
-from llamafactory.webui.control import get_trainer_info
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
-from ..run_files import MetricCurves
 from . import board_loaded
 from .board_fields import FORM_FIELDS, effective
-from .board_process import TrainingProcess, running_log, version_of_logs
-from .board_tables import fenced
+from .board_process import WatchedRunner
 from .locales import PREFIX, message
 from .parser import check, effective_defaults
 from .registration import STAGE
@@ -34,7 +28,6 @@ from .registration import STAGE
 STAGE_NAME = next(name for name, stage in TRAINING_STAGES.items() if stage == STAGE)
 EXTRA_ARGUMENTS = "train.extra_args"
 FORM_IDS = {field.key: f"train.{field.element}" for field in FORM_FIELDS}
-_HIDDEN = gr.update(visible=False)
 _READERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "train.learning_rate": (float, "a number"),
     "train.num_train_epochs": (float, "a number"),
@@ -52,23 +45,12 @@ def grpo_runner(host_runner: type[Runner]) -> type[Runner]:
     return GRPORunner
 
 
-class GRPORunner(Runner):
+class GRPORunner(WatchedRunner):
     """Runs the form's training; refuses what the stage refuses before a process is started."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.started: set[str] = set()
-        """The output folders of the runs that were started here."""
-        self._process: TrainingProcess | None = None
-        self._lock = threading.RLock()
-        """Held while a process begins or ends, and while the host draws its plot, which it does in one place."""
-
     def _initialize(self, data: dict[Component, Any], do_train: bool, from_preview: bool) -> str:
-        process = self._process
-        if process is not None and do_train and self.is_grpo(data):
-            return message("busy", self._value(data, "top.lang"), folder=self._output_dir(process.data))
         error = super()._initialize(data, do_train, from_preview)
-        if error or not do_train or not self.is_grpo(data):
+        if error or not do_train or not self._is_grpo(data):
             return error
         try:
             check(self._parse_train_args(data))
@@ -77,115 +59,31 @@ class GRPORunner(Runner):
         return ""
 
     def _parse_train_args(self, data: dict[Component, Any]) -> dict[str, Any]:
-        if not self.is_grpo(data):
+        if not self._is_grpo(data):
             return super()._parse_train_args(data)
+
+        def value(element_id: str) -> Any:
+            return data[self.manager.get_elem_by_id(element_id)]
+
         readers = dict(_READERS)
-        if self._value(data, "top.model_name") in MULTIMODAL_SUPPORTED_MODELS:
+        if value("top.model_name") in MULTIMODAL_SUPPORTED_MODELS:
             readers |= dict.fromkeys(_PIXELS, (calculate_pixels, "a number of pixels, such as 768*768"))
         for element_id, (read, wanted) in readers.items():
-            _refuse_unless(read, wanted, element_id, self._value(data, element_id))
+            _refuse_unless(read, wanted, element_id, value(element_id))
         arguments = super()._parse_train_args(data)
-        values = {key: data[self.manager.get_elem_by_id(element_id)] for key, element_id in FORM_IDS.items()}
-        extra = _extra_arguments(self._value(data, EXTRA_ARGUMENTS))
+        values = {key: value(element_id) for key, element_id in FORM_IDS.items()}
+        extra = _extra_arguments(value(EXTRA_ARGUMENTS))
         return stage_arguments(arguments, values, extra)
 
     def _build_config_dict(self, data: dict[Component, Any]) -> dict[str, Any]:
         config = super()._build_config_dict(data)
         config = {element_id: v for element_id, v in config.items() if not element_id.startswith(f"train.{PREFIX}")}
-        if self.is_grpo(data):
+        if self._is_grpo(data):
             extra = json.loads(config[EXTRA_ARGUMENTS])
             values = {key: data[self.manager.get_elem_by_id(element_id)] for key, element_id in FORM_IDS.items()}
             panel = panel_arguments(values, self._parse_train_args(data))
             config[EXTRA_ARGUMENTS] = json.dumps({**panel, **extra}, ensure_ascii=False)
         return config
-
-    def _launch(self, data: dict[Component, Any], do_train: bool) -> Generator[dict[Component, Any], None, None]:
-        launch = super()._launch(data, do_train)
-        with self._lock:  # two pages may start at once: the second finds the first's process
-            first = next(launch)
-        yield first
-        yield from launch
-
-    def set_abort(self) -> None:
-        if self._process is not None:
-            self._process.was_aborted = True
-        super().set_abort()
-
-    def monitor(self) -> Generator[dict[Component, Any], None, None]:
-        """Begin to show a process on this page; `watched` goes on with it.
-
-        The host's would hold a connection as long as the process runs, and a browser has six to one server.
-        """
-        with self._lock:
-            data: Any = self.running_data
-            is_ours = data is not None and self.do_train and self.is_grpo(data)
-            if is_ours:
-                page = board_loaded.this_page()
-                page.process, page.seen = self._process or self._followed(), None
-        if data is None:  # it has ended while the page was on its way here
-            return
-        if not is_ours:
-            yield from super().monitor()
-            return
-        yield self.watched()
-
-    def watched(self) -> Any:
-        """What this page shows of the process that it has started or was opened with, by element; each page by itself.
-
-        The elements are the host's output box, progress bar, loss viewer and SwanLab link.
-        """
-        page = board_loaded.this_page()
-        process = page.process
-        if process is None:
-            return gr.skip()
-        lang, folder = self._value(process.data, "top.lang"), self._output_dir(process.data)
-        get = self.manager.get_elem_by_id
-        if process.has_ended:
-            page.process, page.seen = None, None
-            return {get("train.output_box"): self._end(process, lang, folder), get("train.progress_bar"): _HIDDEN}
-        if process.was_aborted:
-            return {get("train.output_box"): ALERTS["info_aborting"][lang], get("train.progress_bar"): _HIDDEN}
-        version = version_of_logs(folder)
-        if version == page.seen:
-            return gr.skip()
-        page.seen = version
-        try:
-            with self._lock:
-                log, progress, info = get_trainer_info(lang, folder, do_train=True)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            # The host reads every line again, the one that is being written too. The run view says what is damaged.
-            return {get("train.output_box"): running_log(folder)}
-        shown = {get(f"train.{name}"): value for name, value in info.items()}
-        return {get("train.output_box"): log, get("train.progress_bar"): progress, **shown}
-
-    def _followed(self) -> TrainingProcess:
-        assert self.trainer is not None
-        assert self.running_data is not None
-        self.running, self.aborted = True, False
-        self.started.add(self._output_dir(self.running_data))
-        self._process = TrainingProcess(self.trainer, self.running_data, self._release)
-        return self._process
-
-    def _release(self) -> None:
-        """The process has ended: another may be started."""
-        with self._lock:
-            self.trainer, self.running_data, self._process = None, None, None
-            self.running, self.aborted = False, False
-        torch_gc()
-
-    def _end(self, process: TrainingProcess, lang: str, folder: str) -> str:
-        """How the process ended, and what it left to read, as Markdown."""
-        code = process.returncode
-        curves = MetricCurves(Path(folder))
-        curves.update()
-        step, steps = curves.progress.get("current_steps", 0), curves.progress.get("total_steps", "?")
-        if process.was_aborted and step != steps:
-            said = message("stopped", lang, step=step, steps=steps) if step else message("stopped_early", lang)
-        elif code == 0:
-            said = ALERTS["info_finished"][lang]
-        else:
-            return f"{ALERTS['err_failed'][lang]} Exit code: {code}\n\n{fenced(process.errors)}"
-        return f"{said}\n\n{running_log(folder)}"
 
     def load_args(self, lang: str, config_path: str) -> dict[Component, Any]:
         path = os.path.join(DEFAULT_CONFIG_DIR, config_path)
@@ -222,7 +120,7 @@ class GRPORunner(Runner):
 
     def restored(self, loaded: dict[Component, Any]) -> dict[Component, Any]:
         """What the host loaded, with the panel's values out of the extra arguments; one not there has its default."""
-        by_id = self.by_id(loaded)
+        by_id = {self.manager.get_id_by_elem(element): value for element, value in loaded.items()}
         if by_id.get("train.training_stage") != STAGE_NAME:
             return loaded
         extra = json.loads(by_id[EXTRA_ARGUMENTS])
@@ -252,21 +150,8 @@ class GRPORunner(Runner):
             raise ValueError(ALERTS["err_json_schema"][values[get("top.lang")]]) from error
         return {key: value for key, value in arguments.items() if key != "output_dir"}
 
-    def by_id(self, data: Mapping[Component, Any]) -> dict[str, Any]:
-        """Elements' values by element id."""
-        return {self.manager.get_id_by_elem(element): value for element, value in data.items()}
-
-    def is_grpo(self, data: Mapping[Component, Any]) -> bool:
-        """Whether a form is this stage's."""
-        return self._value(data, "train.training_stage") == STAGE_NAME
-
-    def _value(self, data: Mapping[Component, Any], element_id: str) -> Any:
-        return data[self.manager.get_elem_by_id(element_id)]
-
-    def _output_dir(self, data: Mapping[Component, Any]) -> str:
-        names = ("top.model_name", "top.finetuning_type", "train.output_dir")
-        parts = [self._value(data, name) for name in names]
-        return str(get_save_dir(*parts))
+    def _is_grpo(self, data: Mapping[Component, Any]) -> bool:
+        return data[self.manager.get_elem_by_id("train.training_stage")] == STAGE_NAME
 
 
 def _refuse_unless(read: Callable[[str], Any], wanted: str, element_id: str, text: Any) -> None:
