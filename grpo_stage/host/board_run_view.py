@@ -192,8 +192,8 @@ def _folder(model_name: str | None, finetuning_type: str, output_dir: str | None
 
 def _is_saved(folder: str) -> bool:
     """Whether the folder is one of those below the host's own, as its name says; links of the owner's are followed."""
-    below = os.path.relpath(os.path.abspath(folder), os.path.abspath(DEFAULT_SAVE_DIR))
-    return not folder or not (below == "." or {"..", os.path.pardir} & {*Path(below).parts, *Path(folder).parts})
+    below = Path(os.path.relpath(os.path.abspath(folder), os.path.abspath(DEFAULT_SAVE_DIR))).parts
+    return not folder or (bool(below) and ".." not in (*below, *Path(folder).parts))
 
 
 def _progress(run: _Run, lang: str) -> str:
