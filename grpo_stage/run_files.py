@@ -21,6 +21,7 @@ from .completions_log import COMPLETIONS_FILE
 LOG_FILE = "trainer_log.jsonl"
 Order = Literal["best", "worst", "sampled"]
 
+_MAX_STEP = 10**18
 _STEP = re.compile(rb'\n\{"step": (\d{1,18}),')  # ten times as fast as with ^
 Point = tuple[int, float]
 
@@ -91,8 +92,8 @@ class MetricCurves:
             self._points, self.progress, self.num_damaged_lines = {}, {}, 0
         for line in added.split(b"\n")[:-1]:
             record = _record(line)
-            step: Any = record.get("current_steps")
-            if not _is_number(step):
+            step = record.get("current_steps")
+            if not isinstance(step, int) or not 0 <= step < _MAX_STEP:
                 self.num_damaged_lines += 1
                 continue
             self.progress = record

@@ -24,7 +24,7 @@ from .board_pages import serve_many_pages
 from .board_recipes import export_recipe, import_recipe
 from .board_run_view import RunView
 from .board_runner import GRPORunner
-from .board_tables import literal, table
+from .board_tables import harmless, literal, table
 from .board_trial import try_rewards
 from .locales import PREFIX, message
 from .recipe_text import read_recipe
@@ -165,7 +165,7 @@ class Panel:
             try:
                 form = import_recipe(engine.runner, read_recipe(data[self._import]))
             except ValueError as refusal:
-                gr.Warning(str(refusal), duration=None)  # until it is closed
+                gr.Warning(harmless(str(refusal)), duration=None)  # until it is closed
                 return {output_box: literal(str(refusal))}
             values = {element: value for element, value in form.items() if element in inputs}
             return values | {output_box: message("imported", data[lang])} | dict(zip(results, hidden(), strict=True))

@@ -63,6 +63,7 @@ _COLORS = (
     "#bab0ac",
 )
 _ANY = 10**9
+_LARGEST = 1.7e308
 _COLUMNS = ("step", "value", "metric")
 
 
@@ -221,19 +222,16 @@ def _drawn(run: _Run, plot: Plot) -> dict[str, Any]:
     """What changes of a plot's element."""
     curves = {_legend(name): curve for name, curve in run.curves.matching(plot.patterns, MAX_POINTS).items()}
     values = [value for curve in curves.values() for _, value in curve]
-    steps = [step for curve in curves.values() for step, _ in curve]
-    first, last = min(steps, default=0), max(steps, default=0)
-    points = [
-        (step, value, name) for name, curve in curves.items() for step, value in _visible(curve, (last - first) / 200)
-    ]
-    # The plot makes its scales once, and again when one of these changes: colors are given name by name, so that a
-    # metric that comes later gets its own; and around a constant it would put labels of 0.
+    last = _rounded_up(max((step for curve in curves.values() for step, _ in curve), default=1))
+    points = [(step, value, name) for name, curve in curves.items() for step, value in _visible(curve, last / 200)]
+    # The plot makes its scales once, and again when one of these changes (an axis without limits would keep its last
+    # ones). Colors are given name by name, so that a metric that comes later gets its own.
     return gr.update(
         value=pd.DataFrame(points, columns=list(_COLUMNS)),
         visible=bool(points),
         color_map={name: _COLORS[i % len(_COLORS)] for i, name in enumerate(curves)},
-        x_lim=[first - 1, first + 1] if first == last else None,
-        y_lim=_around_a_constant(values),
+        x_lim=[0, last],
+        y_lim=_limits(values),
     )
 
 
@@ -242,16 +240,26 @@ def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
     if len(curve) != 1:
         return list(curve)
     step, value = curve[0]
-    return [(step - (reach or 0.1), value), (step, value), (step + (reach or 0.1), value)]
+    return [(step - reach, value), (step, value), (step + reach, value)]
 
 
-def _around_a_constant(values: list[float]) -> list[float] | None:
-    """The limits of an axis for values that are all the same, else None."""
+def _rounded_up(step: int) -> float:
+    """The end of an axis of steps, which moves seldom."""
+    unit = 10 ** (len(str(step)) - 1)
+    return next(factor * unit for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if factor * unit >= step)
+
+
+def _limits(values: list[float]) -> list[float]:
+    """The ends of an axis of values, which move seldom; around a constant, which has no labels of its own."""
     low, high = min(values, default=0.0), max(values, default=0.0)
-    if high - low > 1e-6 * max(abs(low), abs(high)):
-        return None
-    reach = abs(low) / 2 or 1.0
-    return [low - reach, high + reach]
+    half = high / 2 - low / 2  # the whole may be more than a float can be
+    if half <= 1e-6 * max(abs(low), abs(high)):
+        reach = abs(low) / 2 or 1.0
+        ends = low - reach, high + reach
+    else:
+        unit = 10 ** math.floor(math.log10(half))
+        ends = math.floor(low / unit) * unit, math.ceil(high / unit) * unit
+    return [max(-_LARGEST, min(float(f"{end:.10g}"), _LARGEST)) for end in ends]
 
 
 def _legend(metric: str) -> str:
@@ -290,7 +298,7 @@ def _completions(run: _Run, lang: str, step: Any, order: Any, page: Any) -> tupl
         ]
         for record in shown
     ]
-    shares = [4, 8, 4] + [1.5] * (len(names) + 3)
+    shares = [4, 7, 3] + [1.6] * (len(names) + 3)
     place = message(
         "completions",
         lang,

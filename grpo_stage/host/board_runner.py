@@ -20,6 +20,7 @@ from llamafactory.webui.runner import Runner
 from . import board_loaded
 from .board_fields import FORM_FIELDS, effective
 from .board_process import WatchedRunner
+from .board_tables import harmless
 from .locales import PREFIX, message
 from .parser import check, effective_defaults
 from .registration import STAGE
@@ -55,7 +56,7 @@ class GRPORunner(WatchedRunner):
         try:
             check(self._parse_train_args(data))
         except ValueError as refusal:
-            return str(refusal)
+            return harmless(str(refusal))
         return ""
 
     def _parse_train_args(self, data: dict[Component, Any]) -> dict[str, Any]:

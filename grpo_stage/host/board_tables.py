@@ -6,14 +6,15 @@ from html import escape
 
 
 # A long text scrolls in its cell; `dir` keeps one that runs from right to left from reordering its neighbors.
-_CELL = '<td style="vertical-align: top"><div dir="auto" style="{style}">{text}</div></td>'
+_CELL = '<td style="vertical-align: top; padding: 4px 6px"><div dir="auto" style="{style}">{text}</div></td>'
 _TEXT_STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20em; overflow: auto"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], shares: Sequence[float]) -> str:
     """An HTML table whose columns share its width in these proportions."""
     head = "".join(
-        f'<th style="width: {100 * share / sum(shares):.1f}%; overflow-wrap: anywhere">{escape(header)}</th>'
+        f'<th style="width: {100 * share / sum(shares):.1f}%; padding: 4px 6px; overflow-wrap: anywhere">'
+        f"{escape(header)}</th>"
         for header, share in zip(headers, shares, strict=True)
     )
     body = "".join(
@@ -38,3 +39,8 @@ def fenced(text: str, language: str = "") -> str:
 def literal(text: str) -> str:
     """Text as Markdown that shows it as it is, without a block."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
+
+
+def harmless(text: str) -> str:
+    """Text for a message of the host, which is HTML in one place and Markdown in another: it brings no element."""
+    return text.replace("<", "&lt;").replace("![", "!&#91;")

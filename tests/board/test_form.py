@@ -233,6 +233,7 @@ def test_evaluation_follows_from_its_prompts(board: Board) -> None:
             {"top__model_name": "Qwen2-VL-2B-Instruct", "train__image_max_pixels": "large"},
             ["image_max_pixels: large", "768*768"],
         ),
+        ({"train__extra_args": '{"x<img src=x>![y](z)": 1}'}, ["x&lt;img src=x>!&#91;y](z)"]),
         ({"train__extra_args": '{"seed": 1, "seed": 2}'}, ["`seed` stands 2 times", "extra arguments"]),
         ({"train__grpo_num_generations": -5}, ["num_generations: -5"]),
         ({"train__grpo_num_generations": 2.7}, ["num_generations: 2.7", "a whole number"]),

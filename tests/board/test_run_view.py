@@ -71,20 +71,36 @@ def test_a_metric_that_comes_later_is_drawn_in_a_color_of_its_own() -> None:
     assert colors["format"] != colors["reward"] == before["color_map"]["reward"]
 
 
-def test_a_constant_has_an_axis_around_it_and_a_single_point_is_a_line() -> None:
+def test_a_single_point_is_a_line() -> None:
     view = View()
-    write_run(FOLDER, [{"reward": 0.5, "kl": 0.0, "entropy": -2}])
+    write_run(FOLDER, [{"reward": 0.5}])
     shown = view.look()
-    limits = {name: shown[name]["y_lim"] for name in ("reward", "kl", "entropy")}
-    assert limits == {"reward": [0.25, 0.75], "kl": [-1, 1], "entropy": [-3, -1]}
-    assert shown["reward"]["x_lim"] == [0, 2]
-    ((left, _), point, (right, _)) = drawn(shown["reward"])["reward"]
-    assert (left < 1 < right, point) == (True, (1, 0.5))
+    assert (shown["reward"]["x_lim"], shown["reward"]["y_lim"]) == ([0, 1], [0.25, 0.75])
+    assert drawn(shown["reward"])["reward"] == [(0.995, 0.5), (1, 0.5), (1.005, 0.5)]
     append_line(FOLDER, current_steps=201, reward=0.75, eval_reward=0.5)
     shown = view.look()
-    assert (shown["reward"]["x_lim"], shown["reward"]["y_lim"]) == (None, None)
+    assert (shown["reward"]["x_lim"], shown["reward"]["y_lim"]) == ([0, 300], [0.5, 0.8])
     assert drawn(shown["reward"])["reward"] == [(1, 0.5), (201, 0.75)]
-    assert [step for step, _ in drawn(shown["evaluation"])["eval_reward"]] == [200.9, 201, 201.1]
+    assert [step for step, _ in drawn(shown["evaluation"])["eval_reward"]] == [199.5, 201, 202.5]
+
+
+@pytest.mark.parametrize(
+    ("values", "limits"),
+    [
+        ([0.5, 0.5], [0.25, 0.75]),
+        ([0.0], [-1, 1]),
+        ([-2, -2, -2.0], [-3, -1]),
+        ([1.2e-4, 1.2e-4 + 1e-15], [6e-5, 1.8e-4]),
+        ([0.13, 0.87], [0.1, 0.9]),
+        ([0, 1], [0, 1]),
+        ([-3, 41], [-10, 50]),
+        ([-1e308, 1e308], [-1e308, 1e308]),
+        ([1.7e308], [8.5e307, 1.7e308]),
+        ([], [-1, 1]),
+    ],
+)
+def test_an_axis_holds_its_values(values: list[float], limits: list[float]) -> None:
+    assert board_run_view._limits(values) == limits
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,8 @@ DAMAGED = {
     "a list": b"[1, 2]",
     "no step": b'{"reward": 1.0}',
     "a step that is text": b'{"current_steps": "2", "total_steps": 9}',
+    "a step that is no whole number": b'{"current_steps": 1.5, "total_steps": 9}',
+    "a step below zero": b'{"current_steps": -1, "total_steps": 9}',
     "nested": b"[" * 100_000,
     "empty": b"",
     "a number of many digits": b'{"current_steps": 1' + b"0" * 5000 + b', "total_steps": 9}',
