@@ -223,7 +223,7 @@ def _drawn(run: _Run, plot: Plot) -> dict[str, Any]:
     curves = {_legend(name): curve for name, curve in run.curves.matching(plot.patterns, MAX_POINTS).items()}
     values = [value for curve in curves.values() for _, value in curve]
     last = _rounded_up(max((step for curve in curves.values() for step, _ in curve), default=1))
-    points = [(step, value, name) for name, curve in curves.items() for step, value in _visible(curve, last / 200)]
+    points = [(step, value, name) for name, curve in curves.items() for step, value in _visible(curve, last / 100)]
     # The plot makes its scales once, and again when one of these changes (an axis without limits would keep its last
     # ones). Colors are given name by name, so that a metric that comes later gets its own.
     return gr.update(

@@ -153,7 +153,7 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     watcher.route("https://**", lambda route: route.abort())
     watcher.goto(board_url)
     expect(watcher.locator("#grpo_num_generations input")).to_have_value("4")
-    expect(watcher.get_by_text("Running ").first).to_be_visible()
+    expect(watcher.get_by_text(re.compile(r"Running \d+/400")).first).to_be_visible()
     watcher.get_by_role("button", name="Start", exact=True).click()
     expect(watcher.get_by_text("trains one run at a time").first).to_be_visible()
 

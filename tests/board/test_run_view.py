@@ -76,12 +76,12 @@ def test_a_single_point_is_a_line() -> None:
     write_run(FOLDER, [{"reward": 0.5}])
     shown = view.look()
     assert (shown["reward"]["x_lim"], shown["reward"]["y_lim"]) == ([0, 1], [0.25, 0.75])
-    assert drawn(shown["reward"])["reward"] == [(0.995, 0.5), (1, 0.5), (1.005, 0.5)]
+    assert drawn(shown["reward"])["reward"] == [(0.99, 0.5), (1, 0.5), (1.01, 0.5)]
     append_line(FOLDER, current_steps=201, reward=0.75, eval_reward=0.5)
     shown = view.look()
     assert (shown["reward"]["x_lim"], shown["reward"]["y_lim"]) == ([0, 300], [0.5, 0.8])
     assert drawn(shown["reward"])["reward"] == [(1, 0.5), (201, 0.75)]
-    assert [step for step, _ in drawn(shown["evaluation"])["eval_reward"]] == [199.5, 201, 202.5]
+    assert [step for step, _ in drawn(shown["evaluation"])["eval_reward"]] == [198, 201, 204]
 
 
 @pytest.mark.parametrize(
