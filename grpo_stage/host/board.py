@@ -13,19 +13,23 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import wrapt
 from gradio.components import Component
-from llamafactory.extras.constants import TRAINING_STAGES
+from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
+from llamafactory.webui.common import load_dataset_info
 from llamafactory.webui.control import list_datasets
 
 from ..arguments import applies
 from .board_code import ImportedCode
 from .board_fields import FORM_FIELDS, GROUPS, FormField, effective
+from .board_pages import serve_many_pages
 from .board_recipes import export_recipe, import_recipe
 from .board_run_view import RunView
 from .board_runner import GRPORunner
+from .board_tables import harmless, literal, table
 from .board_trial import try_rewards
 from .locales import PREFIX, message
-from .registration import STAGE, read_command_line
+from .recipe_text import read_recipe
+from .registration import STAGE
 
 
 if TYPE_CHECKING:
@@ -62,6 +66,7 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
         del engine.manager.get_base_elems
     _move_behind(panel.accordion, train["rlhf_tab"])
     view = RunView()
+    serve_many_pages(engine, train)
     panel.connect(engine, train, inputs)
     view.connect(engine, train)
     train["training_stage"].change(
@@ -91,11 +96,10 @@ def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
     siblings.insert(siblings.index(neighbour) + 1, block)
 
 
-def _widths(num_scores: int) -> list[str]:
-    """Of prompt, kind, completion and scores, 100 % together."""
-    narrow = min(9, 45 // num_scores)
-    rest = 100 - 14 - narrow * num_scores
-    return [f"{rest * 2 // 5}%", "14%", f"{rest - rest * 2 // 5}%", *[f"{narrow}%"] * num_scores]
+def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
+    """Those that the stage can train on, and those that the folder does not know."""
+    info, wants_pairs = load_dataset_info(folder), TRAINING_STAGES[stage_name] in STAGES_USE_PAIR_DATA
+    return [name for name in datasets if name not in info or info[name].get("ranking", False) == wants_pairs]
 
 
 class Panel:
@@ -144,9 +148,8 @@ class Panel:
         self._report = gr.Textbox(
             visible=False, interactive=False, max_lines=20, show_label=False, elem_id="grpo_try_report"
         )
-        self._scores = gr.Dataframe(
-            visible=False, interactive=False, wrap=True, datatype="str", max_height=500, elem_id="grpo_try_table"
-        )
+        self._scores = gr.HTML(visible=False, elem_id="grpo_try_table", max_height=500, padding=False)
+        self._is_trying = gr.State(False)
         self.elements |= {
             "grpo_try_rows": self._num_rows,
             "grpo_try_source": self._source,
@@ -163,15 +166,14 @@ class Panel:
 
         def load(data: dict[Component, Any]) -> dict[Component, Any]:
             try:
-                recipe = read_command_line([data[self._import]])
-                assert isinstance(recipe, dict)
+                recipe = read_recipe(data[self._import])
                 form = import_recipe(engine.runner, recipe)
-                said = message("imported", data[lang])
-                shown = {element: value for element, value in form.items() if element in inputs}
-                return shown | {output_box: said, self.code.confirmed: self.code.choices(recipe)}
             except ValueError as refusal:
-                gr.Warning(str(refusal))
-                return {output_box: str(refusal)}
+                gr.Warning(harmless(str(refusal)), duration=None)  # until it is closed
+                return {output_box: literal(str(refusal))}
+            values = {element: value for element, value in form.items() if element in inputs}
+            said = {output_box: message("imported", data[lang]), self.code.confirmed: self.code.choices(recipe)}
+            return values | said | dict(zip(results, hidden(), strict=True))
 
         def save(data: dict[Component, Any]) -> dict[Component, Any]:
             error = engine.runner._initialize(data, do_train=True, from_preview=True)
@@ -185,12 +187,28 @@ class Panel:
         def attempt(data: dict[Component, Any]) -> Iterator[list[Any]]:
             yield from self._attempt(engine.runner, data, data[lang])
 
-        self._import.upload(load, {lang, self._import}, [*inputs, output_box], concurrency_limit=None)
-        self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
+        def hidden() -> list[Any]:
+            return [gr.update(visible=False)] * len(results)
+
+        def stop(is_trying: bool, language: str) -> list[Any]:
+            return [message("trial_stopped", language) if is_trying else gr.skip(), False]
+
+        results = [self._report, self._scores, self._exported]
         trial = self._try.click(
-            attempt, inputs | {lang, self._num_rows, self._source}, [self._report, self._scores], concurrency_limit=1
+            attempt,
+            inputs | {lang, self._num_rows, self._source},
+            [self._report, self._scores, self._is_trying],
+            concurrency_limit=1,
         )
-        train["stop_btn"].click(None, cancels=[trial])
+        self._import.upload(
+            load, {lang, self._import}, [*inputs, output_box, *results], concurrency_limit=None, cancels=[trial]
+        )
+        self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
+        train["stop_btn"].click(
+            stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False
+        )
+        # What was tried and exported is another form's once one is loaded.
+        gr.on([train["arg_load_btn"].click, train["output_dir"].input], hidden, None, results, cancels=[trial])
         self.code.connect(engine.runner, [self._try, train["start_btn"]], inputs)
         dataset_lists = [train["dataset_dir"], train["training_stage"]]
         eval_dataset = self.fields["eval_dataset"]
@@ -200,23 +218,20 @@ class Panel:
         try:
             arguments = runner.trial_arguments(data)
         except ValueError as refusal:
-            yield [gr.Textbox(str(refusal), visible=True), gr.Dataframe(visible=False)]
+            yield [gr.Textbox(str(refusal), visible=True), gr.update(visible=False), False]
             return
         for trial in try_rewards(arguments, data[self._num_rows], data[self._source]):
             if not trial.is_done:
                 said = message("trying", lang, seconds=f"{trial.elapsed_s:.0f}")
-                yield [gr.Textbox(said, visible=True), gr.skip()]
+                yield [gr.Textbox(said, visible=True), gr.update(visible=False), True]
             elif trial.error is not None:
-                yield [gr.Textbox(trial.error, visible=True), gr.Dataframe(visible=False)]
+                yield [gr.Textbox(trial.error, visible=True), gr.update(visible=False), False]
             else:
                 prompt, kind, completion, total = message("trial_headers", lang).split("|")
-                table = gr.Dataframe(
-                    [list(row) for row in trial.rows],
-                    headers=[prompt, kind, completion, *trial.headers, total],
-                    column_widths=_widths(len(trial.headers) + 1),
-                    visible=True,
-                )
-                yield [gr.Textbox("\n".join(trial.notes), visible=bool(trial.notes)), table]
+                headers = [prompt, kind, completion, *trial.headers, total]
+                scores = table(headers, trial.rows, [5, 2, 5] + [1.5] * (len(headers) - 3))
+                notes = gr.Textbox("\n".join(trial.notes), visible=bool(trial.notes))
+                yield [notes, gr.update(value=scores, visible=True), False]
 
     def _show_what_applies(self, train: Mapping[str, Any]) -> None:
         """Hide the fields that have no effect beside the others' values."""
@@ -252,15 +267,24 @@ class Panel:
             compute_type = "bf16" if is_accelerator_available() else "fp32"
             return [LEARNING_RATES.get(method, "1e-5"), compute_type, *SANE_VALUES.values()]
 
-        def choose(stage: str, method: str, before: list[Any] | None, *values: Any) -> list[Any]:
-            if is_grpo(stage):
-                return [[], before or list(values), *sane(method)]
-            if before is None:
+        def choose(
+            stage: str,
+            method: str,
+            folder: str,
+            datasets: list[str] | None,
+            before: list[Any] | None,
+            *values: Any,
+        ) -> list[Any]:
+            if not is_grpo(stage) and before is None:
                 return [gr.skip(), None, *[gr.skip()] * len(names)]
+            kept_datasets = _fit_for(stage, folder, datasets or [])
+            if is_grpo(stage):
+                return [kept_datasets, before or list(values), *sane(method)]
+            assert before is not None
             kept = [
                 old if value == ours else value for old, value, ours in zip(before, values, sane(method), strict=True)
             ]
-            return [gr.skip(), None, *kept]
+            return [kept_datasets, None, *kept]
 
         def follow(stage: str, method: str, rate: str) -> Any:
             return LEARNING_RATES[method] if is_grpo(stage) and rate in LEARNING_RATES.values() else gr.skip()
@@ -268,7 +292,7 @@ class Panel:
         stage = train["training_stage"]
         stage.input(
             choose,
-            [stage, finetuning_type, earlier, *shared],
+            [stage, finetuning_type, train["dataset_dir"], train["dataset"], earlier, *shared],
             [train["dataset"], earlier, *shared],
             queue=False,
             show_progress="hidden",

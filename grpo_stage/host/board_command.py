@@ -1,12 +1,12 @@
 """The command that LLaMA Board shows and runs, for `stage: grpo`: nothing dropped, everything quoted."""
 
 import json
-import re
 import shlex
 from typing import Any
 
 import wrapt
 
+from .board_tables import fenced
 from .registration import STAGE
 
 
@@ -27,8 +27,7 @@ def quote(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> str:
         return wrapped(*args, **kwargs)
     words = [_flag(key, value) for key, value in arguments.items() if value is not None]
     command = " \\\n    ".join(["llamafactory-cli train", *words])
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", command)), default=0))
-    return f"{fence}bash\n{command}\n{fence}"
+    return fenced(command, "bash")
 
 
 def _flag(key: str, value: Any) -> str:

@@ -73,10 +73,9 @@ class FormField:
             return gr.Dropdown(choices=list(self.choices), multiselect=True, allow_custom_value=True, **shared)
         if self.kind == "text" or self.kind == "mapping":
             return gr.Textbox(**shared)
+        # Without precision and bounds of the widget's own: it would round in silence, and answer a value beyond them
+        # with an error that does not name its field. The stage's own check does.
         return gr.Number(
-            precision=0 if self.kind == "whole" else None,
-            minimum=self.minimum,
-            maximum=self.maximum,
             step=1 if self.kind == "whole" else 0.01,
             placeholder="–",  # noqa: RUF001 (a blank number shows 0 otherwise)
             **shared,

@@ -1,32 +1,67 @@
-"""What a configuration that was loaded into the form says, for those fields that the host fills anew by itself.
+"""The Board's pages: one Board serves several (a browser's tabs, several people), and what is loaded is one page's.
 
 A field that a load changes fires the same events as one that a person changes, and the host then puts the default
 template, no adapters and no datasets in place of those that were loaded a moment ago. For a configuration of this
 stage these handlers give back what was loaded, as long as the fields that they follow from are the loaded ones.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 import wrapt
+from gradio.context import LocalContext
 
 from .registration import STAGE
 
 
-_loaded: dict[str, Any] = {}
+if TYPE_CHECKING:
+    from .board_process import TrainingProcess
+
+
+_KEPT_PAGES = 1000
+
+
+@dataclass(slots=True)
+class Page:
+    """A browser's tab that shows the Board."""
+
+    loaded: dict[str, Any] = field(default_factory=dict)
+    """The values of the configuration that was loaded last, by element id."""
+    stage: str = ""
+    """The stage that is chosen."""
+    process: "TrainingProcess | None" = None
+    """What the page has started, or was opened with, until it has shown its end."""
+    seen: Any = None
+    """What of the process the page shows."""
+
+
+_pages: OrderedDict[str, Page] = OrderedDict()
+
+
+def this_page() -> Page:
+    """The page whose event is being handled."""
+    request = LocalContext.request.get(None)
+    key = (request.session_hash if request else None) or ""
+    page = _pages.setdefault(key, Page())
+    _pages.move_to_end(key)
+    if len(_pages) > _KEPT_PAGES:
+        _pages.popitem(last=False)
+    return page
 
 
 def remember(values: Mapping[str, Any]) -> None:
-    """Keep the values, by element id, of the configuration that was loaded last."""
-    _loaded.clear()
-    _loaded.update(values)
+    """Keep the values, by element id, of the configuration that this page has loaded last."""
+    this_page().loaded = dict(values)
 
 
 def _recall(element_id: str, **conditions: Any) -> Any:
     """A loaded value, or None where another model, method or stage has been chosen since."""
-    is_current = all(_loaded.get(f"top.{name}") == value for name, value in conditions.items())
-    return _loaded.get(element_id) if is_current else None
+    loaded = this_page().loaded
+    is_current = all(loaded.get(f"top.{name}") == value for name, value in conditions.items())
+    return loaded.get(element_id) if is_current else None
 
 
 @wrapt.decorator
@@ -53,8 +88,11 @@ def keep_checkpoints(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> gr.
 
 @wrapt.decorator
 def keep_dataset(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Datasets and packing: for this stage the event of a person's own choice sees to them."""
+    """Datasets and packing: into this stage and out of it, the event of a person's own choice sees to the datasets."""
     from llamafactory.extras.constants import TRAINING_STAGES
 
-    training_stage = args[0] if args else kwargs["training_stage"]
-    return (gr.skip(), False) if TRAINING_STAGES[training_stage] == STAGE else wrapped(*args, **kwargs)
+    datasets, packing = wrapped(*args, **kwargs)
+    page = this_page()
+    stages = page.stage, TRAINING_STAGES[args[0] if args else kwargs["training_stage"]]
+    page.stage = stages[1]
+    return (gr.skip(), packing) if STAGE in stages else (datasets, packing)

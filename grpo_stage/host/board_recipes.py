@@ -18,7 +18,6 @@ from llamafactory.hparams.data_args import DataArguments
 from llamafactory.hparams.generating_args import GeneratingArguments
 from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
-from llamafactory.webui.common import save_config
 
 from ..arguments import ROLLOUT
 from ..redaction import mask
@@ -64,8 +63,6 @@ def import_recipe(runner: GRPORunner, recipe: Mapping[str, Any]) -> dict[Compone
     form = _form_values(runner, wanted, effective)
     made = _arguments_of(runner, form)
     form[EXTRA_ARGUMENTS] = json.dumps(_differences(made, wanted, effective), ensure_ascii=False)
-    model_name, model_path = form["top.model_name"], form["top.model_path"]
-    save_config("", model_name=model_name, model_path=model_path)  # where the host keeps the path of a model
     board_loaded.remember(form)
     return {runner.manager.get_elem_by_id(element_id): value for element_id, value in form.items()}
 

@@ -1,5 +1,6 @@
 """The Board's view of a run, while it trains and when it is opened again: curves, and completions by step."""
 
+import math
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -10,10 +11,12 @@ from typing import Any
 
 import gradio as gr
 import pandas as pd
-from llamafactory.webui.common import get_save_dir
+from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir
 
-from ..run_files import CompletionPages, MetricCurves
-from .board_tables import number, short
+from ..completions_log import COMPLETIONS_FILE
+from ..run_files import LOG_FILE, CompletionPages, MetricCurves, Point
+from .board_runner import GRPORunner
+from .board_tables import number, table
 from .locales import message
 
 
@@ -45,7 +48,22 @@ MAX_POINTS = 400
 PAGE_SIZE = 8
 ORDERS = ("best", "worst", "sampled")
 TICK_S = 2
-_KEPT_RUNS = 4
+_KEPT_RUNS = 32
+"""Runs whose files are kept as read; one beyond them is read again."""
+_COLORS = (
+    "#4c78a8",
+    "#f58518",
+    "#54a24b",
+    "#e45756",
+    "#72b7b2",
+    "#b279a2",
+    "#eeca3b",
+    "#9d755d",
+    "#ff9da6",
+    "#bab0ac",
+)
+_ANY = 10**9
+_LARGEST = 1.7e308
 _COLUMNS = ("step", "value", "metric")
 
 
@@ -55,13 +73,16 @@ class _Run:
 
     curves: MetricCurves
     completions: CompletionPages
-    version: int = 0
-    """Counts the changes."""
     lock: Lock = field(default_factory=Lock)
 
     def update(self) -> None:
-        changes = [self.curves.update(), self.completions.update()]
-        self.version += any(changes)
+        self.curves.update()
+        self.completions.update()
+
+    @property
+    def version(self) -> Any:
+        """Follows from the files alone, so that it is the same for a run that is read again from the beginning."""
+        return self.curves.version, self.completions.version
 
 
 class RunView:
@@ -88,23 +109,16 @@ class RunView:
                             show_fullscreen_button=True,
                         )
             with gr.Row():
-                self._step = gr.Number(value=None, precision=0, minimum=0, placeholder="–", elem_id="grpo_run_step")  # noqa: RUF001
+                # Without bounds of the widgets' own, which answer a value beyond them with an error.
+                self._step = gr.Number(value=None, step=1, placeholder="–", elem_id="grpo_run_step")  # noqa: RUF001
                 self._order = gr.Dropdown(choices=list(ORDERS), value=ORDERS[0])
-                self._page = gr.Number(value=1, precision=0, minimum=1)
+                self._page = gr.Number(value=1, step=1, elem_id="grpo_run_page")
                 with gr.Column():
                     self._previous = gr.Button()
                     self._next = gr.Button()
-            self._table = gr.Dataframe(
-                visible=False,
-                elem_id="grpo_run_table",
-                datatype="str",
-                interactive=False,
-                wrap=True,
-                max_height=700,
-                show_fullscreen_button=True,
-                show_copy_button=True,
-            )
+            self._table = gr.HTML(visible=False, elem_id="grpo_run_table", max_height=700, padding=False)
         self._seen = gr.State(None)
+        self._typed = gr.State("")
         self.timer = gr.Timer(TICK_S, active=False)
         self.elements |= {
             "grpo_run": self.panel,
@@ -118,53 +132,51 @@ class RunView:
 
     def connect(self, engine: Any, train: Mapping[str, Any]) -> None:
         """Wire the events, once the host's elements are there."""
+        assert isinstance(engine.runner, GRPORunner)
         top = engine.manager.get_elem_by_id
         place = [top("top.lang"), top("top.model_name"), top("top.finetuning_type"), train["output_dir"]]
-        inputs = [*place, self._step, self._order, self._page, self._seen]
+        inputs = [*place, self._typed, self._step, self._order, self._page, self._seen]
         plots = [self.elements[plot.element] for plot in PLOTS]
-        outputs = [self._status, *plots, self._table, self._seen]
+        outputs = [self._status, *plots, self._table, self._page, self._seen]
         quietly = {"show_progress": "hidden", "queue": False}
-        self.timer.tick(self._refresh, inputs, outputs, **quietly)
+
+        def refresh(
+            lang: str, model_name: str | None, finetuning_type: str, output_dir: str | None, typed: str, *rest: Any
+        ) -> Any:
+            folder = _folder(model_name, finetuning_type, output_dir)
+            is_own = _is_saved(folder) or output_dir == typed or folder in engine.runner.started
+            return self._refresh(lang, folder, is_own, *rest)
+
+        self.timer.tick(refresh, inputs, outputs, **quietly)
         gr.on(
-            [element.change for element in (*place, self._step, self._order, self._page)],
-            self._refresh,
+            [element.change for element in (*place, self._typed, self._step, self._order, self._page)],
+            refresh,
             inputs,
             outputs,
             **quietly,
         )
+        train["output_dir"].input(lambda typed: typed, [train["output_dir"]], [self._typed], **quietly)
         gr.on([self._step.input, self._order.input], lambda: 1, None, [self._page], **quietly)
-        self._previous.click(lambda page: max(1, (page or 1) - 1), [self._page], [self._page], **quietly)
-        self._next.click(lambda page: (page or 1) + 1, [self._page], [self._page], **quietly)
+        self._previous.click(lambda page: max(1, _bounded(page, _ANY) - 1), [self._page], [self._page], **quietly)
+        self._next.click(lambda page: _bounded(page, _ANY) + 1, [self._page], [self._page], **quietly)
 
-    def _refresh(
-        self,
-        lang: str,
-        model_name: str | None,
-        finetuning_type: str,
-        output_dir: str | None,
-        step: int | None,
-        order: Any,
-        page: int | None,
-        seen: Any,
-    ) -> Any:
-        folder = output_dir or ""
-        if folder and os.path.sep not in folder:  # the host takes a path as it is, and warns of it each time
-            folder = str(get_save_dir(model_name, finetuning_type, folder)) if model_name else ""
-        run = self._run(folder)
+    def _refresh(self, lang: str, folder: str, is_own: bool, step: Any, order: Any, page: Any, seen: Any) -> Any:
+        run = self._run(folder if is_own else "")
         with run.lock:
             run.update()
-            now = (lang, folder, step, order, page, run.version)
+            now = (lang, folder, is_own, step, order, page, run.version)
             if now == seen:
                 return gr.skip()
-            is_new_data = seen is None or (seen[:2], seen[5]) != (now[:2], now[5])
+            is_new_data = seen is None or (seen[:3], seen[6]) != (now[:3], now[6])
             plots = [_drawn(run, plot) for plot in PLOTS] if is_new_data else [gr.skip()] * len(PLOTS)
-            status, table = _table(run, lang, step, order, page or 1)
-        return [f"{_progress(run, lang)} {status}".strip(), *plots, table, now]
+            place, completions, page_shown = _completions(run, lang, step, order, page)  # counts damaged lines, too
+            said = [_progress(run, lang), *_faults(run, lang), place] if is_own else [message("foreign_folder", lang)]
+        return [" ".join(filter(None, said)), *plots, completions, page_shown, now]
 
     def _run(self, folder: str) -> _Run:
         with self._lock:
             if folder not in self._runs:
-                path = Path(folder or "saves/.no-run")
+                path = Path(folder or os.path.join(DEFAULT_SAVE_DIR, ".no-run"))
                 self._runs[folder] = _Run(MetricCurves(path), CompletionPages(path))
             self._runs.move_to_end(folder)
             while len(self._runs) > _KEPT_RUNS:
@@ -172,17 +184,82 @@ class RunView:
             return self._runs[folder]
 
 
+def _folder(model_name: str | None, finetuning_type: str, output_dir: str | None) -> str:
+    """Where the host has the run of this form; empty where it has none."""
+    if not output_dir or os.path.sep in output_dir:  # the host takes such a path as it is, and warns of it each time
+        return output_dir or ""
+    return str(get_save_dir(model_name, finetuning_type, output_dir)) if model_name else ""
+
+
+def _is_saved(folder: str) -> bool:
+    """Whether the folder is one of those below the host's own, as its name says; links of the owner's are followed."""
+    below = Path(os.path.relpath(os.path.abspath(folder), os.path.abspath(DEFAULT_SAVE_DIR))).parts
+    return not folder or (bool(below) and ".." not in (*below, *Path(folder).parts))
+
+
 def _progress(run: _Run, lang: str) -> str:
     line = run.curves.progress
-    if not line:
-        return message("no_log", lang)
-    return message("progress", lang, step=line["current_steps"], steps=line["total_steps"])
+    if line:
+        return message("progress", lang, step=line["current_steps"], steps=line.get("total_steps", "?"))
+    return "" if run.curves.error else message("no_log", lang)
 
 
-def _drawn(run: _Run, plot: Plot) -> gr.LinePlot:
-    curves = run.curves.matching(plot.patterns, MAX_POINTS)
-    points = [(step, value, _legend(name)) for name, curve in curves.items() for step, value in curve]
-    return gr.LinePlot(pd.DataFrame(points, columns=list(_COLUMNS)), visible=bool(points))
+def _faults(run: _Run, lang: str) -> list[str]:
+    """What of the run's files is not shown, and why."""
+    files: dict[str, MetricCurves | CompletionPages] = {LOG_FILE: run.curves, COMPLETIONS_FILE: run.completions}
+    unreadable = [
+        message("unreadable", lang, file=name, error=file.error) for name, file in files.items() if file.error
+    ]
+    damaged = [
+        message("damaged", lang, file=name, count=file.num_damaged_lines)
+        for name, file in files.items()
+        if file.num_damaged_lines
+    ]
+    return [*unreadable, *damaged]
+
+
+def _drawn(run: _Run, plot: Plot) -> dict[str, Any]:
+    """What changes of a plot's element."""
+    curves = {_legend(name): curve for name, curve in run.curves.matching(plot.patterns, MAX_POINTS).items()}
+    values = [value for curve in curves.values() for _, value in curve]
+    last = _rounded_up(max((step for curve in curves.values() for step, _ in curve), default=1))
+    points = [(step, value, name) for name, curve in curves.items() for step, value in _visible(curve, last / 100)]
+    # The plot makes its scales once, and again when one of these changes (an axis without limits would keep its last
+    # ones). Colors are given name by name, so that a metric that comes later gets its own.
+    return gr.update(
+        value=pd.DataFrame(points, columns=list(_COLUMNS)),
+        visible=bool(points),
+        color_map={name: _COLORS[i % len(_COLORS)] for i, name in enumerate(curves)},
+        x_lim=[0, last],
+        y_lim=_limits(values),
+    )
+
+
+def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
+    """A line of one point draws nothing: it becomes a dash."""
+    if len(curve) != 1:
+        return list(curve)
+    step, value = curve[0]
+    return [(step - reach, value), (step, value), (step + reach, value)]
+
+
+def _rounded_up(step: int) -> float:
+    """The end of an axis of steps, which moves seldom."""
+    unit = 10 ** (len(str(step)) - 1)
+    return next(factor * unit for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if factor * unit >= step)
+
+
+def _limits(values: list[float]) -> list[float]:
+    """The ends of an axis of values, which move seldom; around a constant, which has no labels of its own."""
+    low, high = min(values, default=0.0), max(values, default=0.0)
+    half = high / 2 - low / 2  # the whole may be more than a float can be
+    if half <= 1e-6 * max(abs(low), abs(high)):
+        reach = abs(low) / 2 or 1.0
+        ends = low - reach, high + reach
+    else:
+        unit = 10 ** math.floor(math.log10(half))
+        ends = math.floor(low / unit) * unit, math.ceil(high / unit) * unit
+    return [max(-_LARGEST, min(float(f"{end:.10g}"), _LARGEST)) for end in ends]
 
 
 def _legend(metric: str) -> str:
@@ -193,44 +270,55 @@ def _legend(metric: str) -> str:
     return rest.rpartition("/")[2].removesuffix("_length") if first in ("completions", "sampling", "time") else metric
 
 
-def _table(run: _Run, lang: str, step: int | None, order: Any, page: int) -> tuple[str, gr.Dataframe]:
+def _completions(run: _Run, lang: str, step: Any, order: Any, page: Any) -> tuple[str, dict[str, Any], Any]:
+    """Where in the run the shown completions stand, their table, and the page where it was out of range."""
     steps = run.completions.steps
     if not steps:
-        return message("no_completions", lang), gr.Dataframe(visible=False)
-    step = steps[-1] if step is None else max((s for s in steps if s <= step), default=steps[0])
-    records = run.completions.at_step(step, order)
-    num_pages = -(-len(records) // PAGE_SIZE)
-    page = min(page, num_pages)
-    shown = records[(page - 1) * PAGE_SIZE : page * PAGE_SIZE]
-    names = list(records[0]["rewards"])
+        said = "" if run.completions.error else message("no_completions", lang)
+        return said, gr.update(visible=False), gr.skip()
+    asked = step if _is_number(step) else steps[-1]
+    is_there = step is None or (_is_number(step) and steps[0] <= asked <= steps[-1])
+    shown_step = max((s for s in steps if s <= asked), default=steps[0])
+    records = run.completions.at_step(shown_step, order)
+    num_pages = max(1, -(-len(records) // PAGE_SIZE))
+    shown_page = _bounded(page, num_pages)
+    start = (shown_page - 1) * PAGE_SIZE
+    shown = records[start : start + PAGE_SIZE]
+    names = list(dict.fromkeys(name for record in shown for name in record.get("rewards", {})))
     headers = message("completion_headers", lang).split("|")
-    data = [
+    rows = [
         [
-            short(record["prompt"]),
-            short(record["completion"]),
-            short(record["reference"]),
-            *(number(record["rewards"][name]) for name in names),
+            record.get("prompt") or "",
+            record["completion"],
+            record.get("reference") or "",
+            *(number(record["rewards"].get(name)) for name in names),
             number(record["reward"]),
-            number(record["advantage"]),
-            f"{record['num_tokens']} ({record['finish_reason']})",
+            number(record.get("advantage")),
+            f"{record.get('num_tokens')} ({record.get('finish_reason')})",
         ]
         for record in shown
     ]
-    narrow = min(9, 50 // (len(names) + 3))
-    rest = 100 - narrow * (len(names) + 3)
-    widths = [f"{share}%" for share in (rest // 4, rest // 2, rest - rest // 4 - rest // 2)]
-    widths += [f"{narrow}%"] * (len(names) + 3)
-    table = gr.Dataframe(
-        value=data, headers=[*headers[:3], *names, *headers[3:]], column_widths=widths, datatype="str", visible=True
-    )
+    shares = [4, 7, 3] + [1.6] * (len(names) + 3)
     place = message(
         "completions",
         lang,
-        step=step,
-        first=(page - 1) * PAGE_SIZE + 1,
-        last=(page - 1) * PAGE_SIZE + len(shown),
+        step=shown_step,
+        first=start + 1,
+        last=start + len(shown),
         total=len(records),
-        page=page,
+        page=shown_page,
         pages=num_pages,
     )
-    return place, table
+    if not is_there:
+        place = f"{message('no_such_step', lang, step=step, first=steps[0], last=steps[-1])} {place}"
+    completions = gr.update(value=table([*headers[:3], *names, *headers[3:]], rows, shares), visible=True)
+    return place, completions, gr.skip() if page == shown_page else shown_page
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
+
+
+def _bounded(value: Any, last: int) -> int:
+    """What was typed as a page, as one between 1 and `last`."""
+    return int(max(1, min(value, last))) if _is_number(value) else 1

@@ -6,20 +6,29 @@ panel's stand among the host's own "extra arguments", under the names that they 
 
 import json
 import os
-from collections.abc import Generator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 from gradio.components import Component
-from llamafactory.extras.constants import LLAMABOARD_CONFIG, TRAINING_ARGS, TRAINING_STAGES
-from llamafactory.webui.common import DEFAULT_CONFIG_DIR, get_save_dir
+from llamafactory.extras.constants import (
+    LLAMABOARD_CONFIG,
+    MULTIMODAL_SUPPORTED_MODELS,
+    TRAINING_ARGS,
+    TRAINING_STAGES,
+)
+from llamafactory.webui.common import DEFAULT_CONFIG_DIR, calculate_pixels, get_save_dir, load_args
 from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
 from ..redaction import errors_masked, secrets_in
 from . import board_code, board_loaded
 from .board_fields import FORM_FIELDS, effective
-from .locales import PREFIX
+from .board_process import WatchedRunner
+from .board_tables import harmless
+from .locales import PREFIX, message
 from .parser import check, effective_defaults
 from .registration import STAGE
 
@@ -27,6 +36,15 @@ from .registration import STAGE
 STAGE_NAME = next(name for name, stage in TRAINING_STAGES.items() if stage == STAGE)
 EXTRA_ARGUMENTS = "train.extra_args"
 FORM_IDS = {field.key: f"train.{field.element}" for field in FORM_FIELDS}
+_READERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
+    "train.learning_rate": (float, "a number"),
+    "train.num_train_epochs": (float, "a number"),
+    "train.max_grad_norm": (float, "a number"),
+    "train.max_samples": (int, "a whole number"),
+    "top.quantization_bit": (lambda text: text == "none" or int(text), "a whole number"),
+}
+"""The host's fields of text that it reads numbers from, without a word of the field where it cannot."""
+_PIXELS = tuple(f"train.{kind}_{bound}_pixels" for kind in ("image", "video") for bound in ("max", "min"))
 
 
 def grpo_runner(host_runner: type[Runner]) -> type[Runner]:
@@ -35,7 +53,7 @@ def grpo_runner(host_runner: type[Runner]) -> type[Runner]:
     return GRPORunner
 
 
-class GRPORunner(Runner):
+class GRPORunner(WatchedRunner):
     """Runs the form's training; refuses what the stage refuses before a process is started."""
 
     def _initialize(self, data: dict[Component, Any], do_train: bool, from_preview: bool) -> str:
@@ -49,15 +67,24 @@ class GRPORunner(Runner):
             if not from_preview:
                 self._refuse_unconfirmed(arguments, data)
         except ValueError as refusal:
-            return str(refusal)
+            return harmless(str(refusal))
         return ""
 
     def _parse_train_args(self, data: dict[Component, Any]) -> dict[str, Any]:
-        arguments = super()._parse_train_args(data)
         if not self._is_grpo(data):
-            return arguments
-        values = {key: data[self.manager.get_elem_by_id(element_id)] for key, element_id in FORM_IDS.items()}
-        extra = json.loads(data[self.manager.get_elem_by_id(EXTRA_ARGUMENTS)])
+            return super()._parse_train_args(data)
+
+        def value(element_id: str) -> Any:
+            return data[self.manager.get_elem_by_id(element_id)]
+
+        readers = dict(_READERS)
+        if value("top.model_name") in MULTIMODAL_SUPPORTED_MODELS:
+            readers |= dict.fromkeys(_PIXELS, (calculate_pixels, "a number of pixels, such as 768*768"))
+        for element_id, (read, wanted) in readers.items():
+            _refuse_unless(read, wanted, element_id, value(element_id))
+        arguments = super()._parse_train_args(data)
+        values = {key: value(element_id) for key, element_id in FORM_IDS.items()}
+        extra = _extra_arguments(value(EXTRA_ARGUMENTS))
         return stage_arguments(arguments, values, extra)
 
     def _build_config_dict(self, data: dict[Component, Any]) -> dict[str, Any]:
@@ -71,8 +98,6 @@ class GRPORunner(Runner):
         return config
 
     def _launch(self, data: dict[Component, Any], do_train: bool) -> Generator[dict[Component, Any], None, None]:
-        if do_train and self._is_grpo(data):  # a page that is opened while the run lasts gets its form back
-            board_loaded.remember({self.manager.get_id_by_elem(element): value for element, value in data.items()})
         for update in super()._launch(data, do_train):
             if self.running and do_train and self._is_grpo(data):
                 arguments = self._parse_train_args(data)
@@ -88,16 +113,37 @@ class GRPORunner(Runner):
         return said
 
     def load_args(self, lang: str, config_path: str) -> dict[Component, Any]:
+        path = os.path.join(DEFAULT_CONFIG_DIR, config_path)
+        if os.path.isfile(path) and not self._is_configuration(path):
+            return self._broken(lang, path)
         return self.restored(super().load_args(lang, config_path))
 
     def check_output_dir(
         self, lang: str, model_name: str, finetuning_type: str, output_dir: str
     ) -> dict[Component, Any]:
         folder = get_save_dir(model_name, finetuning_type, output_dir) if model_name and output_dir else ""
-        if folder and os.path.isdir(folder) and not os.path.isfile(os.path.join(folder, LLAMABOARD_CONFIG)):
+        path = os.path.join(folder, LLAMABOARD_CONFIG)
+        if folder and os.path.isdir(folder) and not os.path.isfile(path):
             # A run of the command line: there is something to see, and no form to fill in.
             return {self.manager.get_elem_by_id("train.output_box"): ALERTS["warn_output_dir_exists"][lang]}
+        if folder and os.path.isfile(path) and not self._is_configuration(path):
+            return self._broken(lang, path)
         return self.restored(super().check_output_dir(lang, model_name, finetuning_type, output_dir))
+
+    def _is_configuration(self, path: str) -> bool:
+        """Whether the host can load a file into its form."""
+        saved = load_args(path)
+        if not isinstance(saved, dict) or not saved.keys() <= self.manager._id_to_elem.keys():
+            return False
+        try:
+            return isinstance(json.loads(saved.get(EXTRA_ARGUMENTS, "{}")), dict)
+        except (TypeError, ValueError):
+            return False
+
+    def _broken(self, lang: str, path: str) -> dict[Component, Any]:
+        said = message("broken_configuration", lang, file=path)
+        gr.Warning(said)
+        return {self.manager.get_elem_by_id("train.output_box"): said}
 
     def restored(self, loaded: dict[Component, Any]) -> dict[Component, Any]:
         """What the host loaded, with the panel's values out of the extra arguments; one not there has its default."""
@@ -145,6 +191,26 @@ def _keep_private(arguments: Mapping[str, Any], *files: Path) -> None:
     if secrets_in(arguments):
         for file in filter(os.path.isfile, files):
             os.chmod(file, 0o600)
+
+
+def _refuse_unless(read: Callable[[str], Any], wanted: str, element_id: str, text: Any) -> None:
+    try:
+        read(text)
+    except (TypeError, ValueError) as error:
+        key = element_id.partition(".")[2]
+        raise ValueError(f"`{key}: {text}` is not {wanted}, which this field takes.") from error
+
+
+def _extra_arguments(text: str) -> Any:
+    """The "extra arguments", whose keys stand once: JSON alone would take the last of several."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, count in Counter(key for key, _ in pairs).items():
+            if count > 1:
+                raise ValueError(f"`{key}` stands {count} times in the extra arguments. Leave one of them.")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=once)
 
 
 def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], extra: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from .board_tables import number, short
+from .board_tables import number
 
 
 Source = Literal["reference", "model"]
@@ -67,9 +67,9 @@ def try_rewards(arguments: Mapping[str, Any], num_rows: int, source: Source) -> 
         headers=names,
         rows=[
             [
-                short(row["prompt"]),
+                row["prompt"],
                 row["kind"],
-                short(row["completion"]),
+                row["completion"],
                 *(number(row["rewards"][name]) for name in names),
                 number(row["reward"]),
             ]

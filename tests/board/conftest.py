@@ -1,14 +1,30 @@
-"""LLaMA Board's train tab with the stage in it, in this process and without a browser."""
+"""LLaMA Board's train tab with the stage in it: in this process, or in a server that one real browser looks at."""
 
-from collections.abc import Callable
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import pytest
+import yaml
+from gradio.context import LocalContext
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from grpo_stage.host import registration
+from grpo_stage.host import board_loaded, registration
 
+from .browser import CHROMIUM, EVIL, PATIENCE_MS, open_board
+
+
+CLI = Path(sys.executable).with_name("llamafactory-cli")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -68,6 +84,19 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def turn_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Turn to the page of that name: what follows is an event of it."""
+    monkeypatch.setattr(board_loaded, "_pages", OrderedDict())
+    before = LocalContext.request.get(None)
+
+    def turn(name: str) -> None:
+        LocalContext.request.set(gr.Request(session_hash=name))
+
+    yield turn
+    LocalContext.request.set(before)
+
+
+@pytest.fixture
 def yaml_of(board: Board) -> Callable[..., dict[str, Any]]:
     """What the run gets: the file that the Board writes for a form, read as the run reads it."""
     from llamafactory.webui.runner import save_cmd
@@ -78,3 +107,94 @@ def yaml_of(board: Board) -> Callable[..., dict[str, Any]]:
         return read_command_line([save_cmd(board.arguments(**values))])  # type: ignore[return-value]
 
     return read
+
+
+@pytest.fixture(scope="session")
+def workplace(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the Board is started: a dataset, a reward function, and a recipe."""
+    folder = tmp_path_factory.mktemp("board")
+    (folder / "data").mkdir()
+    rows = [{"question": f"{EVIL} What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
+    (folder / "data" / "sums.json").write_text(json.dumps(rows))
+    columns = {"prompt": "question", "response": "answer"}
+    info = {"sums": {"file_name": "sums.json", "columns": columns}}
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
+    (folder / "my rewards.py").write_text(
+        "def even(completion_ids):\n    return [sum(t % 2 == 0 for t in c) / len(c) for c in completion_ids]\n\n\n"
+        "def broken(completions):\n    return [1 / len(text) for text in completions]\n"
+    )
+    recipe = {
+        **{"stage": "grpo", "do_train": True, "model_name_or_path": str(tiny_model_dir), "template": "smollm2"},
+        **{"dataset": "sums", "dataset_dir": "data", "cutoff_len": 128, "finetuning_type": "lora", "lora_rank": 4},
+        **{"rollout_backend": "hf", "num_generations": 4, "max_new_tokens": 8, "beta": 0.04, "learning_rate": 1e-3},
+        **{"reward_funcs": "my rewards.py:even,accuracy", "reward_weights": "1,0.5", "log_completions": True},
+        **{"per_device_train_batch_size": 2, "max_steps": 400, "save_steps": 10, "logging_steps": 1, "seed": 7},
+        **{"output_dir": "saves/Custom/lora/seen", "use_cpu": True, "dataloader_pin_memory": False},
+        **{"default_system": "Say 'it', \"briefly\", please.", "disable_gradient_checkpointing": True},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def board_url(workplace: Path) -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "PATH": f"{CLI.parent}{os.pathsep}{os.environ['PATH']}",
+        "GRADIO_SERVER_NAME": "127.0.0.1",
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "BROWSER": "true",
+    }
+    log = workplace / "server.log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [CLI, "webui"], cwd=workplace, env=environment, stdout=output, stderr=output, start_new_session=True
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + 240
+        while not _answers(url):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield url
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def chromium(missing_tool: Callable[[str], None]) -> Iterator[Browser]:
+    if CHROMIUM is None:
+        missing_tool("LLaMA Board in a browser needs Chromium: `apt-get install chromium`, and `make test` runs it.")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
+    """The Board as it opens the first time, with GRPO chosen."""
+    (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)  # the model of another test
+    page = chromium.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(PATIENCE_MS)
+    expect.set_options(timeout=PATIENCE_MS)
+    failures: list[str] = []
+    page.on("response", lambda answer: failures.append(answer.url) if answer.status >= 500 else None)
+    open_board(page, board_url)
+    yield page
+    page.close()
+    assert failures == []

@@ -1,144 +1,26 @@
 """The Board in a real Chromium, with a real server and a real run."""
 
 import json
-import os
 import re
-import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pytest
 import yaml
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from grpo_stage.host.locales import LANGUAGES, texts
 
-
-CLI = Path(sys.executable).with_name("llamafactory-cli")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE_MS = 60_000
-EVIL = "<img src=x onerror=\"document.title='evil'\"><script>document.title='evil'</script>&amp;"
-
-
-@pytest.fixture(scope="module")
-def workplace(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the Board is started: a dataset, a reward function, and a recipe."""
-    folder = tmp_path_factory.mktemp("board")
-    (folder / "data").mkdir()
-    rows = [{"question": f"{EVIL} What is {i} + {i}?", "answer": str(2 * i)} for i in range(12)]
-    (folder / "data" / "sums.json").write_text(json.dumps(rows))
-    columns = {"prompt": "question", "response": "answer"}
-    info = {"sums": {"file_name": "sums.json", "columns": columns}}
-    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
-    (folder / "my rewards.py").write_text(
-        "def even(completion_ids):\n    return [sum(t % 2 == 0 for t in c) / len(c) for c in completion_ids]\n\n\n"
-        "def broken(completions):\n    return [1 / len(text) for text in completions]\n"
-    )
-    recipe = {
-        **{"stage": "grpo", "do_train": True, "model_name_or_path": str(tiny_model_dir), "template": "smollm2"},
-        **{"dataset": "sums", "dataset_dir": "data", "cutoff_len": 128, "finetuning_type": "lora", "lora_rank": 4},
-        **{"rollout_backend": "hf", "num_generations": 4, "max_new_tokens": 8, "beta": 0.04, "learning_rate": 1e-3},
-        **{"reward_funcs": "my rewards.py:even,accuracy", "reward_weights": "1,0.5", "log_completions": True},
-        **{"per_device_train_batch_size": 2, "max_steps": 400, "save_steps": 10, "logging_steps": 1, "seed": 7},
-        **{"output_dir": "saves/Custom/lora/seen", "use_cpu": True, "dataloader_pin_memory": False},
-        **{"default_system": "Say 'it', \"briefly\", please.", "disable_gradient_checkpointing": True},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def board_url(workplace: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "PATH": f"{CLI.parent}{os.pathsep}{os.environ['PATH']}",
-        "GRADIO_SERVER_NAME": "127.0.0.1",
-        "GRADIO_SERVER_PORT": str(port),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "BROWSER": "true",
-    }
-    log = workplace / "server.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [CLI, "webui"], cwd=workplace, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while not _answers(url):
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.5)
-        yield url
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-@pytest.fixture(scope="module")
-def chromium(missing_tool: Callable[[str], None]) -> Iterator[Browser]:
-    if CHROMIUM is None:
-        missing_tool("LLaMA Board in a browser needs Chromium: `apt-get install chromium`, and `make test` runs it.")
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
-    """The Board as it opens the first time, with GRPO chosen."""
-    (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)  # the model of another test
-    page = chromium.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
-    page.route("https://**", lambda route: route.abort())  # web fonts
-    open_board(page, board_url)
-    yield page
-    page.close()
-
-
-def open_board(page: Page, url: str) -> None:
-    page.goto(url)
-    page.wait_for_function("document.querySelector('input[aria-label=\"Output dir\"]')?.value.startsWith('train_')")
-    choose(page, "Stage", "GRPO")
-    expect(page.locator("#grpo_tab")).to_be_visible()
-
-
-def choose(page: Page, label: str, option: str) -> None:
-    page.get_by_label(label, exact=True).click()
-    page.get_by_role("option", name=option, exact=True).click()
-
-
-def import_recipe(page: Page, path: Path) -> None:
-    page.locator("#grpo_tab input[type=file]").set_input_files(path)
-    expect(page.get_by_text(texts("en")["messages"]["imported"])).to_be_visible()
-
-
-def text_field(page: Page, label: str) -> Locator:
-    """A field whose label holds what it says below as well."""
-    return page.locator("label").filter(has=page.get_by_text(label, exact=True)).locator("input, textarea").first
-
-
-def value_of(page: Page, label: str) -> str:
-    return page.get_by_label(label, exact=True).first.input_value()
+from .browser import (
+    EVIL,
+    PATIENCE_MS,
+    choose,
+    containing,
+    import_recipe,
+    open_board,
+    step_shown,
+    text_field,
+    value_of,
+)
 
 
 def test_the_panel_comes_and_goes_with_the_stage(page: Page) -> None:
@@ -205,7 +87,7 @@ def test_languages_switch_live(page: Page) -> None:
         assert elements["grpo_overlong_prompts"]["info"].replace("`", "")[:20] in said
 
 
-def test_rewards_are_tried(page: Page) -> None:
+def test_rewards_are_tried(page: Page, workplace: Path) -> None:
     page.get_by_label("Dataset", exact=True).first.fill("sums")
     page.get_by_label("Dataset", exact=True).first.press("Enter")
     choose(page, "Rollout engine", "hf")
@@ -218,25 +100,21 @@ def test_rewards_are_tried(page: Page) -> None:
     expect(table.get_by_text("wrong_number").first).to_be_visible()
     expect(table.get_by_text("<img src=x onerror").first).to_be_visible()  # text, and no picture
     assert table.locator("img[src=x]").count() == 0
-    expect(page.locator("#grpo_try_report textarea")).to_have_value(_containing("No model is chosen"))
+    expect(page.locator("#grpo_try_report textarea")).to_have_value(containing("No model is chosen"))
     functions.fill("my rewards.py:broken")
     functions.press("Enter")
     page.get_by_role("button", name="Try the rewards").click()
     report = page.locator("#grpo_try_report textarea")
-    expect(report).to_have_value(_containing("ZeroDivisionError"), timeout=120_000)
+    expect(report).to_have_value(containing("ZeroDivisionError"), timeout=120_000)
     assert 'my rewards.py", line 6' in report.input_value()
     expect(table).to_be_hidden()
+    page.get_by_role("button", name="Try the rewards").click()
+    expect(report).to_have_value(containing("Loading and scoring"))
+    page.get_by_role("button", name="Abort").click()
+    expect(report).to_have_value("Stopped.")
+    import_recipe(page, workplace / "recipe.yaml")
+    expect(report).to_be_hidden()  # it is another form's
     assert page.title() != "evil"
-
-
-def _containing(text: str) -> re.Pattern[str]:
-    return re.compile(re.escape(text))
-
-
-def step_shown(page: Page) -> int:
-    match = re.search(r"Step (\d+) of", page.locator("#grpo_run_status").inner_text())
-    assert match is not None
-    return int(match[1])
 
 
 def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> None:
@@ -273,8 +151,21 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     assert page.title() != "evil"
     assert page.locator("#grpo_run_table img[src=x]").count() == 0
 
+    # A second tab watches the same process, and cannot start another.
+    watcher = page.context.browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[union-attr]
+    watcher.set_default_timeout(PATIENCE_MS)
+    watcher.route("https://**", lambda route: route.abort())
+    watcher.goto(board_url)
+    expect(watcher.locator("#grpo_num_generations input")).to_have_value("4")
+    expect(watcher.get_by_text(re.compile(r"Running \d+/400")).first).to_be_visible()
+    watcher.get_by_role("button", name="Start", exact=True).click()
+    expect(watcher.get_by_text("trains one run at a time").first).to_be_visible()
+
     page.get_by_role("button", name="Abort").click()
-    expect(page.get_by_text("Finished.").first).to_be_visible(timeout=120_000)
+    for one in (page, watcher):
+        expect(one.get_by_text(re.compile(r"Stopped at step \d+ of 400")).first).to_be_visible(timeout=120_000)
+        expect(one.get_by_text("Loading and scoring")).to_be_hidden()
+    watcher.close()
     checkpoints = sorted((workplace / "saves/Custom/lora/seen").glob("checkpoint-*/grpo_state.json"))
     last = json.loads((workplace / "saves/Custom/lora/seen/trainer_log.jsonl").read_text().splitlines()[-1])
     assert f"checkpoint-{last['current_steps']}" in [path.parent.name for path in checkpoints]
@@ -283,7 +174,6 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     page.close()
     page = page.context.browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[union-attr]
     page.set_default_timeout(PATIENCE_MS)
-    page.route("https://**", lambda route: route.abort())
     open_board(page, board_url)
     choose(page, "Model name", "Custom")
     choose(page, "Output dir", "seen")

@@ -1,17 +1,20 @@
 """Configurations saved and loaded, recipes imported and exported: no choice is lost."""
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from grpo_stage.host import board_loaded, board_recipes
+from grpo_stage.host import board_loaded
 from grpo_stage.host.board_code import ImportedCode, to_confirm
 from grpo_stage.host.board_fields import FORM_FIELDS
 from grpo_stage.host.board_recipes import export_recipe, import_recipe
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
+from grpo_stage.host.recipe_text import read_recipe
 from grpo_stage.host.registration import read_command_line
 
 from .conftest import REPOSITORY, Board
@@ -142,7 +145,6 @@ def test_the_form_shows_the_recipe(board: Board) -> None:
 
 def test_an_imported_recipe_is_accepted(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setattr(board_recipes, "save_config", lambda *args, **kwargs: None)
     form = import_recipe(board.runner, load(REPOSITORY / "yaml_examples" / "quickstart.yaml"))
     assert board.runner._initialize({**board.data(), **form}, do_train=True, from_preview=True) == ""
 
@@ -237,9 +239,49 @@ def test_the_host_does_not_undo_what_was_loaded(board: Board) -> None:
     # A person's own choice afterwards is the host's business.
     assert top.get_model_info("Qwen2.5-1.5B-Instruct") == ("Qwen/Qwen2.5-1.5B-Instruct", "qwen")
     assert top.list_checkpoints("Custom", "full").constructor_args["value"] is None
+    # Out of the stage as well, the event of that choice keeps what fits.
+    assert train.change_stage("Supervised Fine-Tuning")[0]["__type__"] == "update"
+    assert train.change_stage("Pre-Training") == ([], True)
+
+
+def test_what_a_page_has_loaded_is_that_pages(board: Board, turn_to: Callable[[str], None]) -> None:
+    from llamafactory.webui.components import top, train
+
+    recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
+    turn_to("first")
+    import_recipe(board.runner, {**recipe, "adapter_name_or_path": "a/b"})
+    train.change_stage("GRPO")
+    turn_to("second")
+    assert top.get_model_info("Custom") == ("", "default")
+    assert top.list_checkpoints("Custom", "lora").constructor_args["value"] == []
     assert train.change_stage("Supervised Fine-Tuning") == ([], False)
-    board_loaded.remember({})
-    assert top.get_model_info("Custom") == ("quickstart/model", "default")
+    import_recipe(board.runner, {**recipe, "model_name_or_path": "other/model"})
+    turn_to("first")
+    assert top.get_model_info("Custom") == ("quickstart/model", "smollm2")
+    assert not Path("llamaboard_cache/user_config.yaml").exists()  # the next page would start with it
+
+
+def test_a_page_that_opens_while_a_run_lasts_has_its_form(board: Board, turn_to: Callable[[str], None]) -> None:
+    from llamafactory.webui.components import top
+
+    turn_to("third")
+    data = board.data(top__model_path="of/the/run", top__template="qwen")
+    board.runner.running, board.runner.running_data = True, data
+    try:
+        with pytest.raises(KeyError, match=r"infer.chat_box"):  # this Board has no tab for chat
+            next(board.engine.resume())
+        assert top.get_model_info("Custom") == ("of/the/run", "qwen")
+        turn_to("fourth")
+        assert top.get_model_info("Custom") == ("", "default")
+    finally:
+        board.runner.running, board.runner.running_data = False, None
+
+
+def test_only_so_many_pages_are_kept(turn_to: Callable[[str], None]) -> None:
+    for i in range(1100):
+        turn_to(str(i))
+        board_loaded.remember({"top.model_name": str(i)})
+    assert len(board_loaded._pages) == 1000
 
 
 def test_a_run_of_the_command_line_is_opened(board: Board) -> None:
@@ -256,6 +298,63 @@ def test_a_run_of_the_board_brings_its_form_back(board: Board) -> None:
     (folder / "llamaboard_config.yaml").write_text(yaml.safe_dump(config))
     shown = board.by_id(board.runner.check_output_dir("en", "Custom", "lora", "run"))
     assert shown["train.grpo_num_generations"] == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["- a list", "broken: [", "train.nobody_has_this: 1", "train.extra_args: '{'", "train.extra_args: '[]'", "text"],
+)
+def test_a_broken_configuration_leaves_the_form_as_it_is(content: str, board: Board) -> None:
+    folder = Path("saves/Custom/lora/run")
+    for path in (Path("llamaboard_config/saved.yaml"), folder / "llamaboard_config.yaml"):
+        path.parent.mkdir(parents=True)
+        path.write_text(content)
+    for shown in (
+        board.runner.load_args("en", "saved.yaml"),
+        board.runner.check_output_dir("en", "Custom", "lora", "run"),
+    ):
+        assert list(board.by_id(shown)) == ["train.output_box"]
+        assert "is not a configuration that this Board saved" in board.by_id(shown)["train.output_box"]
+
+
+BROKEN: dict[str, tuple[bytes, str]] = {
+    "syntax": (b"stage: grpo\nbeta: [1, 2\nseed: : x\n", "Line 3, column 5: while parsing a flow sequence"),
+    "tabs": (b"stage: grpo\n\tbeta: 1\n", "Line 2, column 1"),
+    "duplicate keys": (b"stage: grpo\nbeta: 0.1\nbeta: 0.2\n", "Line 3: the key `beta` stands in line 2 already"),
+    "duplicate keys below": (b"reward_kwargs:\n  a: {b: 1,\n    b: 2}\n", "Line 3: the key `b` stands in line 2"),
+    "a list": (b"- stage: grpo\n", "Line 1: it is a list"),
+    "text": (b"hello", "Line 1: it is a single value"),
+    "nothing": (b"# a comment\n", "It is empty"),
+    "deep": (b"a: " + b"[" * 100_000 + b"]" * 100_000, "nested more than 20 deep"),
+    "deep mappings": (b"stage: " + b"{a: " * 5000, "nested more than 20 deep"),
+    "alias bomb": (
+        b"a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+        + b"".join(b"a%d: &a%d [%s]\n" % (i, i, b", ".join([b"*a%d" % (i - 1)] * 10)) for i in range(1, 10)),
+        "Line 4: with its aliases it holds more than 10000 values",
+    ),
+    "an alias of itself": (b"stage: &a [*a]\n", "Line 1: `*a` stands for nothing that ends above it"),
+    "large": (b"a: " + b"x" * 1_000_001, "1000000 at most"),
+    "binary": (bytes(range(256)), "is not UTF-8 text"),
+    "UTF-16": ("stage: grpo\n".encode("utf-16"), "saved as UTF-16"),
+    "control characters": (b"stage: grpo\nbeta: \x00\n", "special characters are not allowed"),
+    "code": (b"stage: !!python/object/apply:os.system [ls]\n", "Line 1: the tag"),
+    "a tag": (b"stage: grpo\nbeta: !secret x\n", "Line 2: the tag `!secret`"),
+    "two documents": (b"stage: grpo\n---\nstage: grpo\n", "Line 2"),
+    "a key that is a list": (b"? [a, b]\n: 1\n", "Line 1: a key is a name"),
+}
+
+
+@pytest.mark.parametrize(("content", "said"), BROKEN.values(), ids=BROKEN)
+def test_a_recipe_that_cannot_be_read_is_refused_with_its_line(content: bytes, said: str) -> None:
+    Path("mine.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(said)) as refusal:
+        read_recipe("mine.yaml")
+    assert str(refusal.value).startswith("`mine.yaml` cannot be read: ")
+
+
+def test_a_recipe_with_aliases_is_read() -> None:
+    Path("mine.yaml").write_text("stage: grpo\nreward_kwargs:\n  a: &a {b: 1}\n  c: *a\n  d: {<<: *a, e: 2}\n")
+    assert read_recipe("mine.yaml")["reward_kwargs"] == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}}
 
 
 # Code of an imported recipe
