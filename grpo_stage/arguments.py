@@ -2,7 +2,8 @@
 
 The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
 `metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
-inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps
+inclusive bounds, `["above"]` an exclusive lower one. An upper bound far from any use is there for slips of the pen,
+such as an exponent without its sign. Choices are the field's Literal. `metadata["only_with"]` maps
 other keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
 """
 
@@ -36,6 +37,10 @@ GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "
 """Those of `advantage_estimator` by which a group has advantages of 0 just where its totals are equal."""
 SIGNED_ESTIMATORS = tuple(estimator for estimator in ADVANTAGE_SCALES if estimator != "passk")
 """Those of `advantage_estimator` that give advantages below 0."""
+MOST_GENERATIONS = 16_384
+"""Far more completions of one prompt than any paper has."""
+LONGEST_TIMEOUT_S = 1e9
+"""About what a system call takes at most."""
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references", "trainer_state")
 """What every reward function can take, beside the columns of the dataset."""
@@ -86,6 +91,7 @@ class GRPOArguments:
         metadata={
             "group": ROLLOUT,
             "min": 2,
+            "max": MOST_GENERATIONS,
             "help": (
                 "Completions sampled for each prompt (the group size G); one alone would have nothing to be compared "
                 "with. A batch is counted in prompts: "
@@ -99,6 +105,7 @@ class GRPOArguments:
         metadata={
             "group": ROLLOUT,
             "min": 1,
+            "max": 10_000,
             "help": (
                 "Optimizer steps fed by one rollout: the rollout samples this many steps' prompts at once. "
                 "Past 1 the later steps are slightly off-policy."
@@ -123,6 +130,7 @@ class GRPOArguments:
             "group": ROLLOUT,
             "only_with": {"dynamic_sampling": (True,)},
             "min": 1,
+            "max": 10_000,
             "help": (
                 "How many further rollouts, each of as many prompts as the first, dynamic sampling may take for a "
                 "batch. After them the step trains on the groups it has."
@@ -300,6 +308,7 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "min": 0.0,
+            "max": 1000.0,
             "help": (
                 "Weight of the KL divergence to the reference policy. 0 needs no reference policy; "
                 "DeepSeekMath used 0.04."
@@ -541,6 +550,7 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "min": 1,
+            "max": 1000,
             "help": "How many times each rollout is trained on (mu in the paper).",
         },
     )
@@ -573,6 +583,7 @@ class GRPOArguments:
             "group": EVALUATION,
             "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 1,
+            "max": MOST_GENERATIONS,
             "help": (
                 "Completions sampled for each prompt in an evaluation: the k of mean@k, pass@k and maj@k. "
                 "`num_generations` by default."
@@ -585,6 +596,7 @@ class GRPOArguments:
             "group": EVALUATION,
             "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 0.0,
+            "max": 100.0,
             "help": (
                 "Sampling temperature of evaluations; 0 takes the most probable token each time, and goes with "
                 "`eval_num_generations: 1`. `temperature` by default."
@@ -636,6 +648,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
+            "max": LONGEST_TIMEOUT_S,
             "help": "Seconds that the delivery of the weights to the engine may take before the run is ended.",
         },
     )
@@ -644,6 +657,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
+            "max": LONGEST_TIMEOUT_S,
             "help": "Seconds that sampling one rollout may take before the run is ended.",
         },
     )
@@ -652,6 +666,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
+            "max": LONGEST_TIMEOUT_S,
             "help": (
                 "Seconds that a reward function may take for the completions of one rollout before the run is ended. "
                 "`accuracy` has a limit for each completion too, `timeout` in its `reward_kwargs`."
@@ -773,21 +788,31 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:
+def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
+    """What a number would have to be: the first of `min`, `max`, `above` and `below` that it breaks, in words."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    low, high, above = (spec.metadata.get(bound) for bound in ("min", "max", "above"))
+        return None
+    low, high, above, below = (bounds.get(bound) for bound in ("min", "max", "above", "below"))
     if not math.isfinite(value):
-        broken = "a finite number"
-    elif low is not None and value < low:
-        broken = f"at least {low}"
-    elif high is not None and value > high:
-        broken = f"at most {high}"
-    elif above is not None and value <= above:
-        broken = f"above {above:g}"
-    else:
+        return "a finite number"
+    if low is not None and value < low:
+        return f"at least {low:g}"
+    if above is not None and value <= above:
+        return f"above {above:g}"
+    if high is not None and value > high:
+        return f"at most {high:g}"
+    if below is not None and value >= below:
+        return f"below {below:g}"
+    return None
+
+
+def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:
+    if (rule := broken_bound(value, spec.metadata)) is None:
         return
-    raise ValueError(f"`{spec.name}: {value}` must be {broken} (default: {spec.default}). {spec.metadata['help']}")
+    default = f"write `{spec.name}: {spec.default}`, the default" if spec.default is not None else "leave it out"
+    raise ValueError(
+        f"`{spec.name}: {value}` must be {rule}. {spec.metadata['help']} Give it such a value, or {default}."
+    )
 
 
 def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
