@@ -789,16 +789,16 @@ def _shown(value: Any) -> str:
 
 
 def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
-    """What a number would have to be: the first of `min`, `max`, `above` and `below` that it breaks, in words."""
+    """What a number would have to be: the first of `above`, `min`, `max` and `below` that it breaks, in words."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     low, high, above, below = (bounds.get(bound) for bound in ("min", "max", "above", "below"))
     if not math.isfinite(value):
         return "a finite number"
-    if low is not None and value < low:
-        return f"at least {low:g}"
     if above is not None and value <= above:
         return f"above {above:g}"
+    if low is not None and value < low:
+        return f"at least {low:g}"
     if high is not None and value > high:
         return f"at most {high:g}"
     if below is not None and value >= below:

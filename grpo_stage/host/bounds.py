@@ -39,7 +39,6 @@ class Bound:
 
 _MOST_TOKENS, _MOST_WORKERS, _MOST_STEPS = 10_000_000, 1024, 10**9
 _QUANTITY = {"min": 1, "max": _MOST_STEPS}
-_NO_SECONDS = "Write the seconds, for example `{key}: 1800`, or leave it out."
 
 
 def _interval(what: str, strategy: str, remedy: str) -> Bound:
@@ -56,7 +55,7 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
     {
         # Sampling
         "temperature": Bound(
-            {"min": 0.01, "max": 100},
+            {"above": 0, "min": 0.01, "max": 100},
             "near 0 all completions of a group are equal, and equal completions teach nothing; far above 1 they are noise",
             "Write `temperature: 1.0` or leave it out.",
         ),

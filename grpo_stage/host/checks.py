@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llamafactory.data.template import TEMPLATES
 from llamafactory.data.tool_utils import TOOLS
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import trainer_log_levels
 
@@ -29,7 +29,6 @@ from .coercion import as_plain
 from .dataset_files import check_descriptions, did_you_mean
 from .log import get_logger
 from .model_files import config_of
-from .optimizer_checks import refuse_optimizer
 from .other_models import arguments_for
 from .recipe import check_checkpoint, recipe_of
 from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-_NEVER_LISTED = ("azure_ml", "flyte")
-"""What transformers reports to and does not always list among what is installed."""
 _KNOWN_NAMES = MappingProxyType(
     {
         "template": TEMPLATES,
@@ -114,7 +111,6 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     _check_reward_model_config(arguments)
     if arguments.finetuning.ref_model is not None:
         config_of("ref_model", arguments_for(arguments.model, arguments.finetuning.ref_model))
-    refuse_optimizer(arguments.training)
     _check_output_folder(arguments.training.output_dir)
     _check_resume(arguments)
     _warn(arguments)
@@ -162,7 +158,7 @@ def _check_names(values: SimpleNamespace) -> None:
         name = getattr(values, key)
         if name is not None and name not in known:
             raise ValueError(
-                f"`{key}: {name}` is not known. {did_you_mean(name, known)} Name one of {', '.join(sorted(known))}."
+                f"`{key}: {name}` is not known. {did_you_mean(name, known)}Name one of {', '.join(sorted(known))}."
             )
     names = [values.report_to] if isinstance(values.report_to, str) else list(values.report_to or ())
     if names in (["none"], ["all"]):
@@ -170,13 +166,8 @@ def _check_names(values: SimpleNamespace) -> None:
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
-                f"`report_to: {name}` is not known. {did_you_mean(name, [*INTEGRATION_TO_CALLBACK, 'none'])} Write "
+                f"`report_to: {name}` is not known. {did_you_mean(name, [*INTEGRATION_TO_CALLBACK, 'none'])}Write "
                 f"`none` or `all`, or one or a YAML list of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
-            )
-        if name not in (*get_available_reporting_integrations(), *_NEVER_LISTED):
-            raise ValueError(
-                f"`report_to: {name}` is not possible: the package {name} is not installed. Install it, or write "
-                "`report_to: none`."
             )
 
 

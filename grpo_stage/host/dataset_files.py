@@ -17,6 +17,7 @@ from llamafactory.extras.constants import DATA_CONFIG, FILEEXT2TYPE
 
 _SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _JSON_TYPES = MappingProxyType({dict: "a mapping", list: "a list", str: "text", bool: "true or false"})
+_SMALL = 1024
 _MEDIA = ("images", "videos", "audios")
 
 
@@ -55,24 +56,33 @@ def check_descriptions(named: Iterable[tuple[str, str]], dataset_dir: Any) -> No
                     f"`{key}: {name}` has a column of {media}, and this version samples from text alone. "
                     "Choose a text dataset."
                 )
-        if attributes.load_from == "file" and not isinstance(dataset_dir, dict):
-            _check_files(f"`{key}: {name}`", Path(dataset_dir, attributes.dataset_name), file)
+
+
+def check_files(named: Iterable[tuple[str, str]], dataset_dir: Any) -> None:
+    """Refuse local datasets whose files are not there, are empty, or of an ending that the host does not read.
+
+    Raises:
+        ValueError: naming the key, the dataset, the file and the remedy.
+    """
+    for key, name in named:
+        if (path := _local_path(name, dataset_dir)) is not None:
+            _check_path(f"`{key}: {name}`", path)
 
 
 def defect_of(key: str, name: str, dataset_dir: Any) -> str | None:
     """What is wrong in a dataset's local files, with the place; None if nothing is seen."""
+    path = _local_path(name, dataset_dir)
+    for file in () if path is None else _files(path):
+        if file.suffix in (".json", ".jsonl") and (defect := _json_defect(file)) is not None:
+            return f"`{key}: {name}` cannot be read: {file}, {defect}. Mend that place, or take the row out."
+    return None
+
+
+def _local_path(name: str, dataset_dir: Any) -> Path | None:
     if isinstance(dataset_dir, dict) or dataset_dir == "ONLINE" or str(dataset_dir).startswith("REMOTE:"):
         return None
     attributes = get_dataset_list([name], dataset_dir)[0]
-    if attributes.load_from != "file":
-        return None
-    files = _files(Path(dataset_dir, attributes.dataset_name))
-    for file in files:
-        if file.suffix in (".json", ".jsonl") and (defect := _json_defect(file)) is not None:
-            return f"`{key}: {name}` cannot be read: {file}, {defect}. Mend that place, or take the row out."
-    if files and not any(file.read_text(errors="replace").strip(" \n\r\t[]") for file in files):
-        return f"`{key}: {name}` has no rows: {', '.join(map(str, files))} is empty. Fill it, or name another dataset."
-    return None
+    return Path(dataset_dir, attributes.dataset_name) if attributes.load_from == "file" else None
 
 
 def _read_descriptions(dataset_dir: str) -> Mapping[str, Any]:
@@ -115,29 +125,29 @@ def _check_description(source: str, description: Any, file: str) -> None:
     if formatting not in DATASET_CONVERTERS:
         raise ValueError(
             f"{source} has `formatting: {formatting}` in {file}, which is one of {', '.join(DATASET_CONVERTERS)}. "
-            f"{did_you_mean(formatting, DATASET_CONVERTERS) or 'Write one of these, or leave it out for alpaca.'}"
+            f"{did_you_mean(formatting, DATASET_CONVERTERS)}Write one of these, or leave it out for alpaca."
         )
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A sentence with the nearest name, or nothing."""
+    """A sentence with the nearest name and a space behind it, or nothing."""
     by_lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f"Did you mean `{by_lower[near[0]]}`?" if near else ""
+    return f"Did you mean `{by_lower[near[0]]}`? " if near else ""
 
 
-def _check_files(source: str, path: Path, description: str) -> None:
+def _check_path(source: str, path: Path) -> None:
     if not path.exists():
-        raise ValueError(f"{source} is described as {path} in {description}, which is not there. Mend its `file_name`.")
+        raise ValueError(f"{source} is {path} by its description, which is not there. Mend its `file_name` in {DATA_CONFIG}.")
     files = _files(path)
     endings = {file.suffix for file in files}
     if len(endings) != 1 or not endings <= {f".{ending}" for ending in FILEEXT2TYPE}:
         raise ValueError(
             f"{source} is {path}, with files that end with {', '.join(sorted(endings)) or 'nothing: there are none'}: "
             f"LLaMA-Factory reads files of one ending of {', '.join(FILEEXT2TYPE)}. Convert the data, or mend its "
-            f"`file_name` in {description}."
+            f"`file_name` in {DATA_CONFIG}."
         )
-    if not any(file.stat().st_size for file in files):
+    if all(file.stat().st_size < _SMALL and not file.read_bytes().strip(b" \n\r\t[]") for file in files):
         raise ValueError(f"{source} has no rows: {path} is empty. Fill it, or name another dataset.")
 
 
@@ -151,7 +161,8 @@ def _json_defect(file: Path) -> str | None:
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return f"line {content.count(b'\n', 0, error.start) + 1} is not in UTF-8"
+        line = content.count(b"\n", 0, error.start) + 1
+        return f"line {line} is not in UTF-8"
     try:
         rows = list(_rows(text))
     except json.JSONDecodeError as error:

@@ -1,7 +1,7 @@
 """The host's dataset loader, made to give prompts with whole references and every column of the row.
 
-`get_dataset(stage="ppo")` does the loading, mixing, sampling and splitting. While it runs, the two functions that it
-looks up for each dataset are replaced: the converter, which alone sees the raw row, and the processor, which encodes.
+`get_dataset(stage="ppo")` does the loading, mixing, sampling and splitting. While it runs, the functions that it
+looks up are replaced: the converter, which alone sees the raw row, the processor, which encodes, and the split.
 Between them, and in what comes out, a row is one JSON string, so that datasets of any columns can be mixed.
 """
 
@@ -26,7 +26,7 @@ from llamafactory.data.processor.processor_utils import DatasetProcessor
 from .. import __version__
 from ..prompts import PromptSet, build_prompts
 from ..types import Prompt
-from .dataset_files import defect_of
+from .dataset_files import check_files, defect_of
 from .log import get_logger
 
 
@@ -78,6 +78,7 @@ def load_prompts(
     """
     if data_args.dataset is None:
         raise ValueError("No prompts to train on: name a dataset of dataset_info.json in `dataset`.")
+    check_files(_named(data_args), data_args.dataset_dir)
     data_args = copy.copy(data_args)
     data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt cannot tell its dataset
     reward_columns = cast(dict[str, str], finetuning_args.reward_columns or {})
@@ -90,12 +91,10 @@ def load_prompts(
             raise ValueError(
                 _defect(data_args) or "The dataset that was loaded last has no rows: give it some, or name another one."
             ) from error
-        except (DatasetsError, ValueError) as error:
-            if (defect := _defect(data_args)) is None and not isinstance(error, DatasetsError):
-                raise
+        except (DatasetsError, UnicodeDecodeError) as error:
             reason = " ".join(str(error.__cause__ or error).split())
             raise ValueError(
-                defect
+                _defect(data_args)
                 or f"`dataset: {','.join(data_args.dataset)}` cannot be loaded: {reason}. Mend the file, or leave out the "
                 "dataset that it belongs to."
             ) from error
@@ -117,8 +116,12 @@ def load_prompts(
 
 def _defect(data_args: "DataArguments") -> str | None:
     """What is wrong in the files of the run's datasets, as far as it is seen."""
-    named = [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
-    return next(filter(None, (defect_of(key, name, data_args.dataset_dir) for key, name in named)), None)
+    defects = (defect_of(key, name, data_args.dataset_dir) for key, name in _named(data_args))
+    return next(filter(None, defects), None)
+
+
+def _named(data_args: "DataArguments") -> list[tuple[str, str]]:
+    return [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
 
 
 def _check_split(dataset: Any, val_size: float) -> None:
