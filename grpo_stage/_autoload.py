@@ -45,6 +45,25 @@ def is_watched(name: str) -> bool:
     return name in WATCHED and (name != "llamafactory.launcher" or is_training)
 
 
+def starts_run(argv: "list[str]") -> bool:
+    """Whether a command line trains with this stage, of `llamafactory-cli` or of a process that torchrun starts.
+
+    The recipe's text is searched, since a parser takes long to import: should it only be about the stage, a stop
+    before training ends that run with a line in place of a traceback.
+    """
+    is_of_torchrun = argv[:1] and argv[0].endswith(os.path.join("llamafactory", "launcher.py"))
+    if not is_of_torchrun and argv[1:2] != ["train"]:
+        return False
+    words = argv[1:] if is_of_torchrun else argv[2:]
+    texts = [" ".join(words)]
+    if words and words[0].endswith((".yaml", ".yml", ".json")) and os.path.isfile(words[0]):
+        with open(words[0], encoding="utf-8", errors="replace") as file:
+            texts.append(file.read())
+    import re
+
+    return any(re.search(r"""\bstage["']?[\s:=]+["']?grpo\b""", text) for text in texts)
+
+
 class PostImportFinder:
     """Finds the watched modules with the other finders, and has `on_import` called once they are executed."""
 
@@ -96,5 +115,18 @@ def unregister() -> None:
         sys.meta_path.remove(_FINDER)
 
 
+def _say_that_it_is_off() -> None:
+    if is_enabled("GRPO_STAGE_DISABLE"):  # which `python -m grpo_stage` takes away
+        print(
+            "`stage: grpo` belongs to grpo-stage, which GRPO_STAGE_DISABLE=1 turns off. Unset that variable, or start the "
+            "run with `python -m grpo_stage train ...`.",
+            file=sys.stderr,
+        )
+
+
 if not is_enabled("GRPO_STAGE_DISABLE"):
     register()
+elif starts_run(sys.argv):
+    import atexit
+
+    atexit.register(_say_that_it_is_off)  # behind the host's own error

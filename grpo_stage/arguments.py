@@ -39,6 +39,7 @@ SIGNED_ESTIMATORS = tuple(estimator for estimator in ADVANTAGE_SCALES if estimat
 """Those of `advantage_estimator` that give advantages below 0."""
 MOST_GENERATIONS = 16_384
 """Far more completions of one prompt than any paper has."""
+LARGEST_WEIGHT = 1e9
 LONGEST_TIMEOUT_S = 1e9
 """About what a system call takes at most."""
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
@@ -843,9 +844,10 @@ def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
             f"`reward_weights: {shown}` has {len(weights)} values for the {len(names)} functions of "
             f"`reward_funcs: {listed}`. Give one weight for each, in the same order."
         )
-    if not all(map(math.isfinite, weights)):
+    if not all(math.isfinite(weight) and abs(weight) <= LARGEST_WEIGHT for weight in weights):
         raise ValueError(
-            f"`reward_weights: {shown}` must be finite, since rewards are multiplied by them. Write for example 0.5."
+            f"`reward_weights: {shown}` must be finite and at most {LARGEST_WEIGHT:g} in magnitude, since rewards are "
+            "multiplied by them. Write for example 0.5."
         )
     if not any(weights):
         raise ValueError(

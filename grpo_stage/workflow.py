@@ -17,7 +17,13 @@ from .distributed import all_gather
 from .host import facade
 from .host.adapters import items
 from .host.datasets import load_prompts
-from .host.model_checks import adapter_source, num_embeddings, refuse_tied_adapters, refuse_unknown_tokens, refuse_unloadable
+from .host.model_checks import (
+    adapter_source,
+    num_embeddings,
+    refuse_tied_adapters,
+    refuse_unknown_tokens,
+    refuse_unloadable,
+)
 from .host.recipe import recipe_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 from .reward_model import (

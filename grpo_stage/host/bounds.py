@@ -114,9 +114,7 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
         "adam_beta2": Bound(
             {"min": 0, "below": 1}, "it is the share of the old mean that is kept", "Leave it out for 0.999."
         ),
-        "adam_epsilon": Bound(
-            {"above": 0, "max": 1000}, "it keeps a division by 0 away", "Leave it out for 1.0e-8."
-        ),
+        "adam_epsilon": Bound({"above": 0, "max": 1000}, "it keeps a division by 0 away", "Leave it out for 1.0e-8."),
         "max_grad_norm": Bound(
             {"min": 0},
             "it is the norm that a gradient is clipped to",
@@ -133,7 +131,9 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
             "Write for example `warmup_steps: 10`, or leave it out for none.",
             is_share_or_count=True,
         ),
-        "seed": Bound({"min": 0, "max": 2**32 - 1}, "it is what random numbers start from", "Write for example `seed: 42`."),
+        "seed": Bound(
+            {"min": 0, "max": 2**32 - 1}, "it is what random numbers start from", "Write for example `seed: 42`."
+        ),
         # Adapters
         "lora_rank": Bound(
             {"min": 1, "max": 16_384},
@@ -150,9 +150,7 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
             "it multiplies the learning rate of an adapter's second matrix",
             "Write for example `loraplus_lr_ratio: 16.0`, or leave it out.",
         ),
-        "loraplus_lr_embedding": Bound(
-            {"above": 0, "max": 100}, "it is a learning rate", "Leave it out for 1.0e-6."
-        ),
+        "loraplus_lr_embedding": Bound({"above": 0, "max": 100}, "it is a learning rate", "Leave it out for 1.0e-6."),
         "pissa_iter": Bound(
             {"min": 1, "max": 10_000},
             "it is the number of iterations of the decomposition",
@@ -194,7 +192,7 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
         "save_total_limit": Bound(
             _QUANTITY,
             "it is how many checkpoints are kept",
-            "Leave it out to keep all of them; `save_strategy: \"no\"` saves none.",
+            'Leave it out to keep all of them; `save_strategy: "no"` saves none.',
         ),
         "early_stopping_steps": Bound(
             _QUANTITY, "it is how many evaluations without a better one end the run", "Leave it out to go on."

@@ -61,9 +61,7 @@ def check_overrides(overrides: list[str]) -> None:
             remedy = f"Write `{before[0]}{word}`, without a space."
         else:
             remedy = f"Write `{key.lstrip('-').replace('-', '_') or 'key'}={value or (after or ['value'])[0]}`."
-        raise ValueError(
-            f"`{word}` is no `key=value`, the form of what stands behind a configuration file. {remedy}"
-        )
+        raise ValueError(f"`{word}` is no `key=value`, the form of what stands behind a configuration file. {remedy}")
 
 
 def check_first_word(arguments: list[str]) -> None:

@@ -42,9 +42,7 @@ def check_descriptions(named: Iterable[tuple[str, str]], dataset_dir: Any) -> No
             hint = f"Did you mean `{near[0]}`?" if near else f"It knows: {', '.join(descriptions)}."
             raise ValueError(f"`{key}: {name}` is not in {file}. {hint} Name one of those, or add yours to it.")
         _check_description(f"`{key}: {name}`", descriptions[name], file)
-    for (key, name), attributes in zip(
-        named, get_dataset_list([name for _, name in named], dataset_dir), strict=True
-    ):
+    for (key, name), attributes in zip(named, get_dataset_list([name for _, name in named], dataset_dir), strict=True):
         if attributes.ranking:
             raise ValueError(
                 f"`{key}: {name}` holds pairs of preferred answers (`ranking: true`), and this stage samples and "
@@ -138,7 +136,9 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 
 def _check_path(source: str, path: Path) -> None:
     if not path.exists():
-        raise ValueError(f"{source} is {path} by its description, which is not there. Mend its `file_name` in {DATA_CONFIG}.")
+        raise ValueError(
+            f"{source} is {path} by its description, which is not there. Mend its `file_name` in {DATA_CONFIG}."
+        )
     files = _files(path)
     endings = {file.suffix for file in files}
     if len(endings) != 1 or not endings <= {f".{ending}" for ending in FILEEXT2TYPE}:

@@ -89,7 +89,8 @@ def load_prompts(
             )
         except StopIteration as error:
             raise ValueError(
-                _defect(data_args) or "The dataset that was loaded last has no rows: give it some, or name another one."
+                _defect(data_args)
+                or "The dataset that was loaded last has no rows: give it some, or name another one."
             ) from error
         except (DatasetsError, UnicodeDecodeError) as error:
             reason = " ".join(str(error.__cause__ or error).split())

@@ -7,6 +7,7 @@ defaults, and then the host's own parser.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_type_hints
 
@@ -78,6 +79,11 @@ def parse(raw: RawArguments) -> RunArguments:
     if isinstance(raw, list) and {"-h", "--help"} & set(raw):
         host.get_train_args(raw)  # prints the help and exits
     written = check(raw)
+    if written.get("model_name_or_path") is None:
+        raise ValueError(
+            "`model_name_or_path` is missing: it is the model that is trained. Give the path of its folder, or its hub id "
+            "(`owner/name`)."
+        )
     given = frozenset(key for key, value in written.items() if value is not None)
     model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})
     arguments = RunArguments(model, data, training, finetuning, generating, given)
@@ -130,7 +136,8 @@ def _derive(arguments: RunArguments) -> None:
         model.vllm_max_lora_rank = next(rank for rank in LORA_RANKS if rank >= lora_rank(adapter))
 
 
-def _hints() -> dict[str, Any]:
+@cache
+def _hints() -> Mapping[str, Any]:
     """The type of every key that may be written."""
     hints: dict[str, Any] = {}
     for cls in ARGUMENT_CLASSES:

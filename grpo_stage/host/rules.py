@@ -24,6 +24,17 @@ from .adapters import adapter_config, items, lora_rank
 from .coercion import as_plain
 
 
+_PACKAGES = MappingProxyType(
+    {
+        "use_galore": "galore_torch",
+        "use_apollo": "apollo_torch",
+        "use_adam_mini": "adam_mini",
+        "use_swanlab": "swanlab",
+        "enable_liger_kernel": "liger_kernel",
+        "plot_loss": "matplotlib",
+    }
+)
+"""What the host asks for in the words of Python's package metadata."""
 MOST_COMPLETIONS = 1_000_000
 _PRECISIONS = MappingProxyType({"bnb": (4, 8), "eetq": (8,), "hqq": (1, 2, 3, 4, 5, 6, 8)})
 USE_HF = "Write `rollout_backend: hf`, which samples with the trained model itself"
@@ -343,6 +354,14 @@ RULES = (
         lambda v: v.bf16 and v.fp16,
         "`bf16: true` cannot go with `fp16: true`: a run computes in one precision. Leave `fp16` out, or `bf16` where the "
         "GPU has none (older than Ampere).",
+    ),
+    *(
+        Rule(
+            lambda v, key=key, package=package: bool(getattr(v, key)) and find_spec(package) is None,
+            f"`{key}: {{{key}}}` needs the package {package}, which is not installed. Install it (`pip install "
+            f"{package.replace('_', '-')}`), or leave `{key}` out.",
+        )
+        for key, package in _PACKAGES.items()
     ),
     Rule(
         lambda v: v.pure_bf16 and not (is_torch_bf16_gpu_available() or is_torch_npu_available()),

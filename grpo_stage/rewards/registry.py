@@ -199,7 +199,7 @@ def _module_from_file(place: str, spec: str, folder: Path) -> ModuleType:
         raise ValueError(f"reward {spec!r}: there is no file {path}; a relative path starts at the working directory")
     try:
         return module_of(path)
-    except (Exception, SystemExit) as error:  # a user's file may raise anything
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a user's file may raise anything
         raise ValueError(f"reward {spec!r}: loading {path} failed with {type(error).__name__}: {error}") from error
 
 
@@ -214,7 +214,7 @@ def _module_by_name(place: str, spec: str, folder: Path) -> ModuleType:
             f"reward {spec!r}: there is no module {place!r}. It was looked for in the working directory {folder} "
             f"and then on sys.path: {_listed(path for path in sys.path if path)}"
         ) from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a user's module may raise anything
         raise ValueError(f"reward {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
 
 

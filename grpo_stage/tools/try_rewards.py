@@ -105,17 +105,9 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: if that is no mapping, or another stage's.
     """
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     from ..host.registration import STAGE, read_command_line, stage_of
 
-    if config.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"{config} is no recipe: the name of one ends with .yaml, .yml or .json.")
-    try:
-        configuration = read_command_line([str(config), *overrides])
-    except (OSError, TypeError, YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{config} cannot be read as a mapping of keys to values: {error}") from error
+    configuration = read_command_line([str(config), *overrides])
     if not isinstance(configuration, dict) or stage_of(configuration) != STAGE:
         raise ValueError(f"{config} is no recipe of `stage: {STAGE}`, the stage that has rewards.")
     return configuration
