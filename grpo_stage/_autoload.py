@@ -118,8 +118,8 @@ def unregister() -> None:
 def _say_that_it_is_off() -> None:
     if is_enabled("GRPO_STAGE_DISABLE"):  # which `python -m grpo_stage` takes away
         print(
-            "`stage: grpo` belongs to grpo-stage, which GRPO_STAGE_DISABLE=1 turns off. Unset that variable, or start the "
-            "run with `python -m grpo_stage train ...`.",
+            "`stage: grpo` belongs to grpo-stage, which GRPO_STAGE_DISABLE=1 turns off. Unset that variable, or start "
+            "the run with `python -m grpo_stage train ...`.",
             file=sys.stderr,
         )
 

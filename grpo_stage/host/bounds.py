@@ -56,7 +56,8 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
         # Sampling
         "temperature": Bound(
             {"above": 0, "min": 0.01, "max": 100},
-            "near 0 all completions of a group are equal, and equal completions teach nothing; far above 1 they are noise",
+            "near 0 all completions of a group are equal, and equal completions teach nothing; far above 1 they are "
+            "noise",
             "Write `temperature: 1.0` or leave it out.",
         ),
         "top_p": Bound(

@@ -178,8 +178,8 @@ def _check_mixing(values: SimpleNamespace) -> None:
     shown = f"`interleave_probs: {','.join(map(str, probabilities))}`"
     if values.mix_strategy == "concat":
         raise ValueError(
-            f"{shown} has no effect with `mix_strategy: concat` (the default). Write `mix_strategy: interleave_under`, "
-            "or leave `interleave_probs` out."
+            f"{shown} has no effect with `mix_strategy: concat` (the default). Write `mix_strategy: "
+            "interleave_under`, or leave `interleave_probs` out."
         )
     try:
         numbers = [float(probability) for probability in probabilities]
@@ -191,8 +191,8 @@ def _check_mixing(values: SimpleNamespace) -> None:
         names = items(getattr(values, key))
         if names and len(names) != len(numbers):
             raise ValueError(
-                f"{shown} has {len(numbers)} values for the {len(names)} datasets of `{key}: {','.join(names)}`. Give one "
-                "for each, in the same order."
+                f"{shown} has {len(numbers)} values for the {len(names)} datasets of `{key}: {','.join(names)}`. Give "
+                "one for each, in the same order."
             )
 
 
@@ -303,8 +303,8 @@ def _check_output_folder(output_dir: str) -> None:
             pass
     except OSError as error:
         raise ValueError(
-            f"`output_dir: {output_dir}` cannot be written to: {error.strerror} ({nearest}). Name a folder that you may "
-            "write to, on a disk with room."
+            f"`output_dir: {output_dir}` cannot be written to: {error.strerror} ({nearest}). Name a folder that you "
+            "may write to, on a disk with room."
         ) from error
 
 

@@ -48,7 +48,9 @@ def as_hinted(key: str, value: Any, hint: Any) -> Any:
         return _choice(key, value, get_args(members[0]))
     value = _as_list(key, value)
     if key in _COMMA_LISTS and isinstance(value, list | tuple):
-        return _as_written(key, [_convert(key, item, str, members).strip() for item in value])
+        if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in value):
+            raise _wrong_type(key, value, members)
+        return _as_written(key, [str(item).strip() for item in value])
     if key in _ALSO_ACCEPTED:
         members = [_ALSO_ACCEPTED[key], *members]
     if bool in members and str(value).lower() in ("true", "false"):

@@ -96,8 +96,8 @@ def load_prompts(
             reason = " ".join(str(error.__cause__ or error).split())
             raise ValueError(
                 _defect(data_args)
-                or f"`dataset: {','.join(data_args.dataset)}` cannot be loaded: {reason}. Mend the file, or leave out the "
-                "dataset that it belongs to."
+                or f"`dataset: {','.join(data_args.dataset)}` cannot be loaded: {reason}. Mend the file, or leave out "
+                "the dataset that it belongs to."
             ) from error
 
     held_out = datasets.get("eval_dataset") or {}
@@ -131,8 +131,8 @@ def _check_split(dataset: Any, val_size: float) -> None:
     num_held_out = int(val_size) if val_size >= 1 else math.ceil(val_size * num_rows)
     if num_held_out >= num_rows:
         raise ValueError(
-            f"`val_size: {val_size}` holds out {num_held_out} rows, and `dataset` has {num_rows}: none would be left to "
-            f"train on. Write a lower number, a share such as `val_size: 0.1`, or name rows of their own in "
+            f"`val_size: {val_size}` holds out {num_held_out} rows, and `dataset` has {num_rows}: none would be left "
+            f"to train on. Write a lower number, a share such as `val_size: 0.1`, or name rows of their own in "
             "`eval_dataset`."
         )
 

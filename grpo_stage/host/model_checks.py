@@ -42,8 +42,8 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
     for name in arguments.training.report_to or ():
         if name not in (*get_available_reporting_integrations(), *_NEVER_LISTED):
             raise ValueError(
-                f"`report_to: {name}` is not possible: its package is not installed. Install it (`pip install {name}`), or "
-                "write `report_to: none`."
+                f"`report_to: {name}` is not possible: its package is not installed. Install it (`pip install "
+                f"{name}`), or write `report_to: none`."
             )
     model = skeleton(facade.load_config(arguments.model))
     if model is not None:
@@ -134,13 +134,13 @@ def refuse_misfit(adapter: str, subfolder: str | None, base: str, model: nn.Modu
             )
     if missing and len(missing) == len(shapes):
         raise ValueError(
-            f"`adapter_name_or_path: {adapter}` does not fit `model_name_or_path: {base}`, which has none of its layers, "
-            f"such as {missing[0]}. {remedy}"
+            f"`adapter_name_or_path: {adapter}` does not fit `model_name_or_path: {base}`, which has none of its "
+            f"layers, such as {missing[0]}. {remedy}"
         )
     if missing:
         logger.warning_rank0(
-            f"`adapter_name_or_path: {adapter}` has {len(missing)} weights of layers that `model_name_or_path: {base}` "
-            f"does not have, such as {missing[0]}: they are left out. {remedy}"
+            f"`adapter_name_or_path: {adapter}` has {len(missing)} weights of layers that `model_name_or_path: "
+            f"{base}` does not have, such as {missing[0]}: they are left out. {remedy}"
         )
     elif not may_be_same_model(trained_on, base):
         logger.warning_rank0(
@@ -159,8 +159,8 @@ def _lora_shapes(file: Path, adapter: str) -> Mapping[tuple[str, str], list[int]
             named = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(
-            f"`adapter_name_or_path: {adapter}` is damaged: {file} cannot be read ({error}). Copy it anew, or name another "
-            "adapter."
+            f"`adapter_name_or_path: {adapter}` is damaged: {file} cannot be read ({error}). Copy it anew, or name "
+            "another adapter."
         ) from error
     found = ((_LORA_WEIGHT.fullmatch(name), shape) for name, shape in named.items())
     return {(match["layer"], match["part"]): shape for match, shape in found if match is not None}

@@ -2,7 +2,6 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from llamafactory.hparams.model_args import ModelArguments
@@ -24,12 +23,12 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
     if folder.is_dir() and not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ValueError(
-                f"`{key}: {path}` is an adapter and no model: it has an adapter_config.json and no config.json. Name the "
-                f"model that it stands on, and write `{_ADAPTER_KEYS[key]}: {path}`."
+                f"`{key}: {path}` is an adapter and no model: it has an adapter_config.json and no config.json. Name "
+                f"the model that it stands on, and write `{_ADAPTER_KEYS[key]}: {path}`."
             )
         raise ValueError(
-            f"`{key}: {path}` is a folder without a config.json, the file that says what a model is. Give the folder that "
-            "holds the model's files."
+            f"`{key}: {path}` is a folder without a config.json, the file that says what a model is. Give the folder "
+            "that holds the model's files."
         )
     if folder.is_file():
         raise ValueError(f"`{key}: {path}` is a file. Give the folder that holds the model's files.")
@@ -37,8 +36,8 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
     if not folder.exists() and not is_name and not looks_like_hub_id(path):
         home = " `~` stands for no folder here: write the whole path." if path.startswith("~") else ""
         raise ValueError(
-            f"`{key}: {path}` does not exist (looked for from {os.getcwd()}), and is no hub id (`owner/name`).{home} Give "
-            "the path of the model's folder, or its hub id."
+            f"`{key}: {path}` does not exist (looked for from {os.getcwd()}), and is no hub id (`owner/name`).{home} "
+            "Give the path of the model's folder, or its hub id."
         )
     try:
         return load_config(model_args)

@@ -1,4 +1,5 @@
-"""The optimizer and its schedule, made once for nothing: what their libraries refuse is refused before a model loads."""
+"""The optimizer and its schedule, made once for nothing: what their libraries refuse is refused before a model "
+"loads."""
 
 import inspect
 from typing import TYPE_CHECKING
@@ -37,8 +38,8 @@ def refuse_optimizer(training_args: "Seq2SeqTrainingArguments") -> None:
     schedule, settings = SchedulerType(training_args.lr_scheduler_type), training_args.lr_scheduler_kwargs or {}
     if schedule is SchedulerType.CONSTANT and settings:
         raise ValueError(
-            f"`lr_scheduler_kwargs: {settings}` would have no effect with `lr_scheduler_type: constant`. Leave it out, or "
-            "write for example `lr_scheduler_type: cosine_with_restarts`."
+            f"`lr_scheduler_kwargs: {settings}` would have no effect with `lr_scheduler_type: constant`. Leave it "
+            "out, or write for example `lr_scheduler_type: cosine_with_restarts`."
         )
     try:
         get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0), 10, 100, dict(settings))

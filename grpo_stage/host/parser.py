@@ -81,8 +81,8 @@ def parse(raw: RawArguments) -> RunArguments:
     written = check(raw)
     if written.get("model_name_or_path") is None:
         raise ValueError(
-            "`model_name_or_path` is missing: it is the model that is trained. Give the path of its folder, or its hub id "
-            "(`owner/name`)."
+            "`model_name_or_path` is missing: it is the model that is trained. Give the path of its folder, or its "
+            "hub id (`owner/name`)."
         )
     given = frozenset(key for key, value in written.items() if value is not None)
     model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})

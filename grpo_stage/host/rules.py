@@ -289,9 +289,24 @@ def _has_flash_attention(v: SimpleNamespace) -> bool:
     return is_flash_attn_2_available() or is_torch_npu_available()
 
 
-def _is_unknown_precision(v: SimpleNamespace, prefix: str) -> bool:
-    bits = getattr(v, f"{prefix}quantization_bit")
-    return bits is not None and bits not in _PRECISIONS.get(as_plain(v.quantization_method), (bits,))
+def _of_precision(key: str) -> Rule:
+    def is_unknown(v: SimpleNamespace) -> bool:
+        bits = getattr(v, key)
+        return bits is not None and bits not in _PRECISIONS.get(as_plain(v.quantization_method), (bits,))
+
+    return Rule(
+        is_unknown,
+        f"`{key}: {{{key}}}` is not possible with `quantization_method: {{quantization_method}}`: bitsandbytes (bnb) has "
+        f"4 and 8 bits, eetq 8, hqq 1 to 6 and 8. Write `{key}: 4`, or leave it out.",
+    )
+
+
+def _needs_package(key: str, package: str) -> Rule:
+    return Rule(
+        lambda v: bool(getattr(v, key)) and find_spec(package) is None,
+        f"`{key}: {{{key}}}` needs the package {package}, which is not installed. Install it (`pip install "
+        f"{package.replace('_', '-')}`), or leave `{key}` out.",
+    )
 
 
 def _is_neutral(v: SimpleNamespace) -> bool:
@@ -340,8 +355,8 @@ RULES = (
     ),
     Rule(
         lambda v: not v.output_dir,
-        "`output_dir: {output_dir}` names no folder: checkpoints, logs and the trained model go there. Write for example "
-        "`output_dir: saves/my-run`.",
+        "`output_dir: {output_dir}` names no folder: checkpoints, logs and the trained model go there. Write for "
+        "example `output_dir: saves/my-run`.",
     ),
     Rule(
         lambda v: _completions_of_a_rollout(v) > MOST_COMPLETIONS,
@@ -352,17 +367,10 @@ RULES = (
     ),
     Rule(
         lambda v: v.bf16 and v.fp16,
-        "`bf16: true` cannot go with `fp16: true`: a run computes in one precision. Leave `fp16` out, or `bf16` where the "
-        "GPU has none (older than Ampere).",
+        "`bf16: true` cannot go with `fp16: true`: a run computes in one precision. Leave `fp16` out, or `bf16` where "
+        "the GPU has none (older than Ampere).",
     ),
-    *(
-        Rule(
-            lambda v, key=key, package=package: bool(getattr(v, key)) and find_spec(package) is None,
-            f"`{key}: {{{key}}}` needs the package {package}, which is not installed. Install it (`pip install "
-            f"{package.replace('_', '-')}`), or leave `{key}` out.",
-        )
-        for key, package in _PACKAGES.items()
-    ),
+    *(_needs_package(key, package) for key, package in _PACKAGES.items()),
     Rule(
         lambda v: v.pure_bf16 and not (is_torch_bf16_gpu_available() or is_torch_npu_available()),
         "`pure_bf16: true` is not possible on this machine: it has no device that computes in bf16. Leave it out.",
@@ -370,18 +378,10 @@ RULES = (
     Rule(
         lambda v: v.flash_attn in ("fa2", "fa3") and not _has_flash_attention(v),
         "`flash_attn: {flash_attn}` is not possible here: FlashAttention runs on a GPU alone, and needs its package "
-        "(`flash-attn`); LLaMA-Factory would go on without it and hardly say so. Install it where there is a GPU, write "
-        "`flash_attn: sdpa`, or leave it out for the best there is.",
+        "(`flash-attn`); LLaMA-Factory would go on without it and hardly say so. Install it where there is a GPU, "
+        "write `flash_attn: sdpa`, or leave it out for the best there is.",
     ),
-    *(
-        Rule(
-            lambda v, prefix=prefix: _is_unknown_precision(v, prefix),
-            f"`{prefix}quantization_bit: {{{prefix}quantization_bit}}` is not possible with `quantization_method: "
-            "{quantization_method}`: bitsandbytes (bnb) has 4 and 8 bits, eetq 8, hqq 1 to 6 and 8. Write "
-            f"`{prefix}quantization_bit: 4`, or leave it out.",
-        )
-        for prefix in ("", "ref_model_", "reward_model_")
-    ),
+    *(_of_precision(f"{model}quantization_bit") for model in ("", "ref_model_", "reward_model_")),
     Rule(
         lambda v: bool(_LAYERWISE_OPTIMIZERS.search(str(v.optim))),
         "`optim: {optim}` updates weights during the backward pass, while the later micro-batches of the step still "
@@ -526,13 +526,13 @@ RULES = (
     ),
     Rule(
         lambda v: bool(v.val_size and v.eval_dataset),
-        "`val_size: {val_size}` cannot go with `eval_dataset: {eval_dataset}`: the one holds out rows of `dataset`, the "
-        "other names rows of its own. Leave one of them out.",
+        "`val_size: {val_size}` cannot go with `eval_dataset: {eval_dataset}`: the one holds out rows of `dataset`, "
+        "the other names rows of its own. Leave one of them out.",
     ),
     Rule(
         lambda v: isinstance(v.val_size, float) and v.val_size == 1,
-        "`val_size: {val_size}` would hold out all rows, and leave none to train on. Write `val_size: 1` for one row, or a "
-        "share below 1 such as `val_size: 0.1`.",
+        "`val_size: {val_size}` would hold out all rows, and leave none to train on. Write `val_size: 1` for one row, "
+        "or a share below 1 such as `val_size: 0.1`.",
     ),
     Rule(
         lambda v: v.eval_temperature == 0 and v.eval_num_generations != 1,
@@ -548,8 +548,8 @@ RULES = (
     ),
     Rule(
         lambda v: not _evaluates(v) and bool(v.val_size or v.eval_dataset),
-        "`val_size: {val_size}` and `eval_dataset: {eval_dataset}` have no effect in a run that never evaluates, but that "
-        "the rows held out are not trained on. Write `eval_strategy: steps` and `eval_steps`, or leave them out.",
+        "`val_size: {val_size}` and `eval_dataset: {eval_dataset}` have no effect in a run that never evaluates, but "
+        "that the rows held out are not trained on. Write `eval_strategy: steps` and `eval_steps`, or leave them out.",
     ),
     Rule(
         lambda v: (
