@@ -10,6 +10,7 @@ other keys to the values under which this one has an effect: elsewhere it is ref
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -793,17 +794,16 @@ def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
     """What a number would have to be: the first of `above`, `min`, `max` and `below` that it breaks, in words."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    low, high, above, below = (bounds.get(bound) for bound in ("min", "max", "above", "below"))
     if not math.isfinite(value):
         return "a finite number"
-    if above is not None and value <= above:
-        return f"above {above:g}"
-    if low is not None and value < low:
-        return f"at least {low:g}"
-    if high is not None and value > high:
-        return f"at most {high:g}"
-    if below is not None and value >= below:
-        return f"below {below:g}"
+    for bound, words, is_broken in (
+        ("above", "above", operator.le),
+        ("min", "at least", operator.lt),
+        ("max", "at most", operator.gt),
+        ("below", "below", operator.ge),
+    ):
+        if (limit := bounds.get(bound)) is not None and is_broken(value, limit):
+            return f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}"
     return None
 
 

@@ -17,8 +17,21 @@ def lora_rank(values: Any) -> int:
 
 
 def adapter_config(adapter: str, subfolder: str | None) -> dict[str, Any] | None:
+    """What its adapter_config.json says; None where there is none.
+
+    Raises:
+        ValueError: if that file is damaged.
+    """
     file = adapter_folder(adapter, subfolder) / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(
+            f"`{adapter}` is no adapter that can be read: {file} is damaged ({error}). Copy it anew, or name another "
+            "one."
+        ) from error
 
 
 def adapter_folder(adapter: str, subfolder: str | None) -> Path:

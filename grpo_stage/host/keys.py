@@ -116,9 +116,7 @@ def known_keys(values: Mapping[str, Any], hints: Mapping[str, Any], allow_others
     checked: dict[str, Any] = {}
     for key, value in values.items():
         if not isinstance(key, str):
-            raise ValueError(
-                f"`{key}: {shown(value)}` has {key!r} for a key, which is no text. Write the name of a key."
-            )
+            raise ValueError(f"`{key}: {shown(value)}` has {key!r} for a key, which is no text. Write a key's name.")
         if key in hints:
             checked[key] = value
         elif key.startswith("no_") and hints.get(key[3:]) is bool:  # argparse's complement of a flag

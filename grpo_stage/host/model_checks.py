@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from peft import LoraConfig, PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -54,7 +55,8 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
 
 def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
     finetuning = arguments.finetuning
-    layers = [name for name, _ in model.named_modules() if name]
+    # Those without a weight of their own only hold others: PEFT adapts none, and trains some whole.
+    layers = [name for name, layer in model.named_modules() if "weight" in layer._parameters]
     if finetuning.finetuning_type == "freeze":
         in_blocks, others = _layers_of_parameters(model)
         _check_layers("freeze_trainable_modules", finetuning.freeze_trainable_modules, in_blocks)
@@ -64,12 +66,14 @@ def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
         key = "lora_target" if finetuning.finetuning_type == "lora" else "oft_target"
         if is_new:
             _check_layers(key, getattr(finetuning, key), layers)
-            _check_layers("additional_target", finetuning.additional_target or (), layers)
+            modules = [name for name, _ in model.named_modules() if name]
+            _check_layers("additional_target", finetuning.additional_target or (), modules)
 
 
 def _layers_of_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
     """The names that `freeze_trainable_modules` and `freeze_extra_modules` may have, as the host finds them."""
-    in_blocks, others = {"all"}, set()
+    in_blocks: set[str] = set()
+    others: set[str] = set()
     for name, _ in model.named_parameters():
         if (block := re.search(r"\.[01]\.(\w+)", name)) is not None:
             in_blocks.add(block[1])
@@ -113,8 +117,14 @@ def refuse_misfit(adapter: str, subfolder: str | None, base: str, model: nn.Modu
     config = adapter_config(adapter, subfolder)
     if config is None:
         return
+    folder = adapter_folder(adapter, subfolder)
+    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
+        raise ValueError(
+            f"`adapter_name_or_path: {adapter}` has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}. "
+            "Give the folder that LoRA training wrote (its `output_dir`)."
+        )
     trained_on = config.get("base_model_name_or_path")
-    shapes = _lora_shapes(adapter_folder(adapter, subfolder) / "adapter_model.safetensors", adapter)
+    shapes = _lora_shapes(folder / SAFETENSORS_WEIGHTS_NAME, adapter)
     modules = dict(model.named_modules())
     remedy = (
         f"It was trained on {trained_on or 'a model that it does not name'} (`base_model_name_or_path` of its "

@@ -102,6 +102,11 @@ def check(raw: RawArguments) -> dict[str, Any]:
     written = typed(raw)
     if written.get("reward_funcs") is None and written.get("reward_model") is not None:
         written["reward_funcs"] = REWARD_MODEL  # alone
+    if not written.get("output_dir", True):  # left out, it is transformers' own
+        raise ValueError(
+            f"`output_dir: {written['output_dir'] or 'null'}` names no folder: checkpoints, logs and the trained "
+            "model go there. Write for example `output_dir: saves/my-run`."
+        )
     values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
     given = frozenset(key for key, value in written.items() if value is not None)
     GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate(given)

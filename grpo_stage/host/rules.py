@@ -296,8 +296,8 @@ def _of_precision(key: str) -> Rule:
 
     return Rule(
         is_unknown,
-        f"`{key}: {{{key}}}` is not possible with `quantization_method: {{quantization_method}}`: bitsandbytes (bnb) has "
-        f"4 and 8 bits, eetq 8, hqq 1 to 6 and 8. Write `{key}: 4`, or leave it out.",
+        f"`{key}: {{{key}}}` is not possible with `quantization_method: {{quantization_method}}`: bitsandbytes (bnb) "
+        f"has 4 and 8 bits, eetq 8, hqq 1 to 6 and 8. Write `{key}: 4`, or leave it out.",
     )
 
 
@@ -352,11 +352,6 @@ RULES = (
         lambda v: not v.dataset,
         "`dataset` is missing: prompts come from it. Name one or more datasets of `dataset_info.json`, "
         "and the folder of that file as `dataset_dir`.",
-    ),
-    Rule(
-        lambda v: not v.output_dir,
-        "`output_dir: {output_dir}` names no folder: checkpoints, logs and the trained model go there. Write for "
-        "example `output_dir: saves/my-run`.",
     ),
     Rule(
         lambda v: _completions_of_a_rollout(v) > MOST_COMPLETIONS,

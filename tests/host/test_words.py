@@ -241,7 +241,7 @@ def test_accepted(recipe, changes):
     ("changes", "said"),
     [
         ({"output_dir": None}, ["`output_dir: null`", "output_dir: saves/my-run"]),
-        ({"output_dir": ""}, ["`output_dir: `", "output_dir: saves/my-run"]),
+        ({"output_dir": ""}, ["`output_dir: null`", "output_dir: saves/my-run"]),
         ({"num_generations": 10**9}, ["num_generations: 1000000000", "at most 16384"]),
         (
             {"per_device_train_batch_size": 10**5, "num_generations": 64},
