@@ -2,9 +2,9 @@
 
 The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
 `metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
-inclusive bounds, `["above"]` an exclusive lower one. An upper bound far from any use is there for slips of the pen,
-such as an exponent without its sign. Choices are the field's Literal. `metadata["only_with"]` maps
-other keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
+inclusive bounds, `["above"]` an exclusive lower one, `["most"]` an upper one far from any use, for slips of the pen.
+Choices are the field's Literal. `metadata["only_with"]` maps other keys to the values under which this one has an
+effect: elsewhere it is refused, and hidden in LLaMA Board.
 """
 
 import dataclasses
@@ -93,7 +93,7 @@ class GRPOArguments:
         metadata={
             "group": ROLLOUT,
             "min": 2,
-            "max": MOST_GENERATIONS,
+            "most": MOST_GENERATIONS,
             "help": (
                 "Completions sampled for each prompt (the group size G); one alone would have nothing to be compared "
                 "with. A batch is counted in prompts: "
@@ -107,7 +107,7 @@ class GRPOArguments:
         metadata={
             "group": ROLLOUT,
             "min": 1,
-            "max": 10_000,
+            "most": 10_000,
             "help": (
                 "Optimizer steps fed by one rollout: the rollout samples this many steps' prompts at once. "
                 "Past 1 the later steps are slightly off-policy."
@@ -132,7 +132,7 @@ class GRPOArguments:
             "group": ROLLOUT,
             "only_with": {"dynamic_sampling": (True,)},
             "min": 1,
-            "max": 10_000,
+            "most": 10_000,
             "help": (
                 "How many further rollouts, each of as many prompts as the first, dynamic sampling may take for a "
                 "batch. After them the step trains on the groups it has."
@@ -310,7 +310,7 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "min": 0.0,
-            "max": 1000.0,
+            "most": 1000.0,
             "help": (
                 "Weight of the KL divergence to the reference policy. 0 needs no reference policy; "
                 "DeepSeekMath used 0.04."
@@ -552,7 +552,7 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "min": 1,
-            "max": 1000,
+            "most": 1000,
             "help": "How many times each rollout is trained on (mu in the paper).",
         },
     )
@@ -585,7 +585,7 @@ class GRPOArguments:
             "group": EVALUATION,
             "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 1,
-            "max": MOST_GENERATIONS,
+            "most": MOST_GENERATIONS,
             "help": (
                 "Completions sampled for each prompt in an evaluation: the k of mean@k, pass@k and maj@k. "
                 "`num_generations` by default."
@@ -598,7 +598,7 @@ class GRPOArguments:
             "group": EVALUATION,
             "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 0.0,
-            "max": 100.0,
+            "most": 100.0,
             "help": (
                 "Sampling temperature of evaluations; 0 takes the most probable token each time, and goes with "
                 "`eval_num_generations: 1`. `temperature` by default."
@@ -650,7 +650,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
-            "max": LONGEST_TIMEOUT_S,
+            "most": LONGEST_TIMEOUT_S,
             "help": "Seconds that the delivery of the weights to the engine may take before the run is ended.",
         },
     )
@@ -659,7 +659,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
-            "max": LONGEST_TIMEOUT_S,
+            "most": LONGEST_TIMEOUT_S,
             "help": "Seconds that sampling one rollout may take before the run is ended.",
         },
     )
@@ -668,7 +668,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
-            "max": LONGEST_TIMEOUT_S,
+            "most": LONGEST_TIMEOUT_S,
             "help": (
                 "Seconds that a reward function may take for the completions of one rollout before the run is ended. "
                 "`accuracy` has a limit for each completion too, `timeout` in its `reward_kwargs`."
@@ -791,7 +791,7 @@ def _shown(value: Any) -> str:
 
 
 def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
-    """What a number would have to be: the first of `above`, `min`, `max` and `below` that it breaks, in words."""
+    """What a number would have to be, in words: the first bound that it breaks, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     if not math.isfinite(value):
@@ -800,6 +800,7 @@ def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
         ("above", "above", operator.le),
         ("min", "at least", operator.lt),
         ("max", "at most", operator.gt),
+        ("most", "at most", operator.gt),
         ("below", "below", operator.ge),
     ):
         if (limit := bounds.get(bound)) is not None and is_broken(value, limit):

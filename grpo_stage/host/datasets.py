@@ -90,7 +90,7 @@ def load_prompts(
         except StopIteration as error:
             raise ValueError(
                 _defect(data_args)
-                or "The dataset that was loaded last has no rows: give it some, or name another one."
+                or "The dataset that was loaded last has no rows: look at its file, and at `max_samples`."
             ) from error
         except (DatasetsError, UnicodeDecodeError) as error:
             reason = " ".join(str(error.__cause__ or error).split())

@@ -32,7 +32,14 @@ SHOWN_CHARACTERS = 80
 # The parser reads the model's config. Of this kind it knows no limit of positions, nor any quantization.
 _STAND_IN_CONFIG = {"model_type": "t5"}
 # References need no device; and a recipe for a GPU can be tried where there is none.
-_WITHOUT_DEVICE = {"use_cpu": True, "bf16": False, "fp16": False, "pure_bf16": False, "tf32": None}
+_WITHOUT_DEVICE = {
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "pure_bf16": False,
+    "tf32": None,
+    "flash_attn": "auto",
+}
 _IN_BYTES = (
     "No model is chosen, so that lengths are counted in bytes: `num_tokens`, and what `length`, `overlong` and "
     "`repetition` see, are not what they will be in a run. Name `model_name_or_path` to count its tokens."

@@ -140,7 +140,7 @@ def test_a_checkpoint_of_another_recipe_or_stage_is_refused(recipe, run_exp, tmp
 
 
 def test_evaluation_gives_the_mean_reward_and_leaves_training_alone(recipe, run_exp, tmp_path):
-    plain = recipe(output_dir=str(tmp_path / "plain"), val_size=3, log_completions=True)
+    plain = recipe(output_dir=str(tmp_path / "plain"), val_size=3, log_completions=True, do_eval=True)
     run_exp(plain)
     evaluated = recipe(
         output_dir=str(tmp_path / "evaluated"), val_size=3, log_completions=True, eval_strategy="steps", eval_steps=1

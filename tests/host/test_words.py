@@ -111,7 +111,7 @@ def outside(limits: Any, is_whole: bool) -> Iterator[float]:
         ("min", limits.get("min", 0) - step),
         ("above", limits.get("above")),
         ("below", limits.get("below")),
-        ("max", limits.get("max", 0) + max(step, abs(limits.get("max", 0)) * 0.01)),
+        *((bound, limits.get(bound, 0) + max(step, abs(limits.get(bound, 0)) * 0.01)) for bound in ("max", "most")),
     ):
         if limits.get(bound) is not None:
             yield int(value) if is_whole else float(value)
@@ -119,7 +119,7 @@ def outside(limits: Any, is_whole: bool) -> Iterator[float]:
 
 
 BOUNDED = sorted(
-    {key for key, spec in SPECS.items() if {"min", "max", "above", "below"} & spec.metadata.keys()}
+    {key for key, spec in SPECS.items() if {"min", "max", "most", "above", "below"} & spec.metadata.keys()}
     | HOST_BOUNDS.keys()
 )
 
@@ -152,7 +152,12 @@ def said_of(recipe: dict[str, Any]) -> str:
 @pytest.mark.parametrize("key", BOUNDED)
 def test_a_bound_itself_is_allowed_where_it_is_inclusive(recipe, key):
     limits = HOST_BOUNDS[key].limits if key in HOST_BOUNDS else SPECS[key].metadata
-    for value in (limits.get("min"), limits.get("max"), *(HOST_BOUNDS[key].also if key in HOST_BOUNDS else ())):
+    for value in (
+        limits.get("min"),
+        limits.get("max"),
+        limits.get("most"),
+        *(HOST_BOUNDS[key].also if key in HOST_BOUNDS else ()),
+    ):
         if value is None or (value == limits.get("min") == limits.get("above")):
             continue
         assert f"`{key}: {value}` must be" not in said_of(recipe | {key: value})
