@@ -30,7 +30,7 @@ def read_configuration(path: str, overrides: list[str]) -> dict[str, Any]:
             raise ValueError(f"{path} holds {kind}, and a recipe is a mapping. Write one `key: value` a line.")
         configuration = OmegaConf.load(Path(path).absolute())
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{path}{_place(error)} cannot be read: {_problem(error)}. Mend the file there.") from error
+        raise ValueError(f"{path} cannot be read{_place(error)}: {_problem(error)}. Mend the file there.") from error
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(configuration, OmegaConf.from_cli(overrides)))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -74,9 +74,9 @@ def check_first_word(arguments: list[str]) -> None:
         return
     path = arguments[0]
     if os.path.isdir(path):
-        raise ValueError(f"`{path}` is a folder. Name the configuration file, such as {os.path.join(path, 'x.yaml')}.")
+        raise ValueError(f"{path} is a folder. Name the configuration file, such as {os.path.join(path, 'x.yaml')}.")
     raise ValueError(
-        f"`{path}` is no configuration file: the name of one ends with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}. "
+        f"{path} is no configuration file: the name of one ends with {', '.join(ENDINGS[:-1])} or {ENDINGS[-1]}. "
         "Rename it, or write flags as `--key value`."
     )
 
@@ -131,7 +131,7 @@ def _text_of(path: str) -> str:
 
 def _place(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    return "" if mark is None else f", line {mark.line + 1}, column {mark.column + 1},"
+    return "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _problem(error: Exception) -> str:

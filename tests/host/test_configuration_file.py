@@ -38,10 +38,13 @@ def refusal(*words: str) -> str:
         (b"- stage: grpo\n", ["x.yaml holds a list", "`key: value`"]),
         (GOOD.encode("utf-16"), ["x.yaml is in UTF-16", "Save it as UTF-8"]),
         (b"stage: grpo\nrun_name: \xe4\n", ["x.yaml", "line 2", "Save it as UTF-8"]),
-        (b"stage: grpo\n\tseed: 1\n", ["x.yaml, line 2, column 1", "'\\t'", "Mend"]),
-        (b"stage: grpo\nseed 1\nbeta: 0\n", ["x.yaml, line 3", "could not find expected ':'", "Mend"]),
-        (b"stage: 'grpo\n", ["x.yaml, line 2", "quoted scalar", "Mend"]),
-        (b"stage: grpo\nseed: 1\nseed: 2\n", ["x.yaml, line 3", "duplicate key seed", "Mend"]),
+        (b"stage: grpo\n\tseed: 1\n", ["x.yaml cannot be read at line 2, column 1", "'\\t'", "Mend"]),
+        (
+            b"stage: grpo\nseed 1\nbeta: 0\n",
+            ["x.yaml cannot be read at line 3", "could not find expected ':'", "Mend"],
+        ),
+        (b"stage: 'grpo\n", ["x.yaml cannot be read at line 2", "quoted scalar", "Mend"]),
+        (b"stage: grpo\nseed: 1\nseed: 2\n", ["x.yaml cannot be read at line 3", "duplicate key seed", "Mend"]),
         (b"stage: grpo\n\0", ["x.yaml", "#x0000", "Mend"]),
     ],
 )
@@ -57,11 +60,11 @@ def test_a_path_that_is_no_file():
     Path("d").mkdir()
     Path("x.txt").write_text(GOOD)
     assert "d.yaml is a folder" in refusal("d.yaml")
-    assert "`d` is a folder" in refusal("d")
+    assert "d is a folder" in refusal("d")
     assert "gone.yaml does not exist" in refusal("gone.yaml")
     for name in ("x.txt", "x", "X.YAML"):
         message = refusal(name, "seed=1")
-        assert f"`{name}`" in message
+        assert f"{name} is no configuration file" in message
         assert ".yaml, .yml or .json" in message
 
 
