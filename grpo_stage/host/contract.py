@@ -123,7 +123,7 @@ def check_contract() -> None:
     Raises:
         UnsupportedHostError: if its version is out of range or a symbol is missing or changed; all are named.
     """
-    defects = [defect for symbol in CONTRACT if (defect := symbol.defect()) is not None]
+    defects = list(dict.fromkeys(defect for symbol in CONTRACT if (defect := symbol.defect()) is not None))
     if not defects and is_supported_version():
         return
     version = installed_version()
