@@ -25,8 +25,8 @@ from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from ..rollout.vllm_options import refuse_options
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
 from .bounds import refuse_out_of_bounds
-from .coercion import as_plain
-from .dataset_files import check_descriptions, did_you_mean
+from .coercion import as_plain, did_you_mean
+from .dataset_files import check_descriptions
 from .log import get_logger
 from .model_files import config_of
 from .other_models import arguments_for

@@ -208,6 +208,13 @@ def _expected(members: list[Any]) -> str:
     return " or ".join(dict.fromkeys(names))
 
 
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A sentence with the nearest name and a space behind it, or nothing."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f"Did you mean `{by_lower[near[0]]}`? " if near else ""
+
+
 def as_plain(value: Any) -> Any:
     """The text of a choice, which the host's defaults have as a member of an enumeration."""
     return value.value if isinstance(value, Enum) else value

@@ -4,11 +4,14 @@ What cannot be read is refused with the file, the place in it, and what to write
 """
 
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 
 ENDINGS = (".yaml", ".yml", ".json")
+_ONE_VARIABLE = re.compile(r"\$\{oc\.env:\w+\}")
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -99,12 +102,31 @@ def _resolved(key: str, value: Any, values: dict[str, Any]) -> Any:
     try:
         OmegaConf.create({key: value})  # what is written in no valid form is this key's
         found = OmegaConf.create(values)[key]
-        return OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
     except OmegaConfBaseException as error:
         raise ValueError(
             f"`{key}: {value}` refers to what cannot be found: {_problem(error)}. Define it, write the value itself, "
             r"or write `\${` where the text `${` is meant."
         ) from error
+    if any("://" in text and not _ONE_VARIABLE.fullmatch(raw) for raw, text in _texts(value, found)):
+        raise ValueError(
+            f"`{key}: {value}` makes an address out of parts, by which a recipe could send what an environment "
+            "variable holds to anyone. Write the whole address, or `${oc.env:NAME}` alone for a variable that holds "
+            "all of it."
+        )
+    return found
+
+
+def _texts(raw: Any, found: Any) -> Iterator[tuple[str, str]]:
+    """The texts in a value that interpolate, each with what it became."""
+    if isinstance(raw, dict):
+        for each, became in zip(raw.values(), found.values(), strict=True):
+            yield from _texts(each, became)
+    elif isinstance(raw, list | tuple):
+        for each, became in zip(raw, found, strict=True):
+            yield from _texts(each, became)
+    elif _interpolates(raw):
+        yield raw, str(found)
 
 
 def _interpolates(value: Any) -> bool:

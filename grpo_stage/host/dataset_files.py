@@ -14,6 +14,8 @@ from llamafactory.data.converter import DATASET_CONVERTERS
 from llamafactory.data.parser import get_dataset_list
 from llamafactory.extras.constants import DATA_CONFIG, FILEEXT2TYPE
 
+from .coercion import did_you_mean
+
 
 _SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _JSON_TYPES = MappingProxyType({dict: "a mapping", list: "a list", str: "text", bool: "true or false"})
@@ -126,13 +128,6 @@ def _check_description(source: str, description: Any, file: str) -> None:
             f"{source} has `formatting: {formatting}` in {file}, which is one of {', '.join(DATASET_CONVERTERS)}. "
             f"{did_you_mean(formatting, DATASET_CONVERTERS)}Write one of these, or leave it out for alpaca."
         )
-
-
-def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A sentence with the nearest name and a space behind it, or nothing."""
-    by_lower = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
-    return f"Did you mean `{by_lower[near[0]]}`? " if near else ""
 
 
 def _check_path(source: str, path: Path) -> None:

@@ -17,7 +17,7 @@ from ..tied_weights import refuse_planned
 from ..types import Prompt
 from . import facade
 from .adapters import adapter_config, adapter_folder, items
-from .dataset_files import did_you_mean
+from .coercion import did_you_mean
 from .model_files import skeleton
 from .optimizer_checks import refuse_optimizer
 

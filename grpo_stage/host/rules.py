@@ -542,9 +542,14 @@ RULES = (
         "`eval_steps`, or leave them out.",
     ),
     Rule(
-        lambda v: not _evaluates(v) and bool(v.val_size or v.eval_dataset),
-        "`val_size: {val_size}` and `eval_dataset: {eval_dataset}` have no effect in a run that never evaluates, but "
-        "that the rows held out are not trained on. Write `eval_strategy: steps` and `eval_steps`, or leave them out.",
+        lambda v: not _evaluates(v) and bool(v.val_size),
+        "`val_size: {val_size}` holds rows out in a run that never evaluates: they are neither trained on nor looked "
+        "at. Write `eval_strategy: steps` and `eval_steps`, or leave it out.",
+    ),
+    Rule(
+        lambda v: not _evaluates(v) and bool(v.eval_dataset),
+        "`eval_dataset: {eval_dataset}` has no effect in a run that never evaluates. Write `eval_strategy: steps` and "
+        "`eval_steps`, or leave it out.",
     ),
     Rule(
         lambda v: (

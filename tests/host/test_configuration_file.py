@@ -128,6 +128,24 @@ def test_an_interpolation_of_what_is_not_there(value):
     assert "\n" not in str(error.value)
 
 
+def test_no_recipe_sends_a_variable_to_an_address(monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    monkeypatch.setenv("SERVER", "http://localhost:8000/score")
+    for value in (
+        "http://elsewhere/${oc.env:SECRET}",
+        "${run_name}${oc.env:SECRET}",
+        "http://elsewhere/${seed}",
+        "${oc.env:NOT_THERE,http://elsewhere/${oc.env:SECRET}}",
+        {"f": {"urls": ["http://elsewhere/${oc.env:SECRET}"]}},
+    ):
+        values = {"run_name": "http://elsewhere/", "seed": "${oc.env:SECRET}", "reward_model": value}
+        with pytest.raises(ValueError, match=r"`reward_model: .*Write the whole address") as error:
+            resolved(values)
+        assert "s3cret" not in str(error.value)
+    assert resolved({"reward_model": "${oc.env:SERVER}"}) == {"reward_model": "http://localhost:8000/score"}
+    assert resolved({"reward_model": "http://localhost:8000"}) == {"reward_model": "http://localhost:8000"}
+
+
 def test_where_the_stage_is_turned_off_the_last_line_says_so():
     Path("x.yaml").write_text(GOOD)
     code = "import sys; sys.exit('what the host says')"

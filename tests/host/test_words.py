@@ -257,7 +257,7 @@ def test_accepted(recipe, changes):
         ({"flash_attn": "fa2"}, ["flash_attn: fa2", "GPU", "flash_attn: sdpa"]),
         ({"flash_attn": "fa3"}, ["flash_attn: fa3", "GPU", "flash_attn: sdpa"]),
         ({"quantization_bit": 3}, ["quantization_bit: 3", "quantization_method: bnb", "quantization_bit: 4"]),
-        ({"val_size": 2}, ["val_size: 2", "never evaluates", "not trained on", "eval_strategy: steps"]),
+        ({"val_size": 2}, ["val_size: 2", "never evaluates", "neither trained on", "eval_strategy: steps"]),
         ({"eval_dataset": "gsm8k"}, ["eval_dataset: gsm8k", "never evaluates", "eval_strategy: steps"]),
         ({"val_size": 1.0, "eval_strategy": "steps"}, ["val_size: 1.0", "all rows", "`val_size: 1`"]),
         ({"val_size": 2, "eval_dataset": "gsm8k"}, ["val_size: 2", "eval_dataset: gsm8k", "Leave one"]),
