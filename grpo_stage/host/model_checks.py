@@ -49,8 +49,21 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
     model = skeleton(facade.load_config(arguments.model))
     if model is not None:
         _refuse_unknown_layers(arguments, model)
-        for adapter in items(arguments.model.adapter_name_or_path):
-            refuse_misfit(adapter, arguments.model.adapter_folder, arguments.model.model_name_or_path, model)
+    finetuning, own = arguments.finetuning, arguments.model
+    for key, adapters, base_key, base in (
+        ("adapter_name_or_path", own.adapter_name_or_path, "model_name_or_path", own.model_name_or_path),
+        ("ref_model_adapters", finetuning.ref_model_adapters, "ref_model", finetuning.ref_model),
+        ("reward_model_adapters", finetuning.reward_model_adapters, "reward_model", finetuning.reward_model),
+    ):
+        for adapter in items(adapters):
+            other = (
+                model
+                if base == own.model_name_or_path
+                else skeleton(facade.load_config(facade.arguments_for(own, base)))
+            )
+            if other is not None:
+                subfolder = own.adapter_folder if key == "adapter_name_or_path" else None
+                _refuse_misfit(adapter, subfolder, base, other, f"`{key}: {adapter}`", f"`{base_key}: {base}`")
 
 
 def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
@@ -102,14 +115,18 @@ def _ends_with(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
-def refuse_misfit(adapter: str, subfolder: str | None, base: str, model: nn.Module) -> None:
+def _refuse_misfit(
+    adapter: str, subfolder: str | None, base: str, model: nn.Module, adapter_shown: str, base_shown: str
+) -> None:
     """Refuse an adapter that was trained on a model of other layers, and warn of one that names another model.
 
     Args:
         adapter: its folder. What is on a hub is not looked at.
-        subfolder: `adapter_folder`.
-        base: `model_name_or_path`.
-        model: the model that it is put on; its weights may be on the meta device.
+        subfolder: where it is in that folder.
+        base: the model that it is put on.
+        model: that model; its weights may be on the meta device.
+        adapter_shown: the key and value that name the adapter.
+        base_shown: those of the model.
 
     Raises:
         ValueError: naming the adapter, the layer, both shapes, and the remedy.
@@ -120,15 +137,15 @@ def refuse_misfit(adapter: str, subfolder: str | None, base: str, model: nn.Modu
     folder = adapter_folder(adapter, subfolder)
     if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
         raise ValueError(
-            f"`adapter_name_or_path: {adapter}` has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}. "
-            "Give the folder that LoRA training wrote (its `output_dir`)."
+            f"{adapter_shown} has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}. Give the folder "
+            "that LoRA training wrote (its `output_dir`)."
         )
     trained_on = config.get("base_model_name_or_path")
-    shapes = _lora_shapes(folder / SAFETENSORS_WEIGHTS_NAME, adapter)
+    shapes = _lora_shapes(folder / SAFETENSORS_WEIGHTS_NAME, adapter_shown)
     modules = dict(model.named_modules())
     remedy = (
         f"It was trained on {trained_on or 'a model that it does not name'} (`base_model_name_or_path` of its "
-        "adapter_config.json). Name that model as `model_name_or_path`, or another adapter."
+        f"adapter_config.json). Name that model in place of {base_shown}, or another adapter."
     )
     missing = []
     for (layer, part), shape in shapes.items():
@@ -139,28 +156,27 @@ def refuse_misfit(adapter: str, subfolder: str | None, base: str, model: nn.Modu
         found, expected = (shape[1], module.in_features) if part == "A" else (shape[0], module.out_features)
         if found != expected:
             raise ValueError(
-                f"`adapter_name_or_path: {adapter}` does not fit `model_name_or_path: {base}`: its {layer} has "
-                f"{found} {'inputs' if part == 'A' else 'outputs'}, and the model's {expected}. {remedy}"
+                f"{adapter_shown} does not fit {base_shown}: its {layer} has {found} "
+                f"{'inputs' if part == 'A' else 'outputs'}, and the model's {expected}. {remedy}"
             )
     if missing and len(missing) == len(shapes):
         raise ValueError(
-            f"`adapter_name_or_path: {adapter}` does not fit `model_name_or_path: {base}`, which has none of its "
-            f"layers, such as {missing[0]}. {remedy}"
+            f"{adapter_shown} does not fit {base_shown}, which has none of its layers, such as {missing[0]}. {remedy}"
         )
     if missing:
         logger.warning_rank0(
-            f"`adapter_name_or_path: {adapter}` has {len(missing)} weights of layers that `model_name_or_path: "
-            f"{base}` does not have, such as {missing[0]}: they are left out. {remedy}"
+            f"{adapter_shown} has {len(missing)} weights of layers that {base_shown} does not have, such as "
+            f"{missing[0]}: they are left out. {remedy}"
         )
-    elif not may_be_same_model(trained_on, base):
+    elif not may_be_same_model(trained_on, base) and "reward_model" not in base_shown:  # of which the workflow warns
         logger.warning_rank0(
-            f"`adapter_name_or_path: {adapter}` was trained on {trained_on} (`base_model_name_or_path` of its "
-            f"adapter_config.json), and is put on `model_name_or_path: {base}`: unless they are the same model in two "
-            "places, it is noise there. Name the model that it was trained on."
+            f"{adapter_shown} was trained on {trained_on} (`base_model_name_or_path` of its adapter_config.json), and "
+            f"is put on {base_shown}: unless they are the same model in two places, it is noise there. Name the model "
+            "that it was trained on."
         )
 
 
-def _lora_shapes(file: Path, adapter: str) -> Mapping[tuple[str, str], list[int]]:
+def _lora_shapes(file: Path, shown: str) -> Mapping[tuple[str, str], list[int]]:
     """By layer and matrix, the shape: from the file's header alone."""
     if not file.is_file():
         return {}
@@ -169,8 +185,7 @@ def _lora_shapes(file: Path, adapter: str) -> Mapping[tuple[str, str], list[int]
             named = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (no mapping)
     except SafetensorError as error:
         raise ValueError(
-            f"`adapter_name_or_path: {adapter}` is damaged: {file} cannot be read ({error}). Copy it anew, or name "
-            "another adapter."
+            f"{shown} is damaged: {file} cannot be read ({error}). Copy it anew, or name another adapter."
         ) from error
     found = ((_LORA_WEIGHT.fullmatch(name), shape) for name, shape in named.items())
     return {(match["layer"], match["part"]): shape for match, shape in found if match is not None}

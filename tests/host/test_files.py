@@ -241,8 +241,26 @@ ATTENTION = "model.layers.0.self_attn.q_proj"
 def test_an_adapter_of_another_model(recipe, tmp_path, layers, said):
     folder = lora(tmp_path / "lora", "another/base", layers)
     message = refusal(refuse_unloadable, parse(recipe | {"adapter_name_or_path": str(folder)}))
-    for part in (f"`adapter_name_or_path: {folder}`", recipe["model_name_or_path"], said, "another/base", "Name that"):
+    for part in (
+        f"`adapter_name_or_path: {folder}`",
+        recipe["model_name_or_path"],
+        said,
+        "another/base",
+        "Name that model in place of `model_name_or_path: ",
+    ):
         assert part in message
+
+
+def test_an_adapter_of_a_model_beside_the_policy(recipe, tmp_path):
+    folder = lora(tmp_path / "lora", "another/base", {ATTENTION: (32, 16)})
+    shutil.copytree(recipe["model_name_or_path"], tmp_path / "beside")
+    for key, more in (
+        ("ref_model", {"beta": 0.1}),
+        ("reward_model", {"reward_model_type": "full", "reward_funcs": "reward_model"}),
+    ):
+        own = {key: str(tmp_path / "beside"), f"{key}_adapters": str(folder)}
+        message = refusal(refuse_unloadable, parse(recipe | more | own))
+        assert f"`{key}_adapters: {folder}` does not fit `{key}: {tmp_path / 'beside'}`: its {ATTENTION}" in message
 
 
 def test_an_adapter_that_fits(recipe, tmp_path, warned):
