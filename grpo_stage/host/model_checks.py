@@ -18,7 +18,7 @@ from ..types import Prompt
 from . import facade
 from .adapters import adapter_config, adapter_folder, items
 from .coercion import did_you_mean
-from .model_files import skeleton
+from .model_files import refuse_incomplete, skeleton
 from .optimizer_checks import refuse_optimizer
 
 
@@ -46,10 +46,15 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
                 f"`report_to: {name}` is not possible: its package is not installed. Install it (`pip install "
                 f"{name}`), or write `report_to: none`."
             )
-    model = skeleton(facade.load_config(arguments.model))
+    finetuning, own = arguments.finetuning, arguments.model
+    refuse_incomplete("model_name_or_path", own.model_name_or_path, needs_weights=not own.train_from_scratch)
+    if finetuning.ref_model is not None:
+        refuse_incomplete("ref_model", finetuning.ref_model, needs_weights=True)
+    if finetuning.reward_model is not None and finetuning.reward_model_type == "full":
+        refuse_incomplete("reward_model", finetuning.reward_model, needs_weights=True)
+    model = skeleton(facade.load_config(own))
     if model is not None:
         _refuse_unknown_layers(arguments, model)
-    finetuning, own = arguments.finetuning, arguments.model
     for key, adapters, base_key, base in (
         ("adapter_name_or_path", own.adapter_name_or_path, "model_name_or_path", own.model_name_or_path),
         ("ref_model_adapters", finetuning.ref_model_adapters, "ref_model", finetuning.ref_model),

@@ -1,6 +1,7 @@
 """What a model's folder or hub repository says of it before its weights are loaded: its config and its layers."""
 
 import os
+from fnmatch import fnmatch
 from pathlib import Path
 
 import torch
@@ -52,6 +53,28 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
         raise ValueError(f"`{key}: {path}` is not possible: {where} ({reason}). {remedy}") from error
 
 
+def refuse_incomplete(key: str, path: str, needs_weights: bool) -> None:
+    """Refuse a folder that lacks the files of a tokenizer, or of weights.
+
+    transformers makes a tokenizer of a few tokens where there is none, and every prompt is then the unknown token.
+
+    Raises:
+        ValueError: naming the key, the path, what is missing and the remedy.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    names = [file.name for file in folder.iterdir()]
+    for what, patterns in (("tokenizer", _TOKENIZER_FILES), *((("weights", _WEIGHT_FILES),) if needs_weights else ())):
+        if not any(fnmatch(name, pattern) for name in names for pattern in patterns):
+            raise ValueError(
+                f"`{key}: {path}` has no file of {what} (such as {patterns[0]}). Copy it from the model that this one "
+                "was made of, or give the folder that holds all of the model."
+            )
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer*", "tokenization*", "vocab*", "*.model", "*.tiktoken", "tekken*")
+_WEIGHT_FILES = ("model.safetensors", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack")
 _ADAPTER_KEYS = {
     "model_name_or_path": "adapter_name_or_path",
     "ref_model": "ref_model_adapters",

@@ -142,6 +142,30 @@ def test_a_path_that_is_no_model(recipe, adapter, tmp_path, key):
         assert [part for part in (f"`{key}: {path}`", *said) if part not in message] == [], message
 
 
+@pytest.fixture
+def whole(recipe) -> dict[str, Any]:
+    """The recipe, on a folder that has a file of each kind."""
+    for name in ("tokenizer.json", "model.safetensors"):
+        Path(recipe["model_name_or_path"], name).touch()
+    return recipe
+
+
+@pytest.mark.parametrize("key", ["model_name_or_path", "ref_model", "reward_model"])
+@pytest.mark.parametrize("missing", ["tokenizer.json", "model.safetensors"])
+def test_a_model_that_lacks_files(whole, tmp_path, key, missing):
+    """Without a tokenizer transformers makes one that knows no word."""
+    folder = shutil.copytree(whole["model_name_or_path"], tmp_path / "incomplete")
+    (folder / missing).unlink()
+    more = {
+        "model_name_or_path": {},
+        "ref_model": {"beta": 0.1},
+        "reward_model": {"reward_model_type": "full", "reward_funcs": "reward_model"},
+    }[key]
+    message = refusal(refuse_unloadable, parse(whole | more | {key: str(folder)}))
+    assert f"`{key}: {folder}` has no file of {'tokenizer' if 'token' in missing else 'weights'}" in message
+    assert "Copy it" in message
+
+
 # Layers and adapters
 
 
@@ -183,8 +207,8 @@ def warned(monkeypatch) -> list[str]:
     ],
     ids=str,
 )
-def test_what_would_fail_once_the_model_is_loaded(recipe, changes, said):
-    arguments = parse(recipe | changes)
+def test_what_would_fail_once_the_model_is_loaded(whole, changes, said):
+    arguments = parse(whole | changes)
     message = refusal(refuse_unloadable, arguments)
     assert [part for part in said if part not in message] == [], message
 
@@ -204,13 +228,13 @@ def test_what_would_fail_once_the_model_is_loaded(recipe, changes, said):
     ],
     ids=str,
 )
-def test_what_can_be_loaded(recipe, warned, changes):
-    refuse_unloadable(parse(recipe | changes))
+def test_what_can_be_loaded(whole, warned, changes):
+    refuse_unloadable(parse(whole | changes))
     assert warned == []
 
 
-def test_a_layer_of_other_models_is_left_out_with_a_warning(recipe, warned):
-    refuse_unloadable(parse(recipe | {"lora_target": "q_proj,query_key_value"}))
+def test_a_layer_of_other_models_is_left_out_with_a_warning(whole, warned):
+    refuse_unloadable(parse(whole | {"lora_target": "q_proj,query_key_value"}))
     assert len(warned) == 1
     assert "no layer `query_key_value`" in warned[0]
 
@@ -238,12 +262,12 @@ ATTENTION = "model.layers.0.self_attn.q_proj"
         ({"transformer.h.0.attn.c_attn": (16, 16)}, "has none of its layers, such as transformer.h.0.attn.c_attn"),
     ],
 )
-def test_an_adapter_of_another_model(recipe, tmp_path, layers, said):
+def test_an_adapter_of_another_model(whole, tmp_path, layers, said):
     folder = lora(tmp_path / "lora", "another/base", layers)
-    message = refusal(refuse_unloadable, parse(recipe | {"adapter_name_or_path": str(folder)}))
+    message = refusal(refuse_unloadable, parse(whole | {"adapter_name_or_path": str(folder)}))
     for part in (
         f"`adapter_name_or_path: {folder}`",
-        recipe["model_name_or_path"],
+        whole["model_name_or_path"],
         said,
         "another/base",
         "Name that model in place of `model_name_or_path: ",
@@ -251,41 +275,41 @@ def test_an_adapter_of_another_model(recipe, tmp_path, layers, said):
         assert part in message
 
 
-def test_an_adapter_of_a_model_beside_the_policy(recipe, tmp_path):
+def test_an_adapter_of_a_model_beside_the_policy(whole, tmp_path):
     folder = lora(tmp_path / "lora", "another/base", {ATTENTION: (32, 16)})
-    shutil.copytree(recipe["model_name_or_path"], tmp_path / "beside")
+    shutil.copytree(whole["model_name_or_path"], tmp_path / "beside")
     for key, more in (
         ("ref_model", {"beta": 0.1}),
         ("reward_model", {"reward_model_type": "full", "reward_funcs": "reward_model"}),
     ):
         own = {key: str(tmp_path / "beside"), f"{key}_adapters": str(folder)}
-        message = refusal(refuse_unloadable, parse(recipe | more | own))
+        message = refusal(refuse_unloadable, parse(whole | more | own))
         assert f"`{key}_adapters: {folder}` does not fit `{key}: {tmp_path / 'beside'}`: its {ATTENTION}" in message
 
 
-def test_an_adapter_that_fits(recipe, tmp_path, warned):
-    folder = lora(tmp_path / "lora", recipe["model_name_or_path"], {ATTENTION: (16, 16)})
-    refuse_unloadable(parse(recipe | {"adapter_name_or_path": str(folder)}))
+def test_an_adapter_that_fits(whole, tmp_path, warned):
+    folder = lora(tmp_path / "lora", whole["model_name_or_path"], {ATTENTION: (16, 16)})
+    refuse_unloadable(parse(whole | {"adapter_name_or_path": str(folder)}))
     moved = tmp_path / "moved"
-    shutil.copytree(recipe["model_name_or_path"], moved)
-    refuse_unloadable(parse(recipe | {"adapter_name_or_path": "owner/lora"}))
+    shutil.copytree(whole["model_name_or_path"], moved)
+    refuse_unloadable(parse(whole | {"adapter_name_or_path": "owner/lora"}))
     assert warned == []
-    refuse_unloadable(parse(recipe | {"adapter_name_or_path": str(folder), "model_name_or_path": str(moved)}))
+    refuse_unloadable(parse(whole | {"adapter_name_or_path": str(folder), "model_name_or_path": str(moved)}))
     assert len(warned) == 1
-    assert f"was trained on {recipe['model_name_or_path']}" in warned[0]
+    assert f"was trained on {whole['model_name_or_path']}" in warned[0]
     assert "the same model in two places" in warned[0]
 
 
-def test_an_adapter_with_layers_that_the_model_lacks_in_part(recipe, tmp_path, warned):
+def test_an_adapter_with_layers_that_the_model_lacks_in_part(whole, tmp_path, warned):
     folder = lora(tmp_path / "lora", "a/b", {ATTENTION: (16, 16), ATTENTION.replace("0", "7"): (16, 16)})
-    refuse_unloadable(parse(recipe | {"adapter_name_or_path": str(folder)}))
+    refuse_unloadable(parse(whole | {"adapter_name_or_path": str(folder)}))
     assert len(warned) == 1
     assert "2 weights of layers" in warned[0]
 
 
-def test_a_damaged_adapter(recipe, tmp_path):
+def test_a_damaged_adapter(whole, tmp_path):
     folder = lora(tmp_path / "lora", "a/b", {ATTENTION: (16, 16)})
-    own = recipe | {"adapter_name_or_path": str(folder)}
+    own = whole | {"adapter_name_or_path": str(folder)}
     file = folder / "adapter_model.safetensors"
     file.write_bytes(file.read_bytes()[:40])
     assert "is damaged" in refusal(refuse_unloadable, parse(own))
@@ -300,20 +324,20 @@ def test_a_damaged_adapter(recipe, tmp_path):
 # The output folder
 
 
-def test_an_output_folder_that_cannot_be(recipe, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be(whole, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    assert "is a file. Name a folder" in refusal(parse, recipe | {"output_dir": "file"})
-    assert f"is below {tmp_path / 'file'}, which is a file" in refusal(parse, recipe | {"output_dir": "file/a/b"})
+    assert "is a file. Name a folder" in refusal(parse, whole | {"output_dir": "file"})
+    assert f"is below {tmp_path / 'file'}, which is a file" in refusal(parse, whole | {"output_dir": "file/a/b"})
     before = sorted(tmp_path.rglob("*"))
-    parse(recipe | {"output_dir": "a/new/folder"})
+    parse(whole | {"output_dir": "a/new/folder"})
     assert sorted(tmp_path.rglob("*")) == before
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(checks.tempfile, "TemporaryDirectory", fail)
-    message = refusal(parse, recipe)
-    assert f"`output_dir: {recipe['output_dir']}` cannot be written to: Permission denied" in message
+    message = refusal(parse, whole)
+    assert f"`output_dir: {whole['output_dir']}` cannot be written to: Permission denied" in message
 
 
 def test_nothing_is_asked_of_datasets_that_are_described_elsewhere():
