@@ -16,7 +16,7 @@ def lora_rank(values: Any) -> int:
     return values.lora_rank if config is None else max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
 
 
-def adapter_config(adapter: str, subfolder: str | None) -> dict[str, Any] | None:
+def adapter_config(adapter: str, subfolder: str | None, key: str = "adapter_name_or_path") -> dict[str, Any] | None:
     """What its adapter_config.json says; None where there is none.
 
     Raises:
@@ -29,8 +29,7 @@ def adapter_config(adapter: str, subfolder: str | None) -> dict[str, Any] | None
         return json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # no JSON, or no UTF-8
         raise ValueError(
-            f"`{adapter}` is no adapter that can be read: {file} is damaged ({error}). Copy it anew, or name another "
-            "one."
+            f"`{key}: {adapter}` cannot be read: {file} is damaged ({error}). Copy it anew, or name another one."
         ) from error
 
 

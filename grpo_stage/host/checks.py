@@ -141,7 +141,7 @@ def _check_adapter(adapter: str, values: SimpleNamespace, is_served: bool) -> No
 
 
 def _check_reward_adapter(path: str) -> None:
-    config = adapter_config(path, None)
+    config = adapter_config(path, None, "reward_model")
     if config is not None:
         refuse_extras(config, path)
     elif not looks_like_hub_id(path):
