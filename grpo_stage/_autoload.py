@@ -119,5 +119,18 @@ def unregister() -> None:
         sys.meta_path.remove(_FINDER)
 
 
+def _say_that_it_is_off() -> None:
+    if is_enabled("GRPO_STAGE_DISABLE"):  # which `python -m grpo_stage` takes away
+        print(
+            "`stage: grpo` belongs to grpo-stage, which GRPO_STAGE_DISABLE=1 turns off. Unset that variable, or start "
+            "the run with `python -m grpo_stage train ...`.",
+            file=sys.stderr,
+        )
+
+
 if not is_enabled("GRPO_STAGE_DISABLE"):
     register()
+elif starts_run(sys.argv):
+    import atexit
+
+    atexit.register(_say_that_it_is_off)  # behind the host's own error

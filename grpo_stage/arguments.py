@@ -2,13 +2,15 @@
 
 The names follow the host where it has the option, TRL where it does not, so that a recipe moves over with its numbers.
 `metadata["group"]` is the heading in docs/configuration.md and in LLaMA Board; `metadata["min"]` and `["max"]` are
-inclusive bounds, `["above"]` an exclusive lower one. Choices are the field's Literal. `metadata["only_with"]` maps
-other keys to the values under which this one has an effect: elsewhere it is refused, and hidden in LLaMA Board.
+inclusive bounds, `["above"]` an exclusive lower one, `["most"]` an upper one far from any use, for slips of the pen.
+Choices are the field's Literal. `metadata["only_with"]` maps other keys to the values under which this one has an
+effect: elsewhere it is refused, and hidden in LLaMA Board.
 """
 
 import dataclasses
 import json
 import math
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -36,6 +38,11 @@ GROUP_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_plus_plus_baseline", "
 """Those of `advantage_estimator` by which a group has advantages of 0 just where its totals are equal."""
 SIGNED_ESTIMATORS = tuple(estimator for estimator in ADVANTAGE_SCALES if estimator != "passk")
 """Those of `advantage_estimator` that give advantages below 0."""
+MOST_GENERATIONS = 16_384
+"""Far more completions of one prompt than any paper has."""
+LARGEST_WEIGHT = 1e9
+LONGEST_TIMEOUT_S = 1e9
+"""About what a system call takes at most."""
 BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references", "trainer_state")
 """What every reward function can take, beside the columns of the dataset."""
@@ -86,6 +93,7 @@ class GRPOArguments:
         metadata={
             "group": ROLLOUT,
             "min": 2,
+            "most": MOST_GENERATIONS,
             "help": (
                 "Completions sampled for each prompt (the group size G); one alone would have nothing to be compared "
                 "with. A batch is counted in prompts: "
@@ -99,6 +107,7 @@ class GRPOArguments:
         metadata={
             "group": ROLLOUT,
             "min": 1,
+            "most": 10_000,
             "help": (
                 "Optimizer steps fed by one rollout: the rollout samples this many steps' prompts at once. "
                 "Past 1 the later steps are slightly off-policy."
@@ -123,6 +132,7 @@ class GRPOArguments:
             "group": ROLLOUT,
             "only_with": {"dynamic_sampling": (True,)},
             "min": 1,
+            "most": 10_000,
             "help": (
                 "How many further rollouts, each of as many prompts as the first, dynamic sampling may take for a "
                 "batch. After them the step trains on the groups it has."
@@ -300,6 +310,7 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "min": 0.0,
+            "most": 1000.0,
             "help": (
                 "Weight of the KL divergence to the reference policy. 0 needs no reference policy; "
                 "DeepSeekMath used 0.04."
@@ -541,6 +552,7 @@ class GRPOArguments:
         metadata={
             "group": OBJECTIVE,
             "min": 1,
+            "most": 1000,
             "help": "How many times each rollout is trained on (mu in the paper).",
         },
     )
@@ -573,6 +585,7 @@ class GRPOArguments:
             "group": EVALUATION,
             "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 1,
+            "most": MOST_GENERATIONS,
             "help": (
                 "Completions sampled for each prompt in an evaluation: the k of mean@k, pass@k and maj@k. "
                 "`num_generations` by default."
@@ -585,6 +598,7 @@ class GRPOArguments:
             "group": EVALUATION,
             "only_with": {"eval_strategy": ("steps", "epoch")},
             "min": 0.0,
+            "most": 100.0,
             "help": (
                 "Sampling temperature of evaluations; 0 takes the most probable token each time, and goes with "
                 "`eval_num_generations: 1`. `temperature` by default."
@@ -636,6 +650,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
+            "most": LONGEST_TIMEOUT_S,
             "help": "Seconds that the delivery of the weights to the engine may take before the run is ended.",
         },
     )
@@ -644,6 +659,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
+            "most": LONGEST_TIMEOUT_S,
             "help": "Seconds that sampling one rollout may take before the run is ended.",
         },
     )
@@ -652,6 +668,7 @@ class GRPOArguments:
         metadata={
             "group": LIMITS,
             "above": 0.0,
+            "most": LONGEST_TIMEOUT_S,
             "help": (
                 "Seconds that a reward function may take for the completions of one rollout before the run is ended. "
                 "`accuracy` has a limit for each completion too, `timeout` in its `reward_kwargs`."
@@ -783,21 +800,31 @@ def _shown(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:
+def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
+    """What a number would have to be, in words: the first bound that it breaks, or None."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return
-    low, high, above = (spec.metadata.get(bound) for bound in ("min", "max", "above"))
+        return None
     if not math.isfinite(value):
-        broken = "a finite number"
-    elif low is not None and value < low:
-        broken = f"at least {low}"
-    elif high is not None and value > high:
-        broken = f"at most {high}"
-    elif above is not None and value <= above:
-        broken = f"above {above:g}"
-    else:
+        return "a finite number"
+    for bound, words, is_broken in (
+        ("above", "above", operator.le),
+        ("min", "at least", operator.lt),
+        ("max", "at most", operator.gt),
+        ("most", "at most", operator.gt),
+        ("below", "below", operator.ge),
+    ):
+        if (limit := bounds.get(bound)) is not None and is_broken(value, limit):
+            return f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}"
+    return None
+
+
+def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:
+    if (rule := broken_bound(value, spec.metadata)) is None:
         return
-    raise ValueError(f"`{spec.name}: {value}` must be {broken} (default: {spec.default}). {spec.metadata['help']}")
+    default = f"write `{spec.name}: {spec.default}`, the default" if spec.default is not None else "leave it out"
+    raise ValueError(
+        f"`{spec.name}: {value}` must be {rule}. {spec.metadata['help']} Give it such a value, or {default}."
+    )
 
 
 def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
@@ -828,9 +855,10 @@ def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
             f"`reward_weights: {shown}` has {len(weights)} values for the {len(names)} functions of "
             f"`reward_funcs: {listed}`. Give one weight for each, in the same order."
         )
-    if not all(map(math.isfinite, weights)):
+    if not all(math.isfinite(weight) and abs(weight) <= LARGEST_WEIGHT for weight in weights):
         raise ValueError(
-            f"`reward_weights: {shown}` must be finite, since rewards are multiplied by them. Write for example 0.5."
+            f"`reward_weights: {shown}` must be finite and at most {LARGEST_WEIGHT:g} in magnitude, since rewards are "
+            "multiplied by them. Write for example 0.5."
         )
     if not any(weights):
         raise ValueError(

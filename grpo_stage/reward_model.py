@@ -250,7 +250,7 @@ def refuse_other_base(base: str | None, path: str, own: str) -> None:
         path: where it is from.
         own: `model_name_or_path`.
     """
-    if not _may_be_same_model(base, own):
+    if not may_be_same_model(base, own):
         raise ValueError(
             f"`reward_model: {path}` with `reward_model_type: lora` stands on another model than the policy: its "
             f"adapter_config.json has `base_model_name_or_path: {base}`, and this run `model_name_or_path: {own}`, "
@@ -262,7 +262,7 @@ def refuse_other_base(base: str | None, path: str, own: str) -> None:
 
 def warn_of_other_base(base: str | None, path: str, own: str) -> None:
     """As `refuse_other_base`, of `reward_model_adapters` on a `reward_model` that the user chose for them."""
-    if not _may_be_same_model(base, own):
+    if not may_be_same_model(base, own):
         logger.warning(
             f"`reward_model_adapters: {path}` was trained on {base} (`base_model_name_or_path` of its "
             f"adapter_config.json), and is put on `reward_model: {own}`: unless they are the same model in two "
@@ -270,7 +270,7 @@ def warn_of_other_base(base: str | None, path: str, own: str) -> None:
         )
 
 
-def _may_be_same_model(base: str | None, path: str) -> bool:
+def may_be_same_model(base: str | None, path: str) -> bool:
     """Paths are compared resolved, and with that a hub's names as text. An adapter may not say what it stands on."""
     return not base or os.path.realpath(base) == os.path.realpath(path)
 

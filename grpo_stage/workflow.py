@@ -18,7 +18,13 @@ from .distributed import all_gather
 from .host import facade
 from .host.adapters import items
 from .host.datasets import load_prompts
-from .host.model_checks import adapter_source, num_embeddings, refuse_tied_adapters, refuse_unknown_tokens
+from .host.model_checks import (
+    adapter_source,
+    num_embeddings,
+    refuse_tied_adapters,
+    refuse_unknown_tokens,
+    refuse_unloadable,
+)
 from .host.recipe import check_same_training, recipe_of, training_record
 from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 from .redaction import errors_masked
@@ -77,6 +83,7 @@ def _run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> No
     tokenizer_module = facade.load_tokenizer(model_args)
     tokenizer = tokenizer_module["tokenizer"]
     template = facade.get_template_and_fix_tokenizer(tokenizer, data_args)
+    refuse_unloadable(arguments)
     refuse_tied_adapters(arguments)
     _check_other_models(arguments, template, tokenizer)
     prompts = load_prompts(

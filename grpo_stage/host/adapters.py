@@ -16,9 +16,21 @@ def lora_rank(values: Any) -> int:
     return values.lora_rank if config is None else max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
 
 
-def adapter_config(adapter: str, subfolder: str | None) -> dict[str, Any] | None:
+def adapter_config(adapter: str, subfolder: str | None, key: str = "adapter_name_or_path") -> dict[str, Any] | None:
+    """What its adapter_config.json says; None where there is none.
+
+    Raises:
+        ValueError: if that file is damaged.
+    """
     file = adapter_folder(adapter, subfolder) / "adapter_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if not file.is_file():
+        return None
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(
+            f"`{key}: {adapter}` cannot be read: {file} is damaged ({error}). Copy it anew, or name another one."
+        ) from error
 
 
 def adapter_folder(adapter: str, subfolder: str | None) -> Path:

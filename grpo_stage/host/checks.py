@@ -6,23 +6,30 @@
 
 import difflib
 import json
+import math
 import os
+import tempfile
 from collections.abc import Collection
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from llamafactory.data.parser import get_dataset_list
-from llamafactory.extras.constants import DATA_CONFIG
-from llamafactory.model.loader import load_config
+from llamafactory.data.template import TEMPLATES
+from llamafactory.data.tool_utils import TOOLS
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
+from transformers.training_args import trainer_log_levels
 
 from ..evaluation import rewarding_metrics
 from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from ..rollout.vllm_options import refuse_options
 from ..run_lock import refuse_used
 from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
+from .bounds import refuse_out_of_bounds
+from .coercion import as_plain, did_you_mean
+from .dataset_files import check_descriptions
 from .log import get_logger
+from .model_files import config_of
 from .other_models import arguments_for
 from .recipe import check_checkpoint, recipe_of
 from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
@@ -39,6 +46,15 @@ _MAY_NAME_CODE = (
     *("generation_config.json", "video_preprocessor_config.json"),
 )
 """Files of a model in which `auto_map` names the code that its repository brings."""
+_KNOWN_NAMES = MappingProxyType(
+    {
+        "template": TEMPLATES,
+        "tool_format": TOOLS,
+        "log_level": trainer_log_levels,
+        "log_level_replica": trainer_log_levels,
+        "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
+    }
+)
 OFF_POLICY_KEYS = frozenset(
     ("epsilon", "epsilon_high", "delta", "importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")
 )
@@ -63,6 +79,7 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
                     f"`{key}: {_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}"
                 )
 
+    refuse_out_of_bounds(vars(values))
     for rule in (*RULES, *VLLM_RULES):
         if rule.broken(values):
             raise ValueError(rule.message.format_map({key: _yaml(value) for key, value in vars(values).items()}))
@@ -81,7 +98,10 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
         _check_adapter(adapter, values, is_served=is_trained and values.rollout_backend == "vllm")
     if values.reward_model is not None and values.reward_model_type == "lora":
         _check_reward_adapter(values.reward_model)
-    _check_datasets(values)
+    _check_names(values)
+    _check_mixing(values)
+    keys = [(key, name) for key in ("dataset", "eval_dataset") for name in items(getattr(values, key))]
+    check_descriptions(keys, values.dataset_dir)
     _check_best_metric(values)
 
 
@@ -95,6 +115,9 @@ def refuse_unfit(arguments: "RunArguments") -> None:
         refuse_options(arguments.model.vllm_config, on_cpu=arguments.training.device.type == "cpu")
     _check_model_config(arguments)
     _check_reward_model_config(arguments)
+    if arguments.finetuning.ref_model is not None:
+        config_of("ref_model", arguments_for(arguments.model, arguments.finetuning.ref_model))
+    _check_output_folder(arguments.training.output_dir)
     _check_resume(arguments)
     _warn(arguments)
 
@@ -124,7 +147,7 @@ def _check_adapter(adapter: str, values: SimpleNamespace, is_served: bool) -> No
 
 
 def _check_reward_adapter(path: str) -> None:
-    config = adapter_config(path, None)
+    config = adapter_config(path, None, "reward_model")
     if config is not None:
         refuse_extras(config, path)
     elif not looks_like_hub_id(path):
@@ -135,35 +158,48 @@ def _check_reward_adapter(path: str) -> None:
         )
 
 
-def _check_datasets(values: SimpleNamespace) -> None:
-    if values.dataset_dir == "ONLINE" or str(values.dataset_dir).startswith("REMOTE:"):
-        return  # described on a hub, or not at all: the loader's to check
-    names = [*items(values.dataset), *items(values.eval_dataset)]
-    if not isinstance(values.dataset_dir, dict):
-        file = Path(values.dataset_dir) / DATA_CONFIG
-        if not file.is_file():
+def _check_names(values: SimpleNamespace) -> None:
+    """Names that the host, or transformers, looks up after the model is loaded, or answers without a remedy."""
+    for key, known in _KNOWN_NAMES.items():
+        name = getattr(values, key)
+        if name is not None and name not in known:
             raise ValueError(
-                f"`dataset_dir: {values.dataset_dir}` has no {DATA_CONFIG}, the file that describes the datasets "
-                f"({file.absolute()}). Give the folder that holds it."
+                f"`{key}: {name}` is not known. {did_you_mean(name, known)}Name one of {', '.join(sorted(known))}."
             )
-        known = json.loads(file.read_text(encoding="utf-8"))
-        for name in names:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean `{near[0]}`?" if near else f"It knows: {', '.join(known)}."
-                raise ValueError(f"`dataset: {name}` is not in {file}. {hint} Name one of those, or add yours to it.")
-    for name, attributes in zip(names, get_dataset_list(names, values.dataset_dir), strict=True):
-        if attributes.ranking:
+    names = [values.report_to] if isinstance(values.report_to, str) else list(values.report_to or ())
+    if names in (["none"], ["all"]):
+        return
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
-                f"`dataset: {name}` holds pairs of preferred answers (`ranking: true`), and this stage samples and "
-                "scores its own answers. Choose a dataset with prompts and reference answers."
+                f"`report_to: {name}` is not known. {did_you_mean(name, [*INTEGRATION_TO_CALLBACK, 'none'])}Write "
+                f"`none` or `all`, or one or a YAML list of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
             )
-        for media in ("images", "videos", "audios"):
-            if getattr(attributes, media):
-                raise ValueError(
-                    f"`dataset: {name}` has a column of {media}, and this version samples from text alone. "
-                    "Choose a text dataset."
-                )
+
+
+def _check_mixing(values: SimpleNamespace) -> None:
+    probabilities = items(values.interleave_probs)
+    if not probabilities:
+        return
+    shown = f"`interleave_probs: {','.join(map(str, probabilities))}`"
+    if values.mix_strategy == "concat":
+        raise ValueError(
+            f"{shown} has no effect with `mix_strategy: concat` (the default). Write `mix_strategy: "
+            "interleave_under`, or leave `interleave_probs` out."
+        )
+    try:
+        numbers = [float(probability) for probability in probabilities]
+    except ValueError as error:
+        raise ValueError(f"{shown} must be numbers, one for each dataset. Write for example `0.5,0.5`.") from error
+    if not all(number >= 0 for number in numbers) or not math.isclose(sum(numbers), 1, abs_tol=1e-6):
+        raise ValueError(f"{shown} must be probabilities that sum to 1. Write for example `0.5,0.5` for two datasets.")
+    for key in ("dataset", "eval_dataset"):
+        names = items(getattr(values, key))
+        if names and len(names) != len(numbers):
+            raise ValueError(
+                f"{shown} has {len(numbers)} values for the {len(names)} datasets of `{key}: {','.join(names)}`. Give "
+                "one for each, in the same order."
+            )
 
 
 def _check_best_metric(values: SimpleNamespace) -> None:
@@ -204,7 +240,7 @@ def _is_negative(weight: Any) -> bool:
 
 def _check_model_config(arguments: "RunArguments") -> None:
     model, data, generating = arguments.model, arguments.data, arguments.generating
-    config = load_config(model)
+    config = config_of("model_name_or_path", model)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
     tuning = arguments.finetuning.finetuning_type
     if method is not None and tuning not in ("lora", "oft"):
@@ -242,7 +278,7 @@ def _check_reward_model_config(arguments: "RunArguments") -> None:
     if path is None or arguments.finetuning.reward_model_type != "full":  # `lora` has the policy's positions
         return
     prompt, completion = arguments.data.cutoff_len, arguments.generating.max_new_tokens
-    limit = _positions(load_config(arguments_for(arguments.model, path)))
+    limit = _positions(config_of("reward_model", arguments_for(arguments.model, path)))
     if limit is not None and prompt + completion > limit:
         raise ValueError(
             f"`reward_model: {path}` knows {limit} positions, and `cutoff_len: {prompt}` and `max_new_tokens: "
@@ -259,6 +295,23 @@ def _positions(config: Any) -> int | None:
     if limit is not None and rope.get("factor") and rope.get("original_max_position_embeddings"):
         limit = max(limit, int(rope["factor"] * rope["original_max_position_embeddings"]))
     return limit
+
+
+def _check_output_folder(output_dir: str) -> None:
+    """A folder that files can be written to, or that can be made; nothing of it is left."""
+    path = Path(output_dir).absolute()
+    nearest = next(folder for folder in (path, *path.parents) if folder.exists())
+    if not nearest.is_dir():
+        where = "is a file" if nearest == path else f"is below {nearest}, which is a file"
+        raise ValueError(f"`output_dir: {output_dir}` {where}. Name a folder, for example `output_dir: saves/my-run`.")
+    try:
+        with tempfile.TemporaryDirectory(dir=nearest, prefix=".grpo-stage-"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"`output_dir: {output_dir}` cannot be written to: {error.strerror} ({nearest}). Name a folder that you "
+            "may write to, on a disk with room."
+        ) from error
 
 
 def _check_resume(arguments: "RunArguments") -> None:
@@ -373,4 +426,5 @@ def _say_remote_code(model: str) -> None:
 
 
 def _yaml(value: Any) -> str:
+    value = as_plain(value)
     return json.dumps(value) if value is None or isinstance(value, bool | dict | list) else str(value)

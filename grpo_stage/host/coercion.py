@@ -48,7 +48,9 @@ def as_hinted(key: str, value: Any, hint: Any) -> Any:
         return _choice(key, value, get_args(members[0]))
     value = _as_list(key, value)
     if key in _COMMA_LISTS and isinstance(value, list | tuple):
-        return _as_written(key, [_convert(key, item, str, members).strip() for item in value])
+        if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in value):
+            raise _wrong_type(key, value, members)
+        return _as_written(key, [str(item).strip() for item in value])
     if key in _ALSO_ACCEPTED:
         members = [_ALSO_ACCEPTED[key], *members]
     if bool in members and str(value).lower() in ("true", "false"):
@@ -79,7 +81,7 @@ def _as_written(key: str, items: list[str]) -> str | list[str]:
 
 def _choice(key: str, value: Any, choices: Iterable[Any]) -> Any:
     choices = list(choices)
-    value = value.value if isinstance(value, Enum) else value
+    value = as_plain(value)
     if value is False and "no" in choices:  # YAML reads `no` as a boolean
         return "no"
     if not isinstance(value, bool) and value in choices:
@@ -89,7 +91,7 @@ def _choice(key: str, value: Any, choices: Iterable[Any]) -> Any:
         hint = near[0]
     raise ValueError(
         f"`{key}: {shown(value)}` is not possible: it is one of {', '.join(map(str, choices))}."
-        + (f" Write `{key}: {hint}`." if hint else "")
+        + (f" Write `{key}: {hint}`." if hint else " Write one of these, or leave the line out.")
     )
 
 
@@ -152,10 +154,15 @@ def _whole(value: float) -> int:
 def _to_float(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError(value)
-    number = value if isinstance(value, int) else float(value)  # an int may mean a count, as in `val_size: 100`
+    number = value if isinstance(value, int) else _number(value)  # an int may mean a count, as in `val_size: 1`
     if not math.isfinite(number):
         raise ValueError(value)
     return number
+
+
+def _number(value: Any) -> int | float:
+    is_whole = isinstance(value, str) and value.strip().lstrip("+-").isdecimal()
+    return int(value) if is_whole else float(value)
 
 
 def _to_str(value: Any) -> str:
@@ -199,6 +206,18 @@ def _expected(members: list[Any]) -> str:
         _TYPE_NAMES.get(get_origin(member) or member, str(member)) for member in members if member is not NoneType
     ]
     return " or ".join(dict.fromkeys(names))
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A sentence with the nearest name and a space behind it, or nothing."""
+    by_lower = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
+    return f"Did you mean `{by_lower[near[0]]}`? " if near else ""
+
+
+def as_plain(value: Any) -> Any:
+    """The text of a choice, which the host's defaults have as a member of an enumeration."""
+    return value.value if isinstance(value, Enum) else value
 
 
 def shown(value: Any) -> str:

@@ -55,7 +55,11 @@ CONTRACT: tuple[HostSymbol, ...] = (
         "get_dataset",
         ("template", "model_args", "data_args", "training_args", "stage", "tokenizer", "processor"),
     ),
+    HostSymbol("llamafactory.data.loader", "split_dataset", ("dataset", "eval_dataset", "data_args", "seed")),
     HostSymbol("llamafactory.data.template", "Template"),
+    HostSymbol("llamafactory.data.template", "TEMPLATES"),
+    HostSymbol("llamafactory.data.tool_utils", "TOOLS"),
+    HostSymbol("llamafactory.data.converter", "DATASET_CONVERTERS"),
     HostSymbol("llamafactory.data.converter", "get_dataset_converter", ("name", "dataset_attr", "data_args")),
     HostSymbol(
         "llamafactory.data.loader",
@@ -119,7 +123,7 @@ def check_contract() -> None:
     Raises:
         UnsupportedHostError: if its version is out of range or a symbol is missing or changed; all are named.
     """
-    defects = [defect for symbol in CONTRACT if (defect := symbol.defect()) is not None]
+    defects = list(dict.fromkeys(defect for symbol in CONTRACT if (defect := symbol.defect()) is not None))
     if not defects and is_supported_version():
         return
     version = installed_version()

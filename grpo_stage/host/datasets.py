@@ -1,12 +1,13 @@
 """The host's dataset loader, made to give prompts with whole references and every column of the row.
 
-`get_dataset(stage="ppo")` does the loading, mixing, sampling and splitting. While it runs, the two functions that it
-looks up for each dataset are replaced: the converter, which alone sees the raw row, and the processor, which encodes.
+`get_dataset(stage="ppo")` does the loading, mixing, sampling and splitting. While it runs, the functions that it
+looks up are replaced: the converter, which alone sees the raw row, the processor, which encodes, and the split.
 Between them, and in what comes out, a row is one JSON string, so that datasets of any columns can be mixed.
 """
 
 import copy
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from decimal import Decimal
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
+from datasets.exceptions import DatasetsError
 from llamafactory.data import converter, loader
 from llamafactory.data.converter import DatasetConverter
 from llamafactory.data.data_utils import Role
@@ -24,6 +26,7 @@ from llamafactory.data.processor.processor_utils import DatasetProcessor
 from .. import __version__
 from ..prompts import PromptSet, build_prompts
 from ..types import Prompt
+from .dataset_files import check_files, defect_of
 from .log import get_logger
 
 
@@ -75,6 +78,7 @@ def load_prompts(
     """
     if data_args.dataset is None:
         raise ValueError("No prompts to train on: name a dataset of dataset_info.json in `dataset`.")
+    check_files(_named(data_args), data_args.dataset_dir)
     data_args = copy.copy(data_args)
     data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt cannot tell its dataset
     reward_columns = cast(dict[str, str], finetuning_args.reward_columns or {})
@@ -85,7 +89,15 @@ def load_prompts(
             )
         except StopIteration as error:
             raise ValueError(
-                "The dataset that was loaded last has no rows: look at its file, and at `max_samples`."
+                _defect(data_args)
+                or "The dataset that was loaded last has no rows: look at its file, and at `max_samples`."
+            ) from error
+        except (DatasetsError, UnicodeDecodeError) as error:
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(
+                _defect(data_args)
+                or f"`dataset: {','.join(data_args.dataset)}` cannot be loaded: {reason}. Mend the file, or leave out "
+                "the dataset that it belongs to."
             ) from error
 
     held_out = datasets.get("eval_dataset") or {}
@@ -103,10 +115,33 @@ def load_prompts(
     return PromptData(train=train.prompts, evaluation=evaluation)
 
 
+def _defect(data_args: "DataArguments") -> str | None:
+    """What is wrong in the files of the run's datasets, as far as it is seen."""
+    defects = (defect_of(key, name, data_args.dataset_dir) for key, name in _named(data_args))
+    return next(filter(None, defects), None)
+
+
+def _named(data_args: "DataArguments") -> list[tuple[str, str]]:
+    return [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
+
+
+def _check_split(dataset: Any, val_size: float) -> None:
+    """`datasets` names the share and the rows of a split that leaves nothing, and no key."""
+    num_rows = len(dataset)
+    num_held_out = int(val_size) if val_size >= 1 else math.ceil(val_size * num_rows)
+    if num_held_out >= num_rows:
+        raise ValueError(
+            f"`val_size: {val_size}` holds out {num_held_out} rows, and `dataset` has {num_rows}: none would be left "
+            f"to train on. Write a lower number, a share such as `val_size: 0.1`, or name rows of their own in "
+            "`eval_dataset`."
+        )
+
+
 @contextmanager
 def _prompt_pipeline(reference_column: str | None, reward_columns: Mapping[str, str]) -> Iterator[None]:
     """Let the host's loader use our converter and processor."""
     host_get_converter, host_get_processor = converter.get_dataset_converter, loader._get_dataset_processor
+    host_split = loader.split_dataset
 
     def get_converter(name: str, dataset_attr: DatasetAttr, data_args: "DataArguments") -> PromptConverter:
         return PromptConverter(host_get_converter(name, dataset_attr, data_args))
@@ -121,11 +156,18 @@ def _prompt_pipeline(reference_column: str | None, reward_columns: Mapping[str, 
     ) -> PromptProcessor:
         return PromptProcessor(template, tokenizer, processor, data_args, reference_column, dict(reward_columns))
 
+    def split(dataset: Any, eval_dataset: Any, data_args: "DataArguments", seed: int) -> Any:
+        if dataset is not None and data_args.val_size > 1e-6:  # the host's bound
+            _check_split(dataset, data_args.val_size)
+        return host_split(dataset, eval_dataset, data_args, seed)
+
     converter.get_dataset_converter, loader._get_dataset_processor = get_converter, get_processor
+    loader.split_dataset = split
     try:
         yield
     finally:
         converter.get_dataset_converter, loader._get_dataset_processor = host_get_converter, host_get_processor
+        loader.split_dataset = host_split
 
 
 @dataclass

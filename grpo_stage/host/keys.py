@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .coercion import shown
+from .configuration_file import resolved
 from .registration import RawArguments
 
 
@@ -87,7 +88,7 @@ def read(raw: RawArguments) -> dict[str, Any]:
     Where a value ends with a comma, the shell has split a text at its spaces: `--reward_funcs accuracy, format`.
     """
     if isinstance(raw, Mapping):
-        return dict(raw)
+        return resolved(dict(raw))
     values: dict[str, list[str]] = {}
     key = ""
     for token in raw:
@@ -97,7 +98,7 @@ def read(raw: RawArguments) -> dict[str, Any]:
             values[key] = [value] if has_value else []
         else:
             values.setdefault(key, []).append(token)
-    return {key: _of_flag(items) for key, items in values.items()}
+    return resolved({key: _of_flag(items) for key, items in values.items()})
 
 
 def _of_flag(items: list[str]) -> Any:
@@ -114,6 +115,8 @@ def known_keys(values: Mapping[str, Any], hints: Mapping[str, Any], allow_others
     """
     checked: dict[str, Any] = {}
     for key, value in values.items():
+        if not isinstance(key, str):
+            raise ValueError(f"`{key}: {shown(value)}` has {key!r} for a key, which is no text. Write a key's name.")
         if key in hints:
             checked[key] = value
         elif key.startswith("no_") and hints.get(key[3:]) is bool:  # argparse's complement of a flag

@@ -7,6 +7,7 @@ defaults, and then the host's own parser.
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_type_hints
 
@@ -84,6 +85,11 @@ def parse(raw: RawArguments) -> RunArguments:
 
 def _parse(raw: RawArguments) -> RunArguments:
     written = check(raw)
+    if written.get("model_name_or_path") is None:
+        raise ValueError(
+            "`model_name_or_path` is missing: it is the model that is trained. Give the path of its folder, or its "
+            "hub id (`owner/name`)."
+        )
     given = frozenset(key for key, value in written.items() if value is not None)
     model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})
     arguments = RunArguments(model, data, training, finetuning, generating, given)
@@ -102,6 +108,11 @@ def check(raw: RawArguments) -> dict[str, Any]:
     written = typed(raw)
     if written.get("reward_funcs") is None and written.get("reward_model") is not None:
         written["reward_funcs"] = REWARD_MODEL  # alone
+    if not written.get("output_dir", True):  # left out, it is transformers' own
+        raise ValueError(
+            f"`output_dir: {written['output_dir'] or 'null'}` names no folder: checkpoints, logs and the trained "
+            "model go there. Write for example `output_dir: saves/my-run`."
+        )
     values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
     given = frozenset(key for key, value in written.items() if value is not None)
     GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate(given)
@@ -136,7 +147,8 @@ def _derive(arguments: RunArguments) -> None:
         model.vllm_max_lora_rank = next(rank for rank in LORA_RANKS if rank >= lora_rank(adapter))
 
 
-def _hints() -> dict[str, Any]:
+@cache
+def _hints() -> Mapping[str, Any]:
     """The type of every key that may be written."""
     hints: dict[str, Any] = {}
     for cls in ARGUMENT_CLASSES:

@@ -17,6 +17,7 @@ from typing import Any
 import wrapt
 
 from grpo_stage import _autoload
+from grpo_stage.host.configuration_file import ENDINGS, check_first_word, check_overrides, read_configuration
 from grpo_stage.host.contract import (
     SUPPORTED_HOST,
     UnsupportedHostError,
@@ -131,13 +132,19 @@ def stage_of(arguments: RawArguments) -> str | None:
 
 
 def read_command_line(arguments: list[str]) -> RawArguments:
-    """Read arguments as the host does: a YAML or JSON file with overrides behind it, or flags."""
-    if not arguments or not arguments[0].endswith((".yaml", ".yml", ".json")):
-        return arguments
-    from omegaconf import OmegaConf
+    """Read arguments as the host does: a YAML or JSON file with overrides behind it, or flags.
 
-    configuration = OmegaConf.load(Path(arguments[0]).absolute())  # JSON is YAML
-    return OmegaConf.to_container(OmegaConf.merge(configuration, OmegaConf.from_cli(arguments[1:])))  # type: ignore[return-value]
+    Raises:
+        ValueError: if they are neither, or the file cannot be read.
+    """
+    if not arguments or not arguments[0].endswith(ENDINGS):
+        check_first_word(arguments)
+        return arguments
+    path, *overrides = arguments
+    configuration = read_configuration(path, overrides)
+    if stage_of(configuration) == STAGE:
+        check_overrides(overrides)
+    return configuration
 
 
 def _add_grpo_arguments(argument_classes: list[type]) -> list[type]:

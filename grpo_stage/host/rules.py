@@ -8,14 +8,35 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
+
+from transformers.utils import (
+    is_flash_attn_2_available,
+    is_flash_attn_3_available,
+    is_torch_bf16_gpu_available,
+    is_torch_npu_available,
+)
 
 from ..rewards import REWARD_MODEL
 from ..rollout.vllm_options import LORA_RANKS
 from .adapters import adapter_config, items, lora_rank
+from .coercion import as_plain
 
 
+_PACKAGES = MappingProxyType(
+    {
+        "use_galore": "galore_torch",
+        "use_apollo": "apollo_torch",
+        "use_adam_mini": "adam_mini",
+        "use_swanlab": "swanlab",
+        "enable_liger_kernel": "liger_kernel",
+        "plot_loss": "matplotlib",
+    }
+)
+"""What the host asks for in the words of Python's package metadata."""
+MOST_COMPLETIONS = 1_000_000
+_PRECISIONS = MappingProxyType({"bnb": (4, 8), "eetq": (8,), "hqq": (1, 2, 3, 4, 5, 6, 8)})
 USE_HF = "Write `rollout_backend: hf`, which samples with the trained model itself"
 
 
@@ -255,6 +276,39 @@ def _evaluates(v: SimpleNamespace) -> bool:
     return v.eval_strategy != "no" or v.eval_on_start or v.do_eval
 
 
+def _completions_of_a_rollout(v: SimpleNamespace) -> int:
+    prompts = v.per_device_train_batch_size * v.gradient_accumulation_steps * v.steps_per_generation
+    return prompts * v.num_generations
+
+
+def _has_flash_attention(v: SimpleNamespace) -> bool:
+    if v.use_cpu:
+        return False
+    if v.flash_attn == "fa3":
+        return is_flash_attn_3_available()
+    return is_flash_attn_2_available() or is_torch_npu_available()
+
+
+def _of_precision(key: str) -> Rule:
+    def is_unknown(v: SimpleNamespace) -> bool:
+        bits = getattr(v, key)
+        return bits is not None and bits not in _PRECISIONS.get(as_plain(v.quantization_method), (bits,))
+
+    return Rule(
+        is_unknown,
+        f"`{key}: {{{key}}}` is not possible with `quantization_method: {{quantization_method}}`: bitsandbytes (bnb) "
+        f"has 4 and 8 bits, eetq 8, hqq 1 to 6 and 8. Write `{key}: 4`, or leave it out.",
+    )
+
+
+def _needs_package(key: str, package: str) -> Rule:
+    return Rule(
+        lambda v: bool(getattr(v, key)) and find_spec(package) is None,
+        f"`{key}: {{{key}}}` needs the package {package}, which is not installed. Install it (`pip install "
+        f"{package.replace('_', '-')}`), or leave `{key}` out.",
+    )
+
+
 def _is_neutral(v: SimpleNamespace) -> bool:
     return v.top_p == 1 and v.top_k <= 0 and v.repetition_penalty == 1
 
@@ -300,63 +354,33 @@ RULES = (
         "and the folder of that file as `dataset_dir`.",
     ),
     Rule(
-        lambda v: v.temperature <= 0,
-        "`temperature: {temperature}` must be above 0: at 0 all completions of a group are equal, and equal "
-        "completions teach nothing. Write `temperature: 1.0` or leave it out.",
+        lambda v: _completions_of_a_rollout(v) > MOST_COMPLETIONS,
+        "`per_device_train_batch_size: {per_device_train_batch_size}`, `gradient_accumulation_steps: "
+        "{gradient_accumulation_steps}`, `steps_per_generation: {steps_per_generation}` and `num_generations: "
+        "{num_generations}` together make a rollout of more than a million completions on a device: a step would take "
+        "days. A batch is counted in prompts, each sampled `num_generations` times. Lower one of them.",
     ),
     Rule(
-        lambda v: not 0 < v.top_p <= 1,
-        "`top_p: {top_p}` must be above 0 and at most 1, as it is a probability. Leave it out to sample from the "
-        "policy itself.",
+        lambda v: v.bf16 and v.fp16,
+        "`bf16: true` cannot go with `fp16: true`: a run computes in one precision. Leave `fp16` out, or `bf16` where "
+        "the GPU has none (older than Ampere).",
+    ),
+    *(_needs_package(key, package) for key, package in _PACKAGES.items()),
+    Rule(
+        lambda v: v.pure_bf16 and not (is_torch_bf16_gpu_available() or is_torch_npu_available()),
+        "`pure_bf16: true` is not possible on this machine: it has no device that computes in bf16. Leave it out.",
     ),
     Rule(
-        lambda v: v.top_k < -1,
-        "`top_k: {top_k}` must be the number of tokens kept. Leave it out, or write 0, to keep all.",
+        lambda v: v.flash_attn in ("fa2", "fa3") and not _has_flash_attention(v),
+        "`flash_attn: {flash_attn}` is not possible here: FlashAttention runs on a GPU alone, and needs its package "
+        "(`flash-attn`); LLaMA-Factory would go on without it and hardly say so. Install it where there is a GPU, "
+        "write `flash_attn: sdpa`, or leave it out for the best there is.",
     ),
-    Rule(
-        lambda v: v.repetition_penalty <= 0,
-        "`repetition_penalty: {repetition_penalty}` must be above 0, since logits are divided by it. "
-        "Leave it out, or write 1.0, for none.",
-    ),
-    Rule(
-        lambda v: v.max_new_tokens < 1,
-        "`max_new_tokens: {max_new_tokens}` must be at least 1: a completion needs room. Write for example "
-        "`max_new_tokens: 512`.",
-    ),
-    Rule(
-        lambda v: v.cutoff_len < 1,
-        "`cutoff_len: {cutoff_len}` must be at least 1: it is the room for a prompt. Write for example "
-        "`cutoff_len: 1024`.",
-    ),
-    Rule(
-        lambda v: v.per_device_train_batch_size < 1,
-        "`per_device_train_batch_size: {per_device_train_batch_size}` must be at least 1: it counts the prompts of a "
-        "step on each device. Write for example `per_device_train_batch_size: 8`.",
-    ),
-    Rule(
-        lambda v: v.gradient_accumulation_steps < 1,
-        "`gradient_accumulation_steps: {gradient_accumulation_steps}` must be at least 1: it multiplies the prompts "
-        "of a step. Leave it out for 1.",
-    ),
-    Rule(
-        lambda v: v.learning_rate <= 0,
-        "`learning_rate: {learning_rate}` must be above 0: otherwise nothing is learned. Write for example "
-        "`learning_rate: 1.0e-5`.",
-    ),
-    Rule(
-        lambda v: v.max_steps <= 0 and v.num_train_epochs <= 0,
-        "`num_train_epochs: {num_train_epochs}` must be above 0 where `max_steps` is not given: the run would train "
-        "nothing. Write for example `num_train_epochs: 1.0`.",
-    ),
+    *(_of_precision(f"{model}quantization_bit") for model in ("", "ref_model_", "reward_model_")),
     Rule(
         lambda v: bool(_LAYERWISE_OPTIMIZERS.search(str(v.optim))),
         "`optim: {optim}` updates weights during the backward pass, while the later micro-batches of the step still "
         "need the old ones. Write for example `optim: adamw_torch`.",
-    ),
-    Rule(
-        lambda v: v.max_steps == 0,
-        "`max_steps: 0` would train nothing. Write the number of optimizer steps, or leave it out and write "
-        "`num_train_epochs`.",
     ),
     Rule(
         lambda v: str(v.optim).startswith("schedule_free"),
@@ -496,6 +520,16 @@ RULES = (
         "a run that never evaluates. Write `eval_strategy: steps` and `eval_steps`, or leave them out.",
     ),
     Rule(
+        lambda v: bool(v.val_size and v.eval_dataset),
+        "`val_size: {val_size}` cannot go with `eval_dataset: {eval_dataset}`: the one holds out rows of `dataset`, "
+        "the other names rows of its own. Leave one of them out.",
+    ),
+    Rule(
+        lambda v: isinstance(v.val_size, float) and v.val_size == 1,
+        "`val_size: {val_size}` would hold out all rows, and leave none to train on. Write `val_size: 1` for one row, "
+        "or a share below 1 such as `val_size: 0.1`.",
+    ),
+    Rule(
         lambda v: v.eval_temperature == 0 and v.eval_num_generations != 1,
         "`eval_temperature: 0` cannot go with `eval_num_generations: {eval_num_generations}` (null is "
         "`num_generations: {num_generations}`): at temperature 0 all completions of a prompt are equal. Write "
@@ -506,6 +540,16 @@ RULES = (
         "`load_best_model_at_end`, `early_stopping_steps`, `save_strategy: best` and `metric_for_best_model` compare "
         "evaluations, and with `eval_strategy: no` there are none to compare. Write `eval_strategy: steps` and "
         "`eval_steps`, or leave them out.",
+    ),
+    Rule(
+        lambda v: not _evaluates(v) and bool(v.val_size),
+        "`val_size: {val_size}` holds rows out in a run that never evaluates: they are neither trained on nor looked "
+        "at. Write `eval_strategy: steps` and `eval_steps`, or leave it out.",
+    ),
+    Rule(
+        lambda v: not _evaluates(v) and bool(v.eval_dataset),
+        "`eval_dataset: {eval_dataset}` has no effect in a run that never evaluates. Write `eval_strategy: steps` and "
+        "`eval_steps`, or leave it out.",
     ),
     Rule(
         lambda v: (

@@ -214,7 +214,7 @@ def _module_from_file(place: str, spec: str, folder: Path) -> ModuleType:
     path = file_of(place, folder)
     try:
         return module_of(path)
-    except (Exception, SystemExit) as error:  # a user's file may raise anything
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a user's file may raise anything
         raise ValueError(f"reward {spec!r}: loading {path} failed with {type(error).__name__}: {error}") from error
 
 
@@ -224,7 +224,7 @@ def _module_by_name(place: str, spec: str, folder: Path) -> ModuleType:
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
         raise ValueError(f"reward {spec!r}: importing {place} failed, since it imports {error.name!r}") from error
-    except (Exception, SystemExit) as error:  # a user's module may raise anything
+    except (Exception, SystemExit, KeyboardInterrupt) as error:  # a user's module may raise anything
         raise ValueError(f"reward {spec!r}: importing {place} failed with {type(error).__name__}: {error}") from error
 
 

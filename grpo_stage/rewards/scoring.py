@@ -136,7 +136,7 @@ class RewardFunction:
         except CompletionError:
             raise
         # A user's function may raise anything; all of it stops the run.
-        except (Exception, SystemExit, asyncio.CancelledError) as failure:
+        except (Exception, SystemExit, KeyboardInterrupt, asyncio.CancelledError) as failure:
             problem = f"raised {type(failure).__name__} {where}. {explanation_of(failure)}".rstrip(". ")
             raise CompletionError(0, problem, traceback.format_exc()) from failure
         if hasattr(scores, "tolist"):  # numpy's and torch's way to Python objects, here and for single elements

@@ -32,7 +32,14 @@ SHOWN_CHARACTERS = 80
 # The parser reads the model's config. Of this kind it knows no limit of positions, nor any quantization.
 _STAND_IN_CONFIG = {"model_type": "t5"}
 # References need no device; and a recipe for a GPU can be tried where there is none.
-_WITHOUT_DEVICE = {"use_cpu": True, "bf16": False, "fp16": False, "pure_bf16": False, "tf32": None}
+_WITHOUT_DEVICE = {
+    "use_cpu": True,
+    "bf16": False,
+    "fp16": False,
+    "pure_bf16": False,
+    "tf32": None,
+    "flash_attn": "auto",
+}
 _IN_BYTES = (
     "No model is chosen, so that lengths are counted in bytes: `num_tokens`, and what `length`, `overlong` and "
     "`repetition` see, are not what they will be in a run. Name `model_name_or_path` to count its tokens."
@@ -107,17 +114,9 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: if that is no mapping, or another stage's.
     """
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     from ..host.registration import STAGE, read_command_line, stage_of
 
-    if config.suffix not in (".yaml", ".yml", ".json"):
-        raise ValueError(f"{config} is no recipe: the name of one ends with .yaml, .yml or .json.")
-    try:
-        configuration = read_command_line([str(config), *overrides])
-    except (OSError, TypeError, YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{config} cannot be read as a mapping of keys to values: {error}") from error
+    configuration = read_command_line([str(config), *overrides])
     if not isinstance(configuration, dict) or stage_of(configuration) != STAGE:
         raise ValueError(f"{config} is no recipe of `stage: {STAGE}`, the stage that has rewards.")
     return configuration

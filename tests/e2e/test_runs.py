@@ -182,7 +182,7 @@ def test_a_run_leaves_no_secret_and_is_not_resumed_with_other_code_or_rows(
 
 
 def test_evaluation_gives_the_mean_reward_and_leaves_training_alone(recipe, run_exp, tmp_path):
-    plain = recipe(output_dir=str(tmp_path / "plain"), val_size=3, log_completions=True)
+    plain = recipe(output_dir=str(tmp_path / "plain"), val_size=3, log_completions=True, do_eval=True)
     run_exp(plain)
     evaluated = recipe(
         output_dir=str(tmp_path / "evaluated"), val_size=3, log_completions=True, eval_strategy="steps", eval_steps=1

@@ -483,6 +483,7 @@ def test_an_argument_of_another_framework_is_named(own: Callable[[str], str], ar
         ),
         ("own_rewards.py:by_position", ["by position only"]),
         ("exits.py:f", ["loading", "exits.py failed with SystemExit: 3"]),
+        ("interrupts.py:f", ["loading", "interrupts.py failed with KeyboardInterrupt"]),
         ("fails.py:f", ["loading", "fails.py failed with ZeroDivisionError"]),
         ("imports_nothing.py:f", ["ModuleNotFoundError", "no_such_thing"]),
         ("imports_nothing:f", ["importing imports_nothing failed", "'no_such_thing'"]),
@@ -501,6 +502,7 @@ def test_a_reward_that_cannot_be_loaded(own: Callable[..., str], name: str, mess
     )
     own("1 / 0", "fails.py")
     own("import sys\nsys.exit(3)", "exits.py")
+    own("raise KeyboardInterrupt", "interrupts.py")
     own("import no_such_thing", "imports_nothing.py")
     with pytest.raises(ValueError) as caught:  # noqa: PT011  # the messages are compared below
         load(name)
