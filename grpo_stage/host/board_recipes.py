@@ -24,6 +24,7 @@ from ..redaction import mask
 from . import board_code, board_loaded
 from .board_fields import FORM_FIELDS, GROUPS
 from .board_runner import EXTRA_ARGUMENTS, FORM_IDS, STAGE_NAME, GRPORunner
+from .configuration_file import interpolates
 from .parser import DERIVED_KEYS, effective_defaults, typed
 from .registration import STAGE
 
@@ -59,6 +60,9 @@ def import_recipe(runner: GRPORunner, recipe: Mapping[str, Any]) -> dict[Compone
             "another file, or load that stage's configuration by its own means."
         )
     wanted = {key: value for key, value in typed(dict(recipe)).items() if value is not None}
+    # The form holds `${oc.env:NAME}` as it is written: what the variable holds is none of a file's business.
+    texts = {key for key, value in wanted.items() if isinstance(value, str | dict | list)}
+    wanted |= {key: value for key, value in recipe.items() if key in texts and interpolates(value)}
     effective = {**effective_defaults(), "lora_alpha": 2 * wanted.get("lora_rank", 8), **wanted}
     form = _form_values(runner, wanted, effective)
     made = _arguments_of(runner, form)

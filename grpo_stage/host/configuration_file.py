@@ -92,7 +92,7 @@ def resolved(values: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: naming the key, the value, and what is undefined.
     """
-    return {key: _resolved(key, value, values) if _interpolates(value) else value for key, value in values.items()}
+    return {key: _resolved(key, value, values) if interpolates(value) else value for key, value in values.items()}
 
 
 def _resolved(key: str, value: Any, values: dict[str, Any]) -> Any:
@@ -125,15 +125,16 @@ def _texts(raw: Any, found: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(raw, list | tuple):
         for each, became in zip(raw, found, strict=True):
             yield from _texts(each, became)
-    elif _interpolates(raw):
+    elif interpolates(raw):
         yield raw, str(found)
 
 
-def _interpolates(value: Any) -> bool:
+def interpolates(value: Any) -> bool:
+    """Whether a value refers to others or to the environment, at any depth."""
     if isinstance(value, dict):
-        return any(map(_interpolates, value.values()))
+        return any(map(interpolates, value.values()))
     if isinstance(value, list | tuple):
-        return any(map(_interpolates, value))
+        return any(map(interpolates, value))
     return isinstance(value, str) and "${" in value
 
 

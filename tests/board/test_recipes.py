@@ -357,6 +357,18 @@ def test_a_recipe_with_aliases_is_read() -> None:
     assert read_recipe("mine.yaml")["reward_kwargs"] == {"a": {"b": 1}, "c": {"b": 1}, "d": {"b": 1, "e": 2}}
 
 
+def test_what_the_environment_holds_stays_there(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_KEY", "my-own-5ecret")
+    monkeypatch.setenv("MY_RATE", "1e-5")
+    recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
+    written = {"reward_kwargs": {"accuracy": {"api_key": "${oc.env:MY_KEY}"}}, "learning_rate": "${oc.env:MY_RATE}"}
+    form = board.by_id(import_recipe(board.runner, recipe | written))
+    assert "5ecret" not in json.dumps(form)
+    arguments = board.arguments(**{element_id.replace(".", "__"): value for element_id, value in form.items()})
+    assert arguments["reward_kwargs"] == written["reward_kwargs"]
+    assert arguments["learning_rate"] == 1e-5, "a field of numbers holds no text"
+
+
 # Code of an imported recipe
 
 OWN = "def score(completions): return [1.0] * len(completions)\n"
