@@ -112,9 +112,10 @@ def test_a_recipe_does_not_choose_what_is_read(page: Page, workplace: Path, tmp_
     for folder in (str(outside), f"saves/../../../../../../../{outside}"):
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": folder}))
         import_recipe(page, tmp_path / "recipe.yaml")
+        expect(page.get_by_label("Output dir", exact=True)).to_have_value(folder)
         status(page, "The output folder of the recipe is not below saves")
         expect(page.locator("#grpo_run_table")).to_be_hidden()
-    open_run(page, f"{outside}")
+    open_run(page, str(outside))
     status(page, "Step 1 of 100")
     expect(page.locator("#grpo_run_table").get_by_text("a secret")).to_be_visible()
 
