@@ -95,4 +95,5 @@ def keep_dataset(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     page = this_page()
     stages = page.stage, TRAINING_STAGES[args[0] if args else kwargs["training_stage"]]
     page.stage = stages[1]
-    return (gr.skip(), packing) if STAGE in stages else (datasets, packing)
+    # The event also comes twice for one choice: the second time nothing has changed.
+    return (gr.skip(), packing) if STAGE in stages or stages[0] == stages[1] else (datasets, packing)

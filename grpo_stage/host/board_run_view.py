@@ -156,6 +156,8 @@ class RunView:
             **quietly,
         )
         train["output_dir"].input(lambda typed: typed, [train["output_dir"]], [self._typed], **quietly)
+        # To type what stands there already is no input, but its Enter is a key.
+        train["output_dir"].key_up(_if_entered, [train["output_dir"]], [self._typed], **quietly)
         gr.on([self._step.input, self._order.input], lambda: 1, None, [self._page], **quietly)
         self._previous.click(lambda page: max(1, _bounded(page, _ANY) - 1), [self._page], [self._page], **quietly)
         self._next.click(lambda page: _bounded(page, _ANY) + 1, [self._page], [self._page], **quietly)
@@ -182,6 +184,10 @@ class RunView:
             while len(self._runs) > _KEPT_RUNS:
                 self._runs.popitem(last=False)
             return self._runs[folder]
+
+
+def _if_entered(folder: str, pressed: gr.KeyUpData) -> Any:
+    return folder if pressed.key == "Enter" else gr.skip()
 
 
 def _folder(model_name: str | None, finetuning_type: str, output_dir: str | None) -> str:

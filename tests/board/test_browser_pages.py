@@ -109,12 +109,13 @@ def test_a_recipe_does_not_choose_what_is_read(page: Page, workplace: Path, tmp_
     recipe = yaml.safe_load((workplace / "recipe.yaml").read_text())
     outside = tmp_path / "outside"
     write_run(outside, [{"reward": 0.5}], [(1, "a secret")])
-    for folder in (str(outside), f"saves/../../../../../../../{outside}"):
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": folder}))
-        import_recipe(page, tmp_path / "recipe.yaml")
+    for i, folder in enumerate((str(outside), f"saves/../../../../../../../{outside}")):
+        (tmp_path / f"{i}.yaml").write_text(yaml.safe_dump({**recipe, "output_dir": folder}))
+        import_recipe(page, tmp_path / f"{i}.yaml")
+        expect(page.get_by_label("Output dir", exact=True)).to_have_value(folder)
         status(page, "The output folder of the recipe is not below saves")
         expect(page.locator("#grpo_run_table")).to_be_hidden()
-    open_run(page, f"{outside}")
+    open_run(page, str(outside))
     status(page, "Step 1 of 100")
     expect(page.locator("#grpo_run_table").get_by_text("a secret")).to_be_visible()
 
