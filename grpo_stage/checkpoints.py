@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .distributed import all_gather
@@ -174,6 +175,37 @@ def discard_earlier_run(output_dir: str) -> None:
             f"Starting afresh in {output_dir}: the checkpoints of the earlier run there are deleted "
             f"({', '.join(folder.name for folder in discarded)})."
         )
+
+
+def is_over(folder: Path, output_dir: str, num_steps: int, evaluates_at_end: bool) -> bool:
+    """Whether a checkpoint has all steps of its run, so that only the run's end is left. Called on all ranks.
+
+    Args:
+        folder: the checkpoint.
+        output_dir: of the run that goes on from it.
+        num_steps: of that run; not below those of the checkpoint where its prompts are used up.
+        evaluates_at_end: whether an evaluation is a part of its end.
+
+    Raises:
+        ValueError: if nothing is left at all.
+    """
+    trainer_state = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))
+    step = trainer_state.global_step
+    control = trainer_state.stateful_callbacks.get("TrainerControl", {})
+    assert isinstance(control, dict)
+    stops_early = step < trainer_state.max_steps and control.get("args", {}).get("should_training_stop", False)
+    if step < num_steps and not stops_early:
+        return False
+    end = {RESULTS, MODEL_CARD} | ({EVALUATION} if evaluates_at_end else set())
+    is_own = folder.resolve().parent == Path(output_dir).resolve()
+    if is_own and end - parts_done(output_dir, step):
+        return True
+    raise ValueError(
+        f"The run in {folder} is finished: it is at step {step} of {num_steps}"
+        f"{', where it stopped early' if stops_early else ''}. Train longer by raising "
+        "`max_steps` or `num_train_epochs` (under a constant schedule), continue its adapter in another "
+        "`output_dir` with `adapter_name_or_path`, or write `overwrite_output_dir: true` to start afresh."
+    )
 
 
 def parts_done(output_dir: str, step: int) -> frozenset[str]:

@@ -109,7 +109,7 @@ class GRPOTrainer(Trainer):
     ) -> None:
         args = copy.copy(args)
         vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles them beside the weights
-        self.prompts_per_step = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.prompts_per_step = prompts_of_step(args)
         args.gradient_accumulation_steps = 1
         # A rank that runs out of memory in its first pass would broadcast once more than the others. All are alike.
         args.ddp_broadcast_buffers = False
@@ -581,7 +581,7 @@ class GRPOTrainer(Trainer):
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.prompts) // self.prompts_per_step) * self.grpo_args.num_iterations
+        return steps_of_epoch(len(self.prompts), self.args, self.grpo_args)
 
     def get_train_dataloader(self) -> DataLoader:
         """One empty slot an optimizer step: the prompts come from `stream`, whatever a step needs of them."""
@@ -878,30 +878,15 @@ class GRPOTrainer(Trainer):
             self.dynamic.load_state_dict(of_rank["dynamic_sampling"], self.prompts)
         if self.slope_test is not None and of_rank["slope_test"] is not None:  # None: in another precision until now
             self.slope_test.load_state_dict(of_rank["slope_test"], self.prompts)
-        num_steps = self.args.max_steps
-        if num_steps <= 0:
-            num_steps = math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-            if self._is_over_early:
-                num_steps = step
-        control = trainer_state.stateful_callbacks.get("TrainerControl", {})
-        stops_early = step < trainer_state.max_steps and control.get("args", {}).get("should_training_stop", False)
-        self._is_over = step >= num_steps or stops_early
-        is_own = Path(folder).resolve().parent == Path(self.args.output_dir).resolve()
-        end = {checkpoints.RESULTS, checkpoints.MODEL_CARD} | (
-            {checkpoints.EVALUATION} if self.args.do_eval else set()
-        )
-        if self._is_over and not (is_own and end - checkpoints.parts_done(self.args.output_dir, step)):
-            raise ValueError(
-                f"The run in {folder} is finished: it is at step {step} of {num_steps}"
-                f"{', where it stopped early' if stops_early else ''}. Train longer by raising "
-                "`max_steps` or `num_train_epochs` (under a constant schedule), continue its adapter in another "
-                "`output_dir` with `adapter_name_or_path`, or write `overwrite_output_dir: true` to start afresh."
-            )
+        num_steps = steps_of_run(len(self.prompts), self.args, self.grpo_args)
+        if self.args.max_steps <= 0 and self._is_over_early:
+            num_steps = step
+        self._is_over = checkpoints.is_over(Path(folder), self.args.output_dir, num_steps, self.args.do_eval)
         if self.args.device.type == "cpu":  # of several processes it is `cpu:<rank>`, no place that torch.load knows
             self.args._setup_devices = torch.device("cpu")
         if self.args.should_save:
             checkpoints.remove_unfinished(self.args.output_dir)
-            if is_own:
+            if Path(folder).resolve().parent == Path(self.args.output_dir).resolve():
                 checkpoints.warn_of_later_ones(Path(folder))
             if not self._is_over:
                 checkpoints.mark_unfinished(self.args.output_dir)
@@ -930,6 +915,23 @@ def _without_token(args: TrainingArguments, protocol: int) -> tuple[Any, ...]:
     constructor, arguments, state = reduced[:3]
     kept = {name: value for name, value in state.items() if name != "__reduce_ex__"}
     return constructor, arguments, kept | {"hub_token": None}
+
+
+def prompts_of_step(args: TrainingArguments) -> int:
+    """On all devices together."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def steps_of_epoch(num_prompts: int, args: TrainingArguments, grpo_args: GRPOArguments) -> int:
+    """Optimizer steps that an epoch has; with dynamic sampling, at most."""
+    return -(-num_prompts // prompts_of_step(args)) * grpo_args.num_iterations
+
+
+def steps_of_run(num_prompts: int, args: TrainingArguments, grpo_args: GRPOArguments) -> int:
+    """Optimizer steps that a run has; with dynamic sampling and no `max_steps`, at most."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * steps_of_epoch(num_prompts, args, grpo_args))
 
 
 def _write_json(path: str, value: Any) -> None:

@@ -41,7 +41,7 @@ from .rewards import load_rewards
 from .rollout.hf import HFEngine
 from .rollout.weights import servable_config, write_base
 from .tied_weights import layers_parted, refuse_built
-from .trainer import GRPOTrainer
+from .trainer import GRPOTrainer, steps_of_run
 from .types import RolloutEngine, SamplingSettings
 
 
@@ -100,7 +100,10 @@ def _run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> No
     rewards.check(prompts.evaluation)
     record = training_record(prompts.train, prompts.evaluation, data_args.eval_dataset, rewards.code)
     if training_args.resume_from_checkpoint:
-        check_same_training(Path(training_args.resume_from_checkpoint), record, finetuning_args.resume_with_changes)
+        checkpoint = Path(training_args.resume_from_checkpoint)
+        check_same_training(checkpoint, record, finetuning_args.resume_with_changes)
+        num_steps = steps_of_run(len(prompts.train), training_args, finetuning_args)
+        checkpoints.is_over(checkpoint, training_args.output_dir, num_steps, training_args.do_eval)
 
     # What is copied from it from here on, such as a reference of its initial weights, is on the same device.
     model = _placed(facade.load_model(tokenizer, model_args, finetuning_args, training_args.do_train), arguments)

@@ -99,7 +99,8 @@ class GRPORunner(WatchedRunner):
 
     def _launch(self, data: dict[Component, Any], do_train: bool) -> Generator[dict[Component, Any], None, None]:
         for update in super()._launch(data, do_train):
-            if self.running and do_train and self._is_grpo(data):
+            process = board_loaded.this_page().process
+            if process is not None and process.data is data:  # it was started, and may have ended already
                 arguments = self._parse_train_args(data)
                 folder = Path(arguments["output_dir"])
                 _keep_private(arguments, folder / LLAMABOARD_CONFIG, folder / TRAINING_ARGS)

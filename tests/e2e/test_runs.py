@@ -128,9 +128,10 @@ def test_resume_replays_the_lost_steps_exactly(recipe, run_exp, tmp_path):
         assert torch.equal(tensor, load_file(tmp_path / "killed" / "adapter_model.safetensors")[name])
 
 
-def test_a_checkpoint_of_another_recipe_or_stage_is_refused(recipe, run_exp, tmp_path):
+def test_a_checkpoint_of_another_recipe_or_stage_is_refused(recipe, run_exp, tmp_path, monkeypatch):
     arguments = recipe(save_strategy="steps", save_steps=1, max_steps=1)
     run_exp(arguments)
+    monkeypatch.setattr("grpo_stage.host.facade.load_model", lambda *_: pytest.fail("before a model is loaded"))
     with pytest.raises(ValueError, match=r"another recipe.*`learning_rate`"):
         run_exp({**arguments, "learning_rate": 5e-4})
     with pytest.raises(ValueError, match=r"is finished: it is at step 1 of 1"):
