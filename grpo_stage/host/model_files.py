@@ -65,10 +65,10 @@ def refuse_incomplete(key: str, path: str, needs_weights: bool) -> None:
     if not folder.is_dir():
         return
     names = [file.name for file in folder.iterdir()]
-    for what, patterns in (("tokenizer", _TOKENIZER_FILES), *((("weights", _WEIGHT_FILES),) if needs_weights else ())):
+    for what, patterns in (("tokenizer", _TOKENIZER_FILES), *((("weight", _WEIGHT_FILES),) if needs_weights else ())):
         if not any(fnmatch(name, pattern) for name in names for pattern in patterns):
             raise ValueError(
-                f"`{key}: {path}` has no file of {what} (such as {patterns[0]}). Copy it from the model that this one "
+                f"`{key}: {path}` has no {what} file (such as {patterns[0]}). Copy it from the model that this one "
                 "was made of, or give the folder that holds all of the model."
             )
 
