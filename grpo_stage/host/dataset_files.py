@@ -103,8 +103,8 @@ def _read_descriptions(dataset_dir: str) -> Mapping[str, Any]:
         raise ValueError(f"`dataset_dir: {dataset_dir}`: {file} is not in UTF-8. Save it as UTF-8.") from error
     if not isinstance(descriptions, dict):
         raise ValueError(
-            f"`dataset_dir: {dataset_dir}`: {file} holds {_kind(descriptions)}, and maps the names of datasets to their "
-            'descriptions. Write for example {"sums": {"file_name": "sums.jsonl"}}.'
+            f"`dataset_dir: {dataset_dir}`: {file} holds {_kind(descriptions)}, and maps the names of datasets to "
+            'their descriptions. Write for example {"sums": {"file_name": "sums.jsonl"}}.'
         )
     return descriptions
 

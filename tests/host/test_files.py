@@ -162,7 +162,7 @@ def test_a_model_that_lacks_files(whole, tmp_path, key, missing):
         "reward_model": {"reward_model_type": "full", "reward_funcs": "reward_model"},
     }[key]
     message = refusal(refuse_unloadable, parse(whole | more | {key: str(folder)}))
-    assert f"`{key}: {folder}` has no file of {'tokenizer' if 'token' in missing else 'weights'}" in message
+    assert f"`{key}: {folder}` has no {'tokenizer' if 'token' in missing else 'weight'} file" in message
     assert "Copy it" in message
 
 
