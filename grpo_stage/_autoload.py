@@ -64,13 +64,19 @@ def starts_run(argv: "list[str]") -> bool:
     return any(re.search(r"""\bstage["']?[\s:=]+["']?grpo\b""", text) for text in texts)
 
 
+def is_spawned() -> bool:
+    """Whether this is a process of `multiprocessing`, which has the command line of the one that started it."""
+    processes = sys.modules.get("multiprocessing.process")
+    return processes is not None and processes.parent_process() is not None
+
+
 class PostImportFinder:
     """Finds the watched modules with the other finders, and has `on_import` called once they are executed."""
 
     def find_spec(
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
-        if name == "llamafactory" and starts_run(sys.argv):  # the first of many seconds of imports
+        if name == "llamafactory" and not is_spawned() and starts_run(sys.argv):  # first of many seconds of imports
             from grpo_stage.stop import end_at_once
 
             end_at_once()

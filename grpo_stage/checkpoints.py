@@ -194,14 +194,18 @@ def is_over(folder: Path, output_dir: str, num_steps: int, evaluates_at_end: boo
     control = trainer_state.stateful_callbacks.get("TrainerControl", {})
     assert isinstance(control, dict)
     stops_early = step < trainer_state.max_steps and control.get("args", {}).get("should_training_stop", False)
-    if step < num_steps and not stops_early:
-        return False
     end = {RESULTS, MODEL_CARD} | ({EVALUATION} if evaluates_at_end else set())
     is_own = folder.resolve().parent == Path(output_dir).resolve()
-    if is_own and end - parts_done(output_dir, step):
+    noted = all_gather(_noted(output_dir))[0]
+    # All but the best checkpoint may be deleted at the end (`save_total_limit: 1`).
+    has_ended = is_own and noted["step"] is not None and noted["step"] >= num_steps and end <= {*noted["parts"]}
+    if step < num_steps and not stops_early and not has_ended:
+        return False
+    if is_own and not has_ended and end - parts_done(output_dir, step):
         return True
     raise ValueError(
-        f"The run in {folder} is finished: it is at step {step} of {num_steps}"
+        f"The run in {folder} is finished: it is at step {max(step, noted['step'] or 0) if is_own else step} of "
+        f"{num_steps}"
         f"{', where it stopped early' if stops_early else ''}. Train longer by raising "
         "`max_steps` or `num_train_epochs` (under a constant schedule), continue its adapter in another "
         "`output_dir` with `adapter_name_or_path`, or write `overwrite_output_dir: true` to start afresh."

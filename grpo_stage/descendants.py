@@ -22,9 +22,10 @@ def descendants_of(pid: int) -> list[int]:
 
 
 def kill_descendants(pid: int) -> bool:
-    """Send all of them SIGKILL; False where there were none."""
-    found = descendants_of(pid)
-    for each in found:
-        with suppress(ProcessLookupError):
+    """Send SIGKILL to all that are this user's; False where there were none of those."""
+    num_killed = 0
+    for each in descendants_of(pid):
+        with suppress(OSError):  # it has ended, or runs with another user's rights (`sudo`)
             os.kill(each, signal.SIGKILL)
-    return bool(found)
+            num_killed += 1
+    return num_killed > 0

@@ -41,10 +41,11 @@ def owned(folder: str) -> Iterator[None]:
             )
         else:
             held.callback(os.close, descriptor)
-            held.callback(path.unlink, missing_ok=True)  # first, so that nobody locks what is about to vanish
+            held.callback(_remove, path)  # first, so that nobody locks what is about to vanish
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
-            os.truncate(descriptor, 0)
-            os.write(descriptor, json.dumps(owner).encode())
+            with contextlib.suppress(OSError):  # an earlier owner's file, of another user
+                os.truncate(descriptor, 0)
+                os.write(descriptor, json.dumps(owner).encode())
         yield
 
 
@@ -63,19 +64,36 @@ def refuse_used(folder: str) -> None:
 def _lock(path: Path) -> int:
     """The descriptor of the file, which is locked."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor, kind = _open(path)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
             if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 return descriptor
         except OSError as error:
-            is_used = error.errno in (errno.EACCES, errno.EAGAIN)
-            owner = os.read(descriptor, 1000)
+            owner = b""
+            with contextlib.suppress(OSError):  # where locks are mandatory, the owner alone may read
+                owner = os.read(descriptor, 1000)
             os.close(descriptor)
-            if is_used:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise _used(path.parent, owner) from None
             raise
         os.close(descriptor)  # its owner has left, and taken it away
+
+
+def _open(path: Path) -> tuple[int, int]:
+    """A descriptor of the file, and the kind of lock that it can have."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except PermissionError:  # another user's, whose run a shared lock meets as well
+        return os.open(path, os.O_RDONLY), fcntl.LOCK_SH
+    with contextlib.suppress(OSError):
+        os.fchmod(descriptor, 0o666)  # whatever the umask is: other users of the folder are to meet the lock
+    return descriptor, fcntl.LOCK_EX
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # another user's
+        path.unlink()
 
 
 def _used(folder: Path, owner: bytes) -> ValueError:

@@ -5,6 +5,7 @@ Imported before torch is, so that a stop during the long imports is heard, too.
 
 import _thread
 import atexit
+import faulthandler
 import os
 import signal
 import subprocess
@@ -49,7 +50,7 @@ def end_at_once() -> None:
 def leave() -> None:
     """Undo `end_at_once`, if that was called."""
     while _before:
-        signal.signal(*_before.popitem())
+        _restore(*_before.popitem())
 
 
 def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.CompletedProcess[bytes]":
@@ -59,8 +60,8 @@ def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.Comple
 
         def pass_on(signum: int, frame: FrameType | None) -> None:
             asked.append(signum)
-            # A terminal sends the others to torchrun as well, which takes a second one for an order to leave at once.
-            if signum not in (signal.SIGINT, signal.SIGHUP):
+            # A terminal sends these two to torchrun as well, which takes a second one for an order to leave at once.
+            if signum not in (signal.SIGINT, signal.SIGHUP) or not _is_in_foreground():
                 process.send_signal(signal.SIGTERM)
 
         _handle_stops_with(_in_this_process(pass_on))
@@ -68,10 +69,34 @@ def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.Comple
     return subprocess.CompletedProcess(command, 128 + asked[0] if asked and returncode else returncode)
 
 
+def _is_in_foreground() -> bool:
+    """Whether a terminal sends its signals to this process and its children."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:  # there is none, or none any more
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
 def _handle_stops_with(handler: Any) -> dict[signal.Signals, Any]:
     """Set the handler of every stop signal, but not of a SIGHUP that nohup has ignored; returns the earlier ones."""
     handled = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
     return {each: signal.signal(each, handler) for each in handled}
+
+
+def _restore(signum: signal.Signals, handler: Any) -> None:
+    if handler is not None:
+        signal.signal(signum, handler)
+        return
+    signal.signal(signum, signal.SIG_DFL)  # set by other means than Python's `signal`
+    if faulthandler.is_enabled():  # whose SIGABRT it was
+        faulthandler.disable()
+        faulthandler.enable()
 
 
 def _in_this_process(handler: Handler) -> Handler:
@@ -91,8 +116,10 @@ def _in_this_process(handler: Handler) -> Handler:
 def _end_anyway(exit_code: int) -> None:
     """End a process whose main thread waits for what it has interrupted itself."""
     time.sleep(LEAVING_S)
-    kill_descendants(os.getpid())
-    os._exit(exit_code)
+    try:
+        kill_descendants(os.getpid())
+    finally:
+        os._exit(exit_code)
 
 
 class StopRequested(BaseException):
@@ -134,7 +161,7 @@ class SafeStop:
             self._is_listening = False
             self.signal = None  # one that came after the last safe point has nothing left to stop
             for each, handler in previous.items():
-                signal.signal(each, signal.SIG_DFL if handler is None else handler)
+                _restore(each, handler)
 
     def check(self) -> None:
         """A safe point of this rank.

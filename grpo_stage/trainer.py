@@ -581,7 +581,7 @@ class GRPOTrainer(Trainer):
 
     @property
     def steps_per_epoch(self) -> int:
-        return steps_of_epoch(len(self.prompts), self.args, self.grpo_args)
+        return steps_of_epoch(len(self.prompts), self.prompts_per_step, self.grpo_args.num_iterations)
 
     def get_train_dataloader(self) -> DataLoader:
         """One empty slot an optimizer step: the prompts come from `stream`, whatever a step needs of them."""
@@ -747,7 +747,7 @@ class GRPOTrainer(Trainer):
         if self.grpo_args.log_completions and self.is_world_process_zero():
             # A rollout that waits for its first use is not sampled again, and was logged as of the next step.
             self.completions_log.drop_after(step + 1 if self.buffer else step)
-        with self.stoppable():
+        with contextlib.closing(self.completions_log), self.stoppable():
             try:
                 if resume_from_checkpoint and self._is_over:
                     output = self._finish(resume_from_checkpoint)
@@ -755,7 +755,6 @@ class GRPOTrainer(Trainer):
                     output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except TrainingEnded:
                 output = self._finish()
-        self.completions_log.close()
         self._check_learned(output.global_step)
         return output
 
@@ -878,7 +877,7 @@ class GRPOTrainer(Trainer):
             self.dynamic.load_state_dict(of_rank["dynamic_sampling"], self.prompts)
         if self.slope_test is not None and of_rank["slope_test"] is not None:  # None: in another precision until now
             self.slope_test.load_state_dict(of_rank["slope_test"], self.prompts)
-        num_steps = steps_of_run(len(self.prompts), self.args, self.grpo_args)
+        num_steps = steps_of_run(self.args, self.steps_per_epoch)
         if self.args.max_steps <= 0 and self._is_over_early:
             num_steps = step
         self._is_over = checkpoints.is_over(Path(folder), self.args.output_dir, num_steps, self.args.do_eval)
@@ -922,16 +921,14 @@ def prompts_of_step(args: TrainingArguments) -> int:
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
-def steps_of_epoch(num_prompts: int, args: TrainingArguments, grpo_args: GRPOArguments) -> int:
+def steps_of_epoch(num_prompts: int, prompts_per_step: int, num_iterations: int) -> int:
     """Optimizer steps that an epoch has; with dynamic sampling, at most."""
-    return -(-num_prompts // prompts_of_step(args)) * grpo_args.num_iterations
+    return -(-num_prompts // prompts_per_step) * num_iterations
 
 
-def steps_of_run(num_prompts: int, args: TrainingArguments, grpo_args: GRPOArguments) -> int:
+def steps_of_run(args: TrainingArguments, steps_per_epoch: int) -> int:
     """Optimizer steps that a run has; with dynamic sampling and no `max_steps`, at most."""
-    if args.max_steps > 0:
-        return args.max_steps
-    return math.ceil(args.num_train_epochs * steps_of_epoch(num_prompts, args, grpo_args))
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
 
 
 def _write_json(path: str, value: Any) -> None:

@@ -41,7 +41,7 @@ from .rewards import load_rewards
 from .rollout.hf import HFEngine
 from .rollout.weights import servable_config, write_base
 from .tied_weights import layers_parted, refuse_built
-from .trainer import GRPOTrainer, steps_of_run
+from .trainer import GRPOTrainer, prompts_of_step, steps_of_epoch, steps_of_run
 from .types import RolloutEngine, SamplingSettings
 
 
@@ -102,7 +102,10 @@ def _run_grpo(arguments: "RunArguments", callbacks: list[TrainerCallback]) -> No
     if training_args.resume_from_checkpoint:
         checkpoint = Path(training_args.resume_from_checkpoint)
         check_same_training(checkpoint, record, finetuning_args.resume_with_changes)
-        num_steps = steps_of_run(len(prompts.train), training_args, finetuning_args)
+        steps_per_epoch = steps_of_epoch(
+            len(prompts.train), prompts_of_step(training_args), finetuning_args.num_iterations
+        )
+        num_steps = steps_of_run(training_args, steps_per_epoch)
         checkpoints.is_over(checkpoint, training_args.output_dir, num_steps, training_args.do_eval)
 
     # What is copied from it from here on, such as a reference of its initial weights, is on the same device.

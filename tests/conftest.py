@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -19,6 +20,8 @@ os.environ.update(
     HF_DATASETS_CACHE=os.path.join(_HF_HOME.name, "datasets"),
     TOKENIZERS_PARALLELISM="false",
 )
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; tests send this signal
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 

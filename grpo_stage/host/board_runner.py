@@ -24,6 +24,7 @@ from llamafactory.webui.locales import ALERTS
 from llamafactory.webui.runner import Runner
 
 from ..redaction import errors_masked, secrets_in
+from ..run_lock import refuse_used
 from . import board_code, board_loaded
 from .board_fields import FORM_FIELDS, effective
 from .board_process import WatchedRunner
@@ -65,6 +66,7 @@ class GRPORunner(WatchedRunner):
             with errors_masked(arguments):
                 check(arguments)
             if not from_preview:
+                refuse_used(arguments["output_dir"])  # before the host writes its form into it
                 self._refuse_unconfirmed(arguments, data)
         except ValueError as refusal:
             return harmless(str(refusal))

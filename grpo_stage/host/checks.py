@@ -117,7 +117,8 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     _check_reward_model_config(arguments)
     if arguments.finetuning.ref_model is not None:
         config_of("ref_model", arguments_for(arguments.model, arguments.finetuning.ref_model))
-    _check_output_folder(arguments.training.output_dir)
+    if arguments.training.should_save:  # other nodes need not see its disk
+        _check_output_folder(arguments.training.output_dir)
     _check_resume(arguments)
     _warn(arguments)
 

@@ -85,7 +85,7 @@ class MetricsLogCallback(LogCallback):
     def __init__(self) -> None:
         before = signal.getsignal(signal.SIGABRT)
         super().__init__()
-        if signal.getsignal(signal.SIGABRT) is not before:
+        if before is not None and signal.getsignal(signal.SIGABRT) is not before:
             signal.signal(signal.SIGABRT, before)  # the host's stops nothing before the first step
         self._metrics: deque[dict[str, Any]] = deque()
         self._first_step = 0

@@ -193,6 +193,8 @@ def _refuse_unsupported_host(wrapped: Any, instance: Any, args: Any, kwargs: Any
     if stage_of(read_command_line(sys.argv[1:]) if given is None else given) == STAGE:
         _refuse_megatron()
         check_contract()
+    else:
+        leave()
     return wrapped(*args, **kwargs)
 
 

@@ -34,7 +34,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP)
 # What workers would import one by one otherwise. Nothing that starts threads or touches a GPU.
 PRELOADED = ["grpo_stage.rewards", "math_verify", "numpy"]
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-END = signal.SIGRTMIN + 7
+END = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 """What a keeper ends at: a signal that no terminal, scheduler or user sends."""
 ENDING_S = 5.0
 """How long a keeper goes on killing what a process that starts ever more of them leaves behind."""
@@ -112,7 +112,10 @@ def _prctl(option: int, value: int) -> None:
 def _wait_and_end_all(worker: int) -> NoReturn:
     """The keeper's life: wait for the worker or for `END`, kill all that is below, and end as the worker did."""
     # Files that it would hold open for others: the worker's pipes, above all.
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    for descriptor in map(int, os.listdir("/dev/fd")):
+        if descriptor > 2:
+            with suppress(OSError):  # the one that the list was read from
+                os.close(descriptor)
     status = None
     while status is None and signal.sigwait({signal.SIGCHLD, END}) != END:
         status = _reaped(worker)

@@ -39,6 +39,14 @@ class RewardCode:
     def __str__(self) -> str:
         return f"function `{self.spec.rpartition(':')[2]}` of {self.file}, sha256 {self.sha256[:12]}"
 
+    def check_unchanged(self) -> None:
+        """Raise ValueError if the file has changed since this was made."""
+        if self.file.is_file() and hashlib.sha256(self.file.read_bytes()).hexdigest() != self.sha256:
+            raise ValueError(
+                f"{self.file} has changed since the run began, which said and noted the code as it was. Start the run "
+                "again to train with what is there now, or bring the file back."
+            )
+
     @property
     def is_installed(self) -> bool:
         """It belongs to an installed package."""

@@ -18,7 +18,7 @@ from grpo_stage.reward_files import first_on_path, module_of
 from grpo_stage.rewards import answers, shaping, structure
 from grpo_stage.rewards.function_worker import FunctionWorker
 from grpo_stage.rewards.processes import start_fork_server
-from grpo_stage.rewards.provenance import check_loaded, describe, file_of, locate
+from grpo_stage.rewards.provenance import RewardCode, check_loaded, describe, file_of, locate
 from grpo_stage.rewards.scoring import REWARD_MODEL, RewardFunction, RewardSuite, working_directory_kept
 from grpo_stage.rewards.workers import AnswerChecker, RewardContext
 
@@ -125,9 +125,8 @@ def load_rewards(
         functions.append(function)
         if _runs_in_worker(spec.strip(), function.function):
             source_file = function.source.file if function.source else structure.__file__
-            workers[name] = FunctionWorker(
-                name, partial(_load_in_worker, *described), str(source_file), timeout_s, dump_dir
-            )
+            load = partial(_load_in_worker, *described, function.source)
+            workers[name] = FunctionWorker(name, load, str(source_file), timeout_s, dump_dir)
     for field in fields:
         if not any(field in (*f.required, *f.optional) or f.takes_everything for f in functions):
             raise ValueError(
@@ -201,8 +200,16 @@ def _configure(name: str, settings: Mapping[str, Any], context: RewardContext | 
         raise ValueError(f"reward_kwargs of {name!r}: {error}") from error
 
 
-def _load_in_worker(spec: str, name: str, settings: Mapping[str, Any], folder: Path) -> RewardFunction:
-    """As `_load`, for good: what the function imports late, and the processes that it starts, find its neighbors."""
+def _load_in_worker(
+    spec: str, name: str, settings: Mapping[str, Any], folder: Path, source: RewardCode | None
+) -> RewardFunction:
+    """As `_load`, for good: what the function imports late, and the processes that it starts, find its neighbors.
+
+    Raises:
+        ValueError: as `_load`; and if the file is not what it was when the run began.
+    """
+    if source is not None:
+        source.check_unchanged()
     function = _load(spec, name, settings, folder)
     place = spec.rpartition(":")[0]
     if place:

@@ -129,10 +129,9 @@ class RewardFunction:
         try:
             # Copies for each call: what a function does to its arguments is no other function's or step's concern.
             own = {name: _copied(value) for name, value in (*arguments.items(), *self.settings.items())}
-            with working_directory_kept():
-                scores = self.function(**own)
-                if inspect.isawaitable(scores):
-                    scores = wait_for(scores)
+            scores = self.function(**own)
+            if inspect.isawaitable(scores):
+                scores = wait_for(scores)
         except CompletionError:
             raise
         # A user's function may raise anything; all of it stops the run.
@@ -328,7 +327,8 @@ class RewardSuite:
                 try:
                     if function.name in self._workers:
                         scores[function.name] = self._workers[function.name].result()
-                    else:
+                        continue
+                    with working_directory_kept():  # a worker's is that function's own
                         scores[function.name] = function.evaluate(function.wanted(batch), count, self._loop.wait_for)
                 except CompletionError as failure:
                     raise _error(function.name, failure, batch) from (failure.__cause__ or failure)
