@@ -94,6 +94,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.folder.exists():
         sys.exit(f"{args.folder} is there already: remove it, or name another --folder.")
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, in what it starts as well
     began, chance, folder = time.monotonic(), random.Random(args.seed), args.folder.absolute()
     write_inputs(folder)
     reference = Run(folder, "whole")

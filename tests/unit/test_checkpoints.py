@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
 from grpo_stage import checkpoints, jsonl
@@ -543,3 +544,19 @@ def test_the_parts_of_the_end_are_of_one_step(tmp_path):
     checkpoints.mark_unfinished(folder)
     assert checkpoints.parts_done(folder, 6) == frozenset()
     assert names(tmp_path) == []
+
+
+def test_a_run_whose_last_checkpoint_was_deleted_at_its_end_is_finished(tmp_path):
+    """`save_total_limit: 1` keeps the best one alone, which may be of an earlier step."""
+    folder = tmp_path / "checkpoint-6"
+    folder.mkdir()
+    TrainerState(global_step=6, max_steps=10).save_to_json(str(folder / "trainer_state.json"))
+    output_dir = str(tmp_path)
+    assert not checkpoints.is_over(folder, output_dir, 10, evaluates_at_end=False)
+    checkpoints.mark_done(output_dir, 10, checkpoints.RESULTS)
+    assert not checkpoints.is_over(folder, output_dir, 10, evaluates_at_end=False)
+    checkpoints.mark_done(output_dir, 10, checkpoints.MODEL_CARD)
+    with pytest.raises(ValueError, match="is finished: it is at step 10 of 10"):
+        checkpoints.is_over(folder, output_dir, 10, evaluates_at_end=False)
+    assert not checkpoints.is_over(folder, output_dir, 12, evaluates_at_end=False)
+    assert not checkpoints.is_over(folder, str(tmp_path / "other"), 10, evaluates_at_end=False)

@@ -65,6 +65,13 @@ def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
     return [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
+def test_code_that_has_changed_since_the_start_does_not_run(load: Load) -> None:
+    suite = load("def f(completions): return [1.0] * len(completions)", "f")
+    Path("own.py").write_text("def f(completions): return [7.0] * len(completions)")
+    with pytest.raises(RewardError, match=r"own\.py has changed since the run began"):
+        suite.score(groups("a"))
+
+
 # The same scores as in the trainer
 
 

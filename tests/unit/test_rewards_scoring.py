@@ -121,31 +121,42 @@ def test_what_one_function_does_to_its_lists_is_not_seen_by_the_next(own: Callab
 
 SPOILS = """
 import os
+elsewhere = os.path.abspath("elsewhere")
 def spoil(completions, completion_ids, messages, info, words):
     assert completion_ids == [[97]] and messages[0][1]["content"] == "question 0", (completion_ids, messages)
     assert info == [{"unit": {"names": ["m", "cm"]}, "tags": [{"hard": True}]}] and words == ["one", {"two": []}]
     completion_ids[0].clear(), messages[0].clear()
     info[0]["unit"]["names"].append("km"), info[0]["tags"][0].clear(), words[1]["two"].append(1), words.clear()
-    os.chdir("elsewhere")
+    os.chdir(elsewhere)
     return [1.0]
 class Here:
     def __call__(self, completions, completion_ids, messages, info, words):
         return spoil(completions, completion_ids, messages, info, words)
 here = Here()
 async def awaited(completions):
-    os.chdir("elsewhere")
+    os.chdir(elsewhere)
+    return [float(os.path.isfile("here.txt"))]
+calls = []
+def lazily(completions):
+    if not calls:
+        os.chdir("elsewhere")
+    calls.append(1)
     return [float(os.path.isfile("here.txt"))]
 """
 
 
-@pytest.mark.parametrize("place", ["spoil", "here", "awaited"])
-def test_no_call_changes_what_the_next_one_gets_nor_where_it_is(own: Callable[[str], str], place: str) -> None:
-    """In a process of its own ("spoil") and in the trainer's ("here")."""
+@pytest.mark.parametrize("place", ["spoil", "here", "awaited", "lazily"])
+def test_no_call_changes_what_the_next_one_gets_nor_where_the_trainer_is(
+    own: Callable[[str], str], place: str
+) -> None:
+    """In a process of its own, whose working directory is its own affair, and in the trainer's ("here")."""
     file, folder = own(SPOILS), os.getcwd()
     Path("elsewhere").mkdir()
     Path("elsewhere/here.txt").touch()
     row = prompt(info={"unit": {"names": ["m", "cm"]}, "tags": [{"hard": True}]})
-    suite = load(f"{file}:{place}", **({} if place == "awaited" else {place: {"words": ["one", {"two": []}]}}))
+    suite = load(
+        f"{file}:{place}", **({} if place in ("awaited", "lazily") else {place: {"words": ["one", {"two": []}]}})
+    )
     for _ in range(3):
         assert suite.score([group(row, "a")]) == [[[1.0]]]
         assert os.getcwd() == folder

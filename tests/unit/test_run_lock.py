@@ -114,3 +114,30 @@ def test_the_lock_lasts_as_long_as_the_block(tmp_path, hold):
         assert f"process {os.getpid()} on" in refused.stderr
         assert time.monotonic() - started < 30
     hold()
+
+
+def test_a_file_of_another_user_is_met_with_a_lock_that_needs_no_writing(tmp_path, hold, monkeypatch):
+    opened = os.open
+
+    def open_as_another(path, flags, *mode):
+        if flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied")
+        return opened(path, flags, *mode)
+
+    first, _ = hold()
+    monkeypatch.setattr(os, "open", open_as_another)
+    with pytest.raises(ValueError, match=f"is in use: process {first.pid} on "), owned(str(tmp_path)):
+        pytest.fail("two runs")
+    first.kill()
+    first.wait()
+    with owned(str(tmp_path)):
+        pass
+
+
+def test_other_users_may_lock_the_file(tmp_path):
+    before = os.umask(0o077)
+    try:
+        with owned(str(tmp_path)):
+            assert (tmp_path / LOCK_FILE).stat().st_mode & 0o777 == 0o666
+    finally:
+        os.umask(before)

@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_stage import checkpoints, workflow
+from grpo_stage import checkpoints, descendants, workflow
 from grpo_stage import stop as stop_module
 from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.rewards import RewardError
@@ -458,16 +459,43 @@ def test_a_block_inside_another_keeps_a_request_for_the_rest_of_it():
             safe_stop.check_together()
 
 
-@pytest.mark.parametrize(("sign", "code"), [("SIGTERM", 128 + 15), ("SIGINT", 0), ("SIGHUP", 0)])
-def test_the_launcher_waits_for_torchrun_and_passes_on_what_a_terminal_does_not(sign, code):
+@pytest.mark.parametrize(
+    ("sign", "has_terminal", "code"),
+    [("SIGTERM", False, 128 + 15), ("SIGINT", False, 128 + 2), ("SIGHUP", False, 128 + 1), ("SIGINT", True, 0)],
+)
+def test_the_launcher_waits_for_torchrun_and_passes_on_what_a_terminal_does_not(sign, has_terminal, code):
     """Ctrl-C reaches torchrun without us; the stand-in for it ends with 1 when it is asked, as torchrun does."""
     torchrun = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); time.sleep(1.5)"
-    returncode, _, err = ends_with(f"""
+    launcher = f"""
 import threading
 threading.Timer(0.8, os.kill, (os.getpid(), signal.{sign})).start()
 sys.exit(stop.run_and_pass_on([sys.executable, "-c", {torchrun!r}]).returncode)
-""")
-    assert returncode == code, err
+"""
+    if not has_terminal:
+        returncode, _, err = ends_with(f"os.setsid()\n{launcher}")
+        assert returncode == code, err
+        return
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", EARLY + launcher])
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
+    os.close(terminal)
+
+
+def test_signals_that_others_than_python_handle_are_given_back():
+    code = "import faulthandler\nstop.leave()\nassert faulthandler.is_enabled()\nos.abort()\n"
+    returncode, _, err = ends_with(code, "env", "PYTHONFAULTHANDLER=1")
+    assert returncode == -signal.SIGABRT
+    assert "Fatal Python error: Aborted" in err
+
+
+def test_what_may_not_be_killed_is_left(monkeypatch):
+    def refuse(pid, sign):
+        raise PermissionError
+
+    monkeypatch.setattr(descendants, "descendants_of", lambda pid: [1, 2])
+    monkeypatch.setattr(os, "kill", refuse)
+    assert not descendants.kill_descendants(os.getpid())
 
 
 @pytest.mark.parametrize(
