@@ -76,6 +76,7 @@ FILES = {
     "def timed(function):\n    def inner(completions): return function(completions)\n    return inner\n"
     "class Base:\n    def __call__(self, completions): return [1.0] * len(completions)\n",
     "site-packages/acme_marks.py": MARK + SCORE,
+    "site-packages/acme_rewards/__main__.py": MARK + SCORE,
     "site-packages/idlelib_like/__init__.py": "",
 }
 
@@ -99,7 +100,10 @@ ATTACKS: dict[str, str] = {
     "antigravity:anything": "the module 'antigravity' is of",
     "idlelib.idle:anything": "the module 'idlelib.idle' is of",
     "test.support.script_helper:run_python_until_end": "standard library|there is no module",
-    "__main__:anything": "there is no module '__main__'",
+    "__main__:anything": "the module '__main__' is a program",
+    "numpy.f2py.__main__:main": "the module 'numpy.f2py.__main__' is a program",
+    "acme_rewards.__main__:score": "the module 'acme_rewards.__main__' is a program",
+    "site-packages/acme_rewards/__main__.py:score": "__main__.py is a program",
     " os : system ": "is of Python's standard library|there is no module",
     "..os:system": "there is no module '..os'",
     "own.os:system": "there is no module 'own.os'",
@@ -133,6 +137,8 @@ ATTACKS: dict[str, str] = {
     "acme_rewards.tools:execute_with": "takes neither `completions` nor `completion_ids`",
     "site-packages/acme_rewards/tools.py:execute": "takes neither `completions` nor `completion_ids`",
     "torch.utils.collect_env:run": "takes neither `completions` nor `completion_ids`",
+    "acme_rewards.core:anything": "takes neither `completions` nor `completion_ids`",
+    "fontTools.misc.loggingTools:configLogger": "takes neither `completions` nor `completion_ids`",
     "acme_rewards.tools:nothing": "takes neither `completions` nor `completion_ids`",
     "grpo_stage.rewards.registry:load_rewards": "takes neither `completions` nor `completion_ids`",
     "own.py:environ": "is of type _Environ: it must be a function",
@@ -145,7 +151,7 @@ LEGITIMATE = (
     *("helper.py:helped", "helper.py:judge", "with space/a file.py:score", "alias.py:score", " own.py:score "),
     *("module_here:score", "package_here:score", "package_here.inner:score", "package_here/__init__.py:score"),
     *("package_here/inner.py:score", "namespace_here.inner:score", "acme_rewards:shown", "acme_rewards.core:shown"),
-    *("acme_rewards.core:anything", "lib/python9.9/site-packages/mine.py:score"),
+    "lib/python9.9/site-packages/mine.py:score",
 )
 
 
