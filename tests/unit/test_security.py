@@ -316,16 +316,16 @@ SECRETS = {
     "apiKey": "topsecret",
     "X-Api-Key": "plainwordthatislong",
     "OPENAI_API_KEY": "plain",
-    "key": "0123abcd",
-    "token": "hunter2",
-    "judge_token": "Xy-12-ab",
+    "key": "0a1b2c3d4e5f",
+    "token": "Zk3hunter2Qx9",
+    "judge_token": "Xy8d-12ab-k3",
     "password": 123456,
     "db_password_2": "quiet",
     "client_secret": "quiet",
     "webhook_url": "https://host/T0/B1",
     "credentials": ["user", {"deep": "value"}],
     "Authorization": "Bearer abcdef123",
-    "auth": "user:pa55",
+    "auth": "user:pa55W0rd1",
     "any": "sk-proj-abc123def456",
     "hub": "hf_abcdefghijklmnop",
     "git": "ghp_abcdefghij0123",
@@ -349,6 +349,14 @@ NO_SECRETS = {
     "url": "https://host:8000/v1?page=2",
     "pattern": r"\d+ token: [a-z]+",
     "monkey": "banana",
+    "answer_key": "Answer",
+    "primary_key": "ID",
+    "sort_key": "finalAnswer2Text",
+    "group_key": "gsm8k_final_answer_v2",
+    "end_token": "Final Answer:",
+    "image_key": "recommendation",
+    "public_key": "/home/me/keys/a1b2c3d4e5f6",
+    "path": "/data/sk-model-v2/ckpt",
 }
 
 
@@ -376,10 +384,15 @@ def test_what_is_no_secret_stays() -> None:
         ('{"api_key": "top secret", "n": 1', f'{{"api_key": "{MASK}", "n": 1'),
         ("key sk-abcdef0123 is wrong", f"key {MASK} is wrong"),
         ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {MASK}"),
+        ("{'Authorization': 'Basic abcdefgh'}", f"{{'Authorization': '{MASK}'}}"),
+        ("Authorization: Basic abcdefgh", f"Authorization: Basic {MASK}"),
+        ("sent Bearer abcdefgh01234567", f"sent Bearer {MASK}"),
     ],
 )
 def test_secrets_in_a_text(text: str, masked: str) -> None:
     assert mask_text(text) == masked
+    for prose in ("Token indices sequence length", "Basic arithmetic: 1 + 1", "Bearer of good news"):
+        assert mask_text(prose) == prose
     assert mask_text("scikit sk-learn, the token: 7, https://host/a@b?x=1") == (
         "scikit sk-learn, the token: 7, https://host/a@b?x=1"
     )
