@@ -83,7 +83,13 @@ def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
         is_new = not arguments.model.adapter_name_or_path or finetuning.create_new_adapter
         key = "lora_target" if finetuning.finetuning_type == "lora" else "oft_target"
         if is_new:
-            _check_layers(key, getattr(finetuning, key), layers)
+            targets = getattr(finetuning, key)
+            if "all" in targets and len(targets) > 1:  # the host finds all layers for `all` alone
+                raise ValueError(
+                    f"`{key}: {','.join(targets)}` has `all` beside other names, and no layer is called so: only the "
+                    f"others would be trained. Write `{key}: all`, or leave `all` out."
+                )
+            _check_layers(key, targets, layers)
             modules = [name for name, _ in model.named_modules() if name]
             _check_layers("additional_target", finetuning.additional_target or (), modules)
 
@@ -109,11 +115,24 @@ def _check_layers(key: str, names: Iterable[str], layers: Iterable[str]) -> None
         if name in known:
             continue
         problem = f"`{key}: {','.join(names)}`: the model has no layer `{name}`"
-        near = did_you_mean(name, last_names)
-        if near or not known or key.startswith("freeze"):
+        slips = [other for other in last_names if other not in names and _is_one_slip(name, other)]
+        if slips or not known or key.startswith("freeze"):
+            near = did_you_mean(name, slips or last_names)
             or_all = ", or write `all`" if key.endswith(("_target", "_modules")) and "additional" not in key else ""
             raise ValueError(f"{problem}. {near}Name one or more of {', '.join(last_names)}{or_all}.")
         logger.warning_rank0(f"{problem}, and the run trains the others. It has {', '.join(last_names)}.")
+
+
+def _is_one_slip(written: str, meant: str) -> bool:
+    """One letter too many, too few or another, or two neighbors exchanged."""
+    if len(written) == len(meant):
+        wrong = [place for place, (a, b) in enumerate(zip(written, meant, strict=True)) if a != b]
+        swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1
+        return len(wrong) == 1 or (swapped and sorted(written) == sorted(meant))
+    shorter, longer = sorted((written, meant), key=len)
+    return len(longer) == len(shorter) + 1 and any(
+        longer[:place] + longer[place + 1 :] == shorter for place in range(len(longer))
+    )
 
 
 def _ends_with(layer: str, name: str) -> bool:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from grpo_stage.host import checks, dataset_files, model_checks
+from grpo_stage.host import adapters, checks, dataset_files, model_checks, model_files
 from grpo_stage.host.dataset_files import check_files, defect_of
 from grpo_stage.host.datasets import _check_split
 from grpo_stage.host.model_checks import refuse_unloadable
@@ -120,6 +121,11 @@ def test_a_path_that_is_no_model(recipe, adapter, tmp_path, key):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "saves").mkdir()
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / "config.json").write_text(
+        '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}'
+    )
     (tmp_path / "unheard").mkdir()
     (tmp_path / "unheard" / "config.json").write_text('{"model_type": "llamma"}')
     recipe |= {
@@ -132,6 +138,8 @@ def test_a_path_that_is_no_model(recipe, adapter, tmp_path, key):
         ("saves/my/model", ["does not exist", "hub id"]),
         ("~/model", ["does not exist", "write the whole path"]),
         ("modell", ["no folder here", "no hub gives it", "Mend the name"]),
+        ("saves/model", ["no hub gives it", "The folder saves is here, and has no model", "Mend the name"]),
+        ("remote", ["brings code of its own", "Write `trust_remote_code: true` if you have read that code"]),
         ("empty", ["without a config.json", "Give the folder"]),
         ("damaged", ["config.json cannot be read", "Give a folder"]),
         ("unheard", ["llamma", "Give a folder"]),
@@ -140,6 +148,28 @@ def test_a_path_that_is_no_model(recipe, adapter, tmp_path, key):
     ):
         message = refusal(parse, recipe | {key: path})
         assert [part for part in (f"`{key}: {path}`", *said) if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "answer", ["You are trying to access a gated repo", "401 Client Error", "Access to model a/b is restricted"]
+)
+def test_a_model_that_a_hub_keeps_back(recipe, monkeypatch, answer):
+    def fail(model_args: Any) -> None:
+        raise OSError(answer)
+
+    monkeypatch.setattr(model_files, "load_config", fail)
+    message = refusal(model_files.config_of, "ref_model", SimpleNamespace(model_name_or_path="owner/name"))
+    assert [
+        part for part in ("`ref_model: owner/name`", answer, "`hf_hub_token`", "HF_TOKEN") if part not in message
+    ] == []
+
+
+def test_a_folder_that_is_called_like_an_owner_hides_no_hub(recipe, tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    monkeypatch.setattr(model_files, "load_config", lambda model_args: "a config")
+    assert model_files.config_of("ref_model", SimpleNamespace(model_name_or_path="owner/name")) == "a config"
+    monkeypatch.setattr(adapters, "cached_file", lambda name, file: f"cache/{file}")
+    assert adapters.is_adapter_on_hub("owner/name")
 
 
 @pytest.fixture
@@ -182,6 +212,12 @@ def warned(monkeypatch) -> list[str]:
         ({"lora_target": "nothere"}, ["`lora_target: nothere`", "q_proj", "write `all`"]),
         ({"lora_target": "q_prj"}, ["`lora_target: q_prj`", "Did you mean `q_proj`?"]),
         ({"lora_target": "q_proj,v_prj"}, ["no layer `v_prj`", "Did you mean `v_proj`?"]),
+        ({"lora_target": "v_proj,q_porj"}, ["no layer `q_porj`", "Did you mean `q_proj`?"]),
+        (
+            {"lora_target": "all,q_proj"},
+            ["`lora_target: all,q_proj`", "beside other", "Write `lora_target: all`"],
+        ),
+        ({"finetuning_type": "oft", "oft_target": "q_proj,all"}, ["`oft_target: q_proj,all`", "leave `all` out"]),
         ({"lora_target": "mlp"}, ["`lora_target: mlp`", "down_proj"]),
         ({"additional_target": "lm_heads"}, ["`additional_target: lm_heads`", "Did you mean `lm_head`?"]),
         (
@@ -233,10 +269,14 @@ def test_what_can_be_loaded(whole, warned, changes):
     assert warned == []
 
 
-def test_a_layer_of_other_models_is_left_out_with_a_warning(whole, warned):
-    refuse_unloadable(parse(whole | {"lora_target": "q_proj,query_key_value"}))
+@pytest.mark.parametrize("others", ["query_key_value", "gate_up_proj", "qkv_proj", "out_proj", "x_proj"])
+def test_a_layer_of_other_models_is_left_out_with_a_warning(whole, warned, others):
+    """A list for several models names what this one does not have, however near it is to what it has."""
+    refuse_unloadable(
+        parse(whole | {"lora_target": f"q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,{others}"})
+    )
     assert len(warned) == 1
-    assert "no layer `query_key_value`" in warned[0]
+    assert f"no layer `{others}`" in warned[0]
 
 
 def lora(folder: Path, base: str, layers: dict[str, tuple[int, int]]) -> Path:
