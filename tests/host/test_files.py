@@ -102,6 +102,17 @@ def test_a_file_that_gives_no_rows(recipe, name, content, said):
     assert [part for part in ("`dataset: sums`", *said) if part not in message] == []
 
 
+def test_a_folder_with_two_endings_of_one_kind(recipe):
+    folder = Path(recipe["dataset_dir"])
+    (folder / "dataset_info.json").write_text(json.dumps({"sums": {"file_name": "rows"}}))
+    (folder / "rows").mkdir()
+    for name in ("a.json", "b.jsonl"):
+        (folder / "rows" / name).write_text(ROW)
+    check_files([("dataset", "sums")], str(folder))
+    (folder / "rows" / "c.csv").write_text("instruction,output\n")
+    assert ".csv, .json, .jsonl" in refusal(check_files, [("dataset", "sums")], str(folder))
+
+
 @pytest.mark.parametrize(
     ("val_size", "fits"), [(1, True), (11, True), (12, False), (500, False), (0.9, True), (0.95, False)]
 )
@@ -238,6 +249,22 @@ def warned(monkeypatch) -> list[str]:
         (
             {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 2}},
             ["lr_scheduler_kwargs: {'num_cycles': 2}", "no effect", "lr_scheduler_type: constant"],
+        ),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            ["no effect", "lr_scheduler_type: constant_with_warmup"],
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3}, "learning_rate": 1e-5},
+            ["lr_scheduler_kwargs: {'lr_end': 0.001}", "lr_end"],
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 1e-3},
+                "learning_rate": 1e-5,
+            },
+            ["`min_lr` above `learning_rate: 1e-05`", "Write one below it"],
         ),
         ({"report_to": "dvclive"}, ["report_to: dvclive", "not installed", "report_to: none"]),
     ],
