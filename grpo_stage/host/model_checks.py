@@ -68,7 +68,9 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
             )
             if other is not None:
                 subfolder = own.adapter_folder if key == "adapter_name_or_path" else None
-                _refuse_misfit(adapter, subfolder, base, other, f"`{key}: {adapter}`", f"`{base_key}: {base}`")
+                shown = f"`{key}: {adapter}`", f"`{base_key}: {base}`"
+                is_resized = own.resize_vocab or bool(own.add_tokens or own.add_special_tokens)
+                _refuse_misfit(adapter, subfolder, base, other, *shown, is_resized)
 
 
 def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
@@ -140,7 +142,13 @@ def _ends_with(layer: str, name: str) -> bool:
 
 
 def _refuse_misfit(
-    adapter: str, subfolder: str | None, base: str, model: nn.Module, adapter_shown: str, base_shown: str
+    adapter: str,
+    subfolder: str | None,
+    base: str,
+    model: nn.Module,
+    adapter_shown: str,
+    base_shown: str,
+    is_resized: bool,
 ) -> None:
     """Refuse an adapter that was trained on a model of other layers, and warn of one that names another model.
 
@@ -151,6 +159,7 @@ def _refuse_misfit(
         model: that model; its weights may be on the meta device.
         adapter_shown: the key and value that name the adapter.
         base_shown: those of the model.
+        is_resized: the run adds tokens, so that the output layer of the model that is loaded may have more rows.
 
     Raises:
         ValueError: naming the adapter, the layer, both shapes, and the remedy.
@@ -167,8 +176,12 @@ def _refuse_misfit(
     trained_on = config.get("base_model_name_or_path")
     shapes = _lora_shapes(folder / SAFETENSORS_WEIGHTS_NAME, adapter_shown)
     modules = dict(model.named_modules())
+    is_named = bool(trained_on) and may_be_same_model(trained_on, base)
     remedy = (
-        f"It was trained on {trained_on or 'a model that it does not name'} (`base_model_name_or_path` of its "
+        "It was trained on a model of that name, whose layers another version of transformers may call otherwise. "
+        "Install the version that trained it, or name another adapter."
+        if is_named
+        else f"It was trained on {trained_on or 'a model that it does not name'} (`base_model_name_or_path` of its "
         f"adapter_config.json). Name that model in place of {base_shown}, or another adapter."
     )
     missing = []
@@ -178,7 +191,7 @@ def _refuse_misfit(
             missing += [layer] if module is None else []
             continue
         found, expected = (shape[1], module.in_features) if part == "A" else (shape[0], module.out_features)
-        if found != expected:
+        if found != expected and not (is_resized and part == "B" and layer.endswith("lm_head")):
             raise ValueError(
                 f"{adapter_shown} does not fit {base_shown}: its {layer} has {found} "
                 f"{'inputs' if part == 'A' else 'outputs'}, and the model's {expected}. {remedy}"

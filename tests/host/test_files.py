@@ -354,6 +354,20 @@ def test_an_adapter_of_a_model_beside_the_policy(whole, tmp_path):
         assert f"`{key}_adapters: {folder}` does not fit `{key}: {tmp_path / 'beside'}`: its {ATTENTION}" in message
 
 
+def test_an_adapter_of_the_same_model_whose_layers_are_called_otherwise(whole, tmp_path):
+    folder = lora(tmp_path / "lora", whole["model_name_or_path"], {"model.decoder.0.q_proj": (16, 16)})
+    message = refusal(refuse_unloadable, parse(whole | {"adapter_name_or_path": str(folder)}))
+    assert "another version of transformers" in message
+    assert "Name that model" not in message
+
+
+def test_an_adapter_on_an_output_layer_with_added_tokens(whole, tmp_path):
+    folder = lora(tmp_path / "lora", whole["model_name_or_path"], {"lm_head": (16, 1000)})
+    own = whole | {"adapter_name_or_path": str(folder)}
+    assert "its lm_head has 1000 outputs" in refusal(refuse_unloadable, parse(own))
+    refuse_unloadable(parse(own | {"resize_vocab": True, "create_new_adapter": True}))
+
+
 def test_an_adapter_that_fits(whole, tmp_path, warned):
     folder = lora(tmp_path / "lora", whole["model_name_or_path"], {ATTENTION: (16, 16)})
     refuse_unloadable(parse(whole | {"adapter_name_or_path": str(folder)}))
