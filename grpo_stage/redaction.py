@@ -1,8 +1,8 @@
 """Secrets kept out of what is written and said: keys, tokens and passwords that a recipe holds.
 
 A value is a secret by its name (`api_key`, `password`, ...), by its own form (`sk-...`, `hf_...`), or by its place in
-a URL. Only who wrote it knows for sure, so that these are rules of thumb: under a name like `key` or `token`, what is
-plainly a word, a special token of a template or a number is none.
+a URL. Only who wrote it knows for sure, so that these are rules of thumb: under a name like `key` or `token`, only
+what looks random is one, and no word, special token of a template, path or number.
 """
 
 import json
@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 
 MASK = "***"
+_remembered: set[str] = set()
 _MIN_REPLACED = 4
 """Shorter secrets are masked where they stand, but not looked for in texts, of which they would mask too much."""
 
@@ -24,22 +25,26 @@ _OWNERS = (
 )
 _SURELY_SECRET = re.compile(rf"(?:{_PASSWORDS}|webhookurl|(?:{_OWNERS})(?:key|token))s?$")
 _MAYBE_SECRET = re.compile(r"(?:keys?|token|auth)$")
-_PLAIN = re.compile(
-    r"[a-z]{1,11}(?:[_. -](?!secret|token|key|password)[a-z]{1,11})*|[A-Z][A-Z0-9_]*_[A-Z0-9_]+|<[^<>]*>|\[[^\[\]]*\]|"
-    r"[0-9]{1,7}|\W{0,4}"
-)
+_RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[^\s<>\[\]]{12,}")
+_WORD = r"(?:[A-Za-z]?[a-z]{2,}\d{0,2}[a-z]?|[A-Z]{2,}\d{0,2}|[vV]?\d{1,4})"
+_PLAIN = re.compile(rf"\.{{0,2}}/.*|{_WORD}(?:[_.:/-]?{_WORD})*")
+"""What has letters and digits, and is a name or a path all the same."""
 _REFERENCE = re.compile(r"\$\{[^}]*\}")
 """What stands for a value that is elsewhere, such as `${oc.env:NAME}`."""
 
 _TOKEN = re.compile(
     r"\b(?:"
-    r"sk-(?=[\w-]*\d)[\w-]{6,}|hf_[A-Za-z0-9]{10,}|gh[pousr]_[A-Za-z0-9]{10,}|github_pat_\w{10,}|"
+    r"(?<!/)sk-(?=[\w-]*\d)[\w-]{6,}(?![\w/-])|hf_[A-Za-z0-9]{10,}|gh[pousr]_[A-Za-z0-9]{10,}|github_pat_\w{10,}|"
     r"A(?:KIA|SIA)[A-Z0-9]{12,}|xox[abprs]-[\w-]{8,}|glpat-[\w-]{10,}|AIza[\w-]{20,}|gsk_[A-Za-z0-9]{10,}|"
     r"npm_[A-Za-z0-9]{20,}|pypi-[\w-]{20,}|r8_[A-Za-z0-9]{20,}|eyJ[\w-]{8,}\.[\w-]+(?:\.[\w-]*)?"
     r")"
 )
 _PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL)
-_HEADER = re.compile(r"\b(?P<kept>(?:Bearer|Basic|Token)\s+)(?P<secret>[\w.~+/=-]{6,})")
+_SCHEME = r"(?:Bearer|Basic|Token)\s+"
+_AUTHORIZATION = re.compile(
+    rf"(?P<kept>Authorization[\"']?\s*[:=]\s*[\"']?(?:{_SCHEME})?+)(?P<secret>[\w.~+/=-]{{6,}})", re.IGNORECASE
+)
+_HEADER = re.compile(rf"\b(?P<kept>{_SCHEME})(?P<secret>(?=[\w.~+/=-]*\d)[\w.~+/=-]{{16,}})")
 _USER_INFO = re.compile(r"(?P<kept>\b[a-z][a-z0-9+.-]*://[^\s/:@?#]*:)(?P<secret>[^\s/?#]+)(?=@)", re.IGNORECASE)
 _QUERY = re.compile(
     rf"(?P<kept>[?&;](?:[\w.-]*(?:{_PASSWORDS}|key|token|auth|signature|sig))=)(?P<secret>[^\s&#;'\"]+)", re.IGNORECASE
@@ -50,7 +55,12 @@ _PAIR = re.compile(
     re.IGNORECASE,
 )
 """As JSON and Python write mappings."""
-_FORMS = (_PAIR, _TOKEN, _PRIVATE_KEY, _HEADER, _USER_INFO, _QUERY)
+_FORMS = (_AUTHORIZATION, _PAIR, _TOKEN, _PRIVATE_KEY, _HEADER, _USER_INFO, _QUERY)
+
+
+def remember(secrets: Collection[str]) -> None:
+    """Mask these from now on, wherever they stand: what a variable of the environment holds has no name of its own."""
+    _remembered.update(secrets)
 
 
 def mask(value: Any, name: str = "") -> Any:
@@ -64,7 +74,7 @@ def mask(value: Any, name: str = "") -> Any:
         return {key: mask(item, name if _is_secret_name(name) else str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [mask(item, name) for item in value]
-    if _is_secret(name, value):
+    if is_secret(name, value):
         return MASK
     return mask_text(value) if isinstance(value, str) else value
 
@@ -77,7 +87,7 @@ def secrets_in(value: Any, name: str = "") -> set[str]:
         return {secret for item in value for secret in secrets_in(item, name)}
     text = value if isinstance(value, str) else ""
     parts = {found["secret"] if found.groupdict() else found[0] for form in _FORMS for found in form.finditer(text)}
-    return parts | ({str(value)} if _is_secret(name, value) else set())
+    return parts | ({str(value)} if is_secret(name, value) else set())
 
 
 def strings_in(value: Any) -> Iterator[str]:
@@ -91,7 +101,7 @@ def strings_in(value: Any) -> Iterator[str]:
 
 def mask_text(text: str, secrets: Collection[str] = ()) -> str:
     """`text` without these secrets, also as they look quoted, and without what looks like one."""
-    for secret in sorted(secrets, key=len, reverse=True):
+    for secret in sorted({*secrets, *_remembered}, key=len, reverse=True):
         if len(secret) >= _MIN_REPLACED:
             for form in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")):
                 text = text.replace(form, MASK)
@@ -130,7 +140,8 @@ def mask_error(error: BaseException | None, secrets: Collection[str]) -> None:
         error = origin
 
 
-def _is_secret(name: str, value: Any) -> bool:
+def is_secret(name: str, value: Any) -> bool:
+    """Whether a single value that stands under `name` is one, by the name or by its own form."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value in ("", MASK):
         return False
     normal = _normal(name)
@@ -138,7 +149,9 @@ def _is_secret(name: str, value: Any) -> bool:
         return False
     if _SURELY_SECRET.search(normal):
         return True
-    return isinstance(value, str) and bool(_MAYBE_SECRET.search(normal)) and not _PLAIN.fullmatch(value)
+    if not isinstance(value, str) or not _MAYBE_SECRET.search(normal):
+        return False
+    return bool(_RANDOM.fullmatch(value)) and not _PLAIN.fullmatch(value)
 
 
 def _is_secret_name(name: str) -> bool:

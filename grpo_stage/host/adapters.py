@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from transformers.utils.hub import cached_file
+
 
 def lora_rank(values: Any) -> int:
     """The highest rank of the adapter that is trained: `lora_rank`, or the continued adapter's own."""
@@ -37,10 +39,19 @@ def adapter_folder(adapter: str, subfolder: str | None) -> Path:
     return Path(adapter, subfolder or "")
 
 
-def looks_like_hub_id(name: str) -> bool:
-    """`owner/name`, where neither that path nor a folder `owner` is here: then it would be a mistyped path."""
-    owner, *_ = name.split("/")
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not os.path.exists(name) and not os.path.isdir(owner)
+def may_be_hub_id(name: str) -> bool:
+    """`owner/name`, where no such path is here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not os.path.exists(name)
+
+
+def is_adapter_on_hub(name: str) -> bool:
+    """Whether it may be a hub's: where a folder `owner` is here, it may be a mistyped path, and the hub is asked."""
+    if not may_be_hub_id(name) or not os.path.isdir(name.split("/")[0]):
+        return may_be_hub_id(name)
+    try:
+        return cached_file(name, "adapter_config.json") is not None
+    except OSError:
+        return False
 
 
 def items(value: Any) -> list[str]:

@@ -24,7 +24,7 @@ from ..evaluation import rewarding_metrics
 from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from ..rollout.vllm_options import refuse_options
 from ..run_lock import refuse_used
-from .adapters import adapter_config, adapter_folder, items, looks_like_hub_id
+from .adapters import adapter_config, adapter_folder, is_adapter_on_hub, items
 from .bounds import refuse_out_of_bounds
 from .coercion import as_plain, did_you_mean
 from .dataset_files import check_descriptions
@@ -126,7 +126,7 @@ def refuse_unfit(arguments: "RunArguments") -> None:
 def _check_adapter(adapter: str, values: SimpleNamespace, is_served: bool) -> None:
     config = adapter_config(adapter, values.adapter_folder)
     if config is None:
-        if looks_like_hub_id(adapter):
+        if is_adapter_on_hub(adapter):
             return
         raise ValueError(
             f"`adapter_name_or_path: {adapter}` is no adapter: there is no adapter_config.json in "
@@ -151,7 +151,7 @@ def _check_reward_adapter(path: str) -> None:
     config = adapter_config(path, None, "reward_model")
     if config is not None:
         refuse_extras(config, path)
-    elif not looks_like_hub_id(path):
+    elif not is_adapter_on_hub(path):
         raise ValueError(
             f"`reward_model: {path}` with `reward_model_type: lora` (the default) is no adapter: there is no "
             f"adapter_config.json in {adapter_folder(path, None)}. Give the folder that LLaMA-Factory's `stage: rm` "

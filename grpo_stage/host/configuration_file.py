@@ -3,15 +3,40 @@
 What cannot be read is refused with the file, the place in it, and what to write. Nothing of the host is imported.
 """
 
+import inspect
+import io
+import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from grpo_stage.redaction import mask_text, remember, secrets_in
+
 
 ENDINGS = (".yaml", ".yml", ".json")
-_ONE_VARIABLE = re.compile(r"\$\{oc\.env:\w+\}")
+_ONE_VARIABLE = re.compile(r"\$\{oc\.env:\w+(?:,[^${}]*)?\}")
+_NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|true|false", re.IGNORECASE)
+_FOLDERS = (
+    "output_dir",
+    "logging_dir",
+    "cache_dir",
+    "dataset_dir",
+    "media_dir",
+    "tokenized_path",
+    "resume_from_checkpoint",
+)
+_MODELS = (
+    "model_name_or_path",
+    "adapter_name_or_path",
+    "ref_model",
+    "ref_model_adapters",
+    "reward_model",
+    "reward_model_adapters",
+)
+_MEND_REFERENCE = r"Where the text `${` is meant, write `\${`, in single quotes: 'a \${b}'."
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -27,13 +52,16 @@ def read_configuration(path: str, overrides: list[str]) -> dict[str, Any]:
 
     text = _text_of(path)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)  # JSON is YAML
-        if root is not None and not isinstance(root, yaml.MappingNode):
-            kind = "a list" if isinstance(root, yaml.SequenceNode) else f"only the text `{_excerpt(root.value)}`"
+        content = _content_of(text, is_json=path.endswith(".json"))
+        if content is not None and not isinstance(content, dict):
+            kind = "a list" if isinstance(content, list) else f"only the text `{_excerpt(content)}`"
             raise ValueError(f"{path} holds {kind}, and a recipe is a mapping. Write one `key: value` a line.")
-        configuration = OmegaConf.load(Path(path).absolute())
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        configuration = OmegaConf.create(content or {})
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} cannot be read{_place(error)}: {_problem(error)}. Mend the file there.") from error
+    except OmegaConfBaseException as error:
+        key = f" at `{error.full_key}`" if error.full_key else ""
+        raise ValueError(f"{path} cannot be read{key}: {_problem(error)}. {_MEND_REFERENCE}") from error
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(configuration, OmegaConf.from_cli(overrides)))
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -87,34 +115,92 @@ def check_first_word(arguments: list[str]) -> None:
 def resolved(values: dict[str, Any]) -> dict[str, Any]:
     r"""The values with OmegaConf's `${key}` and `${oc.env:NAME}` replaced; `\${` stands for the text itself.
 
-    The host leaves them as they are, so that a folder is called `${oc.env:HOME}`.
+    The host leaves them as they are, so that a folder is called `${oc.env:HOME}`. A recipe alone must not send what
+    the environment holds to anyone, so that `oc.env` counts only where a value stays on this machine, or is a secret
+    by its key. What is read so, and is a secret, is kept out of what is said.
 
     Raises:
-        ValueError: naming the key, the value, and what is undefined.
+        ValueError: naming the key, the value, and what is undefined, or must not read the environment.
     """
-    return {key: _resolved(key, value, values) if interpolates(value) else value for key, value in values.items()}
-
-
-def _resolved(key: str, value: Any, values: dict[str, Any]) -> Any:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    try:
-        OmegaConf.create({key: value})  # what is written in no valid form is this key's
-        found = OmegaConf.create(values)[key]
-        found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
-    except OmegaConfBaseException as error:
+    referring = [key for key, value in values.items() if interpolates(value)]
+    for key in referring:
+        try:
+            OmegaConf.create({key: values[key]})
+        except OmegaConfBaseException as error:
+            raise ValueError(f"`{key}: {values[key]}` cannot be read: {_problem(error)}. {_MEND_REFERENCE}") from error
+    return {**values, **{key: _resolved(key, values) for key in referring}}
+
+
+def _resolved(key: str, values: dict[str, Any]) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    value = values[key]
+    with _environment_read() as read:
+        try:
+            found = OmegaConf.create(values)[key]
+            found = OmegaConf.to_container(found, resolve=True) if OmegaConf.is_config(found) else found
+        except OmegaConfBaseException as error:
+            problem = mask_text(_problem(error), read.values())
+            raise ValueError(
+                f"`{key}: {value}` refers to what cannot be found: {problem}. Define it, or write the value itself. "
+                f"{_MEND_REFERENCE}"
+            ) from (None if read else error)
+    secrets = {
+        secret
+        for name, text in read.items()
+        if not _NUMBER.fullmatch(text) and not os.path.exists(text)  # such as `PWD`
+        for secret in secrets_in(text, name)
+    }
+    remember(secrets)
+    if read and not all(_may_read(key, raw, text, secrets) for raw, text in _texts(value, found)):
         raise ValueError(
-            f"`{key}: {value}` refers to what cannot be found: {_problem(error)}. Define it, write the value itself, "
-            r"or write `\${` where the text `${` is meant."
-        ) from error
-    if any("://" in text and not _ONE_VARIABLE.fullmatch(raw) for raw, text in _texts(value, found)):
-        raise ValueError(
-            f"`{key}: {value}` makes an address out of parts, by which a recipe could send what an environment "
-            "variable holds to anyone. Write the whole address, or `${oc.env:NAME}` alone for a variable that holds "
-            "all of it."
+            f"`{key}: {value}` reads {', '.join(read)} of the environment, by which a recipe could send it to anyone: "
+            "`${oc.env:NAME}` counts in `reward_kwargs`, in tokens, in folders and absolute paths without a secret in "
+            "them, for numbers, and as the whole of `reward_model`. Write the value itself, or `key=value` on the "
+            f"command line. {_MEND_REFERENCE}"
         )
     return found
+
+
+@contextmanager
+def _environment_read() -> Iterator[dict[str, str]]:
+    """The variables that `oc.env` reads meanwhile, whichever way a value gets there, and what they hold."""
+    from omegaconf import OmegaConf
+    from omegaconf.resolvers import oc
+
+    read: dict[str, str] = {}
+
+    def env(name: str, *default: Any) -> str | None:
+        if name in os.environ:
+            read[name] = os.environ[name]
+        return oc.env(name, *default)
+
+    register: Any = OmegaConf.register_resolver
+    if "replace" not in inspect.signature(register).parameters:  # before omegaconf 2.4
+        register = OmegaConf.register_new_resolver
+    register("oc.env", env, replace=True)
+    try:
+        yield read
+    finally:
+        register("oc.env", oc.env, replace=True)
+
+
+def _may_read(key: str, raw: str, text: str, secrets: set[str]) -> bool:
+    """Whether the environment may be in the value of `key` that was written `raw` and has become `text`."""
+    if key == "reward_kwargs" or key.endswith(("_token", "_api_key")) or _NUMBER.fullmatch(text):
+        return True
+    if key == "reward_model" and _ONE_VARIABLE.fullmatch(raw):
+        return True
+    if any(secret in text for secret in secrets):
+        return False
+    paths = [part.strip() for part in text.split(",")]
+    # A colon begins an address, or a place such as `REMOTE:owner/name` and `hf::`.
+    is_here = key in _FOLDERS or (key in _MODELS and all(path.startswith(("/", "./", "../")) for path in paths))
+    return is_here and ":" not in text
 
 
 def _texts(raw: Any, found: Any) -> Iterator[tuple[str, str]]:
@@ -152,14 +238,30 @@ def _text_of(path: str) -> str:
         raise ValueError(f"{path} is in {encoding}, and a recipe is read as UTF-8. Save it as UTF-8.") from error
 
 
+def _content_of(text: str, is_json: bool) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+
+    if is_json:
+        return json.loads(text.removeprefix("\ufeff"))
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        return [] if isinstance(root, yaml.SequenceNode) else root.value
+    return OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+
+
 def _place(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f" at line {error.lineno}, column {error.colno}"
     mark = getattr(error, "problem_mark", None)
     return "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
 
 
 def _problem(error: Exception) -> str:
     """What an exception of a library says, on one line."""
-    text = getattr(error, "problem", None) or getattr(error, "strerror", None) or str(error).splitlines()[0]
+    if isinstance(error, json.JSONDecodeError):
+        return error.msg
+    text = getattr(error, "problem", None) or str(error).splitlines()[0]
     context = getattr(error, "context", None)
     return f"{text} {context}" if context else text
 

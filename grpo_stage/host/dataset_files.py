@@ -136,11 +136,12 @@ def _check_path(source: str, path: Path) -> None:
         )
     files = _files(path)
     endings = {file.suffix for file in files}
-    if len(endings) != 1 or not endings <= {f".{ending}" for ending in FILEEXT2TYPE}:
+    kinds = {FILEEXT2TYPE.get(ending[1:]) for ending in endings}
+    if len(kinds) != 1 or None in kinds:
         raise ValueError(
             f"{source} is {path}, with files that end with {', '.join(sorted(endings)) or 'nothing: there are none'}: "
-            f"LLaMA-Factory reads files of one ending of {', '.join(FILEEXT2TYPE)}. Convert the data, or mend its "
-            f"`file_name` in {DATA_CONFIG}."
+            f"LLaMA-Factory reads files of one kind, that end with {', '.join(FILEEXT2TYPE)}. Convert the data, or "
+            f"mend its `file_name` in {DATA_CONFIG}."
         )
     if all(file.stat().st_size < _SMALL and not file.read_bytes().strip(b" \n\r\t[]") for file in files):
         raise ValueError(f"{source} has no rows: {path} is empty. Fill it, or name another dataset.")

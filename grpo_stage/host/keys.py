@@ -83,12 +83,21 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
 
 
 def read(raw: RawArguments) -> dict[str, Any]:
+    """What `as_written` gives, with what refers to other keys and to the environment replaced.
+
+    Raises:
+        ValueError: as `configuration_file.resolved`.
+    """
+    return resolved(as_written(raw))
+
+
+def as_written(raw: RawArguments) -> dict[str, Any]:
     """The mapping that YAML gives; flags become one. `--key` alone is True, and several values are a list.
 
     Where a value ends with a comma, the shell has split a text at its spaces: `--reward_funcs accuracy, format`.
     """
     if isinstance(raw, Mapping):
-        return resolved(dict(raw))
+        return dict(raw)
     values: dict[str, list[str]] = {}
     key = ""
     for token in raw:
@@ -98,7 +107,7 @@ def read(raw: RawArguments) -> dict[str, Any]:
             values[key] = [value] if has_value else []
         else:
             values.setdefault(key, []).append(token)
-    return resolved({key: _of_flag(items) for key, items in values.items()})
+    return {key: _of_flag(items) for key, items in values.items()}
 
 
 def _of_flag(items: list[str]) -> Any:

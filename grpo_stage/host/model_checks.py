@@ -68,7 +68,9 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
             )
             if other is not None:
                 subfolder = own.adapter_folder if key == "adapter_name_or_path" else None
-                _refuse_misfit(adapter, subfolder, base, other, f"`{key}: {adapter}`", f"`{base_key}: {base}`")
+                shown = f"`{key}: {adapter}`", f"`{base_key}: {base}`"
+                is_resized = own.resize_vocab or bool(own.add_tokens or own.add_special_tokens)
+                _refuse_misfit(adapter, subfolder, base, other, *shown, is_resized)
 
 
 def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
@@ -83,7 +85,13 @@ def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
         is_new = not arguments.model.adapter_name_or_path or finetuning.create_new_adapter
         key = "lora_target" if finetuning.finetuning_type == "lora" else "oft_target"
         if is_new:
-            _check_layers(key, getattr(finetuning, key), layers)
+            targets = getattr(finetuning, key)
+            if "all" in targets and len(targets) > 1:  # the host finds all layers for `all` alone
+                raise ValueError(
+                    f"`{key}: {','.join(targets)}` has `all` beside other names, and no layer is called so: only the "
+                    f"others would be trained. Write `{key}: all`, or leave `all` out."
+                )
+            _check_layers(key, targets, layers)
             modules = [name for name, _ in model.named_modules() if name]
             _check_layers("additional_target", finetuning.additional_target or (), modules)
 
@@ -109,11 +117,24 @@ def _check_layers(key: str, names: Iterable[str], layers: Iterable[str]) -> None
         if name in known:
             continue
         problem = f"`{key}: {','.join(names)}`: the model has no layer `{name}`"
-        near = did_you_mean(name, last_names)
-        if near or not known or key.startswith("freeze"):
+        slips = [other for other in last_names if other not in names and _is_one_slip(name, other)]
+        if slips or not known or key.startswith("freeze"):
+            near = did_you_mean(name, slips or last_names)
             or_all = ", or write `all`" if key.endswith(("_target", "_modules")) and "additional" not in key else ""
             raise ValueError(f"{problem}. {near}Name one or more of {', '.join(last_names)}{or_all}.")
         logger.warning_rank0(f"{problem}, and the run trains the others. It has {', '.join(last_names)}.")
+
+
+def _is_one_slip(written: str, meant: str) -> bool:
+    """One letter too many, too few or another, or two neighbors exchanged."""
+    if len(written) == len(meant):
+        wrong = [place for place, (a, b) in enumerate(zip(written, meant, strict=True)) if a != b]
+        swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1
+        return len(wrong) == 1 or (swapped and sorted(written) == sorted(meant))
+    shorter, longer = sorted((written, meant), key=len)
+    return len(longer) == len(shorter) + 1 and any(
+        longer[:place] + longer[place + 1 :] == shorter for place in range(len(longer))
+    )
 
 
 def _ends_with(layer: str, name: str) -> bool:
@@ -121,7 +142,13 @@ def _ends_with(layer: str, name: str) -> bool:
 
 
 def _refuse_misfit(
-    adapter: str, subfolder: str | None, base: str, model: nn.Module, adapter_shown: str, base_shown: str
+    adapter: str,
+    subfolder: str | None,
+    base: str,
+    model: nn.Module,
+    adapter_shown: str,
+    base_shown: str,
+    is_resized: bool,
 ) -> None:
     """Refuse an adapter that was trained on a model of other layers, and warn of one that names another model.
 
@@ -132,6 +159,7 @@ def _refuse_misfit(
         model: that model; its weights may be on the meta device.
         adapter_shown: the key and value that name the adapter.
         base_shown: those of the model.
+        is_resized: the run adds tokens, so that the output layer of the model that is loaded may have more rows.
 
     Raises:
         ValueError: naming the adapter, the layer, both shapes, and the remedy.
@@ -148,8 +176,12 @@ def _refuse_misfit(
     trained_on = config.get("base_model_name_or_path")
     shapes = _lora_shapes(folder / SAFETENSORS_WEIGHTS_NAME, adapter_shown)
     modules = dict(model.named_modules())
+    is_named = bool(trained_on) and may_be_same_model(trained_on, base)
     remedy = (
-        f"It was trained on {trained_on or 'a model that it does not name'} (`base_model_name_or_path` of its "
+        "It was trained on a model of that name, whose layers another version of transformers may call otherwise. "
+        "Install the version that trained it, or name another adapter."
+        if is_named
+        else f"It was trained on {trained_on or 'a model that it does not name'} (`base_model_name_or_path` of its "
         f"adapter_config.json). Name that model in place of {base_shown}, or another adapter."
     )
     missing = []
@@ -159,7 +191,7 @@ def _refuse_misfit(
             missing += [layer] if module is None else []
             continue
         found, expected = (shape[1], module.in_features) if part == "A" else (shape[0], module.out_features)
-        if found != expected:
+        if found != expected and not (is_resized and part == "B" and layer.endswith("lm_head")):
             raise ValueError(
                 f"{adapter_shown} does not fit {base_shown}: its {layer} has {found} "
                 f"{'inputs' if part == 'A' else 'outputs'}, and the model's {expected}. {remedy}"

@@ -1,6 +1,7 @@
 """What a model's folder or hub repository says of it before its weights are loaded: its config and its layers."""
 
 import os
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from llamafactory.model.loader import load_config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from .adapters import looks_like_hub_id
+from .adapters import may_be_hub_id
 
 
 def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
@@ -34,7 +35,7 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
     if folder.is_file():
         raise ValueError(f"`{key}: {path}` is a file. Give the folder that holds the model's files.")
     is_name = "/" not in path and not path.startswith(("~", "."))  # such as gpt2, which has no owner
-    if not folder.exists() and not is_name and not looks_like_hub_id(path):
+    if not folder.exists() and not is_name and not may_be_hub_id(path):
         home = " `~` stands for no folder here: write the whole path." if path.startswith("~") else ""
         raise ValueError(
             f"`{key}: {path}` does not exist (looked for from {os.getcwd()}), and is no hub id (`owner/name`).{home} "
@@ -45,11 +46,19 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split(". ")[0].split())
         where = "its config.json cannot be read" if folder.exists() else "it is no folder here, and no hub gives it"
-        remedy = (
-            "Give a folder whose config.json has the `model_type` of a model that the installed transformers knows."
-            if folder.exists()
-            else "Mend the name, write the path of a folder, or download the model first where there is no network."
-        )
+        said = f"{error} {error.__cause__ or ''}"
+        if "trust_remote_code" in said:
+            where = "it brings code of its own"
+            remedy = "Write `trust_remote_code: true` if you have read that code."
+        elif re.search(r"\b(?:gated|restricted|40[13])\b", said):
+            where = "the hub does not give it to everyone"
+            remedy = "Ask for access on its page, and write `hf_hub_token`, or set HF_TOKEN."
+        elif folder.exists():
+            remedy = "Give a folder whose config.json has a `model_type` that the installed transformers knows."
+        else:
+            remedy = "Mend the name, write a folder's path, or download the model first where there is no network."
+            if folder.parent.is_dir() and "/" in path:
+                remedy = f"The folder {folder.parent} is here, and has no {folder.name}. {remedy}"
         raise ValueError(f"`{key}: {path}` is not possible: {where} ({reason}). {remedy}") from error
 
 

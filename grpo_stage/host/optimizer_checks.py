@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 
 _NEED_A_MODEL = ("galore", "apollo", "lomo")
+_WITHOUT_SETTINGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
+"""`get_scheduler` hands them none."""
 _OF_THE_RUN = frozenset(("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"))
 
 
@@ -36,13 +38,19 @@ def refuse_optimizer(training_args: "Seq2SeqTrainingArguments") -> None:
             ) from error
 
     schedule, settings = SchedulerType(training_args.lr_scheduler_type), training_args.lr_scheduler_kwargs or {}
-    if schedule is SchedulerType.CONSTANT and settings:
+    if schedule in _WITHOUT_SETTINGS and settings:
         raise ValueError(
-            f"`lr_scheduler_kwargs: {settings}` would have no effect with `lr_scheduler_type: constant`. Leave it "
-            "out, or write for example `lr_scheduler_type: cosine_with_restarts`."
+            f"`lr_scheduler_kwargs: {settings}` would have no effect with `lr_scheduler_type: {schedule.value}`. "
+            "Leave it out, or write for example `lr_scheduler_type: cosine_with_restarts`."
+        )
+    rate, lowest = training_args.learning_rate, settings.get("min_lr")
+    if schedule.value.startswith("cosine") and isinstance(lowest, int | float) and lowest > rate:
+        raise ValueError(
+            f"`lr_scheduler_kwargs: {settings}` has a `min_lr` above `learning_rate: {rate}`, so that the rate would "
+            "rise where it should fall. Write one below it."
         )
     try:
-        get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=1.0), 10, 100, dict(settings))
+        get_scheduler(schedule, torch.optim.SGD([torch.zeros(1)], lr=rate), 10, 100, dict(settings))
     except (ValueError, TypeError) as error:
         known = [
             name

@@ -27,7 +27,7 @@ from .adapters import lora_rank
 from .checks import refuse_impossible, refuse_unfit
 from .coercion import as_hinted
 from .finetuning_args import GRPOFinetuningArguments
-from .keys import known_keys, quoted, read
+from .keys import as_written, known_keys, quoted, read
 from .registration import RawArguments, stage_of
 
 
@@ -62,7 +62,7 @@ def refuse_grpo_keys(raw: RawArguments) -> None:
     Raises:
         ValueError: naming the keys.
     """
-    keys = sorted(grpo_field_names() & read(raw).keys())
+    keys = sorted(grpo_field_names() & as_written(raw).keys())
     if keys:
         stage = stage_of(raw) or FinetuningArguments.__dataclass_fields__["stage"].default
         raise ValueError(

@@ -92,6 +92,8 @@ def locate(spec: str, folder: Path) -> RewardCode:
         file, content = _module_file(place, spec, folder)
     if _is_pythons_own(file):
         raise _refusal(spec, f"{file} belongs to Python's standard library")
+    if file.stem == "__main__" and _is_installed(file):
+        raise _refusal(spec, f"{file} is a program, which runs once it is imported")
     return RewardCode(spec.strip(), file, hashlib.sha256(content).hexdigest())
 
 
@@ -144,6 +146,8 @@ def _module_file(place: str, spec: str, folder: Path) -> tuple[Path, bytes]:
         same = folder / f"{place.replace('.', '/')}.py"
         own = f" Your own {same} is `{place.replace('.', '/')}.py:...`." if same.is_file() else ""
         raise _refusal(spec, f"the module {place!r} is of Python's standard library", own)
+    if "__main__" in place.split("."):
+        raise _refusal(spec, f"the module {place!r} is a program, which runs once it is imported")
     with first_on_path(folder):
         found = _find(place)
     if found is None:
@@ -161,7 +165,7 @@ def _module_file(place: str, spec: str, folder: Path) -> tuple[Path, bytes]:
 
 def _find(name: str) -> ModuleSpec | None:
     """As `importlib.util.find_spec`, which would import the parents."""
-    if not all(part.isidentifier() for part in name.split(".")) or name == "__main__":
+    if not all(part.isidentifier() for part in name.split(".")):
         return None
     if name in sys.modules:
         return getattr(sys.modules[name], "__spec__", None)
@@ -228,9 +232,7 @@ def _takes_completions(function: Any) -> bool:
         parameters = inspect.signature(function).parameters.values()
     except ValueError:  # `RewardFunction.bind` says so
         return True
-    return any(p.name in _SCORED for p in parameters) or [p.kind for p in parameters] == [
-        inspect.Parameter.VAR_KEYWORD
-    ]
+    return any(p.name in _SCORED for p in parameters)
 
 
 def _origin(function: Any) -> str:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from grpo_stage.host import checks, dataset_files, model_checks
+from grpo_stage.host import adapters, checks, dataset_files, model_checks, model_files
 from grpo_stage.host.dataset_files import check_files, defect_of
 from grpo_stage.host.datasets import _check_split
 from grpo_stage.host.model_checks import refuse_unloadable
@@ -101,6 +102,17 @@ def test_a_file_that_gives_no_rows(recipe, name, content, said):
     assert [part for part in ("`dataset: sums`", *said) if part not in message] == []
 
 
+def test_a_folder_with_two_endings_of_one_kind(recipe):
+    folder = Path(recipe["dataset_dir"])
+    (folder / "dataset_info.json").write_text(json.dumps({"sums": {"file_name": "rows"}}))
+    (folder / "rows").mkdir()
+    for name in ("a.json", "b.jsonl"):
+        (folder / "rows" / name).write_text(ROW)
+    check_files([("dataset", "sums")], str(folder))
+    (folder / "rows" / "c.csv").write_text("instruction,output\n")
+    assert ".csv, .json, .jsonl" in refusal(check_files, [("dataset", "sums")], str(folder))
+
+
 @pytest.mark.parametrize(
     ("val_size", "fits"), [(1, True), (11, True), (12, False), (500, False), (0.9, True), (0.95, False)]
 )
@@ -120,6 +132,11 @@ def test_a_path_that_is_no_model(recipe, adapter, tmp_path, key):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "config.json").write_text("{")
+    (tmp_path / "saves").mkdir()
+    (tmp_path / "remote").mkdir()
+    (tmp_path / "remote" / "config.json").write_text(
+        '{"model_type": "mine", "auto_map": {"AutoConfig": "configuration_mine.Mine"}}'
+    )
     (tmp_path / "unheard").mkdir()
     (tmp_path / "unheard" / "config.json").write_text('{"model_type": "llamma"}')
     recipe |= {
@@ -132,6 +149,8 @@ def test_a_path_that_is_no_model(recipe, adapter, tmp_path, key):
         ("saves/my/model", ["does not exist", "hub id"]),
         ("~/model", ["does not exist", "write the whole path"]),
         ("modell", ["no folder here", "no hub gives it", "Mend the name"]),
+        ("saves/model", ["no hub gives it", "The folder saves is here, and has no model", "Mend the name"]),
+        ("remote", ["brings code of its own", "Write `trust_remote_code: true` if you have read that code"]),
         ("empty", ["without a config.json", "Give the folder"]),
         ("damaged", ["config.json cannot be read", "Give a folder"]),
         ("unheard", ["llamma", "Give a folder"]),
@@ -140,6 +159,28 @@ def test_a_path_that_is_no_model(recipe, adapter, tmp_path, key):
     ):
         message = refusal(parse, recipe | {key: path})
         assert [part for part in (f"`{key}: {path}`", *said) if part not in message] == [], message
+
+
+@pytest.mark.parametrize(
+    "answer", ["You are trying to access a gated repo", "401 Client Error", "Access to model a/b is restricted"]
+)
+def test_a_model_that_a_hub_keeps_back(recipe, monkeypatch, answer):
+    def fail(model_args: Any) -> None:
+        raise OSError(answer)
+
+    monkeypatch.setattr(model_files, "load_config", fail)
+    message = refusal(model_files.config_of, "ref_model", SimpleNamespace(model_name_or_path="owner/name"))
+    assert [
+        part for part in ("`ref_model: owner/name`", answer, "`hf_hub_token`", "HF_TOKEN") if part not in message
+    ] == []
+
+
+def test_a_folder_that_is_called_like_an_owner_hides_no_hub(recipe, tmp_path, monkeypatch):
+    (tmp_path / "owner").mkdir()
+    monkeypatch.setattr(model_files, "load_config", lambda model_args: "a config")
+    assert model_files.config_of("ref_model", SimpleNamespace(model_name_or_path="owner/name")) == "a config"
+    monkeypatch.setattr(adapters, "cached_file", lambda name, file: f"cache/{file}")
+    assert adapters.is_adapter_on_hub("owner/name")
 
 
 @pytest.fixture
@@ -182,6 +223,12 @@ def warned(monkeypatch) -> list[str]:
         ({"lora_target": "nothere"}, ["`lora_target: nothere`", "q_proj", "write `all`"]),
         ({"lora_target": "q_prj"}, ["`lora_target: q_prj`", "Did you mean `q_proj`?"]),
         ({"lora_target": "q_proj,v_prj"}, ["no layer `v_prj`", "Did you mean `v_proj`?"]),
+        ({"lora_target": "v_proj,q_porj"}, ["no layer `q_porj`", "Did you mean `q_proj`?"]),
+        (
+            {"lora_target": "all,q_proj"},
+            ["`lora_target: all,q_proj`", "beside other", "Write `lora_target: all`"],
+        ),
+        ({"finetuning_type": "oft", "oft_target": "q_proj,all"}, ["`oft_target: q_proj,all`", "leave `all` out"]),
         ({"lora_target": "mlp"}, ["`lora_target: mlp`", "down_proj"]),
         ({"additional_target": "lm_heads"}, ["`additional_target: lm_heads`", "Did you mean `lm_head`?"]),
         (
@@ -202,6 +249,22 @@ def warned(monkeypatch) -> list[str]:
         (
             {"lr_scheduler_type": "constant", "lr_scheduler_kwargs": {"num_cycles": 2}},
             ["lr_scheduler_kwargs: {'num_cycles': 2}", "no effect", "lr_scheduler_type: constant"],
+        ),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": {"num_cycles": 2}},
+            ["no effect", "lr_scheduler_type: constant_with_warmup"],
+        ),
+        (
+            {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1e-3}, "learning_rate": 1e-5},
+            ["lr_scheduler_kwargs: {'lr_end': 0.001}", "lr_end"],
+        ),
+        (
+            {
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": {"min_lr": 1e-3},
+                "learning_rate": 1e-5,
+            },
+            ["`min_lr` above `learning_rate: 1e-05`", "Write one below it"],
         ),
         ({"report_to": "dvclive"}, ["report_to: dvclive", "not installed", "report_to: none"]),
     ],
@@ -233,10 +296,14 @@ def test_what_can_be_loaded(whole, warned, changes):
     assert warned == []
 
 
-def test_a_layer_of_other_models_is_left_out_with_a_warning(whole, warned):
-    refuse_unloadable(parse(whole | {"lora_target": "q_proj,query_key_value"}))
+@pytest.mark.parametrize("others", ["query_key_value", "gate_up_proj", "qkv_proj", "out_proj", "x_proj"])
+def test_a_layer_of_other_models_is_left_out_with_a_warning(whole, warned, others):
+    """A list for several models names what this one does not have, however near it is to what it has."""
+    refuse_unloadable(
+        parse(whole | {"lora_target": f"q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj,{others}"})
+    )
     assert len(warned) == 1
-    assert "no layer `query_key_value`" in warned[0]
+    assert f"no layer `{others}`" in warned[0]
 
 
 def lora(folder: Path, base: str, layers: dict[str, tuple[int, int]]) -> Path:
@@ -285,6 +352,20 @@ def test_an_adapter_of_a_model_beside_the_policy(whole, tmp_path):
         own = {key: str(tmp_path / "beside"), f"{key}_adapters": str(folder)}
         message = refusal(refuse_unloadable, parse(whole | more | own))
         assert f"`{key}_adapters: {folder}` does not fit `{key}: {tmp_path / 'beside'}`: its {ATTENTION}" in message
+
+
+def test_an_adapter_of_the_same_model_whose_layers_are_called_otherwise(whole, tmp_path):
+    folder = lora(tmp_path / "lora", whole["model_name_or_path"], {"model.decoder.0.q_proj": (16, 16)})
+    message = refusal(refuse_unloadable, parse(whole | {"adapter_name_or_path": str(folder)}))
+    assert "another version of transformers" in message
+    assert "Name that model" not in message
+
+
+def test_an_adapter_on_an_output_layer_with_added_tokens(whole, tmp_path):
+    folder = lora(tmp_path / "lora", whole["model_name_or_path"], {"lm_head": (16, 1000)})
+    own = whole | {"adapter_name_or_path": str(folder)}
+    assert "its lm_head has 1000 outputs" in refusal(refuse_unloadable, parse(own))
+    refuse_unloadable(parse(own | {"resize_vocab": True, "create_new_adapter": True}))
 
 
 def test_an_adapter_that_fits(whole, tmp_path, warned):

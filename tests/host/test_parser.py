@@ -105,6 +105,11 @@ def test_without_a_stage_the_hosts_default_is_named():
         refuse_grpo_keys({"beta": 0.1})
 
 
+def test_another_stages_values_are_left_as_they_are():
+    refuse_grpo_keys({"stage": "sft", "default_system": "Pay ${price} now", "run_name": "${oc.env:NOT_THERE"})
+    refuse_grpo_keys(["--stage", "dpo", "--default_system", "Pay ${price} now"])
+
+
 @pytest.mark.parametrize("module", ["parser", "recipe"])
 def test_any_module_may_be_imported_first(module):
     """The host's parser, once imported, calls for our class while our own import is still under way."""

@@ -76,6 +76,7 @@ FILES = {
     "def timed(function):\n    def inner(completions): return function(completions)\n    return inner\n"
     "class Base:\n    def __call__(self, completions): return [1.0] * len(completions)\n",
     "site-packages/acme_marks.py": MARK + SCORE,
+    "site-packages/acme_rewards/__main__.py": MARK + SCORE,
     "site-packages/idlelib_like/__init__.py": "",
 }
 
@@ -99,7 +100,10 @@ ATTACKS: dict[str, str] = {
     "antigravity:anything": "the module 'antigravity' is of",
     "idlelib.idle:anything": "the module 'idlelib.idle' is of",
     "test.support.script_helper:run_python_until_end": "standard library|there is no module",
-    "__main__:anything": "there is no module '__main__'",
+    "__main__:anything": "the module '__main__' is a program",
+    "numpy.f2py.__main__:main": "the module 'numpy.f2py.__main__' is a program",
+    "acme_rewards.__main__:score": "the module 'acme_rewards.__main__' is a program",
+    "site-packages/acme_rewards/__main__.py:score": "__main__.py is a program",
     " os : system ": "is of Python's standard library|there is no module",
     "..os:system": "there is no module '..os'",
     "own.os:system": "there is no module 'own.os'",
@@ -133,6 +137,8 @@ ATTACKS: dict[str, str] = {
     "acme_rewards.tools:execute_with": "takes neither `completions` nor `completion_ids`",
     "site-packages/acme_rewards/tools.py:execute": "takes neither `completions` nor `completion_ids`",
     "torch.utils.collect_env:run": "takes neither `completions` nor `completion_ids`",
+    "acme_rewards.core:anything": "takes neither `completions` nor `completion_ids`",
+    "fontTools.misc.loggingTools:configLogger": "takes neither `completions` nor `completion_ids`",
     "acme_rewards.tools:nothing": "takes neither `completions` nor `completion_ids`",
     "grpo_stage.rewards.registry:load_rewards": "takes neither `completions` nor `completion_ids`",
     "own.py:environ": "is of type _Environ: it must be a function",
@@ -145,7 +151,7 @@ LEGITIMATE = (
     *("helper.py:helped", "helper.py:judge", "with space/a file.py:score", "alias.py:score", " own.py:score "),
     *("module_here:score", "package_here:score", "package_here.inner:score", "package_here/__init__.py:score"),
     *("package_here/inner.py:score", "namespace_here.inner:score", "acme_rewards:shown", "acme_rewards.core:shown"),
-    *("acme_rewards.core:anything", "lib/python9.9/site-packages/mine.py:score"),
+    "lib/python9.9/site-packages/mine.py:score",
 )
 
 
@@ -310,16 +316,16 @@ SECRETS = {
     "apiKey": "topsecret",
     "X-Api-Key": "plainwordthatislong",
     "OPENAI_API_KEY": "plain",
-    "key": "0123abcd",
-    "token": "hunter2",
-    "judge_token": "Xy-12-ab",
+    "key": "0a1b2c3d4e5f",
+    "token": "Zk3hunter2Qx9",
+    "judge_token": "Xy8d-12ab-k3",
     "password": 123456,
     "db_password_2": "quiet",
     "client_secret": "quiet",
     "webhook_url": "https://host/T0/B1",
     "credentials": ["user", {"deep": "value"}],
     "Authorization": "Bearer abcdef123",
-    "auth": "user:pa55",
+    "auth": "user:pa55W0rd1",
     "any": "sk-proj-abc123def456",
     "hub": "hf_abcdefghijklmnop",
     "git": "ghp_abcdefghij0123",
@@ -343,6 +349,14 @@ NO_SECRETS = {
     "url": "https://host:8000/v1?page=2",
     "pattern": r"\d+ token: [a-z]+",
     "monkey": "banana",
+    "answer_key": "Answer",
+    "primary_key": "ID",
+    "sort_key": "finalAnswer2Text",
+    "group_key": "gsm8k_final_answer_v2",
+    "end_token": "Final Answer:",
+    "image_key": "recommendation",
+    "public_key": "/home/me/keys/a1b2c3d4e5f6",
+    "path": "/data/sk-model-v2/ckpt",
 }
 
 
@@ -370,10 +384,15 @@ def test_what_is_no_secret_stays() -> None:
         ('{"api_key": "top secret", "n": 1', f'{{"api_key": "{MASK}", "n": 1'),
         ("key sk-abcdef0123 is wrong", f"key {MASK} is wrong"),
         ("Authorization: Bearer abc.def-123", f"Authorization: Bearer {MASK}"),
+        ("{'Authorization': 'Basic abcdefgh'}", f"{{'Authorization': '{MASK}'}}"),
+        ("Authorization: Basic abcdefgh", f"Authorization: Basic {MASK}"),
+        ("sent Bearer abcdefgh01234567", f"sent Bearer {MASK}"),
     ],
 )
 def test_secrets_in_a_text(text: str, masked: str) -> None:
     assert mask_text(text) == masked
+    for prose in ("Token indices sequence length", "Basic arithmetic: 1 + 1", "Bearer of good news"):
+        assert mask_text(prose) == prose
     assert mask_text("scikit sk-learn, the token: 7, https://host/a@b?x=1") == (
         "scikit sk-learn, the token: 7, https://host/a@b?x=1"
     )
