@@ -85,7 +85,7 @@ class ImportedCode:
 
         def renew(data: dict[Component, Any]) -> Any:
             try:
-                arguments = runner._parse_train_args(data)
+                arguments = runner.arguments_so_far(data)
             except ValueError:  # which the start and the try say
                 return gr.skip()
             return self.choices(arguments, data[self.imported], data[self.confirmed])

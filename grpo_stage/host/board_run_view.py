@@ -62,6 +62,8 @@ _COLORS = (
     "#ff9da6",
     "#bab0ac",
 )
+_UNSEEN = " "
+"""A curve that only makes room."""
 _ANY = 10**9
 _LARGEST = 1.7e308
 _COLUMNS = ("step", "value", "metric")
@@ -167,13 +169,22 @@ class RunView:
         with run.lock:
             run.update()
             now = (lang, folder, is_own, step, order, page, run.version)
-            if now == seen:
+            before, frames = seen or (None, [{}] * len(PLOTS))
+            if now == before:
                 return gr.skip()
-            is_new_data = seen is None or (seen[:3], seen[6]) != (now[:3], now[6])
-            plots = [_drawn(run, plot) for plot in PLOTS] if is_new_data else [gr.skip()] * len(PLOTS)
+            plots: list[Any] = [gr.skip()] * len(PLOTS)
+            if before is None or (before[:3], before[6]) != (now[:3], now[6]):
+                points, drawn = zip(*(_drawn(run, plot) for plot in PLOTS), strict=True)
+                # A plot that is told its frame is made anew, which takes a browser 50 times as long as new points do.
+                changed = [
+                    {name: value for name, value in frame.items() if old.get(name) != value}
+                    for frame, old in zip(drawn, frames, strict=True)
+                ]
+                plots = [gr.update(value=value, **frame) for value, frame in zip(points, changed, strict=True)]
+                frames = list(drawn)
             place, completions, page_shown = _completions(run, lang, step, order, page)  # counts damaged lines, too
             said = [_progress(run, lang), *_faults(run, lang), place] if is_own else [message("foreign_folder", lang)]
-        return [" ".join(filter(None, said)), *plots, completions, page_shown, now]
+        return [" ".join(filter(None, said)), *plots, completions, page_shown, (now, frames)]
 
     def _run(self, folder: str) -> _Run:
         with self._lock:
@@ -224,21 +235,19 @@ def _faults(run: _Run, lang: str) -> list[str]:
     return [*unreadable, *damaged]
 
 
-def _drawn(run: _Run, plot: Plot) -> dict[str, Any]:
-    """What changes of a plot's element."""
+def _drawn(run: _Run, plot: Plot) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """A plot's points, and its frame: what else of its element depends on them."""
     curves = {_legend(name): curve for name, curve in run.curves.matching(plot.patterns, MAX_POINTS).items()}
     values = [value for curve in curves.values() for _, value in curve]
-    last = _rounded_up(max((step for curve in curves.values() for step, _ in curve), default=1))
+    last = max((step for curve in curves.values() for step, _ in curve), default=1)
     points = [(step, value, name) for name, curve in curves.items() for step, value in _visible(curve, last / 100)]
-    # The plot makes its scales once, and again when one of these changes (an axis without limits would keep its last
-    # ones). Colors are given name by name, so that a metric that comes later gets its own.
-    return gr.update(
-        value=pd.DataFrame(points, columns=list(_COLUMNS)),
-        visible=bool(points),
-        color_map={name: _COLORS[i % len(_COLORS)] for i, name in enumerate(curves)},
-        x_lim=[0, last],
-        y_lim=_limits(values),
-    )
+    # Colors are given name by name, so that a metric that comes later gets its own.
+    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(curves)}
+    # Not by `x_lim` and `y_lim`: with either, a page of Gradio 5.50 updates itself without end.
+    if values and (ends := _ends_around(min(values), max(values))) is not None:
+        points += [(last, end, _UNSEEN) for end in ends]
+        colors[_UNSEEN] = "transparent"
+    return pd.DataFrame(points, columns=list(_COLUMNS)), {"visible": bool(points), "color_map": colors}
 
 
 def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
@@ -249,23 +258,12 @@ def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
     return [(step - reach, value), (step, value), (step + reach, value)]
 
 
-def _rounded_up(step: int) -> float:
-    """The end of an axis of steps, which moves seldom."""
-    unit = 10 ** (len(str(step)) - 1)
-    return next(factor * unit for factor in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if factor * unit >= step)
-
-
-def _limits(values: list[float]) -> list[float]:
-    """The ends of an axis of values, which move seldom; around a constant, which has no labels of its own."""
-    low, high = min(values, default=0.0), max(values, default=0.0)
-    half = high / 2 - low / 2  # the whole may be more than a float can be
-    if half <= 1e-6 * max(abs(low), abs(high)):
-        reach = abs(low) / 2 or 1.0
-        ends = low - reach, high + reach
-    else:
-        unit = 10 ** math.floor(math.log10(half))
-        ends = math.floor(low / unit) * unit, math.ceil(high / unit) * unit
-    return [max(-_LARGEST, min(float(f"{end:.10g}"), _LARGEST)) for end in ends]
+def _ends_around(low: float, high: float) -> tuple[float, float] | None:
+    """The ends of an axis around a constant, which has no labels of its own; None around anything else."""
+    if high / 2 - low / 2 > 1e-6 * max(abs(low), abs(high)):  # the whole may be more than a float can be
+        return None
+    reach = abs(low) / 2 or 1.0
+    return max(low - reach, -_LARGEST), min(high + reach, _LARGEST)
 
 
 def _legend(metric: str) -> str:

@@ -167,19 +167,24 @@ class GRPORunner(WatchedRunner):
         Raises:
             ValueError: if no dataset is chosen, or a field holds what it cannot.
         """
-        values = dict(data)
-        get = self.manager.get_elem_by_id
-        if not values[get("train.dataset")]:
-            raise ValueError(ALERTS["err_no_dataset"][values[get("top.lang")]])
-        if not values[get("top.model_name")]:
-            values[get("top.model_name")] = "Custom"  # the host joins it into a path
-        values[get("train.output_dir")] = "trial"
+        if not self._value(data, "train.dataset"):
+            raise ValueError(ALERTS["err_no_dataset"][self._value(data, "top.lang")])
         try:
-            arguments = self._parse_train_args(values)
+            arguments = self.arguments_so_far(data)
         except json.JSONDecodeError as error:
-            raise ValueError(ALERTS["err_json_schema"][values[get("top.lang")]]) from error
-        self._refuse_unconfirmed(arguments, values)
+            raise ValueError(ALERTS["err_json_schema"][self._value(data, "top.lang")]) from error
+        self._refuse_unconfirmed(arguments, data)
         return {key: value for key, value in arguments.items() if key != "output_dir"}
+
+    def arguments_so_far(self, data: Mapping[Component, Any]) -> dict[str, Any]:
+        """The arguments of a form in which no model may be chosen yet, with a made-up `output_dir`.
+
+        Raises:
+            ValueError: if a field holds what it cannot.
+        """
+        get = self.manager.get_elem_by_id
+        model_name = self._value(data, "top.model_name") or "Custom"  # the host joins it into a path
+        return self._parse_train_args({**data, get("top.model_name"): model_name, get("train.output_dir"): "trial"})
 
     def _refuse_unconfirmed(self, arguments: Mapping[str, Any], data: Mapping[Component, Any]) -> None:
         imported, confirmed, lang = (data[self.manager.get_elem_by_id(name)] for name in (*board_code.IDS, "top.lang"))
