@@ -19,7 +19,6 @@ import traceback
 from array import array
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.pool import ApplyResult, IMapIterator, Pool
@@ -309,8 +308,9 @@ def _serve(
     multiprocessing.set_start_method(start_method, force=True)
     # What the function starts has to hear SIGTERM, which many programs are ended with; the worker has not.
     signal.signal(signal.SIGTERM, _ignore)
-    os.register_at_fork(after_in_child=partial(signal.signal, signal.SIGTERM, signal.SIG_DFL))
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    # One that comes before the child has the default handler waits: `Pool.terminate` sends it to the newly forked.
+    os.register_at_fork(before=_hold_terminations, after_in_parent=_hear_terminations, after_in_child=_end_at_them)
+    _hear_terminations()
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -403,6 +403,19 @@ def _pool_problem(exit_code: int) -> str:
         if exit_code == -signal.SIGKILL:
             how += ", which is most often the system out of memory"
     return f"a process of its `multiprocessing.Pool` {how}. The Pool would wait for ever for what that process was at"
+
+
+def _hold_terminations() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _hear_terminations() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+
+
+def _end_at_them() -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _hear_terminations()
 
 
 def _ignore(*_: Any) -> None: ...
