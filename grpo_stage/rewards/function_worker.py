@@ -296,11 +296,7 @@ def _serve(
     keep()
     # How the trainer's processes start, and not as this one did: a function that works there works here.
     multiprocessing.set_start_method(start_method, force=True)
-    # What the function starts has to hear SIGTERM, which many programs are ended with; the worker has not.
-    signal.signal(signal.SIGTERM, _ignore)
-    # One that comes before the child has the default handler waits: `Pool.terminate` sends it to the newly forked.
-    os.register_at_fork(before=_hold_terminations, after_in_parent=_hear_terminations, after_in_child=_end_at_them)
-    _hear_terminations()
+    _let_children_be_terminated()
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -393,6 +389,16 @@ def _pool_problem(exit_code: int) -> str:
         if exit_code == -signal.SIGKILL:
             how += ", which is most often the system out of memory"
     return f"a process of its `multiprocessing.Pool` {how}. The Pool would wait for ever for what that process was at"
+
+
+def _let_children_be_terminated() -> None:
+    """What the function starts has to hear SIGTERM, which many programs are ended with; the worker has not.
+
+    One that comes while a child is being forked waits for the child's handler: `Pool.terminate` may send it then.
+    """
+    signal.signal(signal.SIGTERM, _ignore)
+    os.register_at_fork(before=_hold_terminations, after_in_parent=_hear_terminations, after_in_child=_end_at_them)
+    _hear_terminations()
 
 
 def _hold_terminations() -> None:

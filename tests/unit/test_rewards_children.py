@@ -223,6 +223,20 @@ def test_a_function_may_end_its_own_pools(load: Callable[[str], RewardSuite]) ->
     assert suite.score(groups("dddd")) == [[[4.0]]]
 
 
+def test_a_child_that_is_terminated_while_it_is_forked_ends() -> None:
+    code = """
+import os, signal
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+from grpo_stage.rewards.function_worker import _let_children_be_terminated
+_let_children_be_terminated()
+if (child := os.fork()) == 0:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+os.kill(os.getpid(), signal.SIGTERM)  # the worker itself goes on
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_a_function_may_lose_processes_that_it_waits_for_with_a_limit(load: Callable[[str], RewardSuite]) -> None:
     """As functions do that run the code of a completion."""
     suite = load("""
