@@ -73,6 +73,8 @@ def _check(text: str) -> None:
     sizes: dict[str, int] = {}
     for event, line in _events(text):
         parent = open_collections[-1]
+        if isinstance(event, yaml.DocumentStartEvent) and parent.num_nodes:
+            raise ValueError(f"Line {line}: a second document begins, and a recipe is one. Leave one of them out.")
         if isinstance(event, yaml.CollectionEndEvent):
             ended = open_collections.pop()
             parent, size, anchor = open_collections[-1], ended.num_values, ended.anchor

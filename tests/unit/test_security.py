@@ -166,17 +166,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "alias.py").symlink_to(tmp_path / "own.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path / "site-packages"))
-    before = set(sys.modules)
+    _forget_modules()
     yield tmp_path
-    for name in set(sys.modules) - before:
-        if name.split(".")[0] in (
-            "acme_rewards",
-            "acme_marks",
-            "helper",
-            "module_here",
-            "package_here",
-            "namespace_here",
-        ):
+    _forget_modules()
+
+
+def _forget_modules() -> None:
+    """Those that this test or an earlier one imported under a name of `FILES`."""
+    tops = {path.removeprefix("site-packages/").split("/")[0].removesuffix(".py") for path in FILES}
+    for name in list(sys.modules):
+        if name.split(".")[0] in tops - {"os"}:
             del sys.modules[name]
 
 
