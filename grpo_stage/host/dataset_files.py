@@ -5,6 +5,7 @@ The host and `datasets` name neither the key, nor the file, nor the line.
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -20,6 +21,8 @@ from .coercion import did_you_mean
 _SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
 _JSON_TYPES = MappingProxyType({dict: "a mapping", list: "a list", str: "text", bool: "true or false"})
 _SMALL = 1024
+_LARGE = 1 << 30
+_SPACE = re.compile(r"\s*")
 _MEDIA = ("images", "videos", "audios")
 
 
@@ -153,43 +156,65 @@ def _files(path: Path) -> list[Path]:
 
 def _json_defect(file: Path) -> str | None:
     """The first defect of a JSON or JSON lines file: `datasets` takes either under both endings."""
+    if file.stat().st_size > _LARGE:
+        return None
     content = file.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         return f"line {line} is not in UTF-8"
+    types: dict[str, tuple[str, str]] = {}
+    mixed = None
     try:
-        rows = list(_rows(text))
+        for place, row in _rows(text):
+            if not isinstance(row, dict):
+                return f"{place} is {_kind(row)}, and a row is a mapping of columns to values"
+            mixed = mixed or _mixed_types(place, row, types)
     except json.JSONDecodeError as error:
         return f"line {error.lineno}, column {error.colno} is no valid JSON: {error.msg}"
-    types: dict[str, tuple[str, str]] = {}
-    for place, row in rows:
-        if not isinstance(row, dict):
-            return f"{place} is {_kind(row)}, and a row is a mapping of columns to values"
-        for column, value in row.items():
-            if value is None:
-                continue
-            kind = _JSON_TYPES.get(type(value), "a number")
-            before, where = types.setdefault(column, (kind, place))
-            if kind != before:
-                return f"{place} has {kind} in the column `{column}`, and {where} has {before}"
+    return mixed
+
+
+def _mixed_types(place: str, row: Mapping[str, Any], types: dict[str, tuple[str, str]]) -> str | None:
+    """How a row's columns differ from the rows before, whose types and places are kept in `types`."""
+    for column, value in row.items():
+        if value is None:
+            continue
+        kind = _JSON_TYPES.get(type(value), "a number")
+        before, where = types.setdefault(column, (kind, place))
+        if kind != before:
+            return f"{place} has {kind} in the column `{column}`, and {where} has {before}"
     return None
 
 
 def _rows(text: str) -> Iterator[tuple[str, Any]]:
-    """Each row with its place."""
+    """Each row with its place. Rows may stand in one line, or have several, as `datasets` takes them."""
     if text.lstrip().startswith("["):
         for number, row in enumerate(json.loads(text), start=1):
             yield f"row {number}", row
         return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"line {number}", json.loads(line)
+    decoder = json.JSONDecoder()
+    line, counted, end = 1, 0, 0
+    while (start := _end_of_space(text, end)) < len(text):
+        line, counted = line + text.count("\n", counted, start), start
+        try:
+            row, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError:
+            begins, ends = text.rfind("\n", 0, start) + 1, text.find("\n", start)
+            try:  # a row is mostly one line, and one that ends too soon is broken there, not in the next
+                decoder.raw_decode(text[begins : ends if ends >= 0 else None], start - begins)
             except json.JSONDecodeError as error:
-                error.lineno = number
+                error.lineno = line
                 raise
+            raise
+        yield f"line {line}", row
+
+
+def _end_of_space(text: str, position: int) -> int:
+    space = _SPACE.match(text, position)
+    assert space is not None
+    return space.end()
 
 
 def _kind(value: Any) -> str:

@@ -62,6 +62,8 @@ ROW = '{"instruction": "a", "output": "b"}'
             "line 3 has a number in the column `output`, and",
         ),
         ("sums.jsonl", f"{ROW}\n\xe4", "line 2 is not in UTF-8"),
+        ("sums.jsonl", f"{ROW}\n{ROW} and", "line 2, column 37 is no valid JSON"),
+        ("sums.jsonl", '{\n"a": "b"\n}\n\n{\n"a": 3\n}', "line 5 has a number in the column `a`, and line 1 has text"),
     ],
 )
 def test_a_broken_row_is_named_with_its_line(recipe, name, content, said):
@@ -75,7 +77,18 @@ def test_a_broken_row_is_named_with_its_line(recipe, name, content, said):
     assert "Mend" in message
 
 
-@pytest.mark.parametrize("content", [f"{ROW}\n{ROW}", f"[{ROW}]", '{"a": 1}\n{"a": 1.5}\n{"a": null}', "\ufeff" + ROW])
+@pytest.mark.parametrize(
+    "content",
+    [
+        f"{ROW}\n{ROW}",
+        f"[{ROW}]",
+        ROW + ROW,
+        f"{ROW} {ROW}\n",
+        '{\n"a": 1\n}\n{"a": 2}',
+        '{"a": 1}\n{"a": 1.5}\n{"a": null}',
+        "\ufeff" + ROW,
+    ],
+)
 def test_a_whole_file_has_no_defect(recipe, content):
     folder = Path(recipe["dataset_dir"])
     (folder / "sums.json").write_text(content)
