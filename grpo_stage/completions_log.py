@@ -52,10 +52,6 @@ class CompletionsLog:
         ]
         self._log.append([json.dumps(record, ensure_ascii=False) for record in self._latest])
 
-    def close(self) -> None:
-        """Write what has not been taken by the disk until now."""
-        self._log.close()
-
     def print_table(self) -> None:
         """Show the best and the worst of the last rollout, alternating."""
         if not self._latest:

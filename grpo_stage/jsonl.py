@@ -1,5 +1,6 @@
 """Logs of one JSON object a line, to which a resumed run appends."""
 
+import atexit
 import json
 import logging
 import math
@@ -33,10 +34,13 @@ class LineLog:
             _append_all(self._path, b"".join(self._waiting))
         except OSError as error:
             self._warn(error)
+            atexit.unregister(self._close)
+            atexit.register(self._close)  # however this process ends: trained to the end, stopped, or by an error
         else:
             self._waiting = []
+            atexit.unregister(self._close)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """Try a last time to write the lines that wait."""
         self.append([])
         if self._waiting:

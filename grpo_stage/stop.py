@@ -53,6 +53,16 @@ def leave() -> None:
         _restore(*_before.popitem())
 
 
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """`end_at_once` for the block."""
+    end_at_once()
+    try:
+        yield
+    finally:
+        leave()
+
+
 def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.CompletedProcess[bytes]":
     """Run torchrun until its processes have ended, and pass on to it what only this process is sent."""
     with subprocess.Popen(command, **kwargs) as process:

@@ -102,11 +102,6 @@ class MetricsLogCallback(LogCallback):
             self._log.keep(lambda line: 0 < self._first_step >= line["current_steps"] and "train_loss" not in line)
         super().on_train_begin(args, state, control, **kwargs)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_end(args, state, control, **kwargs)  # all lines are handed over then
-        if self._log is not None:
-            self._log.close()
-
     def _timing(self, cur_steps: int) -> None:
         super()._timing(cur_steps)
         num_steps = cur_steps - self._first_step

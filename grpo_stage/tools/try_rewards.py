@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from ..stop import ending_at_once
+
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -80,7 +82,8 @@ def run(args: argparse.Namespace) -> None:
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
     # Before torch looks for devices: the host refuses several of them in one process.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    with contextlib.redirect_stdout(sys.stderr):  # the host prints, and logs to stdout
+    # The host prints, and logs to stdout; a function would take Ctrl-C for an exception of its own.
+    with contextlib.redirect_stdout(sys.stderr), ending_at_once():
         result = _try(args)
     if args.json is not None:
         _write(args.json, result)

@@ -3,6 +3,8 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +239,23 @@ def test_a_mistake_is_told_in_one_message(
     assert message in captured.err.rpartition("grpo-stage: ")[2]
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+def test_ctrl_c_ends_it_and_is_no_failure_of_the_function(
+    recipe: Callable[..., dict[str, Any]], own: Callable[[str], str], tmp_path: Path
+) -> None:
+    """An object is called in this process, and here it presses the key."""
+    function = own(
+        "import os, signal, time\nclass Judge:\n    def __call__(self, completions):\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n        time.sleep(60)\nf = Judge()\n"
+    )
+    keys = {key: value for key, value in recipe(reward_funcs=function).items() if key not in RUN_KEYS}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(keys))
+    command = [sys.executable, "-m", "grpo_stage.tools.cli", "try-rewards", "recipe.yaml"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 130
+    assert "Stopped by SIGINT" in ended.stderr
+    assert "KeyboardInterrupt" not in ended.stderr
 
 
 @pytest.mark.parametrize(("name", "text"), [("list.yaml", "- a\n"), ("torn.yaml", "a: [\n"), ("no.txt", "")])

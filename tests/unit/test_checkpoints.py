@@ -6,6 +6,9 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -455,18 +458,33 @@ def test_lines_that_wait_too_long_are_given_up_oldest_first(tmp_path, monkeypatc
     assert (tmp_path / "log.jsonl").read_text() == "second\n3\n"
 
 
-def test_lines_that_still_wait_at_the_end_are_said_to_be_lost(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(jsonl.logger, "warning", said.append)
-    log = LineLog(tmp_path / "log.jsonl")
-    with files_of_at_most(0):
-        log.append(["a", "b"])
-        log.close()
-    assert said[1:] == [f"2 lines are lost that {tmp_path / 'log.jsonl'} could not be given."]
-    log.append([])
-    log.close()
-    assert len(said) == 2
-    assert (tmp_path / "log.jsonl").read_text() == "a\nb\n"
+def test_lines_that_still_wait_at_the_end_are_written_or_said_to_be_lost(tmp_path):
+    """However the process ends; here with the disk full to the end, and with room again."""
+    script = textwrap.dedent(
+        """
+        import logging, resource, sys
+        from grpo_stage.jsonl import LineLog
+        logging.basicConfig(format="%(message)s")
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+        log = LineLog(sys.argv[1])
+        log.append(["a"])
+        log.append(["b"])
+        if sys.argv[2] == "room":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+        sys.exit(3)
+        """
+    )
+    said = {}
+    for disk in ("full", "room"):
+        command = [sys.executable, "-c", script, str(tmp_path / f"{disk}.jsonl"), disk]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.returncode == 3
+        said[disk] = ended.stderr
+    lost = f"2 lines are lost that {tmp_path / 'full.jsonl'} could not be given."
+    assert said["full"].count(lost) == 1
+    assert "lost" not in said["room"]
+    assert (tmp_path / "room.jsonl").read_text() == "a\nb\n"
 
 
 def test_a_log_that_cannot_be_cut_is_named_with_the_remedy(tmp_path):
