@@ -747,7 +747,7 @@ class GRPOTrainer(Trainer):
         if self.grpo_args.log_completions and self.is_world_process_zero():
             # A rollout that waits for its first use is not sampled again, and was logged as of the next step.
             self.completions_log.drop_after(step + 1 if self.buffer else step)
-        with contextlib.closing(self.completions_log), self.stoppable():
+        with self.stoppable():
             try:
                 if resume_from_checkpoint and self._is_over:
                     output = self._finish(resume_from_checkpoint)
