@@ -17,7 +17,7 @@ from .adapters import items
 from .locales import message
 
 
-IDS = ("train.grpo_imported_code", "train.grpo_confirmed_code")
+IMPORTED, CONFIRMED = "train.grpo_imported_code", "train.grpo_confirmed_code"
 _TRUSTED = "trust_remote_code"
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 from gradio.context import Context, get_blocks_context
 
+from . import board_code
 from .board_run_view import TICK_S
 from .board_runner import GRPORunner
 
@@ -29,7 +30,10 @@ def _remember_what_is_resumed(engine: "Engine", runner: GRPORunner) -> None:
 
     def resume() -> Iterator[Any]:
         runner.remember_running()
-        yield from host_resume()
+        confirmed = engine.manager.get_elem_by_id(board_code.CONFIRMED)
+        for update in host_resume():
+            # What another page has confirmed is confirmed there alone.
+            yield {element: value for element, value in update.items() if element is not confirmed}
 
     engine.resume = resume
 

@@ -100,7 +100,7 @@ def _form_values(runner: GRPORunner, wanted: Mapping[str, Any], effective: Mappi
         "train.output_dir": _as_path(str(effective["output_dir"])) if wanted.get("output_dir") else "",
         "train.compute_type": next((name for name in ("bf16", "fp16", "pure_bf16") if effective[name]), "fp32"),
         EXTRA_ARGUMENTS: "{}",
-        board_code.IDS[0]: board_code.of_recipe(effective),
+        board_code.IMPORTED: board_code.of_recipe(effective),
     }
     skipped = {"top.lang", "top.hub_name", "train.config_path", "train.current_time", "train.swanlab_link"}
     return {element_id: value for element_id, value in form.items() if element_id not in skipped}

@@ -187,8 +187,8 @@ class GRPORunner(WatchedRunner):
         return self._parse_train_args({**data, get("top.model_name"): model_name, get("train.output_dir"): "trial"})
 
     def _refuse_unconfirmed(self, arguments: Mapping[str, Any], data: Mapping[Component, Any]) -> None:
-        imported, confirmed, lang = (data[self.manager.get_elem_by_id(name)] for name in (*board_code.IDS, "top.lang"))
-        board_code.refuse_unconfirmed(arguments, imported, confirmed, lang)
+        imported, confirmed = (self._value(data, name) for name in (board_code.IMPORTED, board_code.CONFIRMED))
+        board_code.refuse_unconfirmed(arguments, imported, confirmed, self._value(data, "top.lang"))
 
     def _is_grpo(self, data: Mapping[Component, Any]) -> bool:
         return data[self.manager.get_elem_by_id("train.training_stage")] == STAGE_NAME

@@ -262,15 +262,22 @@ def test_what_a_page_has_loaded_is_that_pages(board: Board, turn_to: Callable[[s
     assert not Path("llamaboard_cache/user_config.yaml").exists()  # the next page would start with it
 
 
-def test_a_page_that_opens_while_a_run_lasts_has_its_form(board: Board, turn_to: Callable[[str], None]) -> None:
+def test_a_page_that_opens_while_a_run_lasts_has_its_form(
+    board: Board, turn_to: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what code came from elsewhere, but not what another page has confirmed."""
     from llamafactory.webui.components import top
+
+    monkeypatch.setattr(board.engine, "_update_component", lambda values: {})  # this Board has no tab for chat
+    monkeypatch.setattr(board.engine, "pure_chat", False)
 
     turn_to("third")
     data = board.data(top__model_path="of/the/run", top__template="qwen")
     board.runner.running, board.runner.running_data = True, data
     try:
-        with pytest.raises(KeyError, match=r"infer.chat_box"):  # this Board has no tab for chat
-            next(board.engine.resume())
+        _, form, _ = map(board.by_id, board.engine.resume())
+        assert form["train.grpo_imported_code"].value == "[]"
+        assert "train.grpo_confirmed_code" not in form
         assert top.get_model_info("Custom") == ("of/the/run", "qwen")
         turn_to("fourth")
         assert top.get_model_info("Custom") == ("", "default")
