@@ -269,7 +269,7 @@ def test_a_page_that_opens_while_a_run_lasts_has_its_form(
     from llamafactory.webui.components import top
 
     monkeypatch.setattr(board.engine, "_update_component", lambda values: {})  # this Board has no tab for chat
-    monkeypatch.setattr(board.engine, "pure_chat", False)
+    monkeypatch.setattr(board.engine, "demo_mode", False)
 
     turn_to("third")
     data = board.data(top__model_path="of/the/run", top__template="qwen")
