@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from gradio.components import Component
 
 from grpo_stage.host import board_loaded
 from grpo_stage.host.board_code import ImportedCode, to_confirm
@@ -272,7 +273,8 @@ def test_a_page_that_opens_while_a_run_lasts_has_its_form(
     monkeypatch.setattr(board.engine, "demo_mode", False)
 
     turn_to("third")
-    data = board.data(top__model_path="of/the/run", top__template="qwen")
+    whole = board.data(top__model_path="of/the/run", top__template="qwen")
+    data = {element: value for element, value in whole.items() if isinstance(element, Component)}
     board.runner.running, board.runner.running_data = True, data
     try:
         _, form, _ = map(board.by_id, board.engine.resume())
