@@ -232,6 +232,8 @@ class Run:
         return found
 
     def outcome(self) -> dict[str, Any]:
+        steps = [int(path.name.removeprefix("checkpoint-")) for path in self.output.glob("checkpoint-*")]
+
         def lines(name: str) -> list[dict[str, Any]]:
             records = [json.loads(line) for line in (self.output / name).read_text().splitlines()]
             return [untimed(record) for record in records]
@@ -242,7 +244,9 @@ class Run:
             "adapter": hashlib.sha256((self.output / "adapter_model.safetensors").read_bytes()).hexdigest(),
             "eval_results.json": untimed(json.loads((self.output / "eval_results.json").read_text())),
             "all_results.json": untimed(json.loads((self.output / "all_results.json").read_text())),
-            "files": sorted(path.name for path in self.output.iterdir()),
+            "files": sorted(path.name for path in self.output.iterdir() if not path.name.startswith("checkpoint-")),
+            # A stop saves a checkpoint of its own step, so that others may be the last three.
+            "checkpoints": (len(steps), max(steps)),
         }
 
 
