@@ -196,9 +196,11 @@ def is_over(folder: Path, output_dir: str, num_steps: int, evaluates_at_end: boo
     stops_early = step < trainer_state.max_steps and control.get("args", {}).get("should_training_stop", False)
     end = {RESULTS, MODEL_CARD} | ({EVALUATION} if evaluates_at_end else set())
     is_own = folder.resolve().parent == Path(output_dir).resolve()
-    noted = all_gather(_noted(output_dir))[0]
-    # All but the best checkpoint may be deleted at the end (`save_total_limit: 1`).
-    has_ended = is_own and noted["step"] is not None and noted["step"] >= num_steps and end <= {*noted["parts"]}
+    noted, steps = all_gather((_noted(output_dir), [each for each, _ in _checkpoints(Path(output_dir))]))[0]
+    # All but the best checkpoint may be deleted at the end (`save_total_limit: 1`). One with later ones beside it is
+    # chosen on purpose: their steps are done again.
+    is_newest = is_own and step >= max(steps, default=0)
+    has_ended = is_newest and noted["step"] is not None and noted["step"] >= num_steps and end <= {*noted["parts"]}
     if step < num_steps and not stops_early and not has_ended:
         return False
     if is_own and not has_ended and end - parts_done(output_dir, step):

@@ -20,8 +20,9 @@ os.environ.update(
     HF_DATASETS_CACHE=os.path.join(_HF_HOME.name, "datasets"),
     TOKENIZERS_PARALLELISM="false",
 )
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; tests send this signal
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+for _signal, _handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(_signal) is signal.SIG_IGN:  # under nohup, and in a shell's background; tests send these
+        signal.signal(_signal, _handler)
 os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
 
 
