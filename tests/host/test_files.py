@@ -434,6 +434,15 @@ def test_an_output_folder_that_cannot_be(whole, tmp_path, monkeypatch):
     assert f"`output_dir: {whole['output_dir']}` cannot be written to: Permission denied" in message
 
 
+def test_a_file_that_is_too_large_to_look_through_is_not(recipe, monkeypatch):
+    folder = Path(recipe["dataset_dir"])
+    (folder / "dataset_info.json").write_text(json.dumps({"sums": {"file_name": "sums.jsonl"}}))
+    (folder / "sums.jsonl").write_text("[" * 100)
+    assert defect_of("dataset", "sums", str(folder)) is not None
+    monkeypatch.setattr(dataset_files, "_LARGE", 99)
+    assert defect_of("dataset", "sums", str(folder)) is None
+
+
 def test_nothing_is_asked_of_datasets_that_are_described_elsewhere():
     for place in ("ONLINE", "REMOTE:a/b", {"sums": {"file_name": "gone.json"}}):
         check_files([("dataset", "sums")], place)
