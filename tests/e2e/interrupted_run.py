@@ -36,12 +36,12 @@ class InterruptedTrainer(GRPOTrainer):
 
     def _generate(self, prompts: Any, sampling: Any, step: int) -> Any:
         on_step = self.engine.on_step
+        place = "rollout" if sampling is self.sampling else "evaluation"
+        if checkpoints.parts_done(self.args.output_dir, self.state.global_step):
+            place = "final evaluation"
 
         def count() -> None:
             self.calls += 1
-            place = "rollout" if sampling is self.sampling else "evaluation"
-            if checkpoints.parts_done(self.args.output_dir, self.state.global_step):
-                place = "final evaluation"
             if place == POINT and self.is_due and self.calls > 3:
                 self.calls = -1000
                 strike()

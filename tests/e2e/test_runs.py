@@ -121,7 +121,8 @@ def test_resume_replays_the_lost_steps_exactly(recipe, run_exp, tmp_path):
     expected = [line for line in completions(whole["output_dir"]) if line["step"] > 2]
     assert completions(killed["output_dir"]) == expected
     shutil.rmtree(tmp_path / "killed")
-    shutil.copytree(tmp_path / "whole", tmp_path / "killed", ignore=shutil.ignore_patterns("checkpoint-[46]"))
+    never_written = shutil.ignore_patterns("checkpoint-[46]", "grpo_finished.json")
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed", ignore=never_written)
     run_exp(killed)
     assert completions(killed["output_dir"]) == completions(whole["output_dir"]), "replayed steps do not stand twice"
     for name, tensor in load_file(tmp_path / "whole" / "adapter_model.safetensors").items():

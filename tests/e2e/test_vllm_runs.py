@@ -117,14 +117,17 @@ def started_with(run_exp, monkeypatch):
     """What a run would start vLLM with."""
     from grpo_stage.rollout.vllm_engine import VLLMEngine
 
+    started = {}
+
     def start(engine, **settings):
-        raise Started(settings)
+        started.update(settings)
+        raise Started
 
     def settings(arguments):
         monkeypatch.setattr(VLLMEngine, "__init__", start)
-        with pytest.raises(Started) as started:
+        with pytest.raises(Started):
             run_exp(arguments)
-        return started.value.args[0]
+        return started
 
     return settings
 
