@@ -35,7 +35,7 @@ class LineLog:
         except OSError as error:
             self._warn(error)
             atexit.unregister(self._close)
-            atexit.register(self._close)  # however this process ends: trained to the end, stopped, or by an error
+            atexit.register(self._close)  # after the last step, a stop or an error
         else:
             self._waiting = []
             atexit.unregister(self._close)
