@@ -23,12 +23,12 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grpo_stage.batch import count_totals, micro_batches
-from grpo_stage.canary import SlopeTest, StaleRolloutError
-from grpo_stage.policy import token_logprobs
-from grpo_stage.rollout.hf import HFEngine
-from grpo_stage.rollout.vllm_engine import VLLMEngine
+from grpo_stage.monitors.canary import SlopeTest, StaleRolloutError
+from grpo_stage.rollout.engines.hf import HFEngine
+from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
+from grpo_stage.update.batch import count_totals, micro_batches
+from grpo_stage.update.logprobs import token_logprobs
 
 
 FAULTS = ("none", "one behind", "half", "twice", "base", "not delivered")

@@ -6,7 +6,7 @@ import os
 def main() -> None:
     # Taken out of the environment, so that the processes torchrun starts know the stage as well.
     os.environ.pop("GRPO_STAGE_DISABLE", None)
-    from grpo_stage.host.registration import install, run_cli
+    from .plugin.registration import install, run_cli
 
     install()
     run_cli()

@@ -77,7 +77,7 @@ class PostImportFinder:
         self, name: str, path: "Sequence[str] | None" = None, target: "ModuleType | None" = None
     ) -> "ModuleSpec | None":
         if name == "llamafactory" and not is_spawned() and starts_run(sys.argv):  # first of many seconds of imports
-            from grpo_stage.stop import end_at_once
+            from .survival.stop import end_at_once
 
             end_at_once()
         if not is_watched(name):
@@ -102,7 +102,7 @@ def _notify_after_execution(loader: "Any") -> None:
 
 
 def _on_import(module: "ModuleType") -> None:
-    from grpo_stage.host.registration import on_import
+    from .plugin.registration import on_import
 
     on_import(module)
 

@@ -33,24 +33,25 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from . import checkpoints
-from .advantages import has_reward_variance, with_advantages
 from .arguments import GRPOArguments
-from .buffer import RolloutBuffer, StepData, step_state
-from .canary import SlopeTest, check_versions
-from .checkpoints import REFERENCE_FILE, ROLLOUT_FILE
-from .completions_log import CompletionsLog
 from .distributed import all_gather
-from .dynamic_sampling import BatchGroup, DynamicSampling, Filled, fresh_rows, record_filled
-from .evaluation import record_evaluation
-from .gradient import PolicyGradient
-from .metrics import MetricTracker, record_rollout
-from .policy import MovingReference, ReferencePolicy, ReferenceSync, disable_dropout
-from .prompts import PromptStream
-from .rewards import RewardError, RewardSuite
-from .stop import SafeStop, StopRequested
+from .monitors.canary import SlopeTest, check_versions
+from .records.completions import CompletionsLog
+from .records.evaluation import record_evaluation
+from .records.metrics import MetricTracker, record_rollout
+from .rewards.errors import RewardError
+from .rewards.suite import RewardSuite
+from .rollout.filling import BatchGroup, DynamicSampling, Filled, fresh_rows, record_filled
+from .rollout.prompts import PromptStream
+from .rollout.queue import RolloutBuffer, StepData, step_state
+from .survival import checkpoints
+from .survival.checkpoints import REFERENCE_FILE, ROLLOUT_FILE
+from .survival.stop import SafeStop, StopRequested
+from .survival.watchdog import HangError, Watchdog
 from .types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup, TrainingProgress
-from .watchdog import HangError, Watchdog
+from .update.credit import has_reward_variance, with_advantages
+from .update.gradient import PolicyGradient
+from .update.logprobs import MovingReference, ReferencePolicy, ReferenceSync, disable_dropout
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are

@@ -12,8 +12,6 @@ import torch
 from peft import PeftConfig, load_peft_weights
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from . import checkpoints
-from .canary import DEFAULT_BOUNDS, TIGHT_BOUND
 from .distributed import all_gather
 from .host import facade
 from .host.adapters import items
@@ -26,9 +24,10 @@ from .host.model_checks import (
     refuse_unloadable,
 )
 from .host.recipe import check_same_training, recipe_of, training_record
-from .policy import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
-from .redaction import errors_masked
-from .reward_model import (
+from .host.tied_weights import layers_parted, refuse_built
+from .monitors.canary import DEFAULT_BOUNDS, TIGHT_BOUND
+from .records.redaction import errors_masked
+from .rewards.models.reward_model import (
     AdapterOnPolicy,
     ModelReward,
     ValueHeadScorer,
@@ -36,13 +35,14 @@ from .reward_model import (
     refuse_other_base,
     warn_of_other_base,
 )
-from .reward_server import ServerScorer
-from .rewards import load_rewards
-from .rollout.hf import HFEngine
-from .rollout.weights import servable_config, write_base
-from .tied_weights import layers_parted, refuse_built
+from .rewards.models.server import ServerScorer
+from .rewards.registry import load_rewards
+from .rollout.engines.hf import HFEngine
+from .rollout.engines.weights import servable_config, write_base
+from .survival import checkpoints
 from .trainer import GRPOTrainer, prompts_of_step, steps_of_epoch, steps_of_run
 from .types import RolloutEngine, SamplingSettings
+from .update.logprobs import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 
 
 if TYPE_CHECKING:
@@ -397,7 +397,7 @@ def _rollout_engine(
     model_args = arguments.model
     if arguments.finetuning.rollout_backend == "hf":
         return HFEngine(tokenizer, autocast_dtype=autocast_dtype(arguments))
-    from .rollout.vllm_engine import VLLMEngine
+    from .rollout.engines.vllm import VLLMEngine
 
     on_cpu = arguments.training.device.type == "cpu"
     sleep_level = arguments.finetuning.vllm_sleep

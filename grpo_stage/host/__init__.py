@@ -1,1 +1,1 @@
-"""The only package that imports or changes llamafactory."""
+"""What we use of llamafactory."""

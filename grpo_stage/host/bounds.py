@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..arguments import applies, broken_bound
+from grpo_stage.arguments import applies, broken_bound
 
 
 @dataclass(frozen=True, slots=True)

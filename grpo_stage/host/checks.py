@@ -20,23 +20,23 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import trainer_log_levels
 
-from ..evaluation import rewarding_metrics
-from ..reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
-from ..rollout.vllm_options import refuse_options
-from ..run_lock import refuse_used
-from .adapters import adapter_config, adapter_folder, is_adapter_on_hub, items
-from .bounds import refuse_out_of_bounds
-from .coercion import as_plain, did_you_mean
-from .dataset_files import check_descriptions
-from .log import get_logger
-from .model_files import config_of
-from .other_models import arguments_for
-from .recipe import check_checkpoint, recipe_of
-from .rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
+from grpo_stage.host.adapters import adapter_config, adapter_folder, is_adapter_on_hub, items
+from grpo_stage.host.bounds import refuse_out_of_bounds
+from grpo_stage.host.coercion import as_plain, did_you_mean
+from grpo_stage.host.dataset_files import check_descriptions
+from grpo_stage.host.log import get_logger
+from grpo_stage.host.model_files import config_of
+from grpo_stage.host.other_models import arguments_for
+from grpo_stage.host.recipe import check_checkpoint, recipe_of
+from grpo_stage.host.rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
+from grpo_stage.records.evaluation import rewarding_metrics
+from grpo_stage.rewards.models.reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
+from grpo_stage.rollout.engines.vllm_options import refuse_options
+from grpo_stage.survival.run_lock import refuse_used
 
 
 if TYPE_CHECKING:
-    from .parser import RunArguments
+    from grpo_stage.host.parser import RunArguments
 
 
 logger = get_logger(__name__)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from grpo_stage.redaction import mask_text, remember, secrets_in
+from grpo_stage.records.redaction import mask_text, remember, secrets_in
 
 
 ENDINGS = (".yaml", ".yml", ".json")

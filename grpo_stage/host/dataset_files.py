@@ -15,7 +15,7 @@ from llamafactory.data.converter import DATASET_CONVERTERS
 from llamafactory.data.parser import get_dataset_list
 from llamafactory.extras.constants import DATA_CONFIG, FILEEXT2TYPE
 
-from .coercion import did_you_mean
+from grpo_stage.host.coercion import did_you_mean
 
 
 _SOURCES = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")

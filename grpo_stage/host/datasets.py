@@ -23,11 +23,11 @@ from llamafactory.data.data_utils import Role
 from llamafactory.data.parser import DatasetAttr
 from llamafactory.data.processor.processor_utils import DatasetProcessor
 
-from .. import __version__
-from ..prompts import PromptSet, build_prompts
-from ..types import Prompt
-from .dataset_files import check_files, defect_of
-from .log import get_logger
+from grpo_stage import __version__
+from grpo_stage.host.dataset_files import check_files, defect_of
+from grpo_stage.host.log import get_logger
+from grpo_stage.rollout.prompts import PromptSet, build_prompts
+from grpo_stage.types import Prompt
 
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from llamafactory.hparams import DataArguments, ModelArguments
     from transformers import PreTrainedTokenizer, ProcessorMixin, Seq2SeqTrainingArguments
 
-    from ..arguments import GRPOArguments
+    from grpo_stage.arguments import GRPOArguments
 
 
 logger = get_logger(__name__)

@@ -33,13 +33,13 @@ from llamafactory.train.trainer_utils import (
 )
 from transformers import EarlyStoppingCallback, TrainerCallback
 
-from ..jsonl import LineLog
-from .log import get_logger
-from .other_models import arguments_for
+from grpo_stage.host.log import get_logger
+from grpo_stage.host.other_models import arguments_for
+from grpo_stage.records.line_log import LineLog
 
 
 if TYPE_CHECKING:
-    from .parser import RunArguments
+    from grpo_stage.host.parser import RunArguments
 
 
 __all__ = [

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from .coercion import shown
-from .configuration_file import resolved
-from .registration import RawArguments
+from grpo_stage.host.coercion import shown
+from grpo_stage.host.configuration_file import resolved
+from grpo_stage.plugin.registration import RawArguments
 
 
 @dataclass(frozen=True, slots=True)

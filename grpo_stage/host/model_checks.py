@@ -12,18 +12,18 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
-from ..reward_model import may_be_same_model
-from ..tied_weights import refuse_planned
-from ..types import Prompt
-from . import facade
-from .adapters import adapter_config, adapter_folder, items
-from .coercion import did_you_mean
-from .model_files import refuse_incomplete, skeleton
-from .optimizer_checks import refuse_optimizer
+from grpo_stage.host import facade
+from grpo_stage.host.adapters import adapter_config, adapter_folder, items
+from grpo_stage.host.coercion import did_you_mean
+from grpo_stage.host.model_files import refuse_incomplete, skeleton
+from grpo_stage.host.optimizer_checks import refuse_optimizer
+from grpo_stage.host.tied_weights import refuse_planned
+from grpo_stage.rewards.models.reward_model import may_be_same_model
+from grpo_stage.types import Prompt
 
 
 if TYPE_CHECKING:
-    from .parser import RunArguments
+    from grpo_stage.host.parser import RunArguments
 
 
 logger = facade.get_logger(__name__)

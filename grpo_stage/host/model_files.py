@@ -11,7 +11,7 @@ from llamafactory.model.loader import load_config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
-from .adapters import may_be_hub_id
+from grpo_stage.host.adapters import may_be_hub_id
 
 
 def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:

@@ -19,16 +19,16 @@ from llamafactory.hparams.generating_args import GeneratingArguments
 from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
 
-from ..arguments import GRPOArguments, grpo_field_names
-from ..redaction import errors_masked
-from ..rewards import REWARD_MODEL
-from ..rollout.vllm_options import LORA_RANKS
-from .adapters import lora_rank
-from .checks import refuse_impossible, refuse_unfit
-from .coercion import as_hinted
-from .finetuning_args import GRPOFinetuningArguments
-from .keys import as_written, known_keys, quoted, read
-from .registration import RawArguments, stage_of
+from grpo_stage.arguments import GRPOArguments, grpo_field_names
+from grpo_stage.host.adapters import lora_rank
+from grpo_stage.host.checks import refuse_impossible, refuse_unfit
+from grpo_stage.host.coercion import as_hinted
+from grpo_stage.host.keys import as_written, known_keys, quoted, read
+from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
+from grpo_stage.plugin.registration import RawArguments, stage_of
+from grpo_stage.records.redaction import errors_masked
+from grpo_stage.rewards.suite import REWARD_MODEL
+from grpo_stage.rollout.engines.vllm_options import LORA_RANKS
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _parse(raw: RawArguments) -> RunArguments:
     given = frozenset(key for key, value in written.items() if value is not None)
     model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})
     arguments = RunArguments(model, data, training, finetuning, generating, given)
-    assert isinstance(arguments.finetuning, GRPOFinetuningArguments), "grpo_stage.host.registration is not installed"
+    assert isinstance(arguments.finetuning, GRPOFinetuningArguments), "grpo_stage.plugin.registration is not installed"
     _derive(arguments)
     refuse_unfit(arguments)
     return arguments

@@ -16,15 +16,15 @@ from llamafactory.hparams.finetuning_args import (
     OFTArguments,
 )
 
-from ..arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArguments
-from ..checkpoints import STATE_FILE, read_state, verify
-from ..redaction import mask
-from ..types import Prompt
-from . import facade
+from grpo_stage.arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArguments
+from grpo_stage.host import facade
+from grpo_stage.records.redaction import mask
+from grpo_stage.survival.checkpoints import STATE_FILE, read_state, verify
+from grpo_stage.types import Prompt
 
 
 if TYPE_CHECKING:
-    from .parser import RunArguments
+    from grpo_stage.host.parser import RunArguments
 
 
 logger = facade.get_logger(__name__)

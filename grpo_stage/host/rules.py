@@ -18,10 +18,10 @@ from transformers.utils import (
     is_torch_npu_available,
 )
 
-from ..rewards import REWARD_MODEL
-from ..rollout.vllm_options import LORA_RANKS
-from .adapters import adapter_config, items, lora_rank
-from .coercion import as_plain
+from grpo_stage.host.adapters import adapter_config, items, lora_rank
+from grpo_stage.host.coercion import as_plain
+from grpo_stage.rewards.suite import REWARD_MODEL
+from grpo_stage.rollout.engines.vllm_options import LORA_RANKS
 
 
 _PACKAGES = MappingProxyType(

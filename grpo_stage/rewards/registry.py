@@ -13,22 +13,22 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from grpo_stage.redaction import MASK, mask, strings_in
-from grpo_stage.reward_files import first_on_path, module_of
-from grpo_stage.rewards import answers, shaping, structure
-from grpo_stage.rewards.function_worker import FunctionWorker
-from grpo_stage.rewards.processes import start_fork_server
-from grpo_stage.rewards.provenance import RewardCode, check_loaded, describe, file_of, locate
-from grpo_stage.rewards.scoring import REWARD_MODEL, RewardFunction, RewardSuite, working_directory_kept
-from grpo_stage.rewards.workers import AnswerChecker, RewardContext
+from grpo_stage.records.redaction import MASK, mask, strings_in
+from grpo_stage.rewards.builtin import correctness, shaping, structure
+from grpo_stage.rewards.suite import REWARD_MODEL, RewardFunction, RewardSuite, working_directory_kept
+from grpo_stage.rewards.user_code import RewardCode, check_loaded, describe, file_of, locate
+from grpo_stage.rewards.user_modules import first_on_path, module_of
+from grpo_stage.rewards.workers.answer_checker import AnswerChecker, RewardContext
+from grpo_stage.rewards.workers.function_worker import FunctionWorker
+from grpo_stage.rewards.workers.processes import start_fork_server
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's, whose handlers show it
 
 BUILTIN_REWARDS: Mapping[str, Callable[..., Callable[..., Any]]] = MappingProxyType(
     {
-        "accuracy": answers.accuracy,
-        "exact_match": answers.exact_match,
+        "accuracy": correctness.accuracy,
+        "exact_match": correctness.exact_match,
         "format": structure.think_answer_format,
         "tag_count": structure.tag_count,
         "length": shaping.length,

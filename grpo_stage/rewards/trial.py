@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grpo_stage.rewards.answers import unjudged_reason
+from grpo_stage.rewards.builtin.correctness import unjudged_reason
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
 from grpo_stage.rewards.registry import CHECKED
-from grpo_stage.rewards.scoring import RewardSuite
+from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

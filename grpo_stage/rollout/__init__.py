@@ -1,1 +1,1 @@
-"""Rollout engines behind one Protocol (`grpo_stage.types.RolloutEngine`)."""
+"""Prompts -> completions: which prompts are due, who samples them, and what waits for its uses."""

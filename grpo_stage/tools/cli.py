@@ -4,8 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .. import __version__
-from . import configuration_docs, quickstart_model, try_rewards
+from grpo_stage import __version__
+from grpo_stage.tools import configuration_docs, quickstart_model, try_rewards
 
 
 SUBCOMMANDS = (quickstart_model, try_rewards, configuration_docs)

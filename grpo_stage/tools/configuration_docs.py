@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from ..arguments import GRPOArguments, shown_condition
+from grpo_stage.arguments import GRPOArguments, shown_condition
 
 
 NAME = "configuration-docs"

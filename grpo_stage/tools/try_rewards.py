@@ -15,16 +15,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ..stop import ending_at_once
+from grpo_stage.survival.stop import ending_at_once
 
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..host.parser import RunArguments
-    from ..rewards import RewardSuite
-    from ..rewards.trial import TrialRow
-    from ..types import Completion, Prompt
+    from grpo_stage.host.parser import RunArguments
+    from grpo_stage.rewards.suite import RewardSuite
+    from grpo_stage.rewards.trial import TrialRow
+    from grpo_stage.types import Completion, Prompt
 
 
 NAME = "try-rewards"
@@ -93,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
 def _try(args: argparse.Namespace) -> TrialResult:
     from datasets.exceptions import DatasetsError
 
-    from ..host.contract import UnsupportedHostError, check_contract
-    from ..host.registration import install
-    from ..redaction import errors_masked
-    from ..rewards import RewardError
+    from grpo_stage.plugin.contract import UnsupportedHostError, check_contract
+    from grpo_stage.plugin.registration import install
+    from grpo_stage.records.redaction import errors_masked
+    from grpo_stage.rewards.errors import RewardError
 
     configuration = _read(args.config, args.overrides)
     install()
@@ -117,7 +117,7 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: if that is no mapping, or another stage's.
     """
-    from ..host.registration import STAGE, read_command_line, stage_of
+    from grpo_stage.plugin.registration import STAGE, read_command_line, stage_of
 
     configuration = read_command_line([str(config), *overrides])
     if not isinstance(configuration, dict) or stage_of(configuration) != STAGE:
@@ -126,9 +126,10 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
-    from ..rewards import REWARD_MODEL, load_rewards
-    from ..rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
-    from ..types import TrainingProgress
+    from grpo_stage.rewards.registry import load_rewards
+    from grpo_stage.rewards.suite import REWARD_MODEL
+    from grpo_stage.rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
+    from grpo_stage.types import TrainingProgress
 
     has_model = bool(configuration.get("model_name_or_path"))
     if samples and not has_model:
@@ -148,7 +149,7 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
     with contextlib.closing(rewards):
         tokenizer, template, prompts = _load_prompts(arguments, num_rows, has_model, rewards)
         if REWARD_MODEL in rewards.names:
-            from ..workflow import server_reward
+            from grpo_stage.workflow import server_reward
 
             rewards.model = server_reward(arguments, template, tokenizer)
         completions = [list(completions_from(prompt.reference, tokenizer).items()) for prompt in prompts]
@@ -170,7 +171,7 @@ def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], l
     Raises:
         ValueError: if nothing is left that has a say.
     """
-    from ..rewards import REWARD_MODEL
+    from grpo_stage.rewards.suite import REWARD_MODEL
 
     finetuning = arguments.finetuning
     names = [name.strip() for name in cast(list[str], finetuning.reward_funcs)]
@@ -193,7 +194,7 @@ def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], l
 
 def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_device: bool) -> "RunArguments":
     """As a run's arguments are parsed, with harmless values for what matters to a run alone."""
-    from ..host.parser import parse
+    from grpo_stage.host.parser import parse
 
     with tempfile.TemporaryDirectory(prefix="grpo-stage-try-") as folder:
         values = {
@@ -225,8 +226,8 @@ def _load_prompts(
     """The tokenizer, the template, and prompts from all of the recipe's datasets."""
     from transformers import ByT5Tokenizer
 
-    from ..host import facade
-    from ..host.datasets import load_prompts
+    from grpo_stage.host import facade
+    from grpo_stage.host.datasets import load_prompts
 
     module = facade.load_tokenizer(arguments.model) if has_model else {"tokenizer": ByT5Tokenizer(), "processor": None}
     tokenizer = module["tokenizer"]
@@ -248,10 +249,10 @@ def _load_prompts(
 def _sample(
     arguments: "RunArguments", tokenizer: "PreTrainedTokenizerBase", template: Any, prompts: "Sequence[Prompt]"
 ) -> "list[tuple[Completion, ...]]":
-    from ..host import facade
-    from ..host.model_checks import refuse_unknown_tokens
-    from ..rollout.hf import HFEngine
-    from ..workflow import autocast_dtype, sampling_settings
+    from grpo_stage.host import facade
+    from grpo_stage.host.model_checks import refuse_unknown_tokens
+    from grpo_stage.rollout.engines.hf import HFEngine
+    from grpo_stage.workflow import autocast_dtype, sampling_settings
 
     refuse_unknown_tokens(arguments, tokenizer, prompts)
     model = facade.load_model(tokenizer, arguments.model, arguments.finetuning, arguments.training.do_train)

@@ -19,7 +19,8 @@ import yaml
 from gradio.context import LocalContext
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from grpo_stage.host import board_loaded, registration
+from grpo_stage.board import page_state
+from grpo_stage.plugin import registration
 
 from .browser import CHROMIUM, EVIL, PATIENCE_MS, open_board
 
@@ -86,7 +87,7 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def turn_to(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
     """Turn to the page of that name: what follows is an event of it."""
-    monkeypatch.setattr(board_loaded, "_pages", OrderedDict())
+    monkeypatch.setattr(page_state, "_pages", OrderedDict())
     before = LocalContext.request.get(None)
 
     def turn(name: str) -> None:
@@ -101,7 +102,7 @@ def yaml_of(board: Board) -> Callable[..., dict[str, Any]]:
     """What the run gets: the file that the Board writes for a form, read as the run reads it."""
     from llamafactory.webui.runner import save_cmd
 
-    from grpo_stage.host.registration import read_command_line
+    from grpo_stage.plugin.registration import read_command_line
 
     def read(**values: Any) -> dict[str, Any]:
         return read_command_line([save_cmd(board.arguments(**values))])  # type: ignore[return-value]

@@ -8,7 +8,7 @@ from pathlib import Path
 import yaml
 from playwright.sync_api import Page, expect
 
-from grpo_stage.host.locales import LANGUAGES, texts
+from grpo_stage.board.locales import LANGUAGES, texts
 
 from .browser import (
     EVIL,

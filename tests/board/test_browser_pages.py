@@ -8,7 +8,7 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, BrowserContext, Page, expect
 
-from grpo_stage.host.locales import texts
+from grpo_stage.board.locales import texts
 
 from .browser import (
     PATIENCE_MS,

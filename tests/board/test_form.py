@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_stage.arguments import Above, GRPOArguments
-from grpo_stage.host.board_fields import FORM_FIELDS, HOST_FIELDS, FormField
+from grpo_stage.board.fields import FORM_FIELDS, HOST_FIELDS, FormField
 from grpo_stage.host.parser import check, effective_defaults, typed
 
 from .conftest import Board

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from grpo_stage.host.board_fields import FORM_FIELDS
-from grpo_stage.host.board_run_view import PLOTS
-from grpo_stage.host.locales import LANGUAGES, add_texts, message, texts
+from grpo_stage.board.fields import FORM_FIELDS
+from grpo_stage.board.locales import LANGUAGES, add_texts, message, texts
+from grpo_stage.board.run_view import PLOTS
 
 from .conftest import Board
 

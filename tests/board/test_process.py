@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from grpo_stage.host import board_loaded
+from grpo_stage.board import page_state
 
 from .conftest import Board
 
@@ -44,7 +44,7 @@ def wait_until(is_true: Callable[[], bool]) -> None:
 
 
 def wait_for_end() -> None:
-    process = board_loaded.this_page().process
+    process = page_state.this_page().process
     assert process is not None
     wait_until(lambda: process.has_ended)
 
@@ -98,7 +98,7 @@ def test_an_aborted_run_says_how_far_it_came(steps: list[int], said: str, board:
     start(f"import pathlib, signal, sys, time; {handler}; pathlib.Path('ready').touch(); time.sleep(60)")
     wait_until(Path("ready").exists)
     board.runner.set_abort()
-    process = board_loaded.this_page().process
+    process = page_state.this_page().process
     assert process is not None
     assert process.has_ended or "wait for terminating" in shown(board)
     wait_for_end()

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from gradio.components import Component
 
-from grpo_stage.host import board_loaded
-from grpo_stage.host.board_code import ImportedCode, to_confirm
-from grpo_stage.host.board_fields import FORM_FIELDS
-from grpo_stage.host.board_recipes import export_recipe, import_recipe
+from grpo_stage.board import page_state
+from grpo_stage.board.fields import FORM_FIELDS
+from grpo_stage.board.imported_code import ImportedCode, to_confirm
+from grpo_stage.board.recipes import export_recipe, import_recipe
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
 from grpo_stage.host.recipe_text import read_recipe
-from grpo_stage.host.registration import read_command_line
+from grpo_stage.plugin.registration import read_command_line
 
 from .conftest import REPOSITORY, Board
 from .test_form import companions, values_of
@@ -290,8 +290,8 @@ def test_a_page_that_opens_while_a_run_lasts_has_its_form(
 def test_only_so_many_pages_are_kept(turn_to: Callable[[str], None]) -> None:
     for i in range(1100):
         turn_to(str(i))
-        board_loaded.remember({"top.model_name": str(i)})
-    assert len(board_loaded._pages) == 1000
+        page_state.remember({"top.model_name": str(i)})
+    assert len(page_state._pages) == 1000
 
 
 def test_a_run_of_the_command_line_is_opened(board: Board) -> None:

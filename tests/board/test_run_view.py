@@ -7,9 +7,9 @@ from typing import Any
 import gradio as gr
 import pytest
 
-from grpo_stage.host import board_run_view
-from grpo_stage.host.board_run_view import PLOTS, RunView, _is_saved
-from grpo_stage.host.board_tables import literal, table
+from grpo_stage.board import run_view
+from grpo_stage.board.run_view import PLOTS, RunView, _is_saved
+from grpo_stage.board.tables import literal, table
 
 from .browser import append_line, write_run
 
@@ -45,7 +45,7 @@ def drawn(plot: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
 
 
 def test_more_runs_than_are_kept_stay_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board_run_view, "_KEPT_RUNS", 2)
+    monkeypatch.setattr(run_view, "_KEPT_RUNS", 2)
     view, pages = View().view, []
     for i in range(4):
         folder = FOLDER.with_name(f"run{i}")
@@ -75,7 +75,7 @@ def test_a_single_point_is_a_line() -> None:
     view = View()
     write_run(FOLDER, [{"reward": 0.5}])
     shown = view.look()
-    room = {board_run_view._UNSEEN: [(1, 0.25), (1, 0.75)]}
+    room = {run_view._UNSEEN: [(1, 0.25), (1, 0.75)]}
     assert drawn(shown["reward"]) == {"reward": [(0.99, 0.5), (1, 0.5), (1.01, 0.5)], **room}
     append_line(FOLDER, current_steps=201, reward=0.75, eval_reward=0.5)
     shown = view.look()
@@ -104,7 +104,7 @@ def test_a_plot_is_told_only_what_has_changed() -> None:
     ],
 )
 def test_an_axis_around_a_constant_has_ends(values: list[float], ends: tuple[float, float] | None) -> None:
-    assert board_run_view._ends_around(min(values), max(values)) == (ends and pytest.approx(ends))
+    assert run_view._ends_around(min(values), max(values)) == (ends and pytest.approx(ends))
 
 
 @pytest.mark.parametrize(

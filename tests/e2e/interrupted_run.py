@@ -5,7 +5,7 @@ import signal
 import sys
 from typing import Any
 
-from grpo_stage import checkpoints
+from grpo_stage.survival import checkpoints
 from grpo_stage.trainer import GRPOTrainer
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_stage import checkpoints
+from grpo_stage.survival import checkpoints
 from grpo_stage.trainer import GRPOTrainer
 
 from .conftest import completions, trainer_log

@@ -15,10 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_stage import reward_server, workflow
-from grpo_stage.reward_model import _add_lora
-from grpo_stage.reward_server import RewardServerError, ServerScorer
-from grpo_stage.rewards import RewardError
+from grpo_stage import workflow
+from grpo_stage.rewards.errors import RewardError
+from grpo_stage.rewards.models import server
+from grpo_stage.rewards.models.reward_model import _add_lora
+from grpo_stage.rewards.models.server import RewardServerError, ServerScorer
 from grpo_stage.trainer import GRPOTrainer
 from grpo_stage.types import FinishReason
 
@@ -305,7 +306,7 @@ def test_a_reward_server_that_is_not_there_or_fails_stops_the_run(recipe, run_ex
 
 
 def test_a_server_that_restarts_is_asked_again(recipe, run_exp, reward_server_here, monkeypatch, scored):
-    monkeypatch.setattr(reward_server, "RETRY_WAITS_S", (0.01, 0.01))
+    monkeypatch.setattr(server, "RETRY_WAITS_S", (0.01, 0.01))
     reward = GRPOTrainer._reward
 
     def later(self: GRPOTrainer, groups: Any) -> Any:
@@ -342,7 +343,7 @@ def test_only_a_finite_score_for_each_text_is_an_answer(reward_server_here, tiny
 
 
 def test_a_failing_server_is_quoted(reward_server_here, tiny_model_dir, monkeypatch):
-    monkeypatch.setattr(reward_server, "RETRY_WAITS_S", (0.01,))
+    monkeypatch.setattr(server, "RETRY_WAITS_S", (0.01,))
     scorer = ServerScorer(reward_server_here.url, AutoTokenizer.from_pretrained(tiny_model_dir), 10.0)
     reward_server_here.failures = [500, 502]
     with pytest.raises(RewardServerError, match=r"answered with status 502: (?s:.*)one moment"):

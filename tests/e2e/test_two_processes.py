@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from grpo_stage import checkpoints
+from grpo_stage.survival import checkpoints
 
 from .conftest import completions, trainer_log
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from grpo_stage import workflow
-from grpo_stage.canary import StaleRolloutError
 from grpo_stage.host import checks, parser, rules
+from grpo_stage.monitors.canary import StaleRolloutError
 
 from .conftest import completions, trainer_log
 
@@ -69,7 +69,7 @@ def tuned(recipe, adapters, parity):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_canary_is_quiet_until_an_update_is_not_delivered(method, tuned, run_exp, monkeypatch):
-    from grpo_stage.rollout.vllm_engine import VLLMEngine
+    from grpo_stage.rollout.engines.vllm import VLLMEngine
 
     sync = VLLMEngine.sync
 
@@ -115,7 +115,7 @@ class Started(Exception):
 @pytest.fixture
 def started_with(run_exp, monkeypatch):
     """What a run would start vLLM with."""
-    from grpo_stage.rollout.vllm_engine import VLLMEngine
+    from grpo_stage.rollout.engines.vllm import VLLMEngine
 
     started = {}
 
@@ -183,7 +183,7 @@ def test_the_canary_is_quiet_over_updates_with_a_large_learning_rate(recipe, run
 
 
 def test_an_adapter_that_arrives_damaged_stops_the_run(recipe, run_exp, monkeypatch):
-    from grpo_stage.rollout import vllm_engine
+    from grpo_stage.rollout.engines import vllm as vllm_engine
 
     write_adapter = vllm_engine.write_adapter
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grpo_stage.rollout.vllm_engine import VLLMEngine
+from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.types import Prompt, RolloutGroup, SamplingSettings
 
 

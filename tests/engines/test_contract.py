@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
-from grpo_stage.rollout.hf import HFEngine
+from grpo_stage.rollout.engines.hf import HFEngine
 from grpo_stage.types import FinishReason, Prompt, RolloutEngine, RolloutGroup, SamplingSettings
 
 from .conftest import STOPS, logprob_difference, policy_logprobs, vllm_engine

@@ -18,10 +18,10 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from grpo_stage.rollout import vllm_engine as vllm_module
-from grpo_stage.rollout.vllm_delivery import unserved_modules
-from grpo_stage.rollout.vllm_engine import VLLMEngine
-from grpo_stage.rollout.weights import write_adapter
+from grpo_stage.rollout.engines import vllm as vllm_module
+from grpo_stage.rollout.engines.vllm import VLLMEngine
+from grpo_stage.rollout.engines.vllm_delivery import unserved_modules
+from grpo_stage.rollout.engines.weights import write_adapter
 from grpo_stage.types import Prompt, RolloutGroup, SamplingSettings
 
 from .conftest import FAULTY, MAX_MODEL_LEN, SOUND, logprob_difference, randomize_adapter, vllm_engine

@@ -15,9 +15,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from grpo_stage import workflow
-from grpo_stage.rollout import vllm_delivery, vllm_process
-from grpo_stage.rollout.vllm_options import OWNED_OPTIONS, OWNED_OPTIONS_ON_CPU, known_options
-from grpo_stage.rollout.weights import checkpoint_weights
+from grpo_stage.rollout.engines import vllm_delivery, vllm_process
+from grpo_stage.rollout.engines.vllm_options import OWNED_OPTIONS, OWNED_OPTIONS_ON_CPU, known_options
+from grpo_stage.rollout.engines.weights import checkpoint_weights
 from grpo_stage.types import SamplingSettings
 
 from .conftest import vllm_engine

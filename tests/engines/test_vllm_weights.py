@@ -14,9 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grpo_stage.rollout import vllm_process
-from grpo_stage.rollout.vllm_delivery import _ReloadReport
-from grpo_stage.rollout.vllm_engine import VLLMEngine
+from grpo_stage.rollout.engines import vllm_process
+from grpo_stage.rollout.engines.vllm import VLLMEngine
+from grpo_stage.rollout.engines.vllm_delivery import _ReloadReport
 from grpo_stage.types import Prompt, SamplingSettings
 
 from .conftest import FAULTY, SOUND, logprob_difference, vllm_engine

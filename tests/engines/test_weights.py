@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from grpo_stage.rollout.weights import checkpoint_weights, write_base
+from grpo_stage.rollout.engines.weights import checkpoint_weights, write_base
 
 
 IDS = torch.arange(8, 72)[None]

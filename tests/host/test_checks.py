@@ -16,13 +16,13 @@ from llamafactory.model import loader
 from llamafactory.model.model_utils.rope import configure_rope
 from transformers import AutoConfig
 
-from grpo_stage import checkpoints
-from grpo_stage.checkpoints import STATE_FILE
 from grpo_stage.host import checks, rules
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
 from grpo_stage.host.recipe import check_same_training, recipe_of, training_record
-from grpo_stage.redaction import secrets_in
+from grpo_stage.records.redaction import secrets_in
+from grpo_stage.survival import checkpoints
+from grpo_stage.survival.checkpoints import STATE_FILE
 from grpo_stage.types import Prompt
 
 

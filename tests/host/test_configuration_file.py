@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from grpo_stage import redaction
 from grpo_stage.host.configuration_file import resolved
 from grpo_stage.host.keys import read
-from grpo_stage.host.registration import read_command_line
+from grpo_stage.plugin.registration import read_command_line
+from grpo_stage.records import redaction
 
 
 GOOD = "stage: grpo\nlora_rank: 8\n"

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from grpo_stage.host import facade, launch
+from grpo_stage.host import facade
 from grpo_stage.host.parser import RunArguments
+from grpo_stage.plugin import launch
 from grpo_stage.workflow import stop_token_ids
 
 

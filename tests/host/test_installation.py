@@ -177,7 +177,7 @@ def test_installing_is_the_only_step_and_uninstalling_leaves_no_trace(installed:
     refused = train(installed, tmp_path)
     assert refused.returncode == 1
     assert re.search(r"ValueError: .*num_generations", refused.stderr), refused.stderr
-    assert str(installed.site_packages / "grpo_stage" / "host") in refused.stderr
+    assert str(installed.site_packages / "grpo_stage" / "plugin") in refused.stderr
 
     assert "grpo_stage_autoload.pth" in {Path(trace).name for trace in installed.traces()}
     removed = installed.run("-m", "pip", "uninstall", "--yes", "grpo-stage")

@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
 from grpo_stage.host.keys import TRL_KEYS
 from grpo_stage.host.parser import ARGUMENT_CLASSES, GRPOFinetuningArguments, parse, refuse_grpo_keys, stage_of, typed
-from grpo_stage.host.registration import read_command_line
+from grpo_stage.plugin.registration import read_command_line
 
 
 def flags(recipe: dict[str, Any]) -> list[str]:

@@ -18,8 +18,8 @@ import pytest
 
 from grpo_stage import __main__ as explicit_route
 from grpo_stage import _autoload
-from grpo_stage.host import contract, registration
-from grpo_stage.host.contract import CONTRACT, SUPPORTED_HOST, HostSymbol, UnsupportedHostError, check_contract
+from grpo_stage.plugin import contract, registration
+from grpo_stage.plugin.contract import CONTRACT, SUPPORTED_HOST, HostSymbol, UnsupportedHostError, check_contract
 
 
 ROOT = Path(__file__).parents[2]
@@ -116,7 +116,7 @@ class TestInterpreterStart:
 
     def test_a_module_that_cannot_be_changed_cannot_be_imported(self) -> None:
         code = (
-            "import grpo_stage.host.registration as r\n"
+            "import grpo_stage.plugin.registration as r\n"
             "def fail(module): raise RuntimeError(f'no row for {module.__name__}')\n"
             "r.on_import = fail\n"
             "try: import llamafactory.v1.launcher\n"
@@ -405,7 +405,7 @@ class TestDispatch:
         calls: list[tuple[Any, Any]] = []
         monkeypatch.setattr("grpo_stage.host.parser.parse", lambda raw: ("parsed", raw))
         monkeypatch.setattr(
-            "grpo_stage.host.launch.run", lambda arguments, callbacks: calls.append((arguments, callbacks))
+            "grpo_stage.plugin.launch.run", lambda arguments, callbacks: calls.append((arguments, callbacks))
         )
         return calls
 

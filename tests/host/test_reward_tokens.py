@@ -11,7 +11,7 @@ from llamafactory.hparams.data_args import DataArguments
 from transformers import AutoTokenizer
 
 from grpo_stage.host.facade import closing_tokens
-from grpo_stage.reward_model import ModelReward
+from grpo_stage.rewards.models.reward_model import ModelReward
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from grpo_stage.distributed import leave_process_group
-from grpo_stage.policy import InitialWeightsReference
+from grpo_stage.update.logprobs import InitialWeightsReference
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

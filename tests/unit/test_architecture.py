@@ -14,18 +14,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "grpo_stage"
 # Each layer may import from those after it, and within itself. `_autoload` and `__main__` stand above all.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("host.registration", "host.launch"),
+    ("plugin",),
     ("workflow",),
     ("trainer",),
-    ("dynamic_sampling", "evaluation", "gradient", "reward_model"),
-    ("objective", "reward_server", "run_files"),
-    (
-        *("advantages", "batch", "buffer", "canary", "completions_log", "metrics", "monitors", "policy", "prompts"),
-        *("rewards", "rollout"),
-    ),
-    ("stop",),
-    ("checkpoints", "distributed", "jsonl", "redaction", "reward_files", "run_lock", "tied_weights", "watchdog"),
-    ("descendants",),
+    ("rollout.filling", "records.evaluation", "update.gradient", "rewards.models.reward_model"),
+    ("update.objective", "rewards.models.server", "records.run_files"),
+    ("records.completions", "records.metrics", "update", "rollout", "monitors"),
+    ("rewards",),
+    ("survival.stop",),
+    ("survival.checkpoints", "distributed", "records.line_log", "records.redaction", "survival", "host.tied_weights"),
     ("algorithm",),
     ("types",),
 )
@@ -114,9 +111,15 @@ def listed(found: list[Import]) -> list[str]:
 
 
 def test_the_walk_sees_the_package() -> None:
-    assert {"types", "arguments", "trainer", "workflow", "algorithm.losses", "host.registration", "tools.cli"} <= set(
-        MODULES
-    )
+    assert {
+        "types",
+        "arguments",
+        "trainer",
+        "workflow",
+        "algorithm.losses",
+        "plugin.registration",
+        "tools.cli",
+    } <= set(MODULES)
     assert any(found.importer == "trainer" and target(found) == "types" for found in OURS)
 
 
@@ -150,7 +153,7 @@ def test_dependencies_point_down() -> None:
 
 
 def test_only_the_composition_root_knows_the_host_package() -> None:
-    above = ("host", "workflow", "_autoload", "__main__", "tools")
+    above = ("host", "plugin", "board", "workflow", "_autoload", "__main__", "tools")
     wrong = [
         found
         for found in OURS
@@ -164,8 +167,13 @@ def test_arguments_and_types_import_none_of_ours(module: str) -> None:
     assert listed([found for found in OURS if found.importer == module]) == []
 
 
-def test_llamafactory_is_imported_only_under_host() -> None:
-    wrong = [found for found in IMPORTS if found.is_of("llamafactory") and not is_in(found.importer, "host")]
+def test_llamafactory_is_imported_only_under_host_plugin_and_board() -> None:
+    rooms = ("host", "plugin", "board")
+    wrong = [
+        found
+        for found in IMPORTS
+        if found.is_of("llamafactory") and not any(is_in(found.importer, room) for room in rooms)
+    ]
     assert listed(wrong) == []
 
 
@@ -174,13 +182,13 @@ def test_vllm_is_imported_only_by_its_engines_and_never_at_module_level() -> Non
         found
         for found in IMPORTS
         if found.is_of("vllm")
-        and (not found.importer.startswith("rollout.vllm_") or (found.at_module_level and found.at_run_time))
+        and (not found.importer.startswith("rollout.engines.vllm") or (found.at_module_level and found.at_run_time))
     ]
     assert listed(wrong) == []
 
 
 def test_deepspeed_is_imported_only_where_weights_are_gathered() -> None:
-    wrong = [found for found in IMPORTS if found.is_of("deepspeed") and found.importer != "rollout.weights"]
+    wrong = [found for found in IMPORTS if found.is_of("deepspeed") and found.importer != "rollout.engines.weights"]
     assert listed(wrong) == []
 
 

@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_stage.algorithm.losses import StepTotals
-from grpo_stage.batch import count_totals, dummy_batch, micro_batches
-from grpo_stage.buffer import RolloutBuffer, StepData
-from grpo_stage.policy import InitialWeightsReference, disable_dropout, token_logprobs
+from grpo_stage.rollout.queue import RolloutBuffer, StepData
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
+from grpo_stage.update.batch import count_totals, dummy_batch, micro_batches
+from grpo_stage.update.logprobs import InitialWeightsReference, disable_dropout, token_logprobs
 
 
 VOCAB = 61

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.canary import Slope, SlopeTest, StaleRolloutError
+from grpo_stage.monitors.canary import Slope, SlopeTest, StaleRolloutError
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

@@ -17,9 +17,10 @@ import pytest
 from transformers import TrainerState
 from transformers.trainer_utils import get_last_checkpoint, sort_checkpoints
 
-from grpo_stage import checkpoints, jsonl
-from grpo_stage.checkpoints import STATE_FILE, CheckpointSaveError, DamagedCheckpointError
-from grpo_stage.jsonl import LineLog
+from grpo_stage.records import line_log
+from grpo_stage.records.line_log import LineLog
+from grpo_stage.survival import checkpoints
+from grpo_stage.survival.checkpoints import STATE_FILE, CheckpointSaveError, DamagedCheckpointError
 
 
 FILES = ("adapter_model.safetensors", "optimizer.pt", "rng_state.pth", "grpo_rollout_0.json", "trainer_state.json")
@@ -428,8 +429,8 @@ def files_of_at_most(size: int) -> Iterator[None]:
 
 def test_lines_that_the_disk_does_not_take_wait_and_are_said_to_once(tmp_path, monkeypatch):
     said, clock = [], [0.0]
-    monkeypatch.setattr(jsonl.logger, "warning", said.append)
-    monkeypatch.setattr(jsonl.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(line_log.logger, "warning", said.append)
+    monkeypatch.setattr(line_log.time, "monotonic", lambda: clock[0])
     log = LineLog(tmp_path / "log.jsonl")
     log.append(["a" * 40])
     with files_of_at_most(60):
@@ -437,7 +438,7 @@ def test_lines_that_the_disk_does_not_take_wait_and_are_said_to_once(tmp_path, m
         log.append(["c" * 40, "d"])
         assert (tmp_path / "log.jsonl").read_text() == "a" * 40 + "\n", "no half of a line"
         assert len(said) == 1
-        clock[0] = jsonl.WARNING_INTERVAL_S
+        clock[0] = line_log.WARNING_INTERVAL_S
         log.append([])
     assert len(said) == 2
     assert all(word in said[1] for word in (str(tmp_path / "log.jsonl"), "File too large", "3 lines", "Free space"))
@@ -448,8 +449,8 @@ def test_lines_that_the_disk_does_not_take_wait_and_are_said_to_once(tmp_path, m
 
 
 def test_lines_that_wait_too_long_are_given_up_oldest_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "MAX_WAITING_BYTES", 10)
-    monkeypatch.setattr(jsonl.logger, "warning", lambda _: None)
+    monkeypatch.setattr(line_log, "MAX_WAITING_BYTES", 10)
+    monkeypatch.setattr(line_log.logger, "warning", lambda _: None)
     log = LineLog(tmp_path / "log.jsonl")
     with files_of_at_most(0):
         for text in ("first", "second", "3"):

@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_stage import checkpoints
-from grpo_stage.advantages import has_reward_variance
-from grpo_stage.canary import StaleRolloutError
-from grpo_stage.dynamic_sampling import DynamicSampling
-from grpo_stage.policy import InitialWeightsReference
-from grpo_stage.stop import StopRequested
+from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.rollout.filling import DynamicSampling
+from grpo_stage.survival import checkpoints
+from grpo_stage.survival.stop import StopRequested
 from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup, TrainingProgress
+from grpo_stage.update.credit import has_reward_variance
+from grpo_stage.update.logprobs import InitialWeightsReference
 
 from .trainer_on_fakes import (
     FakeEngine,

@@ -7,7 +7,7 @@ from unittest.mock import patch
 
 import pytest
 
-from grpo_stage import metrics
+from grpo_stage.records import metrics
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
 
 
@@ -44,7 +44,7 @@ def recorded(
 
 
 def check_rollout(module: ModuleType) -> None:
-    """`module` is `grpo_stage.metrics` or a mutant of it."""
+    """`module` is `grpo_stage.records.metrics` or a mutant of it."""
     logged = recorded(module, GROUPS, [])
     # Group 1: totals 1, 2, 0, mean 1, sample variance (0 + 1 + 1) / 2. Group 2: 0. The third has no totals.
     assert logged["reward"] == pytest.approx(7 / 5)

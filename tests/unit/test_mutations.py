@@ -9,9 +9,9 @@ from types import ModuleType
 
 import pytest
 
-import grpo_stage.gradient
-import grpo_stage.metrics
-import grpo_stage.objective
+import grpo_stage.records.metrics
+import grpo_stage.update.gradient
+import grpo_stage.update.objective
 from grpo_stage.algorithm import advantages, correction, exploration, kl, losses, ratios
 
 
@@ -38,14 +38,14 @@ CHECKS: dict[ModuleType, tuple[Callable[[ModuleType], None], ...]] = {
     kl: (oracle.check_kl, objective.check_kl, overflow.check_divergences),
     losses: (oracle.check_losses, objective.check_losses, overflow.check_surrogates),
     ratios: (overflow.check_bound,),
-    grpo_stage.metrics: (of_rollouts.check_rollout,),
-    grpo_stage.objective: (
+    grpo_stage.records.metrics: (of_rollouts.check_rollout,),
+    grpo_stage.update.objective: (
         terms.check_penalty_and_state,
         terms.check_selection,
         terms.check_adaptation,
         terms.check_token_losses,
     ),
-    grpo_stage.gradient: (terms.check_gradient,),
+    grpo_stage.update.gradient: (terms.check_gradient,),
 }
 
 # What `Objective` and `PolicyGradient` make of the formulas: name, old, new.
@@ -698,31 +698,36 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     # What is logged of a rollout.
     (
         "reward_std: the population's",
-        grpo_stage.metrics,
+        grpo_stage.records.metrics,
         'tracker.add("reward_std", stdev(totals))',
         'tracker.add("reward_std", stdev(totals) * ((len(totals) - 1) / len(totals)) ** 0.5)',
     ),
     (
         "std of a function: the population's",
-        grpo_stage.metrics,
+        grpo_stage.records.metrics,
         "stdev(applicable))",
         "stdev(applicable) * ((len(applicable) - 1) / len(applicable)) ** 0.5)",
     ),
     (
         "std of a function: of this rank",
-        grpo_stage.metrics,
+        grpo_stage.records.metrics,
         "in all_gather([row for scored in groups for row in scored.rewards]) for",
         "in all_gather([row for scored in groups for row in scored.rewards])[:1] for",
     ),
-    ("no reward: an equal one", grpo_stage.metrics, "float(not scored.has_reward)", "float(scored.has_reward)"),
+    (
+        "no reward: an equal one",
+        grpo_stage.records.metrics,
+        "float(not scored.has_reward)",
+        "float(scored.has_reward)",
+    ),
     (
         "zero deviation: a weight of 0 has a say",
-        grpo_stage.metrics,
+        grpo_stage.records.metrics,
         "has_reward_variance(scored, weights)",
         "has_reward_variance(scored, [1.0] * len(weights))",
     ),
-    *((f"objective, {name}", grpo_stage.objective, old, new) for name, old, new in OF_THE_OBJECTIVE),
-    *((f"gradient, {name}", grpo_stage.gradient, old, new) for name, old, new in OF_THE_GRADIENT),
+    *((f"objective, {name}", grpo_stage.update.objective, old, new) for name, old, new in OF_THE_OBJECTIVE),
+    *((f"gradient, {name}", grpo_stage.update.gradient, old, new) for name, old, new in OF_THE_GRADIENT),
 ]
 
 

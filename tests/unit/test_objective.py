@@ -9,16 +9,16 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from grpo_stage.advantages import has_reward_variance, with_advantages
 from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
 from grpo_stage.algorithm.kl import KL_ESTIMATORS
 from grpo_stage.algorithm.losses import LEVELS, LOSSES
 from grpo_stage.arguments import ADVANTAGE_SCALES, CLIPPED_LOSSES, GRPOArguments
-from grpo_stage.buffer import StepData
-from grpo_stage.metrics import MetricTracker
-from grpo_stage.objective import Objective
-from grpo_stage.policy import InitialWeightsReference, ModelReference
+from grpo_stage.records.metrics import MetricTracker
+from grpo_stage.rollout.queue import StepData
 from grpo_stage.types import PolicyBatch
+from grpo_stage.update.credit import has_reward_variance, with_advantages
+from grpo_stage.update.logprobs import InitialWeightsReference, ModelReference
+from grpo_stage.update.objective import Objective
 
 from .test_combinations import cells, options_of
 from .trainer_on_fakes import LengthRewards, gradient_of, make_trainer, relative

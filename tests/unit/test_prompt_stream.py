@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_stage.prompts import PromptStream, build_prompts
+from grpo_stage.rollout.prompts import PromptStream, build_prompts
 
 
 sizes = st.integers(1, 40)

@@ -14,9 +14,9 @@ import torch
 
 from grpo_stage.algorithm import kl, losses, ratios
 from grpo_stage.arguments import GRPOArguments
-from grpo_stage.metrics import MetricTracker
-from grpo_stage.objective import Objective
+from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import PolicyBatch
+from grpo_stage.update.objective import Objective
 
 
 LOG_RATIOS = (-1000.0, -100.0, -89.0, -2.0, 0.0, 0.1, 2.0, 60.0, 90.0, 100.0, 1000.0, 1e6)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from grpo_stage.policy import InitialWeightsReference
 from grpo_stage.types import FinishReason
+from grpo_stage.update.logprobs import InitialWeightsReference
 
 from .test_objective_oracle import oracle_advantages
 from .test_objective_terms import SETTINGS, Row, estimate, row_gradient

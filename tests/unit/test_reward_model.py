@@ -11,8 +11,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_stage.reward_model import HEAD_BIAS, HEAD_WEIGHT, AdapterOnPolicy, ModelReward, ValueHeadScorer
-from grpo_stage.rewards import RewardError
+from grpo_stage.rewards.errors import RewardError
+from grpo_stage.rewards.models.reward_model import (
+    HEAD_BIAS,
+    HEAD_WEIGHT,
+    AdapterOnPolicy,
+    ModelReward,
+    ValueHeadScorer,
+)
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 from grpo_stage.workflow import _placed
 

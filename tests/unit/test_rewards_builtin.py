@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_stage.rewards import BUILTIN_REWARDS
-from grpo_stage.rewards.answers import is_correct, verdict_without_formulas, voted_answer
-from grpo_stage.rewards.final_answer import final_answer
-from grpo_stage.rewards.workers import RewardContext
+from grpo_stage.rewards.answers.final_answer import final_answer
+from grpo_stage.rewards.builtin.correctness import is_correct, verdict_without_formulas, voted_answer
+from grpo_stage.rewards.registry import BUILTIN_REWARDS
+from grpo_stage.rewards.workers.answer_checker import RewardContext
 
 
 class InProcessChecker:

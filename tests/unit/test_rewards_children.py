@@ -13,7 +13,9 @@ from typing import Any
 import psutil
 import pytest
 
-from grpo_stage.rewards import RewardError, RewardSuite, load_rewards
+from grpo_stage.rewards.errors import RewardError
+from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

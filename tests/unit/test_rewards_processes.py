@@ -16,8 +16,10 @@ import numpy as np
 import psutil
 import pytest
 
-from grpo_stage.rewards import RewardError, RewardSuite, RewardTimeoutError, load_rewards
-from grpo_stage.rewards.function_worker import _seed
+from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
+from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.suite import RewardSuite
+from grpo_stage.rewards.workers.function_worker import _seed
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

@@ -17,7 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_stage.rewards import BUILTIN_REWARDS, RewardError, RewardSuite, load_rewards
+from grpo_stage.rewards.errors import RewardError
+from grpo_stage.rewards.registry import BUILTIN_REWARDS, load_rewards
+from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, TrainingProgress
 
 

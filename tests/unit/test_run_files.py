@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from grpo_stage.completions_log import CompletionsLog
-from grpo_stage.jsonl import LineLog
-from grpo_stage.run_files import CompletionPages, MetricCurves, thinned
+from grpo_stage.records.completions import CompletionsLog
+from grpo_stage.records.line_log import LineLog
+from grpo_stage.records.run_files import CompletionPages, MetricCurves, thinned
 
 
 def log_line(step: int, **metrics: Any) -> str:

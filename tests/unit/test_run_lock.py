@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_stage import run_lock
-from grpo_stage.run_lock import LOCK_FILE, owned, refuse_used
+from grpo_stage.survival import run_lock
+from grpo_stage.survival.run_lock import LOCK_FILE, owned, refuse_used
 
 
 HOLDER = """

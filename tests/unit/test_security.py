@@ -15,11 +15,12 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from grpo_stage.redaction import MASK, errors_masked, mask, mask_text, secrets_in
-from grpo_stage.rewards import RewardError, load_rewards
-from grpo_stage.rewards.provenance import describe
-from grpo_stage.rollout import vllm_options
-from grpo_stage.rollout.vllm_options import (
+from grpo_stage.records.redaction import MASK, errors_masked, mask, mask_text, secrets_in
+from grpo_stage.rewards.errors import RewardError
+from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.user_code import describe
+from grpo_stage.rollout.engines import vllm_options
+from grpo_stage.rollout.engines.vllm_options import (
     CODE_OPTIONS,
     COMPILATION_OPTIONS,
     HARMLESS_OPTIONS,
@@ -117,7 +118,7 @@ ATTACKS: dict[str, str] = {
     "linked_library/subprocess.py:getoutput": "belongs to Python's standard library",
     "lib/python9.9/os.py:score": "belongs to Python's standard library",
     "lib/python9.9/other/helper.py:score": "belongs to Python's standard library",
-    "grpo_stage.reward_files.{library}.subprocess:getoutput": "there is no module",
+    "grpo_stage.rewards.user_modules.{library}.subprocess:getoutput": "there is no module",
     "archive.zip/os.py:system": "there is no file",
     "own.py:system": "compiled code (`posix.system`)",
     "own.py:alias": "compiled code (`posix.system`)",

@@ -16,13 +16,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from grpo_stage import checkpoints, descendants, workflow
-from grpo_stage import stop as stop_module
-from grpo_stage.policy import InitialWeightsReference
-from grpo_stage.rewards import RewardError
-from grpo_stage.stop import SafeStop, StopRequested
+from grpo_stage import workflow
+from grpo_stage.rewards.errors import RewardError
+from grpo_stage.survival import checkpoints, descendants
+from grpo_stage.survival import stop as stop_module
+from grpo_stage.survival.stop import SafeStop, StopRequested
+from grpo_stage.survival.watchdog import HangError, Watchdog
 from grpo_stage.types import FinishReason
-from grpo_stage.watchdog import HangError, Watchdog
+from grpo_stage.update.logprobs import InitialWeightsReference
 
 from .trainer_on_fakes import (
     FakeEngine,
@@ -178,7 +179,7 @@ def test_out_of_memory_in_the_update_halves_the_budget_and_gives_the_same_gradie
 
 
 def test_out_of_memory_in_old_and_reference_passes_halves_the_budget(tmp_path):
-    from grpo_stage.policy import InitialWeightsReference
+    from grpo_stage.update.logprobs import InitialWeightsReference
 
     settings = {"num_iterations": 2, "beta": 0.1, "reference": InitialWeightsReference}
     ample, scarce = (make_trainer(tmp_path / name, **settings) for name in ("ample", "scarce"))
@@ -630,7 +631,7 @@ def test_a_finished_run_is_not_finished_twice(tmp_path):
 
 def test_a_stop_passes_through_a_reward_function_in_this_process(tmp_path):
     """What catches everything that a function raises must not catch the stop, nor the end of a time limit."""
-    from grpo_stage.rewards.scoring import RewardFunction
+    from grpo_stage.rewards.suite import RewardFunction
 
     for error in (StopRequested(signal.SIGINT), HangError("too long")):
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import grpo_stage.trainer
-from grpo_stage.canary import StaleRolloutError
-from grpo_stage.checkpoints import STATE_FILE
-from grpo_stage.policy import InitialWeightsReference
+from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.survival.checkpoints import STATE_FILE
 from grpo_stage.trainer import UnrewardedError
+from grpo_stage.update.logprobs import InitialWeightsReference
 
 from .trainer_on_fakes import FakeEngine, LengthRewards, ScoringEngine, gradient_of, make_trainer, relative
 

@@ -13,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from grpo_stage.arguments import GRPOArguments
-from grpo_stage.buffer import StepData
+from grpo_stage.rollout.queue import StepData
 from grpo_stage.trainer import GRPOTrainer
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
 

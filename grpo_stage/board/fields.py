@@ -1,0 +1,267 @@
+"""The fields of the GRPO panel: which there are, the widget of each, and its value as an argument and back.
+
+A field comes from the stage's own arguments, so that a key that is added there appears in the panel by itself, or from
+`HOST_FIELDS`, which names the host's keys that matter to this stage and that the Board has no field for.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import gradio as gr
+
+from grpo_stage.arguments import (
+    BUILTIN_REWARDS,
+    EVALUATION,
+    MEMORY,
+    OBJECTIVE,
+    REWARDS,
+    ROLLOUT,
+    Above,
+    Given,
+    GRPOArguments,
+    applies,
+)
+from grpo_stage.board.locales import PREFIX
+
+
+Kind = Literal["choice", "flag", "whole", "number", "text", "list", "mapping"]
+
+GROUPS = tuple(dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(GRPOArguments)))
+_INITIAL_VALUES = MappingProxyType({"log_completions": True})
+"""Where the form starts with another value than the run: the run view shows what `log_completions` writes."""
+_LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, "reward_model")})
+"""Comma-separated keys that the form shows as a multi-select, and what it offers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FormField:
+    """One key of a recipe, as the panel shows it."""
+
+    key: str
+    group: str
+    kind: Kind
+    default: Any = None
+    """What the run takes where the key is not written."""
+    choices: tuple[Any, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    only_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    help: str = ""
+
+    @property
+    def element(self) -> str:
+        """The name of the widget in the Board's train tab, and of its texts."""
+        return PREFIX + self.key
+
+    @property
+    def initial(self) -> Any:
+        """What the form starts with, as the widget holds it."""
+        return self.to_widget(_INITIAL_VALUES.get(self.key, self.default))
+
+    def widget(self) -> gr.components.Component:
+        """A new widget; its texts follow from the Board's language."""
+        shared = {"value": self.initial, "elem_id": self.element}
+        if self.kind == "choice":
+            return gr.Dropdown(choices=list(self.choices), **shared)
+        if self.kind == "flag":
+            return gr.Checkbox(**shared)
+        if self.kind == "list":
+            return gr.Dropdown(choices=list(self.choices), multiselect=True, allow_custom_value=True, **shared)
+        if self.kind == "text" or self.kind == "mapping":
+            return gr.Textbox(**shared)
+        # Without precision and bounds of the widget's own: it would round in silence, and answer a value beyond them
+        # with an error that does not name its field. The stage's own check does.
+        return gr.Number(
+            step=1 if self.kind == "whole" else 0.01,
+            placeholder="–",  # noqa: RUF001 (a blank number shows 0 otherwise)
+            **shared,
+        )
+
+    def to_argument(self, value: Any) -> Any:
+        """The widget's value as the recipe has it; None where there is nothing in the widget.
+
+        Raises:
+            ValueError: if the text of a mapping is none.
+        """
+        if value is None or (isinstance(value, str) and not value.strip()) or value == []:
+            return None
+        if self.kind == "list":
+            return list(value) if any("," in item for item in value) else ",".join(value)
+        if self.kind == "mapping":
+            return _mapping(self.key, value)
+        return value
+
+    def to_widget(self, argument: Any) -> Any:
+        """The value that the widget shows for what a recipe has."""
+        if self.kind == "list":
+            items = argument.split(",") if isinstance(argument, str) else argument or []
+            return [str(item).strip() for item in items]
+        if self.kind == "mapping" and isinstance(argument, Mapping):
+            return json.dumps(argument, ensure_ascii=False)
+        if self.kind in ("text", "mapping"):
+            return "" if argument is None else _as_text(argument)
+        return argument
+
+    def takes(self, argument: Any) -> bool:
+        """Whether the widget can hold what a recipe has, in its type and bounds."""
+        if argument is None:
+            return self.default is None
+        if self.kind == "choice":
+            return argument in self.choices
+        if self.kind == "flag":
+            return isinstance(argument, bool)
+        if self.kind in ("whole", "number"):
+            is_number = isinstance(argument, int if self.kind == "whole" else int | float)
+            low, high = self.minimum, self.maximum
+            return (
+                is_number
+                and not isinstance(argument, bool)
+                and (low is None or argument >= low)
+                and (high is None or argument <= high)
+            )
+        return isinstance(argument, str | int | float | list | tuple | Mapping) and not isinstance(argument, bool)
+
+
+def _mapping(key: str, value: str) -> dict[str, Any]:
+    try:
+        mapping = json.loads(value)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`{key}: {value}` is not valid JSON: {error}. Mend it, or leave it empty.") from error
+    if not isinstance(mapping, dict):
+        raise ValueError(f"`{key}: {value}` is not a mapping. Write it in braces, or leave it empty.")
+    return mapping
+
+
+def _as_text(argument: Any) -> str:
+    return ",".join(map(str, argument)) if isinstance(argument, list | tuple) else str(argument)
+
+
+# Defaults as this stage has them: the host's generation defaults sample from another distribution than the policy.
+HOST_FIELDS: tuple[FormField, ...] = (
+    FormField(key="max_new_tokens", group=ROLLOUT, kind="whole", default=1024, minimum=1),
+    FormField(key="temperature", group=ROLLOUT, kind="number", default=1.0, minimum=0),
+    FormField(key="top_p", group=ROLLOUT, kind="number", default=1.0, minimum=0, maximum=1),
+    FormField(key="top_k", group=ROLLOUT, kind="whole", default=0, minimum=0),
+    FormField(key="repetition_penalty", group=ROLLOUT, kind="number", default=1.0, minimum=0),
+    FormField(key="reward_model", group=REWARDS, kind="text"),
+    FormField(
+        key="reward_model_type",
+        group=REWARDS,
+        kind="choice",
+        choices=("lora", "full", "api"),
+        default="lora",
+        only_with={"reward_model": Given()},
+    ),
+    FormField(
+        key="reward_model_adapters",
+        group=REWARDS,
+        kind="text",
+        only_with={"reward_model": Given(), "reward_model_type": ("full",)},
+    ),
+    FormField(
+        key="reward_model_quantization_bit",
+        group=REWARDS,
+        kind="choice",
+        choices=(None, 8, 4),
+        only_with={"reward_model": Given(), "reward_model_type": ("full",)},
+    ),
+    FormField(key="ref_model", group=OBJECTIVE, kind="text", only_with={"beta": Above(0)}),
+    FormField(key="ref_model_adapters", group=OBJECTIVE, kind="text", only_with={"beta": Above(0)}),
+    FormField(
+        key="ref_model_quantization_bit",
+        group=OBJECTIVE,
+        kind="choice",
+        choices=(None, 8, 4),
+        only_with={"beta": Above(0)},
+    ),
+    FormField(key="eval_dataset", group=EVALUATION, kind="list"),
+    FormField(
+        key="eval_steps",
+        group=EVALUATION,
+        kind="whole",
+        minimum=1,
+        only_with={"eval_strategy": ("steps",)},
+    ),
+    FormField(
+        key="vllm_gpu_util",
+        group=MEMORY,
+        kind="number",
+        minimum=0,
+        maximum=1,
+        only_with={"rollout_backend": ("vllm",)},
+    ),
+    FormField(key="vllm_maxlen", group=MEMORY, kind="whole", minimum=1, only_with={"rollout_backend": ("vllm",)}),
+    FormField(
+        key="vllm_enforce_eager",
+        group=MEMORY,
+        kind="flag",
+        default=False,
+        only_with={"rollout_backend": ("vllm",)},
+    ),
+    FormField(key="vllm_config", group=MEMORY, kind="mapping", only_with={"rollout_backend": ("vllm",)}),
+)
+
+
+def _own_field(spec: "dataclasses.Field[Any]", hint: Any) -> FormField:
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    types = [member for member in members if member is not type(None)]
+    choices: tuple[Any, ...] = ()
+    kind: Kind
+    if get_origin(types[0]) is Literal:
+        kind, choices = "choice", get_args(types[0])
+        if type(None) in members:
+            choices = (None, *choices)
+    elif spec.name in _LISTS:
+        kind, choices = "list", tuple(_LISTS[spec.name])
+    elif dict in types:
+        kind = "mapping"
+    else:
+        kinds: dict[type, Kind] = {bool: "flag", int: "whole", float: "number", str: "text"}
+        kind = kinds[types[0]]
+    metadata = spec.metadata
+    return FormField(
+        key=spec.name,
+        group=metadata["group"],
+        kind=kind,
+        default=spec.default,
+        choices=choices,
+        minimum=metadata.get("min", metadata.get("above")),
+        maximum=metadata.get("max"),
+        only_with=metadata.get("only_with", {}),
+        help=metadata["help"],
+    )
+
+
+def _own_fields() -> Iterable[FormField]:
+    hints = get_type_hints(GRPOArguments)
+    return (_own_field(spec, hints[spec.name]) for spec in dataclasses.fields(GRPOArguments))
+
+
+FORM_FIELDS: tuple[FormField, ...] = tuple(
+    sorted((*_own_fields(), *HOST_FIELDS), key=lambda field: GROUPS.index(field.group))
+)
+"""All fields, by group; within a group the stage's own first."""
+
+
+def effective(values: Mapping[str, Any], eval_strategy: str) -> dict[str, Any]:
+    """What all fields come to, by key: one that has no effect beside the others is at its default.
+
+    Args:
+        values: arguments by key; a field that is not among them is at its default.
+        eval_strategy: the run's, which conditions name and no field has.
+    """
+    given = {field.key: values.get(field.key, field.default) for field in FORM_FIELDS}
+    current = {**given, "eval_strategy": eval_strategy}
+    while True:  # a condition may name a key that has a condition itself
+        settled = {
+            field.key: given[field.key] if applies(field.only_with, current) else field.default
+            for field in FORM_FIELDS
+        }
+        settled["eval_strategy"] = eval_strategy
+        if settled == current:
+            return current
+        current = settled

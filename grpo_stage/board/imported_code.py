@@ -1,0 +1,94 @@
+"""Code of a recipe that was imported into LLaMA Board: shown, and run only once the person has confirmed it.
+
+A page keeps what its recipe brought in a field of its own, and the confirmation names the hash of each file: after a
+change it has to be given again. What a person types into the form needs none.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+
+from grpo_stage.board.locales import message
+from grpo_stage.host.adapters import items
+from grpo_stage.rewards.user_code import describe, is_code
+
+
+IMPORTED, CONFIRMED = "train.grpo_imported_code", "train.grpo_confirmed_code"
+_TRUSTED = "trust_remote_code"
+
+
+def of_recipe(recipe: Mapping[str, Any]) -> str:
+    """What of a recipe that came from elsewhere runs code, as the page keeps it."""
+    trusted = [_TRUSTED] if recipe.get(_TRUSTED) else []
+    return json.dumps([*filter(is_code, _names(recipe)), *trusted])
+
+
+def to_confirm(arguments: Mapping[str, Any], imported: str) -> dict[str, str]:
+    """The imported code that a run of these arguments would run: what a confirmation names -> what is shown.
+
+    Raises:
+        ValueError: if a function cannot be one.
+    """
+    from_elsewhere = json.loads(imported or "[]")
+    names = [name for name in _names(arguments) if name in from_elsewhere]
+    found = {f"{code.spec} {code.sha256}": str(code) for code in describe(names, Path.cwd())}
+    if _TRUSTED in from_elsewhere and arguments.get(_TRUSTED):
+        found[_TRUSTED] = f"{_TRUSTED}: Python code from the repository of {arguments.get('model_name_or_path')}"
+    return found
+
+
+def _names(arguments: Mapping[str, Any]) -> list[str]:
+    return [name.strip() for name in items(arguments.get("reward_funcs"))]
+
+
+def refuse_unconfirmed(
+    arguments: Mapping[str, Any], imported: str, confirmed: Sequence[str] | None, language: str
+) -> None:
+    """Refuse to run code of an imported recipe that was not confirmed, or has changed since.
+
+    Raises:
+        ValueError: naming it.
+    """
+    missing = [shown for name, shown in to_confirm(arguments, imported).items() if name not in (confirmed or ())]
+    if missing:
+        raise ValueError(message("unconfirmed", language, code="; ".join(missing)))
+
+
+class ImportedCode:
+    """The list in which a person confirms the code of an imported recipe; hidden where there is none."""
+
+    def __init__(self) -> None:
+        self.imported = gr.Textbox("[]", visible=False)
+        self.confirmed = gr.CheckboxGroup([], visible=False, elem_id="grpo_confirmed_code")
+
+    @property
+    def elements(self) -> dict[str, Component]:
+        return {"grpo_imported_code": self.imported, "grpo_confirmed_code": self.confirmed}
+
+    def choices(
+        self, arguments: Mapping[str, Any], imported: str | None = None, confirmed: Sequence[str] | None = None
+    ) -> gr.CheckboxGroup:
+        """The list for these arguments, whose own code all came from elsewhere where `imported` is None."""
+        try:
+            found = to_confirm(arguments, of_recipe(arguments) if imported is None else imported)
+        except ValueError:  # which the start and the try say
+            found = {}
+        kept = [name for name in confirmed or () if name in found]
+        return gr.CheckboxGroup([(shown, name) for name, shown in found.items()], value=kept, visible=bool(found))
+
+    def connect(self, runner: Any, buttons: Sequence[gr.Button], inputs: set[Component]) -> None:
+        """Show the files as they are now whenever one of the buttons is about to run them."""
+
+        def renew(data: dict[Component, Any]) -> Any:
+            try:
+                arguments = runner.arguments_so_far(data)
+            except ValueError:  # which the start and the try say
+                return gr.skip()
+            return self.choices(arguments, data[self.imported], data[self.confirmed])
+
+        for button in buttons:
+            button.click(renew, inputs, [self.confirmed], queue=False, show_progress="hidden")

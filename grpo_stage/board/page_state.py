@@ -1,0 +1,99 @@
+"""The Board's pages: one Board serves several (a browser's tabs, several people), and what is loaded is one page's.
+
+A field that a load changes fires the same events as one that a person changes, and the host then puts the default
+template, no adapters and no datasets in place of those that were loaded a moment ago. For a configuration of this
+stage these handlers give back what was loaded, as long as the fields that they follow from are the loaded ones.
+"""
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import wrapt
+from gradio.context import LocalContext
+
+from grpo_stage.plugin.registration import STAGE
+
+
+if TYPE_CHECKING:
+    from grpo_stage.board.process import TrainingProcess
+
+
+_KEPT_PAGES = 1000
+
+
+@dataclass(slots=True)
+class Page:
+    """A browser's tab that shows the Board."""
+
+    loaded: dict[str, Any] = field(default_factory=dict)
+    """The values of the configuration that was loaded last, by element id."""
+    stage: str = ""
+    """The stage that is chosen."""
+    process: "TrainingProcess | None" = None
+    """What the page has started, or was opened with, until it has shown its end."""
+    seen: Any = None
+    """What of the process the page shows."""
+
+
+_pages: OrderedDict[str, Page] = OrderedDict()
+
+
+def this_page() -> Page:
+    """The page whose event is being handled."""
+    request = LocalContext.request.get(None)
+    key = (request.session_hash if request else None) or ""
+    page = _pages.setdefault(key, Page())
+    _pages.move_to_end(key)
+    if len(_pages) > _KEPT_PAGES:
+        _pages.popitem(last=False)
+    return page
+
+
+def remember(values: Mapping[str, Any]) -> None:
+    """Keep the values, by element id, of the configuration that this page has loaded last."""
+    this_page().loaded = dict(values)
+
+
+def _recall(element_id: str, **conditions: Any) -> Any:
+    """A loaded value, or None where another model, method or stage has been chosen since."""
+    loaded = this_page().loaded
+    is_current = all(loaded.get(f"top.{name}") == value for name, value in conditions.items())
+    return loaded.get(element_id) if is_current else None
+
+
+@wrapt.decorator
+def keep_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> tuple[str, str]:
+    """Path and template of a model."""
+    path, template = wrapped(*args, **kwargs)
+    model_name = args[0] if args else kwargs["model_name"]
+    return (
+        _recall("top.model_path", model_name=model_name) or path,
+        _recall("top.template", model_name=model_name) or template,
+    )
+
+
+@wrapt.decorator
+def keep_checkpoints(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> gr.Dropdown:
+    """Adapters or checkpoint of a model and tuning method."""
+    dropdown = wrapped(*args, **kwargs)
+    model_name, finetuning_type = args
+    value = _recall("top.checkpoint_path", model_name=model_name, finetuning_type=finetuning_type)
+    return (
+        gr.Dropdown(**dropdown.constructor_args | {"value": value, "allow_custom_value": True}) if value else dropdown
+    )
+
+
+@wrapt.decorator
+def keep_dataset(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """Datasets and packing: into this stage and out of it, the event of a person's own choice sees to the datasets."""
+    from llamafactory.extras.constants import TRAINING_STAGES
+
+    datasets, packing = wrapped(*args, **kwargs)
+    page = this_page()
+    stages = page.stage, TRAINING_STAGES[args[0] if args else kwargs["training_stage"]]
+    page.stage = stages[1]
+    # The event also comes twice for one choice: the second time nothing has changed.
+    return (gr.skip(), packing) if STAGE in stages or stages[0] == stages[1] else (datasets, packing)

@@ -1,0 +1,189 @@
+"""Recipes in and out of LLaMA Board: a YAML file becomes the form's values, and the form a YAML file.
+
+Nothing of a file is lost on the way: what the form has no field for, and what a field cannot hold, goes into the
+"extra arguments", and a value that the form would add by itself is taken back there with `null`.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import gradio as gr
+import yaml
+from gradio.components import Component
+from llamafactory.extras.constants import SUPPORTED_MODELS
+from llamafactory.hparams.data_args import DataArguments
+from llamafactory.hparams.generating_args import GeneratingArguments
+from llamafactory.hparams.model_args import ModelArguments
+from llamafactory.hparams.training_args import TrainingArguments
+
+from grpo_stage.arguments import ROLLOUT
+from grpo_stage.board import imported_code, page_state
+from grpo_stage.board.fields import FORM_FIELDS, GROUPS
+from grpo_stage.board.runner import EXTRA_ARGUMENTS, FORM_IDS, STAGE_NAME, GRPORunner
+from grpo_stage.host.configuration_file import interpolates
+from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
+from grpo_stage.plugin.registration import STAGE
+from grpo_stage.records.redaction import mask
+
+
+# The host's fields that hold a key as it is: key -> element, where their names differ.
+_RENAMED = {
+    "per_device_train_batch_size": "train.batch_size",
+    "neftune_noise_alpha": "train.neftune_alpha",
+    "pissa_init": "train.use_pissa",
+    "finetuning_type": "top.finetuning_type",
+    "template": "top.template",
+    "quantization_method": "top.quantization_method",
+}
+_NO_FIELD = frozenset({"image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "output_dir"})
+"""Keys of which the host's field of that name holds another form."""
+_SECTIONS = (
+    ("model", ModelArguments),
+    ("dataset", DataArguments),
+    (ROLLOUT.lower(), GeneratingArguments),
+    ("train", TrainingArguments),
+)
+
+
+def import_recipe(runner: GRPORunner, recipe: Mapping[str, Any]) -> dict[Component, Any]:
+    """The form's values for a recipe, by element.
+
+    Raises:
+        ValueError: if the recipe is another stage's, or has a key that nobody knows or a value of another type.
+    """
+    if recipe.get("stage") != STAGE:
+        raise ValueError(
+            f"The file has `stage: {recipe.get('stage', 'none')}`, and this panel is for `stage: {STAGE}`. Choose "
+            "another file, or load that stage's configuration by its own means."
+        )
+    wanted = {key: value for key, value in typed(dict(recipe)).items() if value is not None}
+    # The form holds `${oc.env:NAME}` as it is written: what the variable holds is none of a file's business.
+    texts = {key for key, value in wanted.items() if isinstance(value, str | dict | list)}
+    wanted |= {key: value for key, value in recipe.items() if key in texts and interpolates(value)}
+    effective = {**effective_defaults(), "lora_alpha": 2 * wanted.get("lora_rank", 8), **wanted}
+    form = _form_values(runner, wanted, effective)
+    made = _arguments_of(runner, form)
+    form[EXTRA_ARGUMENTS] = json.dumps(_differences(made, wanted, effective), ensure_ascii=False)
+    page_state.remember(form)
+    return {runner.manager.get_elem_by_id(element_id): value for element_id, value in form.items()}
+
+
+def _form_values(runner: GRPORunner, wanted: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
+    """Every input element's value, by id: the recipe's where the element can hold it, else what it starts with."""
+    elements = {
+        element_id: element
+        for element_id, element in runner.manager._id_to_elem.items()
+        if element_id.startswith(("top.", "train."))
+    }
+    form = {element_id: element.value for element_id, element in elements.items() if _is_input(element)}
+    for key, value in effective.items():
+        element_id = _RENAMED.get(key, f"train.{key}")
+        if element_id in form and key not in _NO_FIELD and element_id != EXTRA_ARGUMENTS:
+            held = _as_held(elements[element_id], value)
+            form[element_id] = form[element_id] if held is None else held
+    for field in FORM_FIELDS:
+        value = wanted.get(field.key, field.default)
+        form[FORM_IDS[field.key]] = field.to_widget(value if field.takes(value) else field.default)
+    model_path = effective["model_name_or_path"]
+    form |= {
+        "train.training_stage": STAGE_NAME,
+        "top.model_name": _model_name(model_path) if model_path else None,
+        "top.model_path": model_path or "",
+        "top.checkpoint_path": [_as_path(path) for path in _items(effective["adapter_name_or_path"])],
+        "top.quantization_bit": str(effective["quantization_bit"] or "none"),
+        "top.rope_scaling": "none",
+        "top.booster": _booster(effective),
+        "train.dataset": _items(effective["dataset"]),
+        "train.output_dir": _as_path(str(effective["output_dir"])) if wanted.get("output_dir") else "",
+        "train.compute_type": next((name for name in ("bf16", "fp16", "pure_bf16") if effective[name]), "fp32"),
+        EXTRA_ARGUMENTS: "{}",
+        imported_code.IMPORTED: imported_code.of_recipe(effective),
+    }
+    skipped = {"top.lang", "top.hub_name", "train.config_path", "train.current_time", "train.swanlab_link"}
+    return {element_id: value for element_id, value in form.items() if element_id not in skipped}
+
+
+def _is_input(element: Any) -> bool:
+    return isinstance(element, gr.Dropdown | gr.Textbox | gr.Slider | gr.Checkbox | gr.Number)
+
+
+def _as_held(element: Any, value: Any) -> Any:
+    """A key's value as the host's element holds it, or None where it cannot."""
+    if isinstance(element, gr.Slider):
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return value if is_number and element.minimum <= value <= element.maximum else None
+    if isinstance(element, gr.Checkbox):
+        return value if isinstance(value, bool) else None
+    if isinstance(element, gr.Textbox):
+        return None if isinstance(value, dict | list) or value is None else str(value)
+    if isinstance(element, gr.Dropdown) and not element.multiselect:
+        value = getattr(value, "value", value)  # an enum's
+        choices = [choice for _, choice in element.choices]
+        return value if isinstance(value, str) and (value in choices or element.allow_custom_value) else None
+    return None
+
+
+def _arguments_of(runner: GRPORunner, form: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run would get from these values of the form."""
+    data = dict.fromkeys(runner.manager.get_elem_list())
+    data |= {runner.manager.get_elem_by_id(element_id): value for element_id, value in form.items()}
+    if not form["top.model_name"]:
+        data[runner.manager.get_elem_by_id("top.model_name")] = "Custom"  # the host joins it into a path
+    return runner._parse_train_args(data)
+
+
+def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
+    """What the extra arguments have to add: the recipe's own values, and null for what is not its."""
+    typed_made = typed(dict(made))
+    needless = {key: value for key, value in effective_defaults().items() if key not in DERIVED_KEYS}
+    own = {
+        key: value
+        for key, value in wanted.items()
+        if (typed_made[key] != value if key in typed_made else key not in needless or needless[key] != value)
+    }
+    not_its = [key for key, value in typed_made.items() if key not in wanted and value != effective.get(key)]
+    return {**own, **dict.fromkeys(not_its)}
+
+
+def _booster(effective: Mapping[str, Any]) -> str:
+    if effective["use_unsloth"]:
+        return "unsloth"
+    if effective["enable_liger_kernel"]:
+        return "liger_kernel"
+    return "flashattn2" if str(getattr(effective["flash_attn"], "value", effective["flash_attn"])) == "fa2" else "auto"
+
+
+def _model_name(path: str) -> str:
+    """The host's name for a model, or its name for any other."""
+    return next((name for name, paths in SUPPORTED_MODELS.items() if path in paths.values()), "Custom")
+
+
+def _as_path(path: str) -> str:
+    """A path that the host takes as it is: one without a separator it looks for in its own folder."""
+    return path if os.path.sep in path else os.path.join(".", path)
+
+
+def _items(value: Any) -> list[str]:
+    return [item.strip() for item in value.split(",")] if isinstance(value, str) else list(value or [])
+
+
+def export_recipe(arguments: Mapping[str, Any]) -> str:
+    """A run's arguments as a YAML file to pass on, in the sections that the host's examples have, without secrets."""
+    arguments = mask(arguments)
+    groups = {field.key: field.group.lower() for field in FORM_FIELDS}
+    for name, owner in _SECTIONS:
+        groups |= {spec.name: name for spec in dataclasses.fields(owner) if spec.name not in groups}
+    groups |= dict.fromkeys(("stage", "do_train"), "method")
+    order = ["model", "method", "dataset", *(group.lower() for group in GROUPS), "train"]
+    parts = ["# llamafactory-cli train grpo.yaml"]
+    for name in order:
+        section = {
+            key: value for key, value in arguments.items() if groups.get(key, "method") == name and value is not None
+        }
+        if section:
+            body = yaml.safe_dump(section, allow_unicode=True, sort_keys=False, width=119)
+            parts.append(f"### {name}\n{body.rstrip()}")
+    return "\n\n".join(parts) + "\n"

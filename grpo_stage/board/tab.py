@@ -1,0 +1,309 @@
+"""GRPO in LLaMA Board's train tab: the panel behind the host's RLHF panel, and the view of a run at the end.
+
+The host builds its tab from one set of input elements and hands their values to the runner. Ours join that set before
+the host fills it, so that they take part in all that it does with its own: preview, start, save, load, languages.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+import wrapt
+from gradio.components import Component
+from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
+from llamafactory.extras.misc import is_accelerator_available
+from llamafactory.webui.common import load_dataset_info
+from llamafactory.webui.control import list_datasets
+
+from grpo_stage.arguments import applies
+from grpo_stage.board.fields import FORM_FIELDS, GROUPS, FormField, effective
+from grpo_stage.board.imported_code import ImportedCode
+from grpo_stage.board.locales import PREFIX, message
+from grpo_stage.board.pages import serve_many_pages
+from grpo_stage.board.recipes import export_recipe, import_recipe
+from grpo_stage.board.run_view import RunView
+from grpo_stage.board.runner import GRPORunner
+from grpo_stage.board.tables import harmless, literal, table
+from grpo_stage.board.trial import try_rewards
+from grpo_stage.host.recipe_text import read_recipe
+from grpo_stage.plugin.registration import STAGE
+
+
+if TYPE_CHECKING:
+    from llamafactory.webui.engine import Engine
+
+
+FIELDS_IN_A_ROW = 4
+OPEN_GROUPS = ("Rollout", "Rewards")
+# What a person who chooses the stage starts with, in the host's own fields. Ten times the rate for adapters:
+# docs/configuration.md.
+LEARNING_RATES: Mapping[str, str] = {"lora": "1e-5", "oft": "1e-5", "full": "1e-6", "freeze": "1e-6"}
+SANE_VALUES: Mapping[str, Any] = {
+    "lr_scheduler_type": "constant_with_warmup",
+    "cutoff_len": 1024,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": "1.0",
+    "logging_steps": 1,
+    "save_steps": 50,
+}
+
+
+@wrapt.decorator
+def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """The host's train tab with the panel and the run view."""
+    engine: Engine = args[0] if args else kwargs["engine"]
+    inputs = engine.manager.get_base_elems()
+    panel = Panel()
+    inputs.update(panel.inputs)
+    engine.manager.get_base_elems = lambda: inputs
+    try:
+        train: dict[str, Any] = wrapped(*args, **kwargs)
+    finally:
+        del engine.manager.get_base_elems
+    _move_behind(panel.accordion, train["rlhf_tab"])
+    view = RunView()
+    serve_many_pages(engine, train)
+    panel.connect(engine, train, inputs)
+    view.connect(engine, train)
+    train["training_stage"].change(
+        lambda stage: [
+            gr.update(visible=is_grpo(stage)),
+            gr.update(visible=is_grpo(stage)),
+            gr.Timer(active=is_grpo(stage)),
+        ],
+        [train["training_stage"]],
+        [panel.accordion, view.panel, view.timer],
+        queue=False,
+        show_progress="hidden",
+    )
+    return {**train, **panel.elements, **view.elements}
+
+
+def is_grpo(stage_name: str) -> bool:
+    """Whether this entry of the Board's stage list is ours."""
+    return TRAINING_STAGES.get(stage_name) == STAGE
+
+
+def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
+    assert block.parent is not None
+    assert block.parent is neighbour.parent
+    siblings = block.parent.children
+    siblings.remove(block)
+    siblings.insert(siblings.index(neighbour) + 1, block)
+
+
+def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
+    """Those that the stage can train on, and those that the folder does not know."""
+    info, wants_pairs = load_dataset_info(folder), TRAINING_STAGES[stage_name] in STAGES_USE_PAIR_DATA
+    return [name for name in datasets if name not in info or info[name].get("ranking", False) == wants_pairs]
+
+
+class Panel:
+    """The form of the stage's keys, with what can be done before a run: recipes in and out, a try of the rewards."""
+
+    def __init__(self) -> None:
+        self.fields: dict[str, Component] = {}
+        self.elements: dict[str, gr.blocks.Block] = {}
+        with gr.Accordion(open=True, visible=False, elem_id="grpo_tab") as self.accordion:
+            with gr.Row():
+                self._import = gr.UploadButton(file_types=[".yaml", ".yml"], elem_id="grpo_import")
+                self._export = gr.Button()
+                self._exported = gr.File(visible=False, interactive=False, elem_id="grpo_exported")
+            for group, fields in groupby(FORM_FIELDS, key=lambda field: field.group):
+                with gr.Accordion(open=group in OPEN_GROUPS) as section:
+                    self._add_rows(list(fields))
+                    if group == "Rewards":
+                        self.code = ImportedCode()
+                        self._add_trial()
+                self.elements[f"{PREFIX}group_{group.lower()}"] = section
+        self.elements |= {
+            **self.code.elements,
+            "grpo_tab": self.accordion,
+            "grpo_import_btn": self._import,
+            "grpo_export_btn": self._export,
+            "grpo_exported": self._exported,
+            **{field.element: self.fields[field.key] for field in FORM_FIELDS},
+        }
+
+    @property
+    def inputs(self) -> set[Component]:
+        """Whose values reach the runner."""
+        return {*self.fields.values(), *self.code.elements.values()}
+
+    def _add_rows(self, fields: list[FormField]) -> None:
+        for start in range(0, len(fields), FIELDS_IN_A_ROW):
+            with gr.Row():
+                for field in fields[start : start + FIELDS_IN_A_ROW]:
+                    self.fields[field.key] = field.widget()
+
+    def _add_trial(self) -> None:
+        with gr.Row():
+            self._num_rows = gr.Slider(minimum=1, maximum=16, value=4, step=1)
+            self._source = gr.Dropdown(choices=["reference", "model"], value="reference")
+            self._try = gr.Button(elem_id="grpo_try_btn")
+        self._report = gr.Textbox(
+            visible=False, interactive=False, max_lines=20, show_label=False, elem_id="grpo_try_report"
+        )
+        self._scores = gr.HTML(visible=False, elem_id="grpo_try_table", max_height=500, padding=False)
+        self._is_trying = gr.State(False)
+        self.elements |= {
+            "grpo_try_rows": self._num_rows,
+            "grpo_try_source": self._source,
+            "grpo_try_btn": self._try,
+            "grpo_try_table": self._scores,
+        }
+
+    def connect(self, engine: "Engine", train: Mapping[str, Any], inputs: set[Component]) -> None:
+        """Wire the events, once the host's elements are there."""
+        assert isinstance(engine.runner, GRPORunner)
+        self._show_what_applies(train)
+        self._set_sane_values(engine, train)
+        lang, output_box = engine.manager.get_elem_by_id("top.lang"), train["output_box"]
+
+        def load(data: dict[Component, Any]) -> dict[Component, Any]:
+            try:
+                recipe = read_recipe(data[self._import])
+                form = import_recipe(engine.runner, recipe)
+            except ValueError as refusal:
+                gr.Warning(harmless(str(refusal)), duration=None)  # until it is closed
+                return {output_box: literal(str(refusal))}
+            values = {element: value for element, value in form.items() if element in inputs}
+            said = {output_box: message("imported", data[lang]), self.code.confirmed: self.code.choices(recipe)}
+            return values | said | dict(zip(results, hidden(), strict=True))
+
+        def save(data: dict[Component, Any]) -> dict[Component, Any]:
+            error = engine.runner._initialize(data, do_train=True, from_preview=True)
+            if error:
+                gr.Warning(error)
+                return {output_box: error, self._exported: gr.File(visible=False)}
+            path = Path(tempfile.mkdtemp(prefix="grpo-stage-recipe-")) / "grpo.yaml"
+            path.write_text(export_recipe(engine.runner._parse_train_args(data)), encoding="utf-8")
+            return {output_box: message("exported", data[lang]), self._exported: gr.File(str(path), visible=True)}
+
+        def attempt(data: dict[Component, Any]) -> Iterator[list[Any]]:
+            yield from self._attempt(engine.runner, data, data[lang])
+
+        def hidden() -> list[Any]:
+            return [gr.update(visible=False)] * len(results)
+
+        def stop(is_trying: bool, language: str) -> list[Any]:
+            return [message("trial_stopped", language) if is_trying else gr.skip(), False]
+
+        results = [self._report, self._scores, self._exported]
+        trial = self._try.click(
+            attempt,
+            inputs | {lang, self._num_rows, self._source},
+            [self._report, self._scores, self._is_trying],
+            concurrency_limit=1,
+        )
+        self._import.upload(
+            load, {lang, self._import}, [*inputs, output_box, *results], concurrency_limit=None, cancels=[trial]
+        )
+        self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
+        train["stop_btn"].click(
+            stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False
+        )
+        # What was tried and exported is another form's once one is loaded.
+        gr.on([train["arg_load_btn"].click, train["output_dir"].input], hidden, None, results, cancels=[trial])
+        self.code.connect(engine.runner, [self._try, train["start_btn"]], inputs)
+        dataset_lists = [train["dataset_dir"], train["training_stage"]]
+        eval_dataset = self.fields["eval_dataset"]
+        eval_dataset.focus(list_datasets, dataset_lists, [eval_dataset], queue=False)
+
+    def _attempt(self, runner: GRPORunner, data: dict[Component, Any], lang: str) -> Iterator[list[Any]]:
+        try:
+            arguments = runner.trial_arguments(data)
+        except ValueError as refusal:
+            yield [gr.Textbox(str(refusal), visible=True), gr.update(visible=False), False]
+            return
+        for trial in try_rewards(arguments, data[self._num_rows], data[self._source]):
+            if not trial.is_done:
+                said = message("trying", lang, seconds=f"{trial.elapsed_s:.0f}")
+                yield [gr.Textbox(said, visible=True), gr.update(visible=False), True]
+            elif trial.error is not None:
+                yield [gr.Textbox(trial.error, visible=True), gr.update(visible=False), False]
+            else:
+                prompt, kind, completion, total = message("trial_headers", lang).split("|")
+                headers = [prompt, kind, completion, *trial.headers, total]
+                scores = table(headers, trial.rows, [5, 2, 5] + [1.5] * (len(headers) - 3))
+                notes = gr.Textbox("\n".join(trial.notes), visible=bool(trial.notes))
+                yield [notes, gr.update(value=scores, visible=True), False]
+
+    def _show_what_applies(self, train: Mapping[str, Any]) -> None:
+        """Hide the fields that have no effect beside the others' values."""
+        conditional = [field for field in FORM_FIELDS if field.only_with]
+        conditions = {key for field in conditional for key in field.only_with} - {"eval_strategy"}
+        watched = {key: self.fields[key] for key in sorted(conditions | {"eval_dataset"})}
+
+        def visible(val_size: float, *values: Any) -> list[bool]:
+            given = {key: value for key, value in zip(watched, values, strict=True) if value is not None}
+            run = effective(given, eval_strategy="steps" if val_size or given.get("eval_dataset") else "no")
+            return [applies(field.only_with, run) for field in conditional]
+
+        elements = [train["val_size"], *watched.values()]
+        gr.on(
+            [element.change for element in elements],
+            lambda *values: [gr.update(visible=is_visible) for is_visible in visible(*values)],
+            elements,
+            [self.fields[field.key] for field in conditional],
+            queue=False,
+            show_progress="hidden",
+        )
+        for field, is_visible in zip(conditional, visible(*(element.value for element in elements)), strict=True):
+            self.fields[field.key].visible = is_visible
+
+    def _set_sane_values(self, engine: "Engine", train: Mapping[str, Any]) -> None:
+        """A person who chooses the stage gets values for it, and one who leaves it the earlier ones back."""
+        finetuning_type = engine.manager.get_elem_by_id("top.finetuning_type")
+        names = ["learning_rate", "compute_type", *SANE_VALUES]
+        shared = [train[name] for name in names]
+        earlier = gr.State(None)
+
+        def sane(method: str) -> list[Any]:
+            compute_type = "bf16" if is_accelerator_available() else "fp32"
+            return [LEARNING_RATES.get(method, "1e-5"), compute_type, *SANE_VALUES.values()]
+
+        def choose(
+            stage: str,
+            method: str,
+            folder: str,
+            datasets: list[str] | None,
+            before: list[Any] | None,
+            *values: Any,
+        ) -> list[Any]:
+            if not is_grpo(stage) and before is None:
+                return [gr.skip(), None, *[gr.skip()] * len(names)]
+            kept_datasets = _fit_for(stage, folder, datasets or [])
+            if is_grpo(stage):
+                return [kept_datasets, before or list(values), *sane(method)]
+            assert before is not None
+            kept = [
+                old if value == ours else value for old, value, ours in zip(before, values, sane(method), strict=True)
+            ]
+            return [kept_datasets, None, *kept]
+
+        def follow(stage: str, method: str, rate: str) -> Any:
+            return LEARNING_RATES[method] if is_grpo(stage) and rate in LEARNING_RATES.values() else gr.skip()
+
+        stage = train["training_stage"]
+        stage.input(
+            choose,
+            [stage, finetuning_type, train["dataset_dir"], train["dataset"], earlier, *shared],
+            [train["dataset"], earlier, *shared],
+            queue=False,
+            show_progress="hidden",
+        )
+        finetuning_type.input(
+            follow,
+            [stage, finetuning_type, train["learning_rate"]],
+            [train["learning_rate"]],
+            queue=False,
+            show_progress="hidden",
+        )
+
+
+assert set(OPEN_GROUPS) <= set(GROUPS)

@@ -1,0 +1,80 @@
+"""The Board's "try the rewards": `grpo-stage try-rewards` in a process of its own, and its answer as a table.
+
+In a process of its own, since a function of the person's is loaded anew at every try, may hang, and may take memory.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from grpo_stage.board.tables import number
+
+
+Source = Literal["reference", "model"]
+POLL_INTERVAL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """How far a trial is: the seconds that it has taken, and at its end either a table or an error."""
+
+    elapsed_s: float
+    headers: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    notes: Sequence[str] = ()
+    error: str | None = None
+    is_done: bool = False
+
+
+def try_rewards(arguments: Mapping[str, Any], num_rows: int, source: Source) -> Iterator[Trial]:
+    """Score completions of the run's first prompts; closing the iterator ends the process."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="grpo-stage-trial-") as folder:
+        recipe, answer, errors = (Path(folder) / name for name in ("recipe.yaml", "answer.json", "errors.txt"))
+        recipe.write_text(yaml.safe_dump(dict(arguments), allow_unicode=True), encoding="utf-8")
+        command = [sys.executable, "-m", "grpo_stage.tools.cli", "try-rewards", str(recipe)]
+        command += ["--rows", str(num_rows), "--completions", source, "--json", str(answer)]
+        with errors.open("wb") as stderr:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=stderr, start_new_session=True
+            )
+        try:
+            while process.poll() is None:
+                yield Trial(time.monotonic() - started)
+                time.sleep(POLL_INTERVAL_S)
+        finally:
+            if process.poll() is None:
+                process.terminate()  # its reward workers end with it
+                process.wait()
+        elapsed_s = time.monotonic() - started
+        if process.returncode != 0:
+            said = errors.read_text(encoding="utf-8", errors="replace").strip()
+            said = said.rpartition("grpo-stage: ")[2]  # what the host warned of stands before it
+            yield Trial(elapsed_s, error=said or f"Exit code {process.returncode}", is_done=True)
+            return
+        found = json.loads(answer.read_text(encoding="utf-8"))
+    names = found["functions"]
+    yield Trial(
+        elapsed_s,
+        headers=names,
+        rows=[
+            [
+                row["prompt"],
+                row["kind"],
+                row["completion"],
+                *(number(row["rewards"][name]) for name in names),
+                number(row["reward"]),
+            ]
+            for row in found["rows"]
+        ],
+        notes=found["notes"],
+        is_done=True,
+    )

@@ -1,0 +1,356 @@
+"""The canary: is what the engine sampled from really the trainer's policy?
+
+The largest class of silent failures in this field is rollouts from another model than the one that trains: an adapter
+never delivered, delivered twice, scaled wrongly, answered from a stale cache. Two tests look for them:
+
+- The difference between the engine's and the trainer's log-probability of the very tokens that were sampled. In
+  float32 the two agree so closely that a small bound on it finds every fault at once.
+- In half precision rounding alone makes a difference as large as an update does. There `SlopeTest` asks whether the
+  engine's log-probabilities *move* as the trainer's do.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+
+from grpo_stage.rollout.queue import group_state, load_group, load_tensors, tensors_state
+from grpo_stage.types import Completion, Prompt, RolloutEngine, RolloutGroup, ScoredGroup
+
+
+# float32, measured with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on average
+# (SmolLM2-135M; 2e-6 on a tiny model), a base model that answers in place of the adapter by 2e-3 after one update, and
+# each fault injected in tests/engines by 0.4 and more.
+# Half precision: no more than a limit against nonsense, since sound engines differ by up to 0.06 (docs/metrics.md),
+# and the slope is what tells.
+TIGHT_BOUND = 2e-4
+DEFAULT_BOUNDS = {torch.float32: TIGHT_BOUND, torch.float16: 0.5, torch.bfloat16: 0.5}
+
+_START_SEQUENCES, _PREVIOUS_SEQUENCES = 16, 8
+_TOKENS_A_SEQUENCE = 32
+_TOKENS_A_BLOCK = 8
+"""Rounding errors of neighboring tokens may depend on each other; those of different blocks are taken not to."""
+
+_MARGIN, _LEAST_ERROR = 0.1, 0.01
+"""What a slope may be off for other reasons than noise: another rounding of the adapter, or noise that is not of quite
+equal size in two versions. Such a bias does not shrink as a standard error does over a long run."""
+
+_FALSE_ALARMS = 1e-7
+"""The probability of an alarm in a sound run, each time that a slope is looked at."""
+
+_MEMORY_SYNCS = 16
+
+
+class StaleRolloutError(RuntimeError):
+    """The engine sampled from another policy than the trainer's."""
+
+
+def check_versions(groups: Sequence[RolloutGroup], version: int) -> None:
+    """Raise unless every group was sampled from `version`."""
+    for group in groups:
+        if group.policy_version != version:
+            raise StaleRolloutError(
+                f"The engine sampled prompt {group.prompt.index} from policy version {group.policy_version}, but the "
+                f"trainer is at version {version}: training on it would push the policy the wrong way. The run is "
+                "stopped. Resume from the last checkpoint; if it happens again, use `rollout_backend: hf`."
+            )
+
+
+def check_difference(mean: float, bound: float, backend: str) -> None:
+    """Raise if the engine's and the trainer's log-probabilities differ by more than `bound` on average.
+
+    Args:
+        mean: mean over sampled tokens of |sampling - policy log-probability|, in nats.
+        bound: `max_sampling_logprob_diff`.
+        backend: the engine's name, for the message.
+    """
+    if mean <= bound:  # a NaN is not
+        return
+    raise StaleRolloutError(
+        f"The log-probabilities of the sampled tokens differ by {mean:.2g} nats on average between the {backend} "
+        f"engine and the trainer; the bound is {bound:.2g} (`max_sampling_logprob_diff`). The completions come from "
+        "another policy than the one that is trained: an adapter that was not delivered, or not as it is, another "
+        "precision, or another temperature. Training on them would teach the wrong thing, so the run is stopped. "
+        "Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version. Raise the bound "
+        "only if you know why the two engines differ, for example a quantised engine."
+    )
+
+
+Scores = Sequence[torch.Tensor]
+"""One [T] a completion, prompt-major."""
+
+
+@dataclass(slots=True)
+class Slope:
+    """By how much of the policy's move the engine has moved, over tokens that both have scored.
+
+    With b the trainer's log-probability of a token under an earlier version, p under the present one, and e the
+    engine's, it is the slope of e - b on p - b through the origin:
+
+        slope = sum (p - b)(e - b) / sum (p - b)^2
+
+    1 is sound, 0 an engine that answers with the earlier version, 0.5 with half of what came since, 2 with twice that.
+
+    The error is the standard error that allows for any dependence within a cluster (the sandwich estimator), and is
+    about noise / sqrt(sum (p - b)^2): it says by itself when it is too early to tell. A cluster is a block of
+    neighboring tokens of all completions of a prompt, whose beginnings are often the same. Where few clusters hold
+    most of the sum, they are what counts: `num_clusters` is the effective number, sum(xx)^2 / sum(xx^2).
+
+    **Noise in p draws the slope towards 0.5.** A pass in half precision has an error n, and p - b holds n_p - n_b.
+    With errors of equal size that an update makes independent, sum (p - b)(e - p) is -sum n_p^2 on average, and so
+
+        1 - slope  =  sum n_p^2 / sum (p - b)^2  <=  min(1/2, 2 residual / sum (p - b)^2)
+
+    for a sound engine: never below 0.5, however large the noise is. (The residual of the regression holds at least
+    half of sum n_p^2.) An engine that answers with the earlier version is above 0 by as much, and never above 0.5. So
+    the bound that `is_sound` compares with is 0.5 where the noise is large, and goes to 1 where it is small, each less
+    a margin.
+    """
+
+    xx: float = 0.0
+    xy: float = 0.0
+    yy: float = 0.0
+    """sum (e - b)^2."""
+    square_xx: float = 0.0
+    """The sum over clusters of a cluster's xx^2; the next two are alike."""
+    product: float = 0.0
+    square_xy: float = 0.0
+
+    def add(self, before: Scores, policy: Scores, engine: Scores) -> None:
+        """Count the completions of one prompt in: of each the b, p and e above, [T] in nats.
+
+        What the trainer has no finite number for is left out, and is the loss's affair.
+        """
+        clusters: dict[int, list[float]] = {}
+        for b, p, e in zip(before, policy, engine, strict=True):
+            x, y = p.double() - b.double(), e.double() - b.double()
+            if not x.isfinite().all():
+                continue
+            self.yy += y.square().sum().item()
+            blocks = zip(x.split(_TOKENS_A_BLOCK), y.split(_TOKENS_A_BLOCK), strict=True)
+            for i, (block_x, block_y) in enumerate(blocks):
+                cluster = clusters.setdefault(i, [0.0, 0.0])
+                cluster[0] += block_x.square().sum().item()
+                cluster[1] += (block_x * block_y).sum().item()
+        for xx, xy in clusters.values():
+            self.xx += xx
+            self.xy += xy
+            self.square_xx += xx * xx
+            self.product += xx * xy
+            self.square_xy += xy * xy
+
+    def forget(self, factor: float) -> None:
+        """Let what was counted so far weigh `factor` as much as what follows."""
+        for name in ("xx", "xy", "yy"):
+            setattr(self, name, getattr(self, name) * factor)
+        for name in ("square_xx", "product", "square_xy"):
+            setattr(self, name, getattr(self, name) * factor * factor)
+
+    @property
+    def num_clusters(self) -> float:
+        return self.xx**2 / self.square_xx if self.square_xx > 0 else 0.0
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether more than one cluster has moved."""
+        return self.num_clusters > 1.5
+
+    @property
+    def value(self) -> float:
+        return self.xy / self.xx
+
+    @property
+    def error(self) -> float:
+        scores = self.square_xy - 2 * self.value * self.product + self.value**2 * self.square_xx
+        n = self.num_clusters
+        return math.sqrt(max(scores, 0.0) * n / (n - 1)) / self.xx
+
+    @property
+    def is_sound(self) -> bool:
+        """False where noise alone would give such a slope once in 10 million looks."""
+        from scipy.special import stdtrit
+
+        quantile = -float(stdtrit(self.num_clusters - 1, _FALSE_ALARMS))  # Student's t
+        noise = quantile * max(self.error, _LEAST_ERROR) + _MARGIN
+        residual = self.yy - self.value * self.xy
+        return max(0.5, 1 - 2 * residual / self.xx) - noise <= self.value <= 1 + noise
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """Tokens that engine and trainer score, and what the trainer said of them before."""
+
+    groups: tuple[ScoredGroup, ...]
+    before: Scores
+
+    def add_to(self, slopes: Sequence[Slope], policy: Iterator[torch.Tensor], engine: Iterator[torch.Tensor]) -> None:
+        """Count its tokens in; takes its completions' scores off both."""
+        before = iter(self.before)
+        for scored in self.groups:
+            count = len(scored.group.completions)
+            of_prompt = [list(islice(scores, count)) for scores in (before, policy, engine)]
+            for slope in slopes:
+                slope.add(*of_prompt)
+
+
+@dataclass(slots=True, kw_only=True)
+class SlopeTest:
+    """Whether the engine follows the policy, sync by sync: two slopes at each new version.
+
+    *start*: a fixed probe, tokens of the first rollout, against the adapter switched off (LoRA) or the version of the
+    first rollout (other tuning). It finds what never arrives, arrives scaled, or twice.
+
+    *previous*: a probe of the rollout before, against the version that sampled it. It finds an engine that is one sync
+    behind. Each sync says little where updates are small, so evidence adds up: over the whole run, and over the last
+    syncs for a fault that begins late. Where updates are large, the present sync alone tells.
+
+    `ask` comes first, while the engine is awake, then `check`.
+    """
+
+    backend: str
+    """The engine's name, for the message."""
+    score: Callable[[Sequence[ScoredGroup]], Scores]
+    """The trainer's log-probabilities at temperature 1."""
+    adapter_off: Callable[[], AbstractContextManager[Any]] | None
+    """In it `score` is that of the model without its adapter; None where there is no adapter."""
+    _start: _Probe | None = None
+    _previous: _Probe | None = None
+    _since_previous: tuple[Slope, Slope] = field(default_factory=lambda: (Slope(), Slope()))
+    """Over all syncs, and over the last ones."""
+    _version: int = -1
+
+    def ask(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> list[torch.Tensor]:
+        """The engine's scores of the probes, for `check`; none where there is nothing to compare.
+
+        Args:
+            engine: holds `version`.
+            groups: what it has just sampled.
+            version: of the policy.
+        """
+        if self._start is None and (chosen := _choose(groups, _START_SEQUENCES)):
+            self._start = _Probe(chosen, ())
+        if self._start is None or version == self._version:
+            return []
+        return engine.score([scored.group for scored in self._probes])
+
+    def check(self, answers: Scores, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+        """Compare the engine's answers with the trainer's, and prepare the next comparison.
+
+        Args:
+            answers: what `ask` gave.
+            groups: as there.
+            version: as there.
+
+        Returns:
+            The slopes and their standard errors, by metric name; what cannot be told yet is left out.
+
+        Raises:
+            StaleRolloutError: if a slope is not sound.
+        """
+        if self._start is None or not answers:
+            return {}
+        self._version = version
+        chosen = _choose(groups, _PREVIOUS_SEQUENCES)
+        scores = self.score([*self._probes, *chosen])
+        policy, engine = iter(scores[: len(answers)]), iter(answers)
+        if not self._start.before:  # not in `ask`: the engine may need its memory until it sleeps
+            with (self.adapter_off or nullcontext)():
+                self._start = _Probe(self._start.groups, self.score(self._start.groups))
+        from_start, this_sync = Slope(), Slope()
+        self._start.add_to([from_start], policy, engine)
+        self._since_previous[1].forget(1 - 1 / _MEMORY_SYNCS)
+        if self._previous is not None:
+            self._previous.add_to([*self._since_previous, this_sync], policy, engine)
+        if chosen:
+            self._previous = _Probe(chosen, scores[len(answers) :])
+        self._judge(from_start, "the model without its adapter" if self.adapter_off else "the first rollout", version)
+        for slope in (*self._since_previous, this_sync):
+            self._judge(slope, "the sync before", version)
+        return {
+            f"sampling/{figure}/{name}": value
+            for name, slope in (("start", from_start), ("previous", self._since_previous[0]))
+            if slope.is_defined
+            for figure, value in (("slope", slope.value), ("slope_error", slope.error))
+        }
+
+    def undo(self) -> Callable[[], None]:
+        """What puts back the state of now."""
+        start, previous, version = self._start, self._previous, self._version
+        whole_run, last_syncs = map(dataclasses.replace, self._since_previous)
+
+        def put_back() -> None:
+            self._start, self._previous, self._version = start, previous, version
+            self._since_previous = whole_run, last_syncs
+
+        return put_back
+
+    def state_dict(self) -> dict[str, Any]:
+        """For JSON, exact; `load_state_dict` reads it."""
+        return {
+            "probes": [
+                probe and [[group_state(scored) for scored in probe.groups], tensors_state(tuple(probe.before))]
+                for probe in (self._start, self._previous)
+            ],
+            "since_previous": [dataclasses.asdict(slope) for slope in self._since_previous],
+            "version": self._version,
+            "backend": self.backend,
+        }
+
+    def load_state_dict(self, state: dict[str, Any], prompts: Sequence[Prompt]) -> None:
+        """Go on from what `state_dict` gave, unless it is of another engine; `prompts` is the dataset."""
+        if state["backend"] != self.backend:
+            return
+        self._start, self._previous = (
+            probe and _Probe(tuple(load_group(group, prompts) for group in probe[0]), load_tensors(probe[1]) or ())
+            for probe in state["probes"]
+        )
+        whole_run, last_syncs = (Slope(**slope) for slope in state["since_previous"])
+        self._since_previous, self._version = (whole_run, last_syncs), state["version"]
+
+    @property
+    def _probes(self) -> list[ScoredGroup]:
+        return [scored for probe in (self._start, self._previous) if probe for scored in probe.groups]
+
+    def _judge(self, slope: Slope, start: str, version: int) -> None:
+        if not slope.is_defined or slope.is_sound:
+            return
+        raise StaleRolloutError(
+            f"The {self.backend} engine does not follow the policy: at step {version} its log-probabilities of tokens "
+            f"that both score differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what the "
+            "trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
+            "since, 2 with twice that. The completions come from another policy than the one that is trained, so the "
+            "run is stopped. Try `rollout_backend: hf`; if that is quiet, report the model and the vLLM version."
+        )
+
+
+def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[ScoredGroup, ...]:
+    """The beginnings of `count` completions, of as many prompts as there are, the shortest first."""
+    groups = sorted(groups, key=lambda group: len(group.prompt.token_ids))
+    per_group = -(-count // max(1, len(groups)))
+    chosen = []
+    for group in groups[:count]:
+        completions = [_beginning(each) for each in group.completions[:per_group]]
+        completions = [each for each in completions if each.token_ids]
+        if completions:
+            chosen.append(
+                ScoredGroup(
+                    group=dataclasses.replace(group, completions=tuple(completions)),
+                    rewards=((),) * len(completions),
+                    total_rewards=(None,) * len(completions),
+                    advantages=(0.0,) * len(completions),
+                )
+            )
+    return tuple(chosen)
+
+
+def _beginning(completion: Completion) -> Completion:
+    """Without its last token: the engine wants room for one more, and there may be none."""
+    count = min(_TOKENS_A_SEQUENCE, len(completion.token_ids) - 1)
+    return dataclasses.replace(
+        completion, token_ids=completion.token_ids[:count], sampling_logprobs=completion.sampling_logprobs[:count]
+    )

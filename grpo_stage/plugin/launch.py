@@ -1,0 +1,48 @@
+"""From parsed arguments to a run, and from a run that was stopped back to the command line."""
+
+import contextlib
+import os
+import shlex
+import sys
+
+from transformers import TrainerCallback
+
+from grpo_stage.host.facade import get_logger, stage_callbacks
+from grpo_stage.host.parser import RunArguments
+from grpo_stage.survival.run_lock import owned
+from grpo_stage.survival.stop import StopRequested
+from grpo_stage.workflow import run_grpo
+
+
+logger = get_logger(__name__)
+
+
+def run(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
+    """Run the stage with the caller's callbacks and the host's own.
+
+    Raises:
+        ValueError: if another run is in `output_dir`.
+        SystemExit: with the exit code of a process that the signal ended, where the run was stopped by one.
+    """
+    training = arguments.training
+    training.output_dir = os.path.abspath(training.output_dir)  # wherever a reward function changes to
+    try:
+        with owned(training.output_dir) if training.should_save else contextlib.nullcontext():
+            run_grpo(arguments, callbacks + stage_callbacks(arguments))
+    except StopRequested as request:
+        logger.warning_rank0(f"The run was {request}. {_how_to_go_on(request.checkpoint, sys.argv[1:])}")
+        raise SystemExit(128 + request.signal) from None
+
+
+def _how_to_go_on(checkpoint: str | None, command_line: list[str]) -> str:
+    if checkpoint is None:
+        return "No step was finished, so that nothing is lost: start it again with the same command."
+    is_file = bool(command_line) and command_line[0].endswith((".yaml", ".yml", ".json"))
+    if is_file:
+        rest = [word for word in command_line if not word.startswith("resume_from_checkpoint=")]
+        command = [*rest, f"resume_from_checkpoint={checkpoint}"]
+    elif "--stage" in command_line or any(word.startswith("--stage=") for word in command_line):
+        command = [*command_line, "--resume_from_checkpoint", checkpoint]  # the last of two counts
+    else:  # not started by the command line
+        return f"Go on with `resume_from_checkpoint: {checkpoint}`."
+    return f"Everything so far is in {checkpoint}. Go on with:\n\n    llamafactory-cli train {shlex.join(command)}\n"

@@ -1,0 +1,1 @@
+"""What a run writes down: metrics, completions, logs, and what reads them."""

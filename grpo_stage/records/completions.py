@@ -1,0 +1,83 @@
+"""What the policy wrote and what it got for it: a table for the eye, a JSONL file for everything else."""
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from grpo_stage.records.line_log import LineLog
+from grpo_stage.types import ScoredGroup
+
+
+COMPLETIONS_FILE = "completions.jsonl"
+
+
+class CompletionsLog:
+    """Written on one rank, with the completions of all."""
+
+    def __init__(self, output_dir: str, reward_names: Sequence[str], num_to_print: int) -> None:
+        self._log = LineLog(os.path.join(output_dir, COMPLETIONS_FILE))
+        self._reward_names = reward_names
+        self._num_to_print = num_to_print
+        self._latest: list[dict[str, Any]] = []
+
+    def drop_after(self, step: int) -> None:
+        """Forget lines past `step`: a resumed run replays those steps, and a fresh run (step 0) has none yet."""
+        self._log.keep(lambda record: record["step"] <= step)
+
+    def record(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Append a line a completion. `step` is the optimizer step that trains on it first."""
+        self._latest = [
+            {
+                "step": step,
+                "prompt_index": scored.group.prompt.index,
+                "prompt": scored.group.prompt.text,
+                "completion": completion.text,
+                "reference": scored.group.prompt.reference,
+                "rewards": dict(zip(self._reward_names, rewards, strict=True)),
+                "reward": total,
+                "advantage": advantage,
+                "num_tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason.value,
+                "policy_version": scored.group.policy_version,
+            }
+            for scored in groups
+            for completion, rewards, total, advantage in zip(
+                scored.group.completions, scored.rewards, scored.total_rewards, scored.advantages, strict=True
+            )
+        ]
+        self._log.append([json.dumps(record, ensure_ascii=False) for record in self._latest])
+
+    def print_table(self) -> None:
+        """Show the best and the worst of the last rollout, alternating."""
+        if not self._latest:
+            return
+        ranked = sorted(self._latest, key=lambda record: (record["reward"] is None, -(record["reward"] or 0.0)))
+        best_first = [record for pair in zip(ranked, reversed(ranked), strict=True) for record in pair]
+        table = Table(title=f"Completions of step {self._latest[0]['step']}", show_lines=True, title_justify="left")
+        table.add_column("prompt", max_width=40)
+        table.add_column("completion", max_width=60)
+        for name in self._reward_names:
+            table.add_column(name, justify="right")
+        table.add_column("advantage", justify="right")
+        for record in best_first[: min(self._num_to_print, len(ranked))]:
+            # Text, not str: a completion may hold what rich would take for markup.
+            table.add_row(
+                Text(_shortened(record["prompt"])),
+                Text(_shortened(record["completion"])),
+                *(_number(value) for value in record["rewards"].values()),
+                _number(record["advantage"]),
+            )
+        Console().print(table)
+
+
+def _shortened(text: str, limit: int = 300) -> str:
+    return text if len(text) <= limit else f"{text[: limit // 2]} [...] {text[-limit // 2 :]}"
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.2f}"

@@ -1,0 +1,159 @@
+"""What is logged: each metric's definition, as sums and counts that are reduced over ranks before dividing.
+
+A mean of ranks' means would weigh a rank with two completions like one with twenty.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import stdev
+from typing import Any
+
+import torch
+
+from grpo_stage.algorithm.losses import SurrogateOutput
+from grpo_stage.distributed import all_gather
+from grpo_stage.types import Completion, FinishReason, PolicyBatch, ScoredGroup
+from grpo_stage.update.credit import has_reward_variance
+
+
+@dataclass
+class MetricTracker:
+    """Collects metrics between two log lines."""
+
+    _means: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _sums: dict[str, float] = field(default_factory=dict)
+    _minima: dict[str, float] = field(default_factory=dict)
+    _maxima: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, total: float | torch.Tensor, count: float | torch.Tensor = 1.0) -> None:
+        """Add to a metric that is logged as (sum of totals) / (sum of counts)."""
+        old_total, old_count = self._means.get(name, (0.0, 0.0))
+        self._means[name] = (old_total + float(total), old_count + float(count))
+
+    def count(self, name: str, number: float) -> None:
+        """Add to a metric that is logged as a sum."""
+        self._sums[name] = self._sums.get(name, 0.0) + number
+
+    def lowest(self, name: str, value: float) -> None:
+        self._minima[name] = min(value, self._minima.get(name, value))
+
+    def highest(self, name: str, value: float) -> None:
+        self._maxima[name] = max(value, self._maxima.get(name, value))
+
+    def take(self) -> dict[str, float]:
+        """The metrics over all ranks since the last call. Every rank must call it."""
+        merged = MetricTracker()
+        for state in all_gather(self.state_dict()):
+            merged.merge(state)
+        self.load_state_dict({})
+        averages = {name: total / count for name, (total, count) in merged._means.items() if count > 0}
+        return {**averages, **merged._sums, **merged._minima, **merged._maxima}
+
+    def merge(self, state: dict[str, Any]) -> None:
+        """Add what another tracker collected, its `state_dict`."""
+        for name, (total, count) in state["means"].items():
+            self.add(name, total, count)
+        for name, number in state["sums"].items():
+            self.count(name, number)
+        for name, value in state["minima"].items():
+            self.lowest(name, value)
+        for name, value in state["maxima"].items():
+            self.highest(name, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was collected since the last `take`, ready for JSON."""
+        return {
+            "means": dict(self._means),
+            "sums": dict(self._sums),
+            "minima": dict(self._minima),
+            "maxima": dict(self._maxima),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put `state` in the place of what was collected."""
+        self._means, self._sums, self._minima, self._maxima = {}, {}, {}, {}
+        if state:
+            self.merge(state)
+
+
+def record_rollout(
+    tracker: MetricTracker, groups: Sequence[ScoredGroup], reward_names: Sequence[str], weights: Sequence[float]
+) -> None:
+    """Metrics of a rollout, under TRL's names. Every rank must call it, if with no groups.
+
+    ======================================  ==========================================================================
+    reward                                  mean over completions of the weighted total
+    reward_std                              mean over groups of the total's sample standard deviation
+    frac_reward_zero_std                    share of groups whose totals are all equal: they teach nothing
+    frac_reward_none                        share of groups to no completion of which a function applied
+    rewards/{function}/mean                 mean over the completions that the function applied to
+    rewards/{function}/std                  mean over rollouts of the sample standard deviation over the same, on all
+                                            ranks
+    rewards/{function}/frac_not_applicable  share of completions for which the function returned None
+    completions/mean_length (min, max)      tokens, the end token included
+    completions/mean_terminated_length      of those that ended by themselves (min and max as well)
+    completions/clipped_ratio               share that reached `max_new_tokens`
+    ======================================  ==========================================================================
+    """
+    for scored in groups:
+        totals = [total for total in scored.total_rewards if total is not None]
+        tracker.add("reward", sum(totals), len(totals))
+        if len(totals) > 1:
+            tracker.add("reward_std", stdev(totals))
+        tracker.add("frac_reward_zero_std", float(not has_reward_variance(scored, weights)))
+        tracker.add("frac_reward_none", float(not scored.has_reward))
+        for name, column in zip(reward_names, zip(*scored.rewards, strict=True), strict=True):
+            applicable = [value for value in column if value is not None]
+            tracker.add(f"rewards/{name}/mean", sum(applicable), len(applicable))
+            tracker.add(f"rewards/{name}/frac_not_applicable", len(column) - len(applicable), len(column))
+        record_completions(tracker, scored.group.completions)
+    rows = [row for rank in all_gather([row for scored in groups for row in scored.rewards]) for row in rank]
+    for name, column in zip(reward_names, zip(*rows, strict=True), strict=bool(rows)):
+        applicable = [value for value in column if value is not None]
+        if len(applicable) > 1:
+            tracker.add(f"rewards/{name}/std", stdev(applicable))
+
+
+def record_completions(tracker: MetricTracker, completions: Sequence[Completion]) -> None:
+    """The `completions/...` metrics of a rollout."""
+    for completion in completions:
+        length = len(completion.token_ids)
+        truncated = completion.finish_reason is FinishReason.LENGTH
+        tracker.add("completions/mean_length", length)
+        tracker.lowest("completions/min_length", length)
+        tracker.highest("completions/max_length", length)
+        tracker.add("completions/clipped_ratio", float(truncated))
+        if not truncated:
+            tracker.add("completions/mean_terminated_length", length)
+            tracker.lowest("completions/min_terminated_length", length)
+            tracker.highest("completions/max_terminated_length", length)
+
+
+def used_tokens(batch: PolicyBatch) -> torch.Tensor:
+    """[B, T] float, 1 on the completion tokens that the loss uses."""
+    return (batch.loss_weights > 0).float()
+
+
+def record_update(
+    tracker: MetricTracker,
+    batch: PolicyBatch,
+    surrogate: SurrogateOutput,
+    entropy: torch.Tensor,
+    kl: torch.Tensor | None,
+) -> None:
+    """Metrics of a micro-batch, all means over the completion tokens that the loss uses (TRL's names).
+
+    entropy in nats a token; kl the k3 estimate to the reference; clip_ratio/low_mean, high_mean, delta_mean,
+    region_mean the share of tokens whose gradient the lower bound, the upper, `delta`, any of them cut.
+    """
+    used = used_tokens(batch)  # [B, T]
+    count = used.sum()
+    tracker.add("entropy", (entropy * used).sum(), count)
+    if kl is not None:
+        tracker.add("kl", (kl.detach() * used).sum(), count)
+    clipped = {"low_mean": surrogate.clipped_low, "high_mean": surrogate.clipped_high}
+    if surrogate.clipped_delta is not None:
+        clipped["delta_mean"] = surrogate.clipped_delta
+    clipped["region_mean"] = torch.stack(list(clipped.values())).any(dim=0)
+    for name, tokens in clipped.items():
+        tracker.add(f"clip_ratio/{name}", (tokens * used).sum(), count)

@@ -1,0 +1,1 @@
+"""What a text answers, and whether two answers are the same."""

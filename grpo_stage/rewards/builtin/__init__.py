@@ -1,0 +1,1 @@
+"""The reward functions that a recipe can name without a file."""

@@ -1,0 +1,1 @@
+"""Scores from reward models: in this process, or from a server."""

@@ -1,0 +1,1 @@
+"""Rollout engines behind one Protocol (`grpo_stage.types.RolloutEngine`)."""

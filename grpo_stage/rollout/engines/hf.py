@@ -1,0 +1,272 @@
+"""Rollouts with transformers' `generate`: slower than vLLM, everywhere, and the reference in tests."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from grpo_stage.rollout.engines.decoding import completion_text
+from grpo_stage.rollout.engines.seeds import sample_seed
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    prompt: Prompt
+    seed: int
+
+
+class HFEngine:
+    """Samples from the live policy, so `sync` only notes which version that is."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        autocast_dtype: torch.dtype | None = None,
+        max_tokens_per_batch: int = 16384,
+    ) -> None:
+        """
+        Args:
+            tokenizer: decodes completions.
+            autocast_dtype: the precision of the trainer's mixed-precision passes, so that both compute alike; None
+                where it has none.
+            max_tokens_per_batch: how many tokens, padding included, are in the KV cache at once. A single completion
+                that is longer is sampled alone.
+        """
+        self.logprob_temperature = math.nan
+        """Set by `generate`: log-probabilities are the policy's own at the sampling temperature, before any cut; at 1
+        where that is 0."""
+        self.on_step: Callable[[], None] = lambda: None
+        self._tokenizer = tokenizer
+        self._autocast_dtype = autocast_dtype
+        self._max_tokens_per_batch = max_tokens_per_batch
+        self._policy: torch.nn.Module | None = None
+        self._version = -1
+
+    def sync(self, policy: torch.nn.Module, version: int) -> None:
+        self._policy, self._version = policy, version
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
+        if self._policy is None:
+            raise RuntimeError("generate() was called before sync(): there is no policy to sample from.")
+        self.logprob_temperature = sampling.temperature or 1.0
+        group_size = sampling.num_generations
+        rows = [
+            _Row(prompt, sample_seed(sampling.seed, step, prompt.index, sample))
+            for prompt in prompts
+            for sample in range(group_size)
+        ]
+        completions: list[Completion] = []
+        with self._sampler(sampling.max_new_tokens, sampling.stop_token_ids) as model:
+            for batch in _batches(rows, sampling.max_new_tokens, self._max_tokens_per_batch):
+                completions += self._sample(model, batch, sampling)
+        return [
+            RolloutGroup(
+                prompt=prompt,
+                completions=tuple(completions[i * group_size : (i + 1) * group_size]),
+                policy_version=self._version,
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
+        """Token by token, as completions are sampled."""
+        if self._policy is None:
+            raise RuntimeError("score() was called before sync(): there is no policy to ask.")
+        rows = [_Row(group.prompt, 0) for group in groups for _ in group.completions]
+        completions = iter([completion.token_ids for group in groups for completion in group.completions])
+        longest = max((len(each.token_ids) for group in groups for each in group.completions), default=0)
+        scores = []
+        with self._sampler(longest, ()) as model:
+            for batch in _batches(rows, longest, self._max_tokens_per_batch):
+                token_ids = [next(completions) for _ in batch]
+                input_ids, attention_mask = _left_padded(batch)
+                reader = _Reader(token_ids, longest, model.device)
+                model.generate(
+                    input_ids=input_ids.to(model.device),
+                    attention_mask=attention_mask.to(model.device),
+                    logits_processor=LogitsProcessorList([reader]),
+                )
+                logprobs = torch.stack(reader.logprobs, dim=1).cpu()
+                scores += [row[: len(tokens)] for row, tokens in zip(logprobs, token_ids, strict=True)]
+        return scores
+
+    def sleep(self) -> None:
+        """There is nothing to free: the trainer's own model samples."""
+
+    def close(self) -> None:
+        self._policy = None
+
+    @contextlib.contextmanager
+    def _sampler(self, max_new_tokens: int, stop_token_ids: Sequence[int]) -> Iterator[Any]:
+        """The policy, ready to generate."""
+        # LoRA layers live inside the base model, and PEFT's own `generate` would change its generation config.
+        model: Any = self._policy.get_base_model() if isinstance(self._policy, PeftModel) else self._policy
+        pad_token_id = self._tokenizer.pad_token_id
+        config = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(stop_token_ids) or None,
+            # What follows a completion's end is cut by position, so any token may pad.
+            pad_token_id=0 if pad_token_id is None else pad_token_id,
+            do_sample=False,  # a logits processor leaves one token to choose from
+            use_cache=True,
+        )
+        autocast = torch.autocast(model.device.type, self._autocast_dtype, enabled=self._autocast_dtype is not None)
+        with _as_sampler(model, config), torch.no_grad(), autocast:
+            yield model
+
+    def _sample(self, model: Any, batch: Sequence[_Row], sampling: SamplingSettings) -> list[Completion]:
+        input_ids, attention_mask = _left_padded(batch)
+        sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device), self.on_step)
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=attention_mask.to(model.device),
+            logits_processor=LogitsProcessorList([sampler]),
+        )
+        sampled = output[:, input_ids.shape[1] :].tolist()
+        logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
+        return [self._completion(*row, sampling.stop_token_ids) for row in zip(sampled, logprobs, strict=True)]
+
+    def _completion(self, sampled: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...]) -> Completion:
+        end = next((i for i, token in enumerate(sampled) if token in stop_token_ids), None)
+        length = len(sampled) if end is None else end + 1
+        finish_reason = FinishReason.LENGTH if end is None else FinishReason.STOP
+        return Completion(
+            token_ids=tuple(sampled[:length]),
+            sampling_logprobs=tuple(logprobs[:length]),
+            finish_reason=finish_reason,
+            text=completion_text(self._tokenizer, sampled[:length], finish_reason),
+        )
+
+
+class _Sampler(LogitsProcessor):
+    """Draws each row's token with the row's own generator, and leaves it as the only one to choose.
+
+    Adding Gumbel noise and taking the largest is an exact draw from the softmax; temperature 0 adds none. It is done
+    here since `generate` itself draws a whole batch from the global generator, which makes a completion depend on its
+    neighbours.
+    """
+
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        sampling: SamplingSettings,
+        prompt_mask: torch.Tensor,
+        on_step: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.logprobs: list[torch.Tensor] = []
+        """[B] for each step: the policy's own at the sampling temperature, before top-k, top-p and penalty."""
+        self._generators = [torch.Generator(device=prompt_mask.device).manual_seed(seed) for seed in seeds]
+        self._is_greedy = sampling.temperature == 0
+        self._temperature = float(sampling.temperature) or 1.0
+        self._prompt_mask = prompt_mask
+        self._on_step = on_step
+        self._penalty = (
+            None
+            if sampling.repetition_penalty == 1.0
+            else RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)
+        )
+        self._warpers = LogitsProcessorList([TemperatureLogitsWarper(self._temperature)])
+        if sampling.top_k > 0:
+            self._warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._on_step()
+        own = torch.log_softmax(scores / self._temperature, dim=-1)
+        warped = scores if self._penalty is None else self._penalize(input_ids, scores)
+        warped = self._warpers(input_ids, warped)
+        if not self._is_greedy:
+            exponential = torch.empty_like(warped)
+            for row, generator in zip(exponential, self._generators, strict=True):
+                row.exponential_(generator=generator)
+            warped = warped - exponential.log()
+        tokens = warped.argmax(dim=-1, keepdim=True)
+        self.logprobs.append(own.gather(-1, tokens).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
+
+    def _penalize(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Padding is no token that was seen: it is replaced with the row's last prompt token, which was."""
+        assert self._penalty is not None
+        width = self._prompt_mask.shape[1]
+        seen = input_ids.clone()
+        seen[:, :width] = torch.where(self._prompt_mask.bool(), seen[:, :width], seen[:, width - 1 : width])
+        return self._penalty(seen, scores)
+
+
+class _Reader(LogitsProcessor):
+    """Leaves given tokens as the only ones to choose, and keeps what the policy says of them."""
+
+    def __init__(self, token_ids: Sequence[Sequence[int]], longest: int, device: torch.device) -> None:
+        self.logprobs: list[torch.Tensor] = []
+        """[B] for each position, at temperature 1; any value past a row's end."""
+        self._token_ids = torch.zeros(len(token_ids), longest, dtype=torch.long)
+        for i, row in enumerate(token_ids):
+            self._token_ids[i, : len(row)] = torch.tensor(row)
+        self._token_ids = self._token_ids.to(device)
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        tokens = self._token_ids[:, len(self.logprobs)].unsqueeze(-1)
+        self.logprobs.append(torch.log_softmax(scores.float(), dim=-1).gather(-1, tokens).squeeze(-1))
+        return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
+
+
+def _left_padded(batch: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, longest] prompts and their attention mask."""
+    longest = max(len(row.prompt.token_ids) for row in batch)
+    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+    attention_mask = torch.zeros_like(input_ids)
+    for i, row in enumerate(batch):
+        start = longest - len(row.prompt.token_ids)
+        input_ids[i, start:] = torch.tensor(row.prompt.token_ids)
+        attention_mask[i, start:] = 1
+    return input_ids, attention_mask
+
+
+def _batches(rows: Sequence[_Row], max_new_tokens: int, max_tokens: int) -> Iterator[list[_Row]]:
+    """Consecutive rows whose padded size stays within `max_tokens`."""
+    batch: list[_Row] = []
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row.prompt.token_ids))
+        if batch and (longest + max_new_tokens) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch, longest = [], len(row.prompt.token_ids)
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _as_sampler(model: Any, generation_config: GenerationConfig) -> Iterator[None]:
+    """Evaluation mode and our generation config, then exactly what was there before.
+
+    The config is put in the place of the model's own because `generate` fills every option left open from there: a
+    checkpoint's top_p or repetition penalty would be applied silently.
+    """
+    training = {module: module.training for module in model.modules()}
+    own_config = model.generation_config
+    model.eval()
+    model.generation_config = generation_config
+    try:
+        yield
+    finally:
+        model.generation_config = own_config
+        for module, mode in training.items():
+            module.training = mode

@@ -1,0 +1,356 @@
+"""Rollouts with vLLM in the trainer's own process: one engine a rank, brought to the policy by `sync`.
+
+Where the policy is a base with a LoRA adapter, vLLM serves the adapter natively, a new one for each version. Where it
+is a whole model, vLLM's own reload takes its weights. An engine does one or the other.
+"""
+
+import contextlib
+import math
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from grpo_stage.rollout.engines import vllm_delivery, vllm_process
+from grpo_stage.rollout.engines.decoding import completion_text
+from grpo_stage.rollout.engines.seeds import sample_seed
+from grpo_stage.rollout.engines.vllm_options import LORA_RANKS
+from grpo_stage.rollout.engines.weights import adapted_modules, checkpoint_weights, servable_config, write_adapter
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+
+
+class VLLMEngine:
+    """vLLM behind the `RolloutEngine` protocol, started by the constructor."""
+
+    def __init__(
+        self,
+        *,
+        model_name_or_path: str,
+        tokenizer: PreTrainedTokenizerBase,
+        adapter: bool,
+        max_model_len: int,
+        max_lora_rank: int,
+        gpu_memory_utilization: float,
+        enforce_eager: bool,
+        dtype: str,
+        logprob_temperature: float | None,
+        sleep_level: int = 0,
+        quantization: str | None = None,
+        model_revision: str | None = None,
+        trust_remote_code: bool = False,
+        hf_token: str | None = None,
+        download_dir: str | None = None,
+        seed: int = 0,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        """
+        Args:
+            model_name_or_path: the checkpoint that the engine starts from: the model under the adapter as it is
+                trained, or a model of the policy's architecture.
+            model_revision: its branch, tag or commit on a hub.
+            tokenizer: decodes completions.
+            adapter: True where the policy is that base with a LoRA adapter; False where it is a whole model, all of
+                whose weights are delivered.
+            max_model_len: the longest prompt and completion together.
+            max_lora_rank: the highest rank the adapter can have; rounded up to one that vLLM knows.
+            gpu_memory_utilization: the share of the GPU's memory for vLLM. On a CPU the KV cache takes 1 GiB, or
+                `VLLM_CPU_KVCACHE_SPACE`.
+            enforce_eager: no CUDA graphs. On a CPU always so.
+            dtype: `auto` is the checkpoint's own, and float32 on a CPU.
+            logprob_temperature: None where sampling is neutral: log-probabilities are then those of the sampled
+                distribution, and `generate` sets the attribute to its temperature. 1.0 where top-k, top-p or a penalty
+                cuts the distribution: they are then the policy's own, at temperature 1.
+            sleep_level: what `sleep` gives up: 0 nothing, 1 the KV cache and, into main memory, the weights, 2 both
+                for good, which only whole weights bring back. Above 0 on a GPU alone.
+            quantization: vLLM's name of what it quantises the checkpoint with while it reads it.
+            trust_remote_code: as in transformers.
+            hf_token: of the hub that the checkpoint comes from.
+            download_dir: where downloaded checkpoints are kept; None is the hub's own cache.
+            seed: vLLM's own; no completion depends on it.
+            options: further arguments of `vllm.LLM` (`vllm_config`).
+
+        Raises:
+            ValueError: for an option or a policy that would make rollouts wrong.
+        """
+        if adapter and sleep_level > 1:
+            raise ValueError("Sleep level 2 gives up the base under the adapter, which `sync` does not bring back.")
+        if logprob_temperature not in (None, 1.0):
+            raise ValueError(f"logprob_temperature is {logprob_temperature}: vLLM gives None (as sampled) or 1.0.")
+        if max_lora_rank > LORA_RANKS[-1]:
+            raise ValueError(f"The LoRA rank is {max_lora_rank}, and vLLM serves at most {LORA_RANKS[-1]}.")
+
+        self.logprob_temperature = math.nan if logprob_temperature is None else logprob_temperature
+        self._as_sampled = logprob_temperature is None
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._adapter = adapter
+        self._sleep_level = sleep_level
+        self._is_asleep = False
+        self._deliveries = 0
+        self._versions: dict[int, int] = {}
+        self._loaded_weights: int | None = None
+        self._is_synced = False
+        self._lora: Any = None
+        self.on_step: Callable[[], None] = lambda: None
+
+        arguments: dict[str, Any] = {
+            "model": model_name_or_path,
+            "revision": model_revision,
+            "skip_tokenizer_init": True,
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "quantization": quantization,
+            "enable_sleep_mode": sleep_level > 0,
+            "logprobs_mode": "processed_logprobs" if self._as_sampled else "raw_logprobs",
+            "enable_prefix_caching": True,  # the completions of a group share their prompt
+            "gpu_memory_utilization": gpu_memory_utilization,
+            "enforce_eager": enforce_eager,
+            "trust_remote_code": trust_remote_code,
+            "hf_token": hf_token,
+            "download_dir": download_dir,
+            "seed": seed,
+            "generation_config": "vllm",
+            "use_tqdm_on_load": False,
+            # On a GPU only this executor puts each rank's engine on the rank's own device.
+            "distributed_executor_backend": "external_launcher" if vllm_process.num_ranks() > 1 else "uni",
+        }
+        if adapter:
+            arguments |= {
+                "enable_lora": True,
+                "max_loras": 1,
+                "max_cpu_loras": 1,
+                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= max_lora_rank),
+            }
+        owns_process_group = not torch.distributed.is_initialized()
+        with vllm_process.process_unchanged():
+            self._llm: Any = vllm_process.start(arguments, options or {})
+        self._release = weakref.finalize(self, vllm_process.release, self._llm, owns_process_group)
+
+    def sync(self, policy: torch.nn.Module, version: int) -> None:
+        """Bring the engine to the policy: its adapter, or all of its weights, and an empty prefix cache.
+
+        Raises:
+            ValueError: if vLLM cannot serve the policy.
+            RuntimeError: if the engine holds anything but what was delivered afterwards, or keys of an earlier one.
+        """
+        self._is_synced = False
+        if self._adapter:
+            servable_config(policy)
+        self._deliveries += 1
+        self._versions = {self._deliveries: version}
+        with vllm_process.random_states_unchanged():
+            self._wake_up("weights")  # first alone: the cache's memory is free while the weights arrive
+            if self._adapter:
+                self._deliver_adapter(policy)
+            else:
+                self._deliver_weights(policy)
+            self._wake_up("kv_cache")
+            self._is_asleep = False
+            # Keys of other weights would answer for these, and a resumed run's engine has none.
+            if not self._llm.reset_prefix_cache():
+                raise RuntimeError(
+                    f"vLLM did not empty its prefix cache for version {version}: completions would be sampled from "
+                    "keys of an earlier policy."
+                )
+        if self._loaded() != self._deliveries:
+            raise RuntimeError(
+                f"vLLM was given the weights of version {version} (delivery {self._deliveries}) and holds delivery "
+                f"{self._loaded()}."
+            )
+        if self._adapter and (
+            lost := vllm_delivery.unserved_modules(self._llm, self._deliveries, adapted_modules(policy))
+        ):
+            raise RuntimeError(
+                f"vLLM holds the adapter of version {version} and does not apply it to {_few(lost)}: the model "
+                "under the adapter would answer there. Write `rollout_backend: hf`, and please report the model."
+            )
+        self._is_synced = True
+
+    def sleep(self) -> None:
+        """Give up the GPU memory that `sleep_level` says, until the next `sync`."""
+        if self._sleep_level and not self._is_asleep:
+            self._is_synced = False
+            self._llm.sleep(level=self._sleep_level)
+            self._is_asleep = True
+
+    def _wake_up(self, tag: str) -> None:
+        if self._is_asleep:
+            self._llm.wake_up(tags=[tag])
+
+    def _deliver_adapter(self, policy: torch.nn.Module) -> None:
+        from vllm.lora.request import LoRARequest
+
+        engine = self._llm.llm_engine
+        for adapter_id in engine.list_loras():
+            engine.remove_lora(adapter_id)
+        # The files are read once, by add_lora, so nothing of them is left behind however the run ends.
+        with tempfile.TemporaryDirectory(prefix="grpo-stage-adapter-") as folder:
+            write_adapter(policy, Path(folder))
+            self._lora = LoRARequest(self._adapter_name(self._deliveries), self._deliveries, folder)
+            engine.add_lora(self._lora)
+
+    def _deliver_weights(self, policy: torch.nn.Module) -> None:
+        """Hand the weights to vLLM's own reload, which copies them: no file, and no second model in memory."""
+        if isinstance(policy, PeftModel):
+            raise ValueError("The policy has an adapter, which whole weights leave out: start with adapter=True.")
+        self._loaded_weights = None
+        if lost := vllm_delivery.reload_weights(self._llm, iter(checkpoint_weights(policy).items())):
+            raise RuntimeError(
+                f"vLLM did not take all weights of version {self._versions[self._deliveries]}: {_few(lost)}. "
+                "Write `rollout_backend: hf`, and please report the model."
+            )
+        vllm_process.pack_tied_weights_on_cpu(self._llm)
+        self._loaded_weights = self._deliveries
+
+    def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
+        if not self._is_synced:
+            raise RuntimeError("generate() was called before sync(): there is no policy to sample from.")
+        if self._as_sampled:
+            if not sampling.is_neutral:
+                raise ValueError(
+                    "The engine was started for neutral sampling, and top_k, top_p or repetition_penalty is set: its "
+                    "log-probabilities would not be the policy's. Start it with logprob_temperature=1.0."
+                )
+            self.logprob_temperature = sampling.temperature or 1.0
+        for prompt in prompts:
+            if len(prompt.token_ids) + sampling.max_new_tokens > self._max_model_len:
+                raise ValueError(
+                    f"Prompt {prompt.index} has {len(prompt.token_ids)} tokens: with max_new_tokens "
+                    f"{sampling.max_new_tokens} it passes the engine's {self._max_model_len}. Raise `vllm_maxlen`, or "
+                    "lower `cutoff_len` or `max_new_tokens`."
+                )
+        group_size = sampling.num_generations
+        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(group_size)],
+                [
+                    _sampling_params(sampling, sample_seed(sampling.seed, step, prompt.index, sample))
+                    for prompt in prompts
+                    for sample in range(group_size)
+                ],
+                lora_request=self._lora,
+                use_tqdm=False,
+            )
+        return [
+            self._group(prompt, outputs[i * group_size : (i + 1) * group_size], sampling)
+            for i, prompt in enumerate(prompts)
+        ]
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
+        if not self._is_synced:
+            raise RuntimeError("score() was called before sync(): there is no policy to ask.")
+        sequences = [(group.prompt.token_ids, each.token_ids) for group in groups for each in group.completions]
+        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": [*prompt, *completion]} for prompt, completion in sequences],
+                _scoring_params(),
+                lora_request=self._lora,
+                use_tqdm=False,
+            )
+        return [
+            torch.tensor(
+                [
+                    position[token].logprob
+                    for token, position in zip(completion, output.prompt_logprobs[len(prompt) :], strict=True)
+                ]
+            )
+            for (prompt, completion), output in zip(sequences, outputs, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._is_synced = False
+        self._lora = None
+        self._llm = None
+        self._release()
+
+    @contextlib.contextmanager
+    def _calls_on_step(self) -> Iterator[None]:
+        """Call `on_step` before each of vLLM's steps, and leave no request behind where that or a step raises."""
+        engine = self._llm.llm_engine
+        step = engine.step
+
+        def checked_step() -> Any:
+            self.on_step()
+            return step()
+
+        engine.step = checked_step
+        try:
+            yield
+        except BaseException:
+            engine.abort_request(list(engine.output_processor.request_states), internal=True)
+            raise
+        finally:
+            del engine.step
+
+    def _adapter_name(self, adapter_id: int) -> str:
+        """Never one that was used before: vLLM's prefix cache is keyed by the name, and would answer from old keys."""
+        return f"policy-{adapter_id}"
+
+    def _loaded(self) -> int | None:
+        """The delivery that the engine holds, of adapters by its own word; None where it is not exactly one."""
+        if not self._adapter:
+            return self._loaded_weights
+        loaded = self._llm.llm_engine.list_loras()
+        return next(iter(loaded)) if len(loaded) == 1 else None
+
+    def _group(self, prompt: Prompt, outputs: Sequence[Any], sampling: SamplingSettings) -> RolloutGroup:
+        loaded = self._loaded()
+        answered = {output.lora_request.lora_int_id if output.lora_request else None for output in outputs}
+        if loaded not in self._versions or answered != ({loaded} if self._adapter else {None}):
+            raise RuntimeError(
+                f"Prompt {prompt.index} was answered by the adapter ids {answered} and vLLM holds {loaded}: the "
+                "completions cannot be said to come from one policy."
+            )
+        if len(outputs) != sampling.num_generations or any(
+            tuple(output.prompt_token_ids) != prompt.token_ids for output in outputs
+        ):
+            raise RuntimeError(f"vLLM's answers to prompt {prompt.index} are not answers to that prompt.")
+        return RolloutGroup(
+            prompt=prompt,
+            completions=tuple(self._completion(output.outputs[0]) for output in outputs),
+            policy_version=self._versions[loaded],
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        token_ids, finish_reason = tuple(output.token_ids), FinishReason(output.finish_reason)
+        return Completion(
+            token_ids=token_ids,
+            sampling_logprobs=tuple(
+                position[token].logprob for token, position in zip(token_ids, output.logprobs, strict=True)
+            ),
+            finish_reason=finish_reason,
+            text=completion_text(self._tokenizer, token_ids, finish_reason),
+        )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        seed=seed,
+        max_tokens=sampling.max_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        repetition_penalty=sampling.repetition_penalty,
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=True,  # the end tokens are those above, and no other that vLLM finds in a checkpoint
+        logprobs=0,
+        detokenize=False,
+    )
+
+
+def _scoring_params() -> Any:
+    """One token is sampled, since vLLM knows no request without, and thrown away."""
+    from vllm import SamplingParams
+
+    return SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, detokenize=False)
