@@ -23,7 +23,7 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "num_iterat
 # Runs a recipe, and dies in the save of step 4, when half of the file named by argv[2] is on the disk.
 DIES_IN_A_SAVE = """
 import json, os, pathlib, signal, sys
-from grpo_stage import checkpoints
+from grpo_stage.survival import checkpoints
 
 def dies_after(part):
     def write(folder):

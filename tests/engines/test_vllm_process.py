@@ -14,7 +14,7 @@ import logging, os, random, signal, sys
 import numpy as np, psutil, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
-from grpo_stage.rollout.vllm_engine import VLLMEngine
+from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.types import Prompt, SamplingSettings
 
 class Decoder:

@@ -464,7 +464,7 @@ def test_lines_that_still_wait_at_the_end_are_written_or_said_to_be_lost(tmp_pat
     script = textwrap.dedent(
         """
         import logging, resource, sys
-        from grpo_stage.jsonl import LineLog
+        from grpo_stage.records.line_log import LineLog
         logging.basicConfig(format="%(message)s")
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))

@@ -229,7 +229,7 @@ def test_a_child_that_is_terminated_while_it_is_forked_ends() -> None:
     code = """
 import os, signal
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
-from grpo_stage.rewards.function_worker import _let_children_be_terminated
+from grpo_stage.rewards.workers.function_worker import _let_children_be_terminated
 _let_children_be_terminated()
 if (child := os.fork()) == 0:
     os._exit(0)

@@ -598,7 +598,7 @@ def test_modules_are_looked_for_in_the_working_directory(own: Callable[[str], st
 def test_loading_rewards_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from grpo_stage.rewards import load_rewards\n"
+        "from grpo_stage.rewards.registry import load_rewards\n"
         "load_rewards(['accuracy', 'length'], None, None, max_new_tokens=9, timeout_s=1.0).close()\n"
         "print(sorted({'torch', 'numpy', 'sympy', 'math_verify', 'llamafactory'} & sys.modules.keys()))\n"
     )

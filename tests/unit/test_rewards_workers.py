@@ -155,7 +155,7 @@ def test_close_ends_the_workers_and_may_be_called_twice() -> None:
 SCRIPT = """
 import sys
 print("main script", flush=True)
-from grpo_stage.rewards.workers import AnswerChecker
+from grpo_stage.rewards.workers.answer_checker import AnswerChecker
 checker = AnswerChecker(timeout_s=60.0)
 print(checker.check([("$1+x$", "$x+1$"), ("$x$", "$x+1$")], 60.0), flush=True)
 import multiprocessing

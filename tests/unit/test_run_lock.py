@@ -16,7 +16,7 @@ from grpo_stage.survival.run_lock import LOCK_FILE, owned, refuse_used
 
 HOLDER = """
 import os, sys, time
-from grpo_stage.run_lock import owned
+from grpo_stage.survival.run_lock import owned
 with owned(sys.argv[1]):
     child = os.fork() if "forks" in sys.argv else None
     if child == 0:

@@ -344,7 +344,7 @@ def test_a_stop_saves_what_is_needed_to_go_on_under_save_only_model_too(tmp_path
 def test_the_first_signal_asks_and_the_second_acts(first):
     code = f"""
 import os, signal, time
-from grpo_stage import stop
+from grpo_stage.survival import stop
 safe_stop = stop.SafeStop()
 stop.SAME_REQUEST_S = 0.3
 with safe_stop.listening():
@@ -368,7 +368,7 @@ with safe_stop.listening():
 
 EARLY = """
 import atexit, os, signal, sys, time
-from grpo_stage import stop
+from grpo_stage.survival import stop
 stop.LEAVING_S = 0.3
 stop.end_at_once()
 """
@@ -823,7 +823,7 @@ def test_a_hang_in_native_code_ends_the_process_from_outside(tmp_path):
     code = f"""
 import ctypes, sys
 from pathlib import Path
-from grpo_stage import watchdog
+from grpo_stage.survival import watchdog
 from trainer_on_fakes import FakeEngine, make_trainer
 
 class Engine(FakeEngine):
