@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
+from .algorithm.conditions import Above, applies, shown, shown_condition
+
 
 ROLLOUT, REWARDS, OBJECTIVE, EVALUATION = "Rollout", "Rewards", "Objective", "Evaluation"
 MEMORY, LIMITS, MONITORING = "Memory", "Limits", "Monitoring"
@@ -47,30 +49,6 @@ BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "
 BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references", "trainer_state")
 """What every reward function can take, beside the columns of the dataset."""
 REWARD_COLUMNS_EXAMPLE = '{"ground_truth": "reward_model.ground_truth"}'
-
-
-@dataclass(frozen=True)
-class Above:
-    """Stands in `metadata["only_with"]` for all numbers above a bound."""
-
-    bound: float
-
-    def __contains__(self, value: Any) -> bool:
-        return value is not None and value > self.bound
-
-    def __str__(self) -> str:
-        return f"above {self.bound:g}"
-
-
-@dataclass(frozen=True)
-class Given:
-    """Stands in `metadata["only_with"]` for any value at all."""
-
-    def __contains__(self, value: Any) -> bool:
-        return bool(value)
-
-    def __str__(self) -> str:
-        return "..."
 
 
 @dataclass
@@ -772,32 +750,18 @@ def grpo_field_names() -> frozenset[str]:
     return frozenset(f.name for f in dataclasses.fields(GRPOArguments))
 
 
-def applies(conditions: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether a key with these `only_with` conditions has an effect; a key that `values` lacks stands in no way."""
-    return all(values[key] in allowed for key, allowed in conditions.items() if key in values)
-
-
 def _check_effect(spec: "dataclasses.Field[Any]", values: Mapping[str, Any]) -> None:
     value = values[spec.name]
     conditions = spec.metadata.get("only_with", {})
     if applies(conditions, values):
         return
     broken = {key: allowed for key, allowed in conditions.items() if key in values and values[key] not in allowed}
-    there = ", ".join(f"`{key}: {_shown(values[key])}`" for key in broken)
+    there = ", ".join(f"`{key}: {shown(values[key])}`" for key in broken)
     remedy = " and ".join(f"`{key}: {shown_condition(allowed)}`" for key, allowed in broken.items())
     raise ValueError(
-        f"`{spec.name}: {_shown(value)}` would have no effect with {there}. Write {remedy}, or leave it out. "
+        f"`{spec.name}: {shown(value)}` would have no effect with {there}. Write {remedy}, or leave it out. "
         f"{spec.metadata['help']}"
     )
-
-
-def shown_condition(allowed: Above | Given | tuple[Any, ...]) -> str:
-    """The values of a condition in `metadata["only_with"]`, for a reader."""
-    return str(allowed) if isinstance(allowed, Above | Given) else " or ".join(map(_shown, allowed))
-
-
-def _shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:

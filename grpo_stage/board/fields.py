@@ -13,18 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gradio as gr
 
-from grpo_stage.arguments import (
-    BUILTIN_REWARDS,
-    EVALUATION,
-    MEMORY,
-    OBJECTIVE,
-    REWARDS,
-    ROLLOUT,
-    Above,
-    Given,
-    GRPOArguments,
-    applies,
-)
+from grpo_stage.algorithm.conditions import Above, Given, applies
+from grpo_stage.arguments import BUILTIN_REWARDS, EVALUATION, MEMORY, OBJECTIVE, REWARDS, ROLLOUT, GRPOArguments
 from grpo_stage.board.locales import PREFIX
 
 

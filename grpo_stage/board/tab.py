@@ -18,7 +18,7 @@ from llamafactory.extras.misc import is_accelerator_available
 from llamafactory.webui.common import load_dataset_info
 from llamafactory.webui.control import list_datasets
 
-from grpo_stage.arguments import applies
+from grpo_stage.algorithm.conditions import applies
 from grpo_stage.board.fields import FORM_FIELDS, GROUPS, FormField, effective
 from grpo_stage.board.imported_code import ImportedCode
 from grpo_stage.board.locales import PREFIX, message

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from grpo_stage.arguments import applies, broken_bound
+from grpo_stage.algorithm.conditions import applies
+from grpo_stage.arguments import broken_bound
 
 
 @dataclass(frozen=True, slots=True)

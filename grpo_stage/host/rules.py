@@ -18,6 +18,7 @@ from transformers.utils import (
     is_torch_npu_available,
 )
 
+from grpo_stage.algorithm.conditions import Rule
 from grpo_stage.host.adapters import adapter_config, items, lora_rank
 from grpo_stage.host.coercion import as_plain
 from grpo_stage.rewards.suite import REWARD_MODEL
@@ -49,14 +50,6 @@ class Unsupported:
     remedy: str = "Leave it out."
     harmless: tuple[Any, ...] = (False,)
     """Values that ask for nothing; `null` is always one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A relation between keys that cannot be right. The message's fields are keys."""
-
-    broken: Callable[[SimpleNamespace], bool]
-    message: str
 
 
 # What none of the keys below may be; the first group are objectives and loops of other stages. Some keys exist on

@@ -7,7 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from grpo_stage.arguments import GRPOArguments, shown_condition
+from grpo_stage.algorithm.conditions import shown_condition
+from grpo_stage.arguments import GRPOArguments
 
 
 NAME = "configuration-docs"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from grpo_stage.arguments import Above, GRPOArguments
+from grpo_stage.algorithm.conditions import Above
+from grpo_stage.arguments import GRPOArguments
 from grpo_stage.board.fields import FORM_FIELDS, HOST_FIELDS, FormField
 from grpo_stage.host.parser import check, effective_defaults, typed
 

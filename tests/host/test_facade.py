@@ -86,7 +86,10 @@ def test_a_run_owns_its_folder_before_anything_of_it_begins(tmp_path, monkeypatc
     monkeypatch.setattr(launch, "run_grpo", lambda *_: begun.append(sorted(os.listdir(tmp_path / "out"))))
     monkeypatch.chdir(tmp_path)
     training = SimpleNamespace(output_dir="out", should_save=True)
-    hold = "import sys; from grpo_stage.survival.run_lock import owned\nwith owned('out'): print(flush=True), sys.stdin.read()"
+    hold = (
+        "import sys; from grpo_stage.survival.run_lock import owned\n"
+        "with owned('out'): print(flush=True), sys.stdin.read()"
+    )
     with contextlib.ExitStack() as others:
         if is_used:
             other = subprocess.Popen([sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
