@@ -166,34 +166,70 @@ class Reward(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredGroup:
-    """A rollout group with its rewards and advantages: what an update is made of, and what a checkpoint holds."""
+    """A rollout group with its rewards, until the batch that its advantages are relative to is complete."""
 
     group: RolloutGroup
     rewards: tuple[tuple[float | None, ...], ...]
     """[G][F], unweighted."""
     total_rewards: tuple[float | None, ...]
     """[G], the weighted sum over the functions that applied; None where none did."""
-    advantages: tuple[float, ...]
-    """[G]; 0 where the total is None, and everywhere until the batch that they are relative to is complete."""
+    old_logprobs: "tuple[torch.Tensor, ...] | None" = None
+    """[G] of [T], of the policy that sampled the group, where that is an earlier one; None where it is the present
+    one, whose log-probabilities are to be had at any time."""
+    ref_logprobs: "tuple[torch.Tensor, ...] | None" = None
+    """[G] of [T], of the reference."""
 
     @property
     def has_reward(self) -> bool:
         """Whether a reward function applied to any of its completions."""
         return any(total is not None for total in self.total_rewards)
 
-    def used(self, mask_truncated_completions: bool) -> tuple[bool, ...]:
-        """[G], whether the loss uses a completion."""
-        return tuple(
-            not (mask_truncated_completions and completion.finish_reason is FinishReason.LENGTH)
-            for completion in self.group.completions
-        )
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Sample:
+    """One completion and all that is known of it: what an update is made of, and what a checkpoint holds."""
+
+    prompt: Prompt
+    completion: Completion
+    policy_version: int
+    """The optimizer step whose policy sampled it. In that very step it is fresh: the ratio is 1."""
+    rewards: tuple[float | None, ...]
+    """[F], unweighted."""
+    total_reward: float | None
+    advantage: float
+    """0 where there is no total."""
+    loss_mask: tuple[int, ...]
+    """[T], 1 on the tokens that the loss uses: none of a completion that is left out."""
+    old_logprobs: "torch.Tensor | None" = None
+    """[T] of the policy that sampled it, by the trainer itself. None where that is the policy of the step that trains
+    on it: the ratio is then 1 by definition."""
+    ref_logprobs: "torch.Tensor | None" = None
+    """[T] of the reference; None without a KL term."""
+    trained_mask: "torch.Tensor | None" = None
+    """[T] float, 1 on the tokens that the policy's loss is taken of; None for all of `loss_mask`."""
+    anchor_mask: "torch.Tensor | None" = None
+    """[T] float, 1 on the tokens that are held to their old log-probability; None for none."""
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the loss uses any of its tokens."""
+        return any(self.loss_mask)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PolicyBatch:
-    """A micro-batch of completions as tensors. Prompts are left-padded and completions right-padded."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Step:
+    """What one optimizer step trains on, on this rank."""
+
+    samples: tuple[Sample, ...]
+    logprob_temperature: float
+    """The temperature that the samples' `sampling_logprobs` refer to."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenBatch:
+    """Completions and their prompts as tensors. Prompts are left-padded and completions right-padded."""
 
     input_ids: "torch.Tensor"
     """[B, L] prompt and completion."""
@@ -203,11 +239,24 @@ class PolicyBatch:
     """[B, T]."""
     completion_mask: "torch.Tensor"
     """[B, T] float, 1 on the tokens of a completion, its end token included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampleBatch(TokenBatch):
+    """A micro-batch of samples as tensors; what is [B, T] is 0 outside `completion_mask`."""
+
+    loss_mask: "torch.Tensor"
+    """[B, T] float, 1 on the tokens that the loss uses."""
     loss_weights: "torch.Tensor"
-    """[B, T] float: what each token's loss is multiplied with before summing; 0 outside `completion_mask`."""
+    """[B, T] float: what each token's loss is multiplied with before summing; 0 outside `loss_mask`."""
     advantages: "torch.Tensor"
     """[B]."""
     sampling_logprobs: "torch.Tensor"
-    """[B, T], 0 outside `completion_mask`."""
-    rows: tuple[int, ...]
-    """Where each row stands in the step's flat list of completions (prompt-major); -1 marks a dummy."""
+    """[B, T]."""
+    policy_versions: "torch.Tensor"
+    """[B] int, of the policies that sampled; -1 for a dummy."""
+    old_logprobs: "torch.Tensor | None" = None
+    """[B, T]; this and the next three are None where the samples have none."""
+    ref_logprobs: "torch.Tensor | None" = None
+    trained_mask: "torch.Tensor | None" = None
+    anchor_mask: "torch.Tensor | None" = None

@@ -39,10 +39,11 @@ from .rewards.models.server import ServerScorer
 from .rewards.registry import load_rewards
 from .rollout.engines.hf import HFEngine
 from .rollout.engines.weights import servable_config, write_base
+from .rollout.epochs import prompts_of_step, steps_of_epoch, steps_of_run
 from .survival import checkpoints
-from .trainer import GRPOTrainer, prompts_of_step, steps_of_epoch, steps_of_run
+from .trainer import GRPOTrainer
 from .types import RolloutEngine, SamplingSettings
-from .update.logprobs import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
+from .update.reference import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 
 
 if TYPE_CHECKING:
@@ -152,12 +153,12 @@ def _run(trainer: GRPOTrainer, arguments: "RunArguments") -> None:
     with trainer.stop.listening():
         metrics = None
         if training_args.do_train:
-            most = "at most " if trainer.dynamic is not None else ""
+            most = "at most " if arguments.finetuning.dynamic_sampling else ""
             logger.info_rank0(
-                f"GRPO: {trainer.prompts_per_step} prompts x {trainer.sampling.num_generations} completions an "
-                f"optimizer step, {most}{trainer.steps_per_epoch} steps an epoch. A loss near 0 is expected: "
-                "on-policy, the advantages of a group cancel out in the loss, though not in its gradient. `reward` is "
-                "the curve to watch."
+                f"GRPO: {trainer.collector.prompts_per_step} prompts x {arguments.finetuning.num_generations} "
+                f"completions an optimizer step, {most}{trainer.collector.steps_per_epoch} steps an epoch. A loss "
+                "near 0 is expected: on-policy, the advantages of a group cancel out in the loss, though not in its "
+                "gradient. `reward` is the curve to watch."
             )
             metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
         with trainer.stoppable():

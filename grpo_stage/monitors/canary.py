@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
-from grpo_stage.rollout.queue import group_state, load_group, load_tensors, tensors_state
-from grpo_stage.types import Completion, Prompt, RolloutEngine, RolloutGroup, ScoredGroup
+from grpo_stage.records.metrics import MetricTracker
+from grpo_stage.rollout.serialization import group_state, load_group, load_tensors, tensors_state
+from grpo_stage.types import Completion, Prompt, RolloutEngine, RolloutGroup, SampleBatch
 
 
 # float32, measured with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on average
@@ -79,6 +80,34 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
         "Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version. Raise the bound "
         "only if you know why the two engines differ, for example a quantised engine."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobDifference:
+    """Whether the engine's and the trainer's log-probabilities of fresh completions are the same."""
+
+    bound: float
+    """`max_sampling_logprob_diff`, in nats."""
+    backend: str
+    """The engine's name, for the message."""
+
+    def check(self, logprobs: torch.Tensor, batch: SampleBatch, version: int, metrics: MetricTracker) -> None:
+        """Look at the samples of a micro-batch that the policy of `version` has sampled.
+
+        Args:
+            logprobs: [B, T] of that policy by the trainer, at the temperature of `batch.sampling_logprobs`.
+            batch: holds a sample of `version`.
+            version: the present one.
+            metrics: where the difference is counted.
+
+        Raises:
+            StaleRolloutError: if the mean difference is above the bound.
+        """
+        mask = batch.completion_mask * (batch.policy_versions == version).unsqueeze(1)  # [B, T]
+        difference = (logprobs - batch.sampling_logprobs).abs() * mask
+        metrics.add("sampling/sampling_logp_difference/mean", difference.sum(), mask.sum())
+        metrics.highest("sampling/sampling_logp_difference/max", difference.max().item())
+        check_difference((difference.sum() / mask.sum()).item(), self.bound, self.backend)
 
 
 Scores = Sequence[torch.Tensor]
@@ -185,14 +214,14 @@ class Slope:
 class _Probe:
     """Tokens that engine and trainer score, and what the trainer said of them before."""
 
-    groups: tuple[ScoredGroup, ...]
+    groups: tuple[RolloutGroup, ...]
     before: Scores
 
     def add_to(self, slopes: Sequence[Slope], policy: Iterator[torch.Tensor], engine: Iterator[torch.Tensor]) -> None:
         """Count its tokens in; takes its completions' scores off both."""
         before = iter(self.before)
-        for scored in self.groups:
-            count = len(scored.group.completions)
+        for group in self.groups:
+            count = len(group.completions)
             of_prompt = [list(islice(scores, count)) for scores in (before, policy, engine)]
             for slope in slopes:
                 slope.add(*of_prompt)
@@ -214,10 +243,12 @@ class SlopeTest:
 
     backend: str
     """The engine's name, for the message."""
-    score: Callable[[Sequence[ScoredGroup]], Scores]
+    score: Callable[[Sequence[RolloutGroup]], Scores]
     """The trainer's log-probabilities at temperature 1."""
     adapter_off: Callable[[], AbstractContextManager[Any]] | None
     """In it `score` is that of the model without its adapter; None where there is no adapter."""
+    prompts: Sequence[Prompt]
+    """The dataset."""
     _start: _Probe | None = None
     _previous: _Probe | None = None
     _since_previous: tuple[Slope, Slope] = field(default_factory=lambda: (Slope(), Slope()))
@@ -236,7 +267,7 @@ class SlopeTest:
             self._start = _Probe(chosen, ())
         if self._start is None or version == self._version:
             return []
-        return engine.score([scored.group for scored in self._probes])
+        return engine.score(self._probes)
 
     def check(self, answers: Scores, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
         """Compare the engine's answers with the trainer's, and prepare the next comparison.
@@ -278,22 +309,11 @@ class SlopeTest:
             for figure, value in (("slope", slope.value), ("slope_error", slope.error))
         }
 
-    def undo(self) -> Callable[[], None]:
-        """What puts back the state of now."""
-        start, previous, version = self._start, self._previous, self._version
-        whole_run, last_syncs = map(dataclasses.replace, self._since_previous)
-
-        def put_back() -> None:
-            self._start, self._previous, self._version = start, previous, version
-            self._since_previous = whole_run, last_syncs
-
-        return put_back
-
     def state_dict(self) -> dict[str, Any]:
         """For JSON, exact; `load_state_dict` reads it."""
         return {
             "probes": [
-                probe and [[group_state(scored) for scored in probe.groups], tensors_state(tuple(probe.before))]
+                probe and [[group_state(group) for group in probe.groups], tensors_state(probe.before)]
                 for probe in (self._start, self._previous)
             ],
             "since_previous": [dataclasses.asdict(slope) for slope in self._since_previous],
@@ -301,20 +321,20 @@ class SlopeTest:
             "backend": self.backend,
         }
 
-    def load_state_dict(self, state: dict[str, Any], prompts: Sequence[Prompt]) -> None:
-        """Go on from what `state_dict` gave, unless it is of another engine; `prompts` is the dataset."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` gave, unless it is of another engine."""
         if state["backend"] != self.backend:
             return
-        self._start, self._previous = (
-            probe and _Probe(tuple(load_group(group, prompts) for group in probe[0]), load_tensors(probe[1]) or ())
-            for probe in state["probes"]
-        )
+        self._start, self._previous = (probe and self._load_probe(*probe) for probe in state["probes"])
         whole_run, last_syncs = (Slope(**slope) for slope in state["since_previous"])
         self._since_previous, self._version = (whole_run, last_syncs), state["version"]
 
+    def _load_probe(self, groups: Sequence[dict[str, Any]], before: list[list[float]]) -> _Probe:
+        return _Probe(tuple(load_group(group, self.prompts) for group in groups), load_tensors(before) or ())
+
     @property
-    def _probes(self) -> list[ScoredGroup]:
-        return [scored for probe in (self._start, self._previous) if probe for scored in probe.groups]
+    def _probes(self) -> list[RolloutGroup]:
+        return [group for probe in (self._start, self._previous) if probe for group in probe.groups]
 
     def _judge(self, slope: Slope, start: str, version: int) -> None:
         if not slope.is_defined or slope.is_sound:
@@ -328,7 +348,7 @@ class SlopeTest:
         )
 
 
-def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[ScoredGroup, ...]:
+def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[RolloutGroup, ...]:
     """The beginnings of `count` completions, of as many prompts as there are, the shortest first."""
     groups = sorted(groups, key=lambda group: len(group.prompt.token_ids))
     per_group = -(-count // max(1, len(groups)))
@@ -337,14 +357,7 @@ def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[ScoredGroup, ..
         completions = [_beginning(each) for each in group.completions[:per_group]]
         completions = [each for each in completions if each.token_ids]
         if completions:
-            chosen.append(
-                ScoredGroup(
-                    group=dataclasses.replace(group, completions=tuple(completions)),
-                    rewards=((),) * len(completions),
-                    total_rewards=(None,) * len(completions),
-                    advantages=(0.0,) * len(completions),
-                )
-            )
+            chosen.append(dataclasses.replace(group, completions=tuple(completions)))
     return tuple(chosen)
 
 

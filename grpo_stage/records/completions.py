@@ -9,8 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from grpo_stage.distributed import all_gather
 from grpo_stage.records.line_log import LineLog
-from grpo_stage.types import ScoredGroup
+from grpo_stage.types import Sample
 
 
 COMPLETIONS_FILE = "completions.jsonl"
@@ -19,38 +20,44 @@ COMPLETIONS_FILE = "completions.jsonl"
 class CompletionsLog:
     """Written on one rank, with the completions of all."""
 
-    def __init__(self, output_dir: str, reward_names: Sequence[str], num_to_print: int) -> None:
+    def __init__(self, output_dir: str, reward_names: Sequence[str], num_to_print: int, is_writer: bool) -> None:
         self._log = LineLog(os.path.join(output_dir, COMPLETIONS_FILE))
         self._reward_names = reward_names
         self._num_to_print = num_to_print
+        self._is_writer = is_writer
         self._latest: list[dict[str, Any]] = []
 
     def drop_after(self, step: int) -> None:
         """Forget lines past `step`: a resumed run replays those steps, and a fresh run (step 0) has none yet."""
-        self._log.keep(lambda record: record["step"] <= step)
+        if self._is_writer:
+            self._log.keep(lambda record: record["step"] <= step)
 
-    def record(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Append a line a completion. `step` is the optimizer step that trains on it first."""
-        self._latest = [
-            {
-                "step": step,
-                "prompt_index": scored.group.prompt.index,
-                "prompt": scored.group.prompt.text,
-                "completion": completion.text,
-                "reference": scored.group.prompt.reference,
-                "rewards": dict(zip(self._reward_names, rewards, strict=True)),
-                "reward": total,
-                "advantage": advantage,
-                "num_tokens": len(completion.token_ids),
-                "finish_reason": completion.finish_reason.value,
-                "policy_version": scored.group.policy_version,
-            }
-            for scored in groups
-            for completion, rewards, total, advantage in zip(
-                scored.group.completions, scored.rewards, scored.total_rewards, scored.advantages, strict=True
-            )
-        ]
-        self._log.append([json.dumps(record, ensure_ascii=False) for record in self._latest])
+    def record(self, step: int, samples: Sequence[Sample]) -> None:
+        """Append a line a sample of any rank, each of which calls this.
+
+        Args:
+            step: the optimizer step that trains on them first.
+            samples: this rank's.
+        """
+        ranks = all_gather([self._line(step, sample) for sample in samples])
+        if self._is_writer:
+            self._latest = [line for rank in ranks for line in rank]
+            self._log.append([json.dumps(line, ensure_ascii=False) for line in self._latest])
+
+    def _line(self, step: int, sample: Sample) -> dict[str, Any]:
+        return {
+            "step": step,
+            "prompt_index": sample.prompt.index,
+            "prompt": sample.prompt.text,
+            "completion": sample.completion.text,
+            "reference": sample.prompt.reference,
+            "rewards": dict(zip(self._reward_names, sample.rewards, strict=True)),
+            "reward": sample.total_reward,
+            "advantage": sample.advantage,
+            "num_tokens": len(sample.completion.token_ids),
+            "finish_reason": sample.completion.finish_reason.value,
+            "policy_version": sample.policy_version,
+        }
 
     def print_table(self) -> None:
         """Show the best and the worst of the last rollout, alternating."""

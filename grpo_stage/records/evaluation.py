@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from grpo_stage.records.metrics import MetricTracker, record_completions
 from grpo_stage.rewards.builtin.correctness import voted_answer
 from grpo_stage.rewards.suite import REWARD_MODEL
-from grpo_stage.types import RolloutGroup
+from grpo_stage.types import ScoredGroup
 
 
 def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
@@ -51,9 +51,7 @@ def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
 
 def record_evaluation(
     tracker: MetricTracker,
-    groups: Sequence[RolloutGroup],
-    rewards: Sequence[Sequence[Sequence[float | None]]],
-    totals: Sequence[Sequence[float | None]],
+    groups: Sequence[ScoredGroup],
     reward_names: Sequence[str],
     by_dataset: bool,
 ) -> None:
@@ -75,19 +73,18 @@ def record_evaluation(
 
     Args:
         tracker: where they are added.
-        groups: [P] this rank's groups.
-        rewards: [P][n][F], unweighted.
-        totals: [P][n].
+        groups: [P] this rank's groups, of n completions each.
         reward_names: [F].
         by_dataset: the prompts come from several datasets.
     """
-    for group, group_rewards, group_totals in zip(groups, rewards, totals, strict=True):
-        record_completions(tracker, group.completions)
-        answers = [voted_answer(completion.text) for completion in group.completions]
-        applied = [total for total in group_totals if total is not None]
-        for prefix in ("", f"{group.prompt.dataset}_") if by_dataset else ("",):
+    for scored in groups:
+        completions = scored.group.completions
+        record_completions(tracker, completions)
+        answers = [voted_answer(completion.text) for completion in completions]
+        applied = [total for total in scored.total_rewards if total is not None]
+        for prefix in ("", f"{scored.group.prompt.dataset}_") if by_dataset else ("",):
             tracker.add(f"{prefix}reward", sum(applied), len(applied))
-            for name, scores in zip(reward_names, zip(*group_rewards, strict=True), strict=True):
+            for name, scores in zip(reward_names, zip(*scored.rewards, strict=True), strict=True):
                 for measure, total, count in _measure(name, scores, answers):
                     tracker.add(f"{prefix}rewards/{name}/{measure}", total, count)
 

@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 
-from grpo_stage.algorithm.losses import SurrogateOutput
 from grpo_stage.distributed import all_gather
-from grpo_stage.types import Completion, FinishReason, PolicyBatch, ScoredGroup
+from grpo_stage.types import Completion, FinishReason, ScoredGroup
 from grpo_stage.update.credit import has_reward_variance
 
 
@@ -48,6 +47,12 @@ class MetricTracker:
         self.load_state_dict({})
         averages = {name: total / count for name, (total, count) in merged._means.items() if count > 0}
         return {**averages, **merged._sums, **merged._minima, **merged._maxima}
+
+    def mean_over_ranks(self, name: str) -> float | None:
+        """What `take` would give of a mean, which goes on being collected; None where no rank has counted anything."""
+        measured = all_gather(self._means.get(name, (0.0, 0.0)))
+        count = sum(count for _, count in measured)
+        return sum(total for total, _ in measured) / count if count > 0 else None
 
     def merge(self, state: dict[str, Any]) -> None:
         """Add what another tracker collected, its `state_dict`."""
@@ -127,33 +132,3 @@ def record_completions(tracker: MetricTracker, completions: Sequence[Completion]
             tracker.add("completions/mean_terminated_length", length)
             tracker.lowest("completions/min_terminated_length", length)
             tracker.highest("completions/max_terminated_length", length)
-
-
-def used_tokens(batch: PolicyBatch) -> torch.Tensor:
-    """[B, T] float, 1 on the completion tokens that the loss uses."""
-    return (batch.loss_weights > 0).float()
-
-
-def record_update(
-    tracker: MetricTracker,
-    batch: PolicyBatch,
-    surrogate: SurrogateOutput,
-    entropy: torch.Tensor,
-    kl: torch.Tensor | None,
-) -> None:
-    """Metrics of a micro-batch, all means over the completion tokens that the loss uses (TRL's names).
-
-    entropy in nats a token; kl the k3 estimate to the reference; clip_ratio/low_mean, high_mean, delta_mean,
-    region_mean the share of tokens whose gradient the lower bound, the upper, `delta`, any of them cut.
-    """
-    used = used_tokens(batch)  # [B, T]
-    count = used.sum()
-    tracker.add("entropy", (entropy * used).sum(), count)
-    if kl is not None:
-        tracker.add("kl", (kl.detach() * used).sum(), count)
-    clipped = {"low_mean": surrogate.clipped_low, "high_mean": surrogate.clipped_high}
-    if surrogate.clipped_delta is not None:
-        clipped["delta_mean"] = surrogate.clipped_delta
-    clipped["region_mean"] = torch.stack(list(clipped.values())).any(dim=0)
-    for name, tokens in clipped.items():
-        tracker.add(f"clip_ratio/{name}", (tokens * used).sum(), count)

@@ -24,6 +24,10 @@ class RewardTimeoutError(RewardError):
     """A reward function took longer than `reward_timeout` over the completions of one rollout."""
 
 
+class UnrewardedError(RuntimeError):
+    """No reward function has applied to any completion for so long that none can be expected to."""
+
+
 class CompletionError(RuntimeError):
     """Raised while a reward is computed, to say on which completion it failed, by its position in the batch."""
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from grpo_stage.survival.descendants import kill_descendants
 
@@ -26,6 +26,7 @@ SAME_REQUEST_S = 2.0
 LEAVING_S = 2.0
 """How long a process that trains nothing yet may take to tidy up: its temporary folders, and processes of its own."""
 
+T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], None]
 
 _before: dict[signal.Signals, Any] = {}
@@ -184,11 +185,17 @@ class SafeStop:
 
     def check_together(self) -> None:
         """A safe point that all ranks come to: one that was asked takes the others with it."""
+        self.gather(None)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in order, and a safe point as `check_together`, in one message."""
         from grpo_stage.distributed import all_gather  # imports torch
 
-        asked = [each for each in all_gather(self.signal) if each is not None]
+        ranks = all_gather((self.signal, value))
+        asked = [signum for signum, _ in ranks if signum is not None]
         if asked:
             raise StopRequested(asked[0])
+        return [each for _, each in ranks]
 
     @contextmanager
     def together(self) -> Iterator[None]:

@@ -3,117 +3,145 @@
 B completions in a micro-batch    T completion tokens    L prompt + completion tokens
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
 from grpo_stage.algorithm.losses import StepTotals, token_weights
-from grpo_stage.types import PolicyBatch, Prompt, ScoredGroup
+from grpo_stage.types import Completion, Prompt, RolloutGroup, Sample, SampleBatch, TokenBatch
 
 
-def count_totals(groups: Sequence[ScoredGroup], max_new_tokens: int, mask_truncated_completions: bool) -> StepTotals:
+class Sequenced(Protocol):
+    """What goes through the model as one sequence: a `Row`, or a `Sample`."""
+
+    @property
+    def prompt(self) -> Prompt: ...
+    @property
+    def completion(self) -> Completion: ...
+
+
+class Row(NamedTuple):
+    """A completion of which nothing but its prompt is known."""
+
+    prompt: Prompt
+    completion: Completion
+
+
+def rows_of(groups: Sequence[RolloutGroup]) -> list[Row]:
+    """The completions of groups, prompt-major."""
+    return [Row(group.prompt, completion) for group in groups for completion in group.completions]
+
+
+def count_totals(samples: Sequence[Sample], max_new_tokens: int) -> StepTotals:
     """What this rank adds to the step's denominators: the completions, those that the loss uses, and their tokens."""
-    completions = [
-        (len(completion.token_ids), is_used)
-        for scored in groups
-        for completion, is_used in zip(scored.group.completions, scored.used(mask_truncated_completions), strict=True)
-    ]
-    lengths = [length for length, is_used in completions if is_used]
+    lengths = [sum(sample.loss_mask) for sample in samples if sample.is_used]
     return StepTotals(
         num_completions=len(lengths),
         num_tokens=sum(lengths),
         max_completion_length=max_new_tokens,
-        num_left_out=len(completions) - len(lengths),
+        num_left_out=len(samples) - len(lengths),
     )
 
 
-def micro_batches(
-    groups: Sequence[ScoredGroup],
-    totals: StepTotals,
-    *,
-    loss_type: str,
-    mask_truncated_completions: bool,
-    max_tokens: int,
-    pad_token_id: int,
-    device: torch.device,
-) -> list[PolicyBatch]:
-    """Split a step's completions of this rank into micro-batches of at most `max_tokens` padded tokens.
-
-    Completions of like length go together, longest first, so that little is padded and a budget that does not fit
-    into memory fails at once rather than hours later. A single completion longer than the budget is a micro-batch of
-    its own.
+class PaddedLayout:
+    """Sequences of like length side by side, each with its own copy of the prompt.
 
     Args:
-        groups: this rank's share of the step.
-        totals: denominators of the step over all ranks.
-        loss_type: see `token_weights`.
-        mask_truncated_completions: leave truncated completions out of the loss.
-        max_tokens: the budget, counted as rows x (longest prompt + longest completion).
         pad_token_id: fills the rows; any id does, since masks come from lengths.
         device: where the tensors go.
     """
-    rows = [(scored.group.prompt, index) for scored in groups for index in range(len(scored.group.completions))]
-    completions = [completion for scored in groups for completion in scored.group.completions]
-    advantages = [advantage for scored in groups for advantage in scored.advantages]
-    is_used = [each for scored in groups for each in scored.used(mask_truncated_completions)]
 
-    batches = []
-    for chosen in _chunks_under_budget(rows, [len(c.token_ids) for c in completions], max_tokens):
-        prompt_length = max(len(rows[row][0].token_ids) for row in chosen)
-        completion_length = max(len(completions[row].token_ids) for row in chosen)
-        input_ids = torch.full((len(chosen), prompt_length + completion_length), pad_token_id)  # [B, L]
-        attention_mask = torch.zeros_like(input_ids)  # [B, L]
-        completion_mask = torch.zeros(len(chosen), completion_length)  # [B, T]
-        sampling_logprobs = torch.zeros_like(completion_mask)  # [B, T]
-        used = torch.tensor([[float(is_used[row])] for row in chosen])  # [B, 1]
-        for position, row in enumerate(chosen):
-            prompt_ids, completion = rows[row][0].token_ids, completions[row]
-            start, end = prompt_length - len(prompt_ids), prompt_length + len(completion.token_ids)
-            input_ids[position, start:end] = torch.tensor(prompt_ids + completion.token_ids)
-            attention_mask[position, start:end] = 1
-            completion_mask[position, : len(completion.token_ids)] = 1
-            sampling_logprobs[position, : len(completion.token_ids)] = torch.tensor(completion.sampling_logprobs)
-        batches.append(
-            PolicyBatch(
-                input_ids=input_ids.to(device),
-                attention_mask=attention_mask.to(device),
-                completion_ids=input_ids[:, prompt_length:].to(device),
-                completion_mask=completion_mask.to(device),
-                loss_weights=token_weights(completion_mask * used, totals, loss_type).to(device),
-                advantages=torch.tensor([advantages[row] for row in chosen], device=device),
-                sampling_logprobs=sampling_logprobs.to(device),
-                rows=tuple(chosen),
-            )
-        )
-    return batches
+    def __init__(self, pad_token_id: int, device: torch.device) -> None:
+        self._pad_token_id = pad_token_id
+        self._device = device
 
+    def split(self, sequences: Sequence[Sequenced], max_tokens: int) -> Iterator[list[int]]:
+        """Positions of the sequences that go through the model together, in at most `max_tokens` padded tokens.
 
-def dummy_batch(pad_token_id: int, device: torch.device) -> PolicyBatch:
-    """No completion at all: for a rank that has run out of micro-batches while the others have not."""
-    zero = torch.zeros(1, 1, device=device)
-    return PolicyBatch(
-        input_ids=torch.full((1, 2), pad_token_id, device=device),
-        attention_mask=torch.ones(1, 2, dtype=torch.long, device=device),
-        completion_ids=torch.full((1, 1), pad_token_id, device=device),
-        completion_mask=zero,
-        loss_weights=zero,
-        advantages=torch.zeros(1, device=device),
-        sampling_logprobs=zero,
-        rows=(-1,),
-    )
-
-
-def _chunks_under_budget(
-    rows: Sequence[tuple[Prompt, int]], completion_lengths: Sequence[int], max_tokens: int
-) -> Iterator[list[int]]:
-    prompt_lengths = [len(prompt.token_ids) for prompt, _ in rows]
-    order = sorted(range(len(rows)), key=lambda row: prompt_lengths[row] + completion_lengths[row], reverse=True)
-    chunk: list[int] = []
-    for row in order:
-        longest = max(prompt_lengths[r] for r in [*chunk, row]) + max(completion_lengths[r] for r in [*chunk, row])
-        if chunk and longest * (len(chunk) + 1) > max_tokens:
+        Sequences of like length go together, longest first, so that little is padded and a budget that does not fit
+        into memory fails at once rather than hours later. A single sequence longer than the budget goes alone.
+        """
+        lengths = [(len(each.prompt.token_ids), len(each.completion.token_ids)) for each in sequences]
+        chunk: list[int] = []
+        for position in sorted(range(len(sequences)), key=lambda position: sum(lengths[position]), reverse=True):
+            prompts, completions = zip(*(lengths[each] for each in [*chunk, position]), strict=True)
+            if chunk and (max(prompts) + max(completions)) * (len(chunk) + 1) > max_tokens:
+                yield chunk
+                chunk = []
+            chunk.append(position)
+        if chunk:
             yield chunk
-            chunk = []
-        chunk.append(row)
-    if chunk:
-        yield chunk
+
+    def tokens(self, sequences: Sequence[Sequenced]) -> TokenBatch:
+        """The sequences as one batch."""
+        prompt_length = max(len(each.prompt.token_ids) for each in sequences)
+        completion_length = max(len(each.completion.token_ids) for each in sequences)
+        input_ids = torch.full((len(sequences), prompt_length + completion_length), self._pad_token_id)  # [B, L]
+        attention_mask = torch.zeros_like(input_ids)  # [B, L]
+        completion_mask = torch.zeros(len(sequences), completion_length)  # [B, T]
+        for row, each in enumerate(sequences):
+            prompt_ids, completion_ids = each.prompt.token_ids, each.completion.token_ids
+            start, end = prompt_length - len(prompt_ids), prompt_length + len(completion_ids)
+            input_ids[row, start:end] = torch.tensor(prompt_ids + completion_ids)
+            attention_mask[row, start:end] = 1
+            completion_mask[row, : len(completion_ids)] = 1
+        return TokenBatch(
+            input_ids=input_ids.to(self._device),
+            attention_mask=attention_mask.to(self._device),
+            completion_ids=input_ids[:, prompt_length:].to(self._device),
+            completion_mask=completion_mask.to(self._device),
+        )
+
+    def samples(self, samples: Sequence[Sample], totals: StepTotals, loss_type: str) -> SampleBatch:
+        """The samples as one batch.
+
+        Args:
+            samples: a part of this rank's share of the step; what one of them has not, none has.
+            totals: denominators of the step over all ranks.
+            loss_type: see `token_weights`.
+        """
+        tokens = self.tokens(samples)
+
+        def padded(values: Callable[[Sample], Sequence[float] | torch.Tensor | None]) -> torch.Tensor | None:
+            """[B, T], 0 behind each sample's values."""
+            result = torch.zeros(tokens.completion_mask.shape)
+            for row, sample in zip(result, samples, strict=True):
+                if (own := values(sample)) is None:
+                    return None
+                row[: len(own)] = torch.as_tensor(own)
+            return result.to(self._device)
+
+        loss_mask, sampling = padded(lambda s: s.loss_mask), padded(lambda s: s.completion.sampling_logprobs)
+        assert loss_mask is not None
+        assert sampling is not None
+        return SampleBatch(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            completion_ids=tokens.completion_ids,
+            completion_mask=tokens.completion_mask,
+            loss_mask=loss_mask,
+            loss_weights=token_weights(loss_mask, totals, loss_type),
+            advantages=torch.tensor([sample.advantage for sample in samples], device=self._device),
+            sampling_logprobs=sampling,
+            policy_versions=torch.tensor([sample.policy_version for sample in samples], device=self._device),
+            old_logprobs=padded(lambda s: s.old_logprobs),
+            ref_logprobs=padded(lambda s: s.ref_logprobs),
+            trained_mask=padded(lambda s: s.trained_mask),
+            anchor_mask=padded(lambda s: s.anchor_mask),
+        )
+
+    def dummy(self) -> SampleBatch:
+        """No sample at all: for a rank that has run out of micro-batches while the others have not."""
+        zero = torch.zeros(1, 1, device=self._device)
+        return SampleBatch(
+            input_ids=torch.full((1, 2), self._pad_token_id, device=self._device),
+            attention_mask=torch.ones(1, 2, dtype=torch.long, device=self._device),
+            completion_ids=torch.full((1, 1), self._pad_token_id, device=self._device),
+            completion_mask=zero,
+            loss_mask=zero,
+            loss_weights=zero,
+            advantages=torch.zeros(1, device=self._device),
+            sampling_logprobs=zero,
+            policy_versions=torch.tensor([-1], device=self._device),
+        )

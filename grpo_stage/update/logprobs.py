@@ -1,29 +1,28 @@
-"""The policy's log-probabilities, and the reference it is held to.
+"""Log-probabilities of completions under a model: with gradient for the policy, without for the rest.
 
 B completions in a micro-batch    T completion tokens    V vocabulary
 """
 
 import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
-from transformers import TrainerCallback
 
-from grpo_stage.types import PolicyBatch
+from grpo_stage.types import TokenBatch
+from grpo_stage.update.batch import PaddedLayout, Sequenced
+from grpo_stage.update.token_budget import OutOfMemory, TokenBudget
 
 
-_PEFT_PARTS = re.compile(r"\.base_layer|\.modules_to_save\.default")
-"""What PEFT adds to the names of a model's weights, those trained whole included."""
+Tensors = tuple[torch.Tensor, ...]
 
 
 def token_logprobs(
     model: nn.Module,
-    batch: PolicyBatch,
+    batch: TokenBatch,
     temperature: float,
     *,
     with_entropy: bool = False,
@@ -71,147 +70,68 @@ def token_logprobs(
     return logprobs.masked_fill(~mask, 0.0), entropy
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Turn dropout off for good: the ratio compares two passes through the same network."""
-    module: Any
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        # Some architectures keep the rate on the module or read it from the config, and call F.dropout themselves.
-        for owner in (module, getattr(module, "config", None)):
-            for name, value in vars(owner).items() if owner is not None else ():
-                if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                    setattr(owner, name, 0.0)
+class FrozenPass:
+    """A forward pass without gradient over any number of completions, in micro-batches.
 
-
-class ReferencePolicy(Protocol):
-    """The policy at the start of the run, or another model: what the KL term holds the policy to."""
-
-    def activate(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Yield the reference; `policy` (unwrapped) is itself again afterwards."""
-
-
-class MovingReference(ReferencePolicy, Protocol):
-    """One that can follow the policy (`sync_ref_model`)."""
-
-    def mix(self, policy: nn.Module, alpha: float) -> None:
-        """Become alpha x `policy` (unwrapped) + (1 - alpha) x what it is, weight by weight."""
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The weights that `mix` changes."""
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from what `state_dict` gave."""
-
-
-class ReferenceSync(TrainerCallback):
-    """Moves the reference towards the policy (`sync_ref_model`), as a part of the step that it follows."""
-
-    def __init__(
-        self, reference: MovingReference, alpha: float, every: int, unwrap: Callable[[Any], nn.Module]
-    ) -> None:
-        self._reference, self._alpha, self._every, self._unwrap = reference, alpha, every, unwrap
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step % self._every == 0:
-            self._reference.mix(self._unwrap(model), self._alpha)
-
-
-class AdapterOffReference:
-    """The base model: right where training starts from a new adapter, which changes nothing at first."""
-
-    @contextmanager
-    def activate(self, policy: Any) -> Iterator[nn.Module]:
-        with policy.disable_adapter():
-            yield policy
-
-
-class InitialWeightsReference:
-    """The trainable weights as they were at the start, swapped in for the reference pass.
-
-    Right wherever the start is not "adapter off": a continued adapter (whose start is what SFT taught), PiSSA (whose
-    base is only a residual), freeze and full tuning. It costs a copy of the trainable weights alone.
+    Args:
+        layout: how completions become batches.
+        budget: how many tokens go through a model at once.
+        autocast: the precision of a forward pass.
+        temperature: of the policy's distribution.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
-        self._initial = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+    def __init__(
+        self,
+        layout: PaddedLayout,
+        budget: TokenBudget,
+        autocast: Callable[[], AbstractContextManager],
+        temperature: float,
+    ) -> None:
+        self._layout = layout
+        self._budget = budget
+        self._autocast = autocast
+        self._temperature = temperature
 
-    @torch.no_grad()
-    def mix(self, policy: nn.Module, alpha: float) -> None:
-        _mix(self._initial, dict(policy.named_parameters()), alpha)
+    def logprobs(self, model: nn.Module, sequences: Sequence[Sequenced], temperature: float | None = None) -> Tensors:
+        """[T] of each completion, on the CPU, under `model` as it is now.
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return self._initial
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        _mix(self._initial, state, 1.0)
-
-    @contextmanager
-    def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
-        parameters = dict(policy.named_parameters())
-        trained = {name: parameters[name].data for name in self._initial}
-        try:
-            for name, initial in self._initial.items():
-                parameters[name].data = initial
-            yield policy
-        finally:
-            for name, data in trained.items():
-                parameters[name].data = data
-
-
-class ModelReference:
-    """Another model (`ref_model`)."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model.eval()
-
-    def match_precision(self, policy: Any) -> None:
-        """Hold its weights in the precision of the policy's of the same name, where that is higher.
-
-        The host keeps what is trained in float32. Mixed precision rounds a network of bf16 weights otherwise, and the
-        KL of identical weights would not be 0.
+        At the sampling temperature, unless another is given.
         """
-        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-        theirs = {_PEFT_PARTS.sub("", name): p.dtype for name, p in base.named_parameters()}
-        for name, p in self._model.named_parameters():
-            if p.is_floating_point() and theirs.get(name) == torch.float32:
-                p.data = p.data.float()
+        return self._run(model, sequences, temperature, with_entropy=False)[0]
 
-    def check_alike(self, policy: nn.Module) -> None:
-        """Raise ValueError unless `policy` has a weight of the same name and shape for each of its own."""
-        theirs = {name: p.shape for name, p in policy.named_parameters()}
-        unlike = [name for name, p in self._model.named_parameters() if theirs.get(name) != p.shape]
-        if unlike:
-            raise ValueError(
-                f"`sync_ref_model: true` mixes the policy's weights into `ref_model`, and {len(unlike)} weights of it "
-                f"are of another name or shape ({unlike[0]}). Name a model of the same size, or leave `ref_model` "
-                "out: the reference is then the policy as it starts."
-            )
+    def logprobs_and_entropies(self, model: nn.Module, sequences: Sequence[Sequenced]) -> tuple[Tensors, Tensors]:
+        """[T] of each completion, twice, on the CPU, at the sampling temperature."""
+        return self._run(model, sequences, None, with_entropy=True)
 
     @torch.no_grad()
-    def mix(self, policy: nn.Module, alpha: float) -> None:
-        _mix(dict(self._model.named_parameters()), dict(policy.named_parameters()), alpha)
+    def _run(
+        self, model: nn.Module, sequences: Sequence[Sequenced], temperature: float | None, with_entropy: bool
+    ) -> tuple[Tensors, Tensors]:
+        temperature = self._temperature if temperature is None else temperature
+        logprobs: dict[int, torch.Tensor] = {}
+        entropies: dict[int, torch.Tensor] = {}
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self._model.named_parameters())
+        def forward(batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+            with self._autocast():
+                return token_logprobs(model, batch, temperature, with_entropy=with_entropy)
 
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        _mix(dict(self._model.named_parameters()), state, 1.0)
-
-    @contextmanager
-    def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
-        yield self._model
-
-
-def _mix(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], alpha: float) -> None:
-    """Move `old` in place. In float32, where a small alpha does not vanish in rounding before it is added."""
-    for name, tensor in old.items():
-        target = new[name].to(tensor.device, torch.float32)
-        tensor.copy_(target if alpha == 1.0 else tensor.float().lerp(target, alpha))
+        while len(logprobs) < len(sequences):
+            for positions in self._layout.split(sequences, self._budget.max_tokens):
+                batch = self._layout.tokens([sequences[position] for position in positions])
+                outcome = self._budget.attempt(partial(forward, batch))
+                if isinstance(outcome, OutOfMemory):
+                    self._budget.shrink(batch.input_ids.shape, outcome)
+                    break
+                for row, position in enumerate(positions):
+                    length = len(sequences[position].completion.token_ids)
+                    logprobs[position] = outcome[0][row, :length].cpu()
+                    if outcome[1] is not None:
+                        entropies[position] = outcome[1][row, :length].cpu()
+        return tuple(tuple(each[i] for i in range(len(each))) for each in (logprobs, entropies))  # type: ignore[return-value]
 
 
 def takes_logits_to_keep(model: Any) -> bool:
+    """Whether the model, wrapped or not, can be asked for the logits of the last tokens alone."""
     while hasattr(model, "module"):  # DDP
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

@@ -1,0 +1,285 @@
+"""Prompts -> completions -> rewards -> advantages -> the steps that train on them.
+
+prompts due -> sync -> rollout -> canary -> rewards -> [batch full?] -> advantages -> old / ref log-probs -> steps
+   ^------------------------------------------------------' no, with dynamic_sampling
+
+P prompts    G completions a prompt
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerState, TrainingArguments
+
+from .arguments import GRPOArguments
+from .distributed import all_gather
+from .monitors.canary import SlopeTest
+from .records.completions import CompletionsLog
+from .records.metrics import record_rollout
+from .rewards.errors import UnrewardedError
+from .rollout.epochs import Epochs, EpochsOfPrompts, EpochsOfSteps, PromptStream, steps_of_epoch
+from .rollout.filling import DynamicSampling, Filling, PlainSampling
+from .rollout.queue import RolloutQueue
+from .rollout.sampler import Sampler
+from .types import Prompt, RolloutGroup, Sample, SamplingSettings, ScoredGroup, Step, TrainingProgress
+from .update.batch import rows_of
+from .update.credit import Credit
+from .update.logprobs import FrozenPass
+from .update.objective import Objective
+from .update.reference import ReferencePolicy
+
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
+NO_REWARD_REMEDY = (
+    "Check that the references and columns of the data are of the kind that the functions expect; "
+    "`grpo-stage try-rewards` shows what each of them makes of the first rows."
+)
+UNREWARDED_ROLLOUTS, UNREWARDED_PROMPTS = 10, 100
+"""A run ends when no reward function applied to the prompts of as many rollouts in a row, and to as many prompts."""
+
+
+class Collector:
+    """Collects rollouts into the queue of steps. Used by all ranks alike.
+
+    Args:
+        policy: the unwrapped model.
+        args: Trainer's.
+        grpo_args: the recipe.
+        sampling: how completions are drawn.
+        prompts: the dataset.
+        prompts_per_step: over all ranks.
+        shuffle: whether each epoch has an order of its own.
+        sampler: samples and scores.
+        frozen: log-probabilities without gradient.
+        objective: says what `kl_in_reward` takes off a reward.
+        reference: what the KL is to; None without a KL.
+        tests_slope: whether the canary asks for the slope.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: nn.Module,
+        args: TrainingArguments,
+        grpo_args: GRPOArguments,
+        sampling: SamplingSettings,
+        prompts: Sequence[Prompt],
+        prompts_per_step: int,
+        shuffle: bool,
+        sampler: Sampler,
+        frozen: FrozenPass,
+        objective: Objective,
+        reference: ReferencePolicy | None,
+        tests_slope: bool,
+    ) -> None:
+        self.prompts_per_step = prompts_per_step
+        self.steps_per_epoch = steps_of_epoch(len(prompts), prompts_per_step, grpo_args.num_iterations)
+        """With dynamic sampling, at most."""
+        self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
+        self.queue = RolloutQueue(prompts)
+        self.filling: Filling = PlainSampling()
+        self.epochs: Epochs = EpochsOfSteps(self.steps_per_epoch)
+        self.slope_test: SlopeTest | None = None
+        self.completions_log = CompletionsLog(
+            args.output_dir, sampler.rewards.names, grpo_args.num_completions_to_print, args.process_index == 0
+        )
+        self.num_tokens = 0
+        """Prompt and completion tokens that were sampled so far, over all ranks."""
+        self.num_rewarded = 0
+        """Groups of all ranks with a reward."""
+        self._num_unrewarded = 0  # groups of all ranks without one, in a row
+        self._policy = policy
+        self._args = grpo_args
+        self._sampling = sampling
+        self._prompts = prompts
+        self._sampler = sampler
+        self.rewards = sampler.rewards
+        self._phases = sampler.phases
+        self._tracker = sampler.phases.tracker
+        self._frozen = frozen
+        self._objective = objective
+        self._reference = reference
+        self._credit = Credit(
+            grpo_args.advantage_estimator,
+            grpo_args.scale_rewards,
+            sampler.rewards.weights,
+            grpo_args.mask_truncated_completions,
+        )
+        if grpo_args.dynamic_sampling:
+            self.filling = DynamicSampling(
+                prompts, grpo_args.max_resample_times, self._credit.has_signal, args.process_index, args.world_size
+            )
+            self.epochs = EpochsOfPrompts(self.stream, self._is_everything_used, args)
+        if tests_slope:
+            self.slope_test = SlopeTest(
+                backend=grpo_args.rollout_backend,
+                score=lambda groups: frozen.logprobs(policy, rows_of(groups), temperature=1.0),
+                adapter_off=policy.disable_adapter if isinstance(policy, PeftModel) else None,
+                prompts=prompts,
+            )
+
+    def collect(self, state: TrainerState) -> None:
+        """Sample, score and prepare one rollout: its optimizer steps join the queue in the order of use."""
+        count = self.prompts_per_step * self._args.steps_per_generation
+        if self.epochs.is_end(state.global_step):
+            self.stream.begin_epoch_if_due()
+        filled = self.filling.fill(
+            count,
+            partial(self._roll_out, count, state),
+            lambda: self.epochs.may_roll_out,
+            lambda groups: self._frozen.logprobs(self._policy, rows_of([each.group for each in groups])),
+        )
+        self.filling.report(filled, count, state.global_step + 1, self.epochs.may_roll_out, self._tracker)
+
+        shares = self._shares_of_steps(filled.groups)
+        is_reused = len(shares) * self._args.num_iterations > 1
+        with self._phases.timed("logprobs"):
+            shares = [self._with_old_logprobs(share, is_reused) for share in shares]
+            shares = self._with_ref_logprobs(shares)
+        samples = self._with_advantages([group for share in shares for group in share], is_reused)
+        if self._args.log_completions:
+            dropped = map(self._credit.withhold, filled.dropped)
+            self.completions_log.record(state.global_step + 1, [own for each in (*samples, *dropped) for own in each])
+
+        remaining = iter(samples)
+        steps = []
+        for share in shares:
+            of_groups = [(group, next(remaining)) for group in share]
+            steps.append(tuple(sample for group, own in of_groups if self._is_kept(group) for sample in own))
+        temperature = self._sampler.engine.logprob_temperature
+        for step in _with_fresh_first(steps, state.global_step) * self._args.num_iterations:
+            self.queue.append(Step(samples=step, logprob_temperature=temperature))
+
+    def state_dict(self) -> dict[str, int]:
+        """What is counted, ready for JSON."""
+        return {
+            "num_tokens": self.num_tokens,
+            "num_rewarded": self.num_rewarded,
+            "num_unrewarded": self._num_unrewarded,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_tokens = state["num_tokens"]
+        self.num_rewarded, self._num_unrewarded = state["num_rewarded"], state["num_unrewarded"]
+
+    def _is_everything_used(self) -> bool:
+        """Whether all that was sampled is trained on."""
+        return not self.queue and self.filling.num_waiting == 0
+
+    def _roll_out(self, count: int, state: TrainerState) -> list[ScoredGroup]:
+        """Sample and score this rank's share of the next `count` prompts."""
+        version = state.global_step
+        with self._phases.phase("sync"):
+            self._sampler.sync(self._policy, version)
+        indices = self.stream.take(count)
+        with self._phases.phase("rollout") as clock:
+            groups = self._sampler.generate([self._prompts[i] for i in indices], self._sampling, version, version)
+        with self._phases.phase("canary"):
+            self._let_engine_sleep(groups, version)
+        with self._phases.timed("reward"):
+            progress = TrainingProgress(global_step=version, max_steps=state.max_steps, epoch=float(state.epoch or 0))
+            scored = self._sampler.score(groups, progress)
+        self._record(scored, clock.seconds)
+        self._count_rewarded(scored, version + 1, limit=max(UNREWARDED_PROMPTS, UNREWARDED_ROLLOUTS * count))
+        return scored
+
+    def _let_engine_sleep(self, groups: Sequence[RolloutGroup], version: int) -> None:
+        """Free its memory for rewards and log-probabilities, and see whether it has followed the policy."""
+        engine, answers = self._sampler.engine, []
+        if self.slope_test is not None:
+            with self._phases.limited("canary", self._args.rollout_timeout, "rollout_timeout"):
+                answers = self.slope_test.ask(engine, groups, version)
+        engine.sleep()
+        if self.slope_test is not None:
+            for name, value in self.slope_test.check(answers, groups, version).items():
+                self._tracker.add(name, value)
+
+    def _record(self, scored: Sequence[ScoredGroup], seconds: float) -> None:
+        record_rollout(self._tracker, scored, self.rewards.names, self.rewards.weights)
+        for name, number in self.rewards.take_counters().items():
+            self._tracker.count(f"rewards/{name}", number)
+        tokens = sum(len(completion.token_ids) for s in scored for completion in s.group.completions)
+        self._tracker.add("rollout_tokens_per_second", sum(all_gather(tokens)), seconds)
+        prompt_tokens = sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored)
+        self.num_tokens += sum(all_gather(tokens + prompt_tokens))
+
+    def _count_rewarded(self, scored: Sequence[ScoredGroup], step: int, limit: int) -> None:
+        """Say which rollouts have no reward, and end the run when `limit` groups in a row have none."""
+        ranks = all_gather((sum(each.has_reward for each in scored), len(scored)))
+        num_rewarded, num_groups = (sum(column) for column in zip(*ranks, strict=True))
+        self.num_rewarded += num_rewarded
+        self._num_unrewarded = 0 if num_rewarded > 0 else self._num_unrewarded + num_groups
+        problem = (
+            f"No reward function applied to any completion ({', '.join(self.rewards.names)} all returned None) of "
+            f"the {num_groups} prompts that were sampled for step {step}"
+        )
+        if self._num_unrewarded >= limit:
+            raise UnrewardedError(
+                f"{problem}, nor of the {self._num_unrewarded - num_groups} before them, so that nothing is learned: "
+                f"the run is stopped. {NO_REWARD_REMEDY}"
+            )
+        if num_rewarded == 0 < num_groups and self.stream.rank == 0:
+            logger.warning(f"{problem}: nothing is learned from them.")
+
+    def _shares_of_steps(self, groups: Sequence[ScoredGroup]) -> list[Sequence[ScoredGroup]]:
+        """This rank's groups of each step; as many steps on all ranks, since the last prompts may not reach each."""
+        size = self.prompts_per_step // self.stream.world_size
+        shares = [groups[start : start + size] for start in range(0, len(groups), size)]
+        num_steps = max(1, *all_gather(len(shares)))
+        return shares + [()] * (num_steps - len(shares))
+
+    def _is_kept(self, group: ScoredGroup) -> bool:
+        return not self._args.mask_zero_std_groups or self._credit.has_signal(group)
+
+    def _with_old_logprobs(self, share: Sequence[ScoredGroup], is_reused: bool) -> Sequence[ScoredGroup]:
+        """With those of the policies that sampled it, unless they are the present one's and not needed."""
+        has_waited = any(group.old_logprobs is not None for group in share)
+        if not (is_reused or has_waited or self._args.kl_in_reward):
+            return share
+        return self._with_logprobs(self._policy, share, "old_logprobs")
+
+    def _with_ref_logprobs(self, shares: Sequence[Sequence[ScoredGroup]]) -> list[Sequence[ScoredGroup]]:
+        if self._reference is None:
+            return list(shares)
+        with self._reference.activate(self._policy) as reference:
+            return [self._with_logprobs(reference, share, "ref_logprobs") for share in shares]
+
+    def _with_logprobs(self, model: nn.Module, share: Sequence[ScoredGroup], name: str) -> list[ScoredGroup]:
+        """With `name` of each group that is kept and has none yet."""
+        lacks = [self._is_kept(group) and getattr(group, name) is None for group in share]
+        rows = rows_of([group.group for group, is_lacking in zip(share, lacks, strict=True) if is_lacking])
+        flat = iter(self._frozen.logprobs(model, rows))
+        result = []
+        for group, is_lacking in zip(share, lacks, strict=True):
+            values: Any = {name: tuple(next(flat) for _ in group.group.completions)} if is_lacking else {}
+            result.append(dataclasses.replace(group, **values))
+        return result
+
+    def _with_advantages(self, groups: Sequence[ScoredGroup], is_reused: bool) -> list[tuple[Sample, ...]]:
+        """The samples of each group. Statistics are taken over the whole batch, on all ranks."""
+        if not self._args.kl_in_reward:
+            return self._credit.assign(groups)
+        old, ref = (
+            [tokens for group in groups for tokens in getattr(group, name) or ()]
+            for name in ("old_logprobs", "ref_logprobs")
+        )
+        penalties = self._objective.reward_penalties(old, ref)
+        if not is_reused:  # what is used once is used on-policy
+            groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
+        return self._credit.assign(groups, penalties)
+
+
+def _with_fresh_first(steps: Sequence[tuple[Sample, ...]], version: int) -> list[tuple[Sample, ...]]:
+    """The canary looks at the first step, which may have lost its groups, or be made of such as have waited.
+
+    So the first step that has a sample of `version` on any rank changes places to the front.
+    """
+    is_fresh = [any(all_gather(any(sample.policy_version == version for sample in step))) for step in steps]
+    first = is_fresh.index(True) if True in is_fresh else 0
+    return [steps[first], *steps[:first], *steps[first + 1 :]]

@@ -1,0 +1,177 @@
+"""A step of samples -> the gradient in the parameters, or a step that is skipped."""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import TrainingArguments
+
+from .arguments import GRPOArguments
+from .distributed import all_gather
+from .monitors.canary import LogprobDifference
+from .rollout.serialization import step_state
+from .survival.phase import Phases
+from .types import SamplingSettings, Step
+from .update.batch import PaddedLayout
+from .update.gradient import PolicyGradient
+from .update.logprobs import FrozenPass
+from .update.objective import Objective
+from .update.strategy import ReplicatedParameters
+from .update.token_budget import TokenBudget
+
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
+NON_FINITE_REMEDY = (
+    "Start anew with a lower `learning_rate` or `max_grad_norm`, or in bf16 or float32 instead of fp16; a checkpoint "
+    "from before the first such step can be continued with `resume_from_checkpoint`."
+)
+FP16_SCALES = 16
+"""How often fp16's loss scale can be halved before it is hopeless; every time costs a step."""
+
+
+class Learner:
+    """Learns from steps. Used by all ranks alike.
+
+    Args:
+        args: Trainer's.
+        grpo_args: the recipe.
+        sampling: how completions are drawn.
+        canary: see `PolicyGradient`.
+        pad_token_id: fills micro-batches.
+        accelerator: computes the backward pass.
+        phases: times the update.
+        gather: see `PolicyGradient`.
+    """
+
+    def __init__(
+        self,
+        *,
+        args: TrainingArguments,
+        grpo_args: GRPOArguments,
+        sampling: SamplingSettings,
+        canary: LogprobDifference,
+        pad_token_id: int,
+        accelerator: Accelerator,
+        phases: Phases,
+        gather: Callable[[bool], list[bool]],
+    ) -> None:
+        # Accelerate puts the policy's own forward in it, and no other model's.
+        autocast: Callable[[], AbstractContextManager] = accelerator.autocast
+        layout = PaddedLayout(pad_token_id, accelerator.device)
+        self.strategy = ReplicatedParameters(accelerator)
+        self.objective = Objective(grpo_args)
+        self.budget = update_budget(grpo_args.max_tokens_per_micro_batch, args.process_index)
+        self.frozen = FrozenPass(layout, self.budget, autocast, sampling.temperature)
+        self.gradient = PolicyGradient(
+            grpo_args=grpo_args,
+            objective=self.objective,
+            sampling=sampling,
+            canary=canary,
+            layout=layout,
+            budget=self.budget,
+            frozen=self.frozen,
+            strategy=self.strategy,
+            autocast=autocast,
+            device=accelerator.device,
+            gather=gather,
+        )
+        self.num_learned = 0
+        """Steps that had something to learn from and were not skipped."""
+        self.num_skipped = 0
+        """Steps in a row that were skipped."""
+        self._args = args
+        self._grpo_args = grpo_args
+        self._scales_loss = accelerator.scaler is not None
+        self._phases = phases
+        self._tracker = phases.tracker
+
+    def learn(self, model: nn.Module, step: Step, global_step: int) -> torch.Tensor:
+        """Leave the gradient of a step in the parameters; none where it is skipped. The loss is the mean over ranks.
+
+        Args:
+            model: the policy, wrapped (DDP) or not.
+            step: this rank's share of it.
+            global_step: optimizer steps that are done.
+
+        Raises:
+            FloatingPointError: if more than `max_skipped_steps` in a row had to be skipped.
+        """
+        with self._phases.timed("update"):
+            model.train()
+            loss, metrics = self.gradient.accumulate(model, step, global_step)
+            is_finite = all(all_gather(bool(torch.isfinite(loss)) and self.strategy.has_finite_gradient(model)))
+            is_used = any(sample.is_used for sample in step.samples)
+            if not self._scales_loss and not any(all_gather(is_used)):
+                model.zero_grad()  # gradients of 0 would move the weights, by momentum and by decay
+        loss = loss * self._args.world_size
+        self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
+        if is_finite:
+            self.num_skipped = 0
+            self.num_learned += any(sample.is_used and sample.advantage != 0 for sample in step.samples)
+            self.objective.adapt(metrics)
+            self._tracker.merge(metrics.state_dict())
+            # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.
+            self._tracker.add("loss", loss)
+        else:
+            self._skip(model, step, loss, global_step + 1)
+        return loss
+
+    def state_dict(self) -> dict[str, int]:
+        """What is counted, ready for JSON."""
+        return {"num_skipped": self.num_skipped, "num_learned": self.num_learned}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.num_skipped, self.num_learned = state["num_skipped"], state["num_learned"]
+
+    def _skip(self, model: nn.Module, step: Step, loss: torch.Tensor, number: int) -> None:
+        """Leave the weights as they are: optimizers pass by a parameter without a gradient."""
+        limit = self._grpo_args.max_skipped_steps
+        if self._scales_loss:
+            limit += FP16_SCALES  # the scaler skips the step by itself, and lowers its scale
+            next(p.grad for p in model.parameters() if p.grad is not None).fill_(math.inf)
+        else:
+            model.zero_grad()
+        self.num_skipped += 1
+        file = os.path.join(self._args.output_dir, f"skipped_step_{number}_rank{self._args.process_index}.json")
+        where = f"The batch is in {file}."
+        try:
+            os.makedirs(self._args.output_dir, exist_ok=True)
+            with open(file, "w", encoding="utf-8") as kept:
+                json.dump({"step": number, "loss": str(loss.item()), **step_state(step)}, kept)
+        except OSError as error:  # a look at it is not worth the run
+            where = f"The batch could not be written to {file}: {error}."
+        problem = f"The loss or its gradient in step {number} is not finite"
+        if self.num_skipped > limit:
+            raise FloatingPointError(
+                f"{problem}, and so were those of the {self.num_skipped - 1} steps before (`max_skipped_steps: "
+                f"{self._grpo_args.max_skipped_steps}`): the run is stopped. {where} {NON_FINITE_REMEDY}"
+            )
+        logger.warning(f"{problem}: the step is skipped, and the weights stay as they are. {where}")
+
+
+def update_budget(max_tokens: int, rank: int) -> TokenBudget:
+    """The budget of the policy's passes, and what is said where it gives way."""
+
+    def too_long(length: int) -> RuntimeError:
+        return RuntimeError(
+            f"Out of memory with a single completion of {length} tokens, "
+            "prompt included, in the micro-batch: there is nothing left to split. Lower `max_new_tokens` or "
+            "`cutoff_len`, leave gradient checkpointing on, give vLLM less (`vllm_gpu_util`, `vllm_sleep`), or "
+            "train fewer weights (LoRA, `quantization_bit`)."
+        )
+
+    def message(now: int, before: int) -> str:
+        return (
+            f"Out of memory on rank {rank}: the pass is done again with micro-batches of {now} tokens instead of "
+            f"{before}, which changes nothing but the speed. Write `max_tokens_per_micro_batch: {now}` to start with "
+            "that."
+        )
+
+    return TokenBudget(max_tokens, too_long, message)

@@ -1,0 +1,215 @@
+"""The order in which prompts are sampled from, and when an epoch and a run are over."""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from transformers import TrainingArguments
+
+
+class PromptStream:
+    """Deals the indices of `num_prompts` prompts, each exactly once an epoch over all ranks.
+
+    An epoch is one permutation, drawn from (seed, epoch) by a generator of its own and thus the same on every rank.
+    Each `take` deals the permutation's next slice to the ranks, without padding or repeats. The state is the same on
+    all ranks, and holds for any world size.
+
+    Args:
+        num_prompts: size of the dataset.
+        seed: the run seed.
+        shuffle: False keeps the dataset's order (the host's `disable_shuffling`).
+        rank: this process.
+        world_size: how many processes share the stream.
+    """
+
+    def __init__(self, num_prompts: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1) -> None:
+        if num_prompts < 1:
+            raise ValueError(f"A prompt stream needs at least one prompt, got {num_prompts}.")
+        if not 0 <= rank < world_size:
+            raise ValueError(f"The rank must lie in [0, {world_size}), got {rank}.")
+        self.num_prompts = num_prompts
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world_size = world_size
+        self.epoch = 0
+        self._cursor = 0
+        self._order = self._permutation()
+
+    def take(self, count: int) -> list[int]:
+        """This rank's share of the next `count` prompts, counted over all ranks.
+
+        A call stops at the end of the epoch; the one after it starts the next epoch.
+        """
+        if count < 1:
+            raise ValueError(f"At least one prompt must be taken at a time, got {count}.")
+        self.begin_epoch_if_due()
+        dealt = self._order[self._cursor : self._cursor + count]
+        self._cursor += len(dealt)
+        return dealt[self.rank :: self.world_size]
+
+    def begin_epoch_if_due(self) -> None:
+        """Go on to the next epoch where no prompt of this one is left."""
+        if self.remaining() == 0:
+            self.epoch += 1
+            self._cursor = 0
+            self._order = self._permutation()
+
+    def remaining(self) -> int:
+        """How many prompts of this epoch are left, over all ranks."""
+        return self.num_prompts - self._cursor
+
+    @property
+    def num_taken(self) -> int:
+        """How many prompts were taken since the run's start, over all epochs and ranks."""
+        return self.epoch * self.num_prompts + self._cursor
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, ready for JSON."""
+        return {"epoch": self.epoch, "cursor": self._cursor, **self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: if it was taken from other prompts or another order of them.
+        """
+        for name, value in self._identity().items():
+            if state[name] != value:
+                raise ValueError(
+                    f"The checkpoint's prompt stream has {name}={state[name]} but this run has {name}={value}: it "
+                    "would not go on with the prompts that are due. Resume with the dataset and settings of the "
+                    "interrupted run, or start anew in an empty `output_dir`."
+                )
+        epoch, cursor = state["epoch"], state["cursor"]
+        if epoch < 0 or not 0 <= cursor <= self.num_prompts:
+            raise ValueError(
+                f"The checkpoint's prompt stream is damaged: epoch {epoch} and cursor {cursor} do not fit "
+                f"{self.num_prompts} prompts."
+            )
+        self.epoch, self._cursor = epoch, cursor
+        self._order = self._permutation()
+
+    def _identity(self) -> dict[str, Any]:
+        return {"num_prompts": self.num_prompts, "seed": self.seed, "shuffle": self.shuffle}
+
+    def _permutation(self) -> list[int]:
+        order = list(range(self.num_prompts))
+        if self.shuffle:
+            random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        return order
+
+
+class Epochs(Protocol):
+    """How a run's epochs are counted."""
+
+    def is_end(self, step: int) -> bool:
+        """Whether nothing of an epoch is left to be trained on after so many optimizer steps."""
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether an epoch is over although Trainer counts on further steps."""
+
+    @property
+    def may_roll_out(self) -> bool:
+        """Whether a batch may take further prompts."""
+
+    @property
+    def is_run_over(self) -> bool:
+        """Whether there is nothing left to train on, however many steps there might be."""
+
+    def done(self, counted: float) -> float:
+        """How many epochs are done; `counted` is their number by optimizer steps."""
+
+    def most(self, num_epochs: int) -> int:
+        """How many epochs Trainer has to have room for, whose own number is `num_epochs`."""
+
+    def resumed_at(self, step: int, num_epochs: int, num_slots: int) -> tuple[int, int]:
+        """Epochs and slots of the begun one that Trainer leaves out when it resumes; its own numbers are given."""
+
+
+class EpochsOfSteps:
+    """Plain sampling: an epoch has the same number of optimizer steps each time."""
+
+    is_cut = False
+    may_roll_out = True
+    is_run_over = False
+
+    def __init__(self, steps_per_epoch: int) -> None:
+        self._steps_per_epoch = steps_per_epoch
+
+    def is_end(self, step: int) -> bool:
+        return step % self._steps_per_epoch == 0
+
+    def done(self, counted: float) -> float:
+        return counted
+
+    def most(self, num_epochs: int) -> int:
+        return num_epochs
+
+    def resumed_at(self, step: int, num_epochs: int, num_slots: int) -> tuple[int, int]:
+        return num_epochs, num_slots
+
+
+class EpochsOfPrompts:
+    """Dynamic sampling: an epoch has fewer steps where groups are dropped, and ends when its prompts are used up.
+
+    Args:
+        stream: the prompts.
+        is_everything_used: whether all that was sampled is trained on.
+        args: how many epochs or steps the run has.
+    """
+
+    def __init__(self, stream: PromptStream, is_everything_used: Callable[[], bool], args: TrainingArguments) -> None:
+        self._stream = stream
+        self._is_everything_used = is_everything_used
+        self._args = args
+
+    def is_end(self, step: int) -> bool:
+        return self._is_everything_used() and self._stream.remaining() == 0
+
+    @property
+    def is_cut(self) -> bool:
+        return self.is_end(0)
+
+    @property
+    def may_roll_out(self) -> bool:
+        return self._has_prompts_left and self._stream.remaining() > 0  # none reaches into the next epoch
+
+    @property
+    def is_run_over(self) -> bool:
+        return self._is_everything_used() and not self._has_prompts_left
+
+    def done(self, counted: float) -> float:
+        return self._stream.num_taken / self._stream.num_prompts
+
+    def most(self, num_epochs: int) -> int:
+        return self._args.max_steps if self._args.max_steps > 0 else num_epochs  # an epoch has a step at least
+
+    def resumed_at(self, step: int, num_epochs: int, num_slots: int) -> tuple[int, int]:
+        if step == 0:
+            return num_epochs, num_slots
+        # Of a begun epoch one slot is left out: there are always more than are needed.
+        return (self._stream.epoch + 1, 0) if self.is_end(step) else (self._stream.epoch, 1)
+
+    @property
+    def _has_prompts_left(self) -> bool:
+        """Under `max_steps` a run takes as many epochs as it needs."""
+        num_prompts = self._args.num_train_epochs * self._stream.num_prompts
+        return self._args.max_steps > 0 or self._stream.num_taken < num_prompts
+
+
+def prompts_of_step(args: TrainingArguments) -> int:
+    """On all devices together."""
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def steps_of_epoch(num_prompts: int, prompts_per_step: int, num_iterations: int) -> int:
+    """Optimizer steps that an epoch has; with dynamic sampling, at most."""
+    return -(-num_prompts // prompts_per_step) * num_iterations
+
+
+def steps_of_run(args: TrainingArguments, steps_per_epoch: int) -> int:
+    """Optimizer steps that a run has; with dynamic sampling and no `max_steps`, at most."""
+    return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)

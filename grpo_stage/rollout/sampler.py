@@ -1,0 +1,71 @@
+"""Prompts -> completions of the present policy, with their rewards: what training and evaluation share."""
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from grpo_stage.arguments import GRPOArguments
+from grpo_stage.monitors.canary import check_versions
+from grpo_stage.rewards.suite import RewardSuite
+from grpo_stage.survival.phase import Phases
+from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup, TrainingProgress
+
+
+class Sampler:
+    """Samples and scores, each within its time limit.
+
+    Args:
+        engine: samples completions.
+        rewards: score them.
+        phases: limits what takes too long.
+        args: the limits.
+    """
+
+    def __init__(self, engine: RolloutEngine, rewards: RewardSuite, phases: Phases, args: GRPOArguments) -> None:
+        self.engine = engine
+        self.rewards = rewards
+        self.phases = phases
+        self._args = args
+
+    def sync(self, policy: nn.Module, version: int) -> None:
+        """Have the engine sample from `policy` (unwrapped) from now on."""
+        with self.phases.limited("sync", self._args.sync_timeout, "sync_timeout"):
+            self.engine.sync(policy, version)
+
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int, version: int
+    ) -> list[RolloutGroup]:
+        """The groups of the prompts, in order.
+
+        Args:
+            prompts: this rank's.
+            sampling: how completions are drawn.
+            step: what their seeds depend on.
+            version: the policy that they have to come from.
+
+        Raises:
+            StaleRolloutError: if they come from another.
+        """
+        with self.phases.limited("rollout", self._args.rollout_timeout, "rollout_timeout"):
+            groups = self.engine.generate(prompts, sampling, step)
+        check_versions(groups, version)
+        return groups
+
+    def score(self, groups: Sequence[RolloutGroup], progress: TrainingProgress) -> list[ScoredGroup]:
+        """The groups with their rewards. Every rank must call it, if with no groups."""
+        # A function in a worker process has a limit of its own; this one is for those in this process, together.
+        limit = self._args.reward_timeout * (len(self.rewards.names) + 1)
+        self.rewards.progress = progress
+        with (
+            self.phases.phase("reward", is_timed=False),
+            self.phases.limited("reward", limit, "reward_timeout", is_interruptible=True),
+        ):
+            rewards = self.rewards.score(groups)  # [P][G][F]
+        return [
+            ScoredGroup(
+                group=group,
+                rewards=tuple(tuple(row) for row in group_rewards),
+                total_rewards=tuple(self.rewards.total(row) for row in group_rewards),
+            )
+            for group, group_rewards in zip(groups, rewards, strict=True)
+        ]

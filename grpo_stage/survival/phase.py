@@ -1,0 +1,69 @@
+"""A phase of a step: timed, limited in time, and left by a stop on all ranks together or on none."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+from grpo_stage.records.metrics import MetricTracker
+from grpo_stage.survival.stop import SafeStop
+from grpo_stage.survival.watchdog import Watchdog
+
+
+class Clock:
+    """The seconds that a phase takes, or took."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self.seconds = 0.0
+        """Of a phase that is over."""
+
+    def stop(self) -> float:
+        self.seconds = time.perf_counter() - self._started
+        return self.seconds
+
+
+class Phases:
+    """The phases of a run, one at a time.
+
+    Args:
+        stop: hears requests to stop.
+        watchdog: ends what takes too long.
+        tracker: logs the seconds of each phase.
+    """
+
+    def __init__(self, stop: SafeStop, watchdog: Watchdog, tracker: MetricTracker) -> None:
+        self._stop = stop
+        self._watchdog = watchdog
+        self.tracker = tracker
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[Clock]:
+        """Log the block's seconds as time/{name}."""
+        clock = Clock()
+        yield clock
+        self.tracker.add(f"time/{name}", clock.stop())
+
+    @contextmanager
+    def phase(self, name: str, *, is_timed: bool = True) -> Iterator[Clock]:
+        """A block that every rank leaves by a stop, or none."""
+        with self._stop.together(), self.timed(name) if is_timed else nullcontext(Clock()) as clock:
+            yield clock
+
+    @contextmanager
+    def limited(self, name: str, seconds: float, key: str, *, is_interruptible: bool = False) -> Iterator[None]:
+        """A block that may take so many seconds.
+
+        Args:
+            name: of what is awaited, as `rollout`.
+            seconds: the limit.
+            key: the YAML key that sets it.
+            is_interruptible: every point of it is a safe one, and a request to stop does not wait for its end.
+
+        Raises:
+            HangError: in the block, after the limit.
+        """
+        with (
+            self._watchdog.limit(name, seconds, key),
+            self._stop.interruptible() if is_interruptible else nullcontext(),
+        ):
+            yield

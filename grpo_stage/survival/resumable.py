@@ -1,0 +1,338 @@
+"""A Trainer whose checkpoints are whole, and whose runs go on exactly where they were left."""
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerControl, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
+
+from grpo_stage.rewards.errors import RewardError, UnrewardedError
+from grpo_stage.survival import checkpoints
+from grpo_stage.survival.checkpoints import ROLLOUT_FILE, TENSORS_FILE
+from grpo_stage.survival.run_state import RunState, Scope
+from grpo_stage.survival.stop import SafeStop, StopRequested
+from grpo_stage.survival.watchdog import HangError, Watchdog
+
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
+
+class TrainingEnded(Exception):
+    """There is no step left to train: an evaluation that was made up for has stopped the run."""
+
+
+class Evaluations:
+    """Whether the evaluation of the last step is still due.
+
+    Args:
+        ends_epoch: whether the last step ends an epoch that is evaluated: it is saved before Trainer evaluates.
+        step: the last one.
+    """
+
+    def __init__(self, ends_epoch: Callable[[], bool], step: Callable[[], int]) -> None:
+        self._ends_epoch = ends_epoch
+        self._step = step
+        self._is_begun = False
+        self._evaluated_step = -1
+
+    @property
+    def is_due(self) -> bool:
+        return self._is_begun or (self._ends_epoch() and self._evaluated_step != self._step())
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether the run was interrupted before or in it."""
+        return self._is_begun
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """The block in which it is done."""
+        self._is_begun = True
+        yield
+        self._is_begun = False
+        self._evaluated_step = self._step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"is_due": self.is_due, "step": self._step()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._is_begun = state["is_due"]
+        self._evaluated_step = -1 if state["is_due"] else state["step"]
+
+
+class ResumableTrainer(Trainer):
+    """Trainer with checkpoints as `checkpoints.save` writes them, stops, time limits, and the end of a finished run.
+
+    A subclass sets `run_state` and answers the questions below.
+
+    Args:
+        recipe: what a checkpoint says of the training, beside its state.
+        **kwargs: Trainer's.
+    """
+
+    control: TrainerControl
+
+    def __init__(self, *, recipe: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.run_state = RunState({})
+        self.stop = SafeStop(self.args.process_index)
+        self.watchdog = Watchdog(self.args.output_dir, self.args.process_index, self.stop.interrupt, self._end_hanging)
+        self.evaluations = Evaluations(
+            lambda: self.args.eval_strategy == "epoch" and self.is_end_of_epoch, lambda: self.state.global_step
+        )
+        self._recipe = recipe
+        self._saved: tuple[int, bool] | None = None  # the step of the last checkpoint, and whether evaluation was due
+        self._is_over = False
+        self._holds_best = False  # the weights of another step than the last
+
+    # What a subclass answers
+
+    @property
+    def is_end_of_epoch(self) -> bool:
+        """Whether nothing of an epoch is left to be trained on."""
+        raise NotImplementedError
+
+    def num_steps(self, step: int) -> int:
+        """Optimizer steps of the run, or the most that there can be, as seen from a step whose state is restored."""
+        raise NotImplementedError
+
+    def prepare_from(self, step: int) -> None:
+        """Called before the first step of this process, with the number of steps that are done."""
+
+    def check_learned(self, num_steps: int) -> None:
+        """Raise if the run, which has ended with so many steps, is no success."""
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, or go on from a checkpoint folder of this recipe.
+
+        Raises:
+            ValueError: if the checkpoint's run is finished: Trainer would train a step more each time.
+            StopRequested: where a signal asked for it, after a checkpoint was saved.
+        """
+        step = 0
+        if resume_from_checkpoint:
+            assert isinstance(resume_from_checkpoint, str)
+            step = self._load_progress(resume_from_checkpoint)
+            self.args.eval_on_start = False
+        elif self.args.should_save:
+            checkpoints.discard_earlier_run(self.args.output_dir)
+        self.prepare_from(step)
+        with self.stoppable():
+            try:
+                if resume_from_checkpoint and self._is_over:
+                    output = self._finish(resume_from_checkpoint)
+                else:
+                    output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except TrainingEnded:
+                output = self._finish()
+        self.check_learned(output.global_step)
+        return output
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """In this block a stop, a hang and a failing reward leave a checkpoint of the last finished step."""
+        with self.stop.listening():
+            try:
+                yield
+            except StopRequested as request:
+                request.checkpoint = self.save_progress()
+                raise
+            except (HangError, RewardError, UnrewardedError) as error:
+                # One rank alone cannot save what all have. The weights are those of the last finished step.
+                if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
+                    error.add_note(f"What was trained until then is in {checkpoint}.")
+                raise
+
+    def _end_hanging(self, error: HangError) -> None:
+        """End the process from the watchdog's thread: the main one hangs in native code and cannot be reached."""
+        try:
+            print(error, file=sys.stderr, flush=True)
+            self.run_state.undo()
+            if self.args.world_size == 1:
+                print(f"What was trained until then is in {self.save_progress()}.", file=sys.stderr, flush=True)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+
+    # Evaluation
+
+    def _evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with self.evaluations.evaluating():
+            return super()._evaluate(*args, **kwargs)
+
+    def make_up_for_evaluation(self) -> None:
+        """The evaluation of the step that was resumed from, if it is due.
+
+        Raises:
+            TrainingEnded: if it stops the run.
+        """
+        if not self.evaluations.is_begun:
+            return
+        self._evaluate_late()
+        if self.control.should_training_stop:
+            raise TrainingEnded
+
+    def _evaluate_late(self) -> None:
+        if self._determine_best_metric(self._evaluate(None, None), None):
+            best = self._folder_of(self.state.global_step)
+            if best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
+    # The end of a run
+
+    def _finish(self, checkpoint: str | None = None) -> TrainOutput:
+        """What is left of a run whose last step is done: an evaluation that is due, and the best model."""
+        if checkpoint is not None:
+            logger.info(f"Every step is done in {checkpoint}: what is left is the end of the run.")
+            self._load_from_checkpoint(checkpoint)
+            self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            self.state.is_local_process_zero = self.is_local_process_zero()
+            self.state.is_world_process_zero = self.is_world_process_zero()
+            self._saved = (self.state.global_step, self.evaluations.is_begun)
+            self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
+            if self.evaluations.is_begun:
+                self._evaluate_late()
+        losses = [line["loss"] for line in self.state.log_history if "loss" in line]
+        metrics = {"train_loss": sum(losses) / max(1, len(losses)), "total_flos": self.state.total_flos}
+        self.log(metrics)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+            self._load_best_model()
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._holds_best = True
+
+    def _finalize_training(self, *args: Any) -> TrainOutput:
+        """With `save_total_limit: 1` Trainer deletes all but the best checkpoint here: see `delete_all_but_best`."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        output = super()._finalize_training(*args)
+        self.args.save_total_limit = limit
+        return output
+
+    def delete_all_but_best(self) -> None:
+        """As Trainer does with `save_total_limit: 1`, but once nothing goes on from the last checkpoint any more."""
+        best = Path(self.state.best_model_checkpoint or "")
+        is_own = best.is_dir() and best.parent == Path(self.args.output_dir)
+        if self.args.should_save and self.args.save_total_limit == 1 and is_own:
+            checkpoints.rotate(best, limit=1, best=str(best))
+
+    # Checkpoints
+
+    def _folder_of(self, step: int | None) -> Path:
+        return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+
+    def save_progress(self) -> str | None:
+        """The folder of a checkpoint of the last finished step, written if it is not yet; None before the first.
+
+        Once the best model is loaded, the newest that there is: the weights of the last step are gone.
+        """
+        step = self.state.global_step
+        if step == 0:
+            return None
+        if self._holds_best:
+            newest = checkpoints.newest_whole(Path(self.args.output_dir))
+            return None if newest is None else str(newest)
+        if self._saved != (step, self.evaluations.is_due):
+            self.args.save_only_model = False
+            self._save_checkpoint(self.model, trial=None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return str(self._folder_of(step))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As Trainer saves, but whole or not at all (`checkpoints.save`)."""
+        self.store_flos()
+        step = self.state.global_step
+        folder, best = self._folder_of(step), self._folder_of(self.state.best_global_step)
+        if best == folder or best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        parts: dict[str, checkpoints.Part] = {"the model": partial(self.save_model, _internal_call=True)}
+        state = None
+        if not self.args.save_only_model:  # without optimizer and schedule nothing could be continued
+            state = {**self._recipe, **self.run_state.state_dict(Scope.RUN)}
+            parts |= {
+                "the optimizer and the schedule": self._save_optimizer_and_scheduler,
+                "the loss scale": self._save_scaler,
+                "the random states": self._save_rng_state,
+                "the rollouts": self._save_rank_state,
+            }
+            if self.args.should_save:
+                for name, tensors in self.run_state.state_dict(Scope.TENSORS).items():
+                    parts[f"the {name}"] = partial(_save_tensors, name, tensors)
+        parts["the trainer's state"] = self._save_trainer_state
+        checkpoints.save(folder, parts, state, is_saver=self.args.should_save)
+        self._saved = None if state is None else (step, self.evaluations.is_due)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+        if self.args.should_save:
+            checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _save_rank_state(self, folder: str) -> None:
+        file = Path(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
+        file.write_text(json.dumps(self.run_state.state_dict(Scope.RANK)), encoding="utf-8")
+
+    def _save_trainer_state(self, folder: str) -> None:
+        """What Trainer keeps in `trainer_state.json`, the states of the callbacks included."""
+        if not self.args.should_save:
+            return
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                states = self.state.stateful_callbacks
+                name = type(callback).__name__
+                if isinstance(states.get(name), list):
+                    states[name].append(callback.state())
+                else:
+                    states[name] = callback.state()
+        self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+
+    def _load_progress(self, folder: str) -> int:
+        """Restore the run's state; returns the optimizer step that the checkpoint was taken at."""
+        trainer_state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
+        step = trainer_state.global_step
+        rank_file = Path(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
+        self.run_state.load_state_dict(Scope.RUN, checkpoints.read_state(Path(folder)))
+        self.run_state.load_state_dict(Scope.RANK, json.loads(rank_file.read_text(encoding="utf-8")))
+        self.run_state.load_state_dict(
+            Scope.TENSORS, {name: _load_tensors(folder, name) for name in self.run_state.names(Scope.TENSORS)}
+        )
+        num_steps = self.num_steps(step)
+        self._is_over = checkpoints.is_over(Path(folder), self.args.output_dir, num_steps, self.args.do_eval)
+        if self.args.device.type == "cpu":  # of several processes it is `cpu:<rank>`, no place that torch.load knows
+            self.args._setup_devices = torch.device("cpu")
+        if self.args.should_save:
+            checkpoints.remove_unfinished(self.args.output_dir)
+            if Path(folder).resolve().parent == Path(self.args.output_dir).resolve():
+                checkpoints.warn_of_later_ones(Path(folder))
+            if not self._is_over:
+                checkpoints.mark_unfinished(self.args.output_dir)
+        for callback in self.callback_handler.callbacks:  # the patience of early stopping
+            saved = trainer_state.stateful_callbacks.get(type(callback).__name__)
+            if isinstance(callback, ExportableState) and isinstance(saved, dict):
+                vars(callback).update(saved["attributes"])
+        return step
+
+
+def _save_tensors(name: str, tensors: dict[str, torch.Tensor], folder: str) -> None:
+    kept = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
+    torch.save(kept, os.path.join(folder, TENSORS_FILE.format(name=name)))
+
+
+def _load_tensors(folder: str, name: str) -> dict[str, torch.Tensor]:
+    file = os.path.join(folder, TENSORS_FILE.format(name=name))
+    return torch.load(file, map_location="cpu", weights_only=True)

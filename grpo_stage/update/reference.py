@@ -1,0 +1,142 @@
+"""The reference that the KL term holds the policy to."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import TrainerCallback
+
+
+_PEFT_PARTS = re.compile(r"\.base_layer|\.modules_to_save\.default")
+"""What PEFT adds to the names of a model's weights, those trained whole included."""
+
+
+class ReferencePolicy(Protocol):
+    """The policy at the start of the run, or another model: what the KL term holds the policy to."""
+
+    def activate(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
+        """Yield the reference; `policy` (unwrapped) is itself again afterwards."""
+
+
+class MovingReference(ReferencePolicy, Protocol):
+    """One that can follow the policy (`sync_ref_model`)."""
+
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        """Become alpha x `policy` (unwrapped) + (1 - alpha) x what it is, weight by weight."""
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The weights that `mix` changes."""
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from what `state_dict` gave."""
+
+
+class ReferenceSync(TrainerCallback):
+    """Moves the reference towards the policy (`sync_ref_model`), as a part of the step that it follows."""
+
+    def __init__(
+        self, reference: MovingReference, alpha: float, every: int, unwrap: Callable[[Any], nn.Module]
+    ) -> None:
+        self._reference, self._alpha, self._every, self._unwrap = reference, alpha, every, unwrap
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step % self._every == 0:
+            self._reference.mix(self._unwrap(model), self._alpha)
+
+
+class AdapterOffReference:
+    """The base model: right where training starts from a new adapter, which changes nothing at first."""
+
+    @contextmanager
+    def activate(self, policy: Any) -> Iterator[nn.Module]:
+        with policy.disable_adapter():
+            yield policy
+
+
+class InitialWeightsReference:
+    """The trainable weights as they were at the start, swapped in for the reference pass.
+
+    Right wherever the start is not "adapter off": a continued adapter (whose start is what SFT taught), PiSSA (whose
+    base is only a residual), freeze and full tuning. It costs a copy of the trainable weights alone.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        self._initial = {name: p.detach().clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+    @torch.no_grad()
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        _mix(self._initial, dict(policy.named_parameters()), alpha)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._initial
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _mix(self._initial, state, 1.0)
+
+    @contextmanager
+    def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
+        parameters = dict(policy.named_parameters())
+        trained = {name: parameters[name].data for name in self._initial}
+        try:
+            for name, initial in self._initial.items():
+                parameters[name].data = initial
+            yield policy
+        finally:
+            for name, data in trained.items():
+                parameters[name].data = data
+
+
+class ModelReference:
+    """Another model (`ref_model`)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model.eval()
+
+    def match_precision(self, policy: Any) -> None:
+        """Hold its weights in the precision of the policy's of the same name, where that is higher.
+
+        The host keeps what is trained in float32. Mixed precision rounds a network of bf16 weights otherwise, and the
+        KL of identical weights would not be 0.
+        """
+        base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+        theirs = {_PEFT_PARTS.sub("", name): p.dtype for name, p in base.named_parameters()}
+        for name, p in self._model.named_parameters():
+            if p.is_floating_point() and theirs.get(name) == torch.float32:
+                p.data = p.data.float()
+
+    def check_alike(self, policy: nn.Module) -> None:
+        """Raise ValueError unless `policy` has a weight of the same name and shape for each of its own."""
+        theirs = {name: p.shape for name, p in policy.named_parameters()}
+        unlike = [name for name, p in self._model.named_parameters() if theirs.get(name) != p.shape]
+        if unlike:
+            raise ValueError(
+                f"`sync_ref_model: true` mixes the policy's weights into `ref_model`, and {len(unlike)} weights of it "
+                f"are of another name or shape ({unlike[0]}). Name a model of the same size, or leave `ref_model` "
+                "out: the reference is then the policy as it starts."
+            )
+
+    @torch.no_grad()
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        _mix(dict(self._model.named_parameters()), dict(policy.named_parameters()), alpha)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(self._model.named_parameters())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _mix(dict(self._model.named_parameters()), state, 1.0)
+
+    @contextmanager
+    def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
+        yield self._model
+
+
+def _mix(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], alpha: float) -> None:
+    """Move `old` in place. In float32, where a small alpha does not vanish in rounding before it is added."""
+    for name, tensor in old.items():
+        target = new[name].to(tensor.device, torch.float32)
+        tensor.copy_(target if alpha == 1.0 else tensor.float().lerp(target, alpha))

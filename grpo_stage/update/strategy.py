@@ -1,0 +1,44 @@
+"""What depends on how the policy's parameters are spread over processes: here each process has all of them.
+
+One process, or several under DDP, whose own averaging of gradients is never let run.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from grpo_stage.distributed import all_gather, sum_gradients
+
+
+class ReplicatedParameters:
+    """Every process has all parameters, and computes the gradient of its own samples."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+
+    def unwrap(self, model: nn.Module) -> nn.Module:
+        """The policy without DDP."""
+        return cast(nn.Module, self._accelerator.unwrap_model(model))
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """In this block a backward pass leaves the gradient in this process."""
+        return self._accelerator.no_sync(model)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self._accelerator.backward(loss)
+
+    def num_passes(self, own: int) -> int:
+        """How many passes this process makes that has `own` micro-batches: every backward may be a collective."""
+        return max(1, *all_gather(own))
+
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Give every process the gradient of all samples."""
+        sum_gradients(model)
+
+    def has_finite_gradient(self, model: nn.Module) -> bool:
+        """Of this process."""
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        return bool(torch.isfinite(nn.utils.get_total_norm(gradients)))
