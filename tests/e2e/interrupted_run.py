@@ -22,7 +22,14 @@ def strike() -> None:
 class InterruptedTrainer(GRPOTrainer):
     """The trainer, with a strike before, in or after the optimizer step that follows `STEP` finished ones."""
 
-    calls = 0
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.calls = 0
+        self.sampling = kwargs["sampling"]
+        sampler, gradient = self.collector._sampler, self.learner.gradient
+        self.generate, sampler.generate = sampler.generate, self._generate
+        self.learn, self.learner.learn = self.learner.learn, self._learn
+        self.gather, gradient._gather = gradient._gather, self._gather
 
     @property
     def is_due(self) -> bool:
@@ -30,12 +37,13 @@ class InterruptedTrainer(GRPOTrainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         if POINT == "between" and self.is_due:
-            assert self.buffer, "a rollout is waiting for its next use"
+            assert self.collector.queue, "a rollout is waiting for its next use"
             strike()
         return super().training_step(*args, **kwargs)
 
-    def _generate(self, prompts: Any, sampling: Any, step: int) -> Any:
-        on_step = self.engine.on_step
+    def _generate(self, prompts: Any, sampling: Any, step: int, version: int) -> Any:
+        engine = self.collector._sampler.engine
+        on_step = engine.on_step
         place = "rollout" if sampling is self.sampling else "evaluation"
         if checkpoints.parts_done(self.args.output_dir, self.state.global_step):
             place = "final evaluation"
@@ -47,26 +55,22 @@ class InterruptedTrainer(GRPOTrainer):
                 strike()
             on_step()
 
-        self.calls, self.engine.on_step = 0, count
+        self.calls, engine.on_step = 0, count
         try:
-            return super()._generate(prompts, sampling, step)
+            return self.generate(prompts, sampling, step, version)
         finally:
-            self.engine.on_step = on_step
+            engine.on_step = on_step
 
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        safe_point, self.calls = self.gradient._safe_point, 0
+    def _learn(self, *args: Any) -> Any:
+        self.calls = 0
+        return self.learn(*args)
 
-        def count() -> None:
-            self.calls += 1
-            if POINT == "update" and self.is_due and self.calls == 2:
-                strike()
-            safe_point()
-
-        self.gradient._safe_point = count
-        try:
-            return super().update(*args, **kwargs)
-        finally:
-            self.gradient._safe_point = safe_point
+    def _gather(self, value: Any) -> Any:
+        """Behind each micro-batch but the last."""
+        self.calls += 1
+        if POINT == "update" and self.is_due and self.calls == 1:
+            strike()
+        return self.gather(value)
 
     def _save_rank_state(self, folder: str) -> None:
         if POINT == "save" and self.is_due:

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from grpo_stage.distributed import leave_process_group
-from grpo_stage.update.logprobs import InitialWeightsReference
+from grpo_stage.update.reference import InitialWeightsReference
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.unit.trainer_on_fakes import gradient_of, make_trainer
+from tests.unit.trainer_on_fakes import collect, gradient_of, make_trainer
 
 
 NUM_PROMPTS = 4
@@ -81,7 +81,7 @@ def gradients_of_experts(num_ranks: int) -> list[torch.Tensor | None]:
     """On each rank the whole gradient of each output layer."""
     trainer = trainer_of(num_ranks)
     experts = Experts(trainer.model)
-    trainer.update(trainer.model, trainer.collect()[0])
+    trainer.learner.learn(trainer.model, collect(trainer)[0], 0)
     return [head.weight.grad for head in experts.heads]
 
 
@@ -90,7 +90,7 @@ def gradients(num_ranks: int) -> list[torch.Tensor]:
     result = []
     for options in OBJECTIVES:
         trainer = trainer_of(num_ranks, num_iterations=2, reference=InitialWeightsReference, **{**TOGETHER, **options})
-        data = trainer.collect()[1]
+        data = collect(trainer)[1]
         with torch.no_grad():
             for p in trainer.model.parameters():
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))

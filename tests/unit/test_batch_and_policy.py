@@ -1,5 +1,6 @@
 """Micro-batches and log-probabilities against a plain pass over each sequence alone."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_stage.algorithm.losses import StepTotals
-from grpo_stage.rollout.queue import RolloutBuffer, StepData
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
-from grpo_stage.update.batch import count_totals, dummy_batch, micro_batches
-from grpo_stage.update.logprobs import InitialWeightsReference, disable_dropout, token_logprobs
+from grpo_stage.rollout.queue import RolloutQueue
+from grpo_stage.types import Completion, FinishReason, Prompt, Sample, Step
+from grpo_stage.update.batch import PaddedLayout, count_totals
+from grpo_stage.update.dropout import disable_dropout
+from grpo_stage.update.logprobs import token_logprobs
+from grpo_stage.update.reference import InitialWeightsReference
 
 
 VOCAB = 61
@@ -27,61 +30,61 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def make_groups(lengths: list[list[int]], prompt_lengths: list[int]) -> list[ScoredGroup]:
+def make_samples(lengths: list[list[int]], prompt_lengths: list[int], mask_truncated: bool = False) -> list[Sample]:
     generator = torch.Generator().manual_seed(1)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(torch.randint(VOCAB, (count,), generator=generator).tolist())
 
-    groups = []
+    samples = []
     for index, (group_lengths, prompt_length) in enumerate(zip(lengths, prompt_lengths, strict=True)):
-        completions = tuple(
-            Completion(
+        prompt = Prompt(index=index, token_ids=ids(prompt_length), messages=(), reference=None)
+        for i, length in enumerate(group_lengths):
+            completion = Completion(
                 token_ids=ids(length),
-                sampling_logprobs=tuple(-0.1 * i for i in range(length)),
+                sampling_logprobs=tuple(-0.1 * t for t in range(length)),
                 finish_reason=FinishReason.LENGTH if length == 9 else FinishReason.STOP,
                 text=f"completion {index}",
             )
-            for length in group_lengths
-        )
-        prompt = Prompt(index=index, token_ids=ids(prompt_length), messages=(), reference=None)
-        size = len(group_lengths)
-        groups.append(
-            ScoredGroup(
-                group=RolloutGroup(prompt=prompt, completions=completions, policy_version=3),
-                rewards=tuple((float(i), None) for i in range(size)),
-                total_rewards=tuple(1 / 3 + i for i in range(size)),
-                advantages=tuple(i - 0.7 for i in range(size)),
+            samples.append(
+                Sample(
+                    prompt=prompt,
+                    completion=completion,
+                    policy_version=3,
+                    rewards=(float(i), None),
+                    total_reward=1 / 3 + i,
+                    advantage=i - 0.7,
+                    loss_mask=(0 if mask_truncated and length == 9 else 1,) * length,
+                )
             )
-        )
-    return groups
+    return samples
 
 
-GROUPS = make_groups([[3, 9, 1], [5, 2, 9]], [4, 11])
+LENGTHS = [[3, 9, 1], [5, 2, 9]], [4, 11]
+SAMPLES = make_samples(*LENGTHS)
+MASKED = make_samples(*LENGTHS, mask_truncated=True)
+LAYOUT = PaddedLayout(pad_token_id=0, device=CPU)
 
 
 def split(max_tokens: int, loss_type: str = "dapo", mask_truncated: bool = False):
-    return micro_batches(
-        GROUPS,
-        count_totals(GROUPS, 9, mask_truncated),
-        loss_type=loss_type,
-        mask_truncated_completions=mask_truncated,
-        max_tokens=max_tokens,
-        pad_token_id=0,
-        device=CPU,
-    )
+    """Each micro-batch with the positions of its samples."""
+    samples = MASKED if mask_truncated else SAMPLES
+    totals = count_totals(samples, 9)
+    return [
+        (positions, LAYOUT.samples([samples[position] for position in positions], totals, loss_type))
+        for positions in LAYOUT.split(samples, max_tokens)
+    ]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 60, 10_000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_tokens, temperature):
-    completions = [(g.group.prompt, c) for g in GROUPS for c in g.group.completions]
     seen = []
-    for batch in split(max_tokens):
+    for positions, batch in split(max_tokens):
         with torch.no_grad():
             logprobs, entropy = token_logprobs(model, batch, temperature, with_entropy=True)
-        for row, values, entropies in zip(batch.rows, logprobs, entropy, strict=True):
-            prompt, completion = completions[row]
+        for position, values, entropies in zip(positions, logprobs, entropy, strict=True):
+            prompt, completion = SAMPLES[position].prompt, SAMPLES[position].completion
             sequence = torch.tensor([prompt.token_ids + completion.token_ids])
             with torch.no_grad():
                 logits = model(sequence).logits[0].double() / temperature
@@ -93,7 +96,7 @@ def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_toke
                 )
             assert (values[len(completion.token_ids) :] == 0).all()
             assert (entropies[len(completion.token_ids) :] == 0).all()
-            seen.append(row)
+            seen.append(position)
     assert sorted(seen) == list(range(6)), "every completion exactly once"
 
 
@@ -101,40 +104,40 @@ def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_toke
 def test_the_budget_holds_for_all_but_single_rows(max_tokens):
     batches = split(max_tokens)
     assert len(batches) > 1
-    for batch in batches:
-        assert batch.input_ids.numel() <= max_tokens or len(batch.rows) == 1
+    for positions, batch in batches:
+        assert batch.input_ids.numel() <= max_tokens or len(positions) == 1
 
 
 @pytest.mark.parametrize(("loss_type", "expected"), [("grpo", 1.0), ("dapo", 1.0), ("bnpo", 1.0)])
 @pytest.mark.parametrize("mask_truncated", [False, True])
 def test_weights_of_a_step_sum_to_one_whatever_the_split(loss_type, expected, mask_truncated):
     for max_tokens in (1, 40, 10_000):
-        total = sum(batch.loss_weights.sum().item() for batch in split(max_tokens, loss_type, mask_truncated))
+        total = sum(batch.loss_weights.sum().item() for _, batch in split(max_tokens, loss_type, mask_truncated))
         assert total == pytest.approx(expected, abs=1e-6)
 
 
 def test_truncated_completions_have_no_weight_and_count_in_no_denominator_but_the_constant():
-    assert count_totals(GROUPS, 9, True) == StepTotals(
+    assert count_totals(MASKED, 9) == StepTotals(
         num_completions=4, num_tokens=11, max_completion_length=9, num_left_out=2
     )
-    assert count_totals(GROUPS, 9, False) == StepTotals(num_completions=6, num_tokens=29, max_completion_length=9)
-    for batch in split(10_000, "dr_grpo", mask_truncated=True):
-        for row, weights in zip(batch.rows, batch.loss_weights, strict=True):
-            length = [3, 9, 1, 5, 2, 9][row]
+    assert count_totals(SAMPLES, 9) == StepTotals(num_completions=6, num_tokens=29, max_completion_length=9)
+    for positions, batch in split(10_000, "dr_grpo", mask_truncated=True):
+        for position, weights in zip(positions, batch.loss_weights, strict=True):
+            length = [3, 9, 1, 5, 2, 9][position]
             expected = [1 / (6 * 9)] * length if length < 9 else []
             assert weights.tolist() == pytest.approx(expected + [0.0] * (9 - len(expected)))
 
 
 def test_a_dummy_adds_nothing_to_the_gradient(model):
-    logprobs, _ = token_logprobs(model, dummy_batch(0, CPU), 1.0)
-    (dummy_batch(0, CPU).loss_weights * logprobs).sum().backward()
+    logprobs, _ = token_logprobs(model, LAYOUT.dummy(), 1.0)
+    (LAYOUT.dummy().loss_weights * logprobs).sum().backward()
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
     assert all(g is not None and (g == 0).all() for g in gradients), "every parameter takes part, with zero gradient"
 
 
 def test_initial_weights_reference_is_the_start_and_gives_the_policy_back(model):
-    batch = split(10_000)[0]
+    _, batch = split(10_000)[0]
     with torch.no_grad():
         before, _ = token_logprobs(model, batch, 1.0)
         reference = InitialWeightsReference(model)
@@ -166,27 +169,23 @@ def test_disable_dropout_reaches_modules_and_attention():
     assert noisy.model.extra.p == 0.0
 
 
-def test_buffer_state_survives_json_exactly():
-    steps = [
-        StepData(
-            groups=tuple(GROUPS),
-            old_logprobs=tuple(torch.rand(length) for length in (3, 9, 1, 5, 2, 9)),
-            ref_logprobs=None,
-            logprob_temperature=0.7,
-            fresh_rows=frozenset({0, 1}),
-        ),
-        StepData(groups=(), old_logprobs=(), ref_logprobs=(), logprob_temperature=1.0, fresh_rows=frozenset()),
-    ]
-    buffer = RolloutBuffer()
-    buffer.extend(steps)
-    restored = RolloutBuffer()
-    restored.load_state_dict(json.loads(json.dumps(buffer.state_dict())), [g.group.prompt for g in GROUPS])
+def test_the_state_of_a_queue_survives_json_exactly():
+    samples = tuple(
+        dataclasses.replace(sample, old_logprobs=torch.rand(len(sample.completion.token_ids))) for sample in SAMPLES
+    )
+    prompts = [SAMPLES[0].prompt, SAMPLES[3].prompt]
+    queue = RolloutQueue(prompts)
+    queue.append(Step(samples=samples, logprob_temperature=0.7))
+    queue.append(Step(samples=(), logprob_temperature=1.0))
+    restored = RolloutQueue(prompts)
+    restored.load_state_dict(json.loads(json.dumps(queue.state_dict())))
     assert len(restored) == 2
     first = restored.first()
-    assert first.groups == steps[0].groups
-    assert all(torch.equal(a, b) for a, b in zip(first.old_logprobs, steps[0].old_logprobs, strict=True))
-    assert first.ref_logprobs is None
-    assert first.fresh_rows == {0, 1}
     assert first.logprob_temperature == 0.7
+    for ours, theirs in zip(first.samples, samples, strict=True):
+        assert torch.equal(ours.old_logprobs, theirs.old_logprobs)
+        for field in dataclasses.fields(Sample):
+            if field.name != "old_logprobs":
+                assert getattr(ours, field.name) == getattr(theirs, field.name)
     restored.drop_first()
-    assert restored.first().groups == ()
+    assert restored.first().samples == ()

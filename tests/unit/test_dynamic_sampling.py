@@ -21,16 +21,19 @@ from grpo_stage.survival import checkpoints
 from grpo_stage.survival.stop import StopRequested
 from grpo_stage.types import FinishReason, Prompt, RolloutGroup, ScoredGroup, TrainingProgress
 from grpo_stage.update.credit import has_reward_variance
-from grpo_stage.update.logprobs import InitialWeightsReference
+from grpo_stage.update.reference import InitialWeightsReference
 
 from .trainer_on_fakes import (
     FakeEngine,
     LengthRewards,
+    collect,
     fake_completion,
     gradient_of,
+    groups_of,
     make_trainer,
     outputs_of_two_ranks,
     relative,
+    watch_steps,
 )
 
 
@@ -51,22 +54,21 @@ def make(tmp_path, teaching, *, num_prompts=12, training=None, **options):
     """A trainer that takes the prompts in order; those of `teaching` are worth training on."""
     options = {"dynamic_sampling": True, "rewards": PickyRewards(teaching), **options}
     trainer = make_trainer(tmp_path, num_prompts=num_prompts, training=training, **options)
-    trainer.stream.shuffle = False
-    trainer.stream._order = trainer.stream._permutation()
+    stream = trainer.collector.stream
+    stream.shuffle = False
+    stream._order = stream._permutation()
     return trainer
 
 
 def watch_batches(trainer):
     """What each optimizer step trains on: (step, [(prompt, policy version), ...])."""
     batches = []
-    update = trainer.update
 
-    def watched(model, data):
-        groups = [(scored.group.prompt.index, scored.group.policy_version) for scored in data.groups]
+    def note(step):
+        groups = [(group[0].prompt.index, group[0].policy_version) for group in groups_of(step)]
         batches.append((trainer.state.global_step, groups))
-        return update(model, data)
 
-    trainer.update = watched
+    watch_steps(trainer, note)
     return batches
 
 
@@ -153,9 +155,9 @@ def test_the_bound_on_tries_ends_the_search_and_says_so(tmp_path, caplog):
 
 def test_a_batch_for_which_nothing_was_found_has_no_gradient(tmp_path):
     trainer = make(tmp_path, teaching={11}, max_resample_times=1, beta=0.1, reference=InitialWeightsReference)
-    data = trainer.collect()
-    assert [each.groups for each in data] == [()]
-    loss = trainer.update(trainer.model, data[0])
+    (step,) = collect(trainer)
+    assert step.samples == ()
+    loss = trainer.learner.learn(trainer.model, step, 0)
     assert loss == 0
     assert all(p.grad is None for p in trainer.model.parameters())
 
@@ -164,8 +166,7 @@ def test_a_batch_for_which_nothing_was_found_has_no_gradient(tmp_path):
 def test_a_step_without_groups_leaves_the_weights_whatever_the_optimizer_remembers(tmp_path, options):
     trainer = make(tmp_path, {0, 1}, num_prompts=6, max_resample_times=1, training={"weight_decay": 0.1}, **options)
     seen = []
-    update = trainer.update
-    trainer.update = lambda *args: (seen.append(weights_of(trainer)), update(*args))[1]
+    watch_steps(trainer, lambda step: seen.append(weights_of(trainer)))
     trainer.train()
     seen.append(weights_of(trainer))
     moved = [not torch.equal(before, after) for before, after in itertools.pairwise(seen)]
@@ -246,7 +247,7 @@ def test_max_steps_takes_as_many_epochs_as_it_needs(tmp_path):
     result = trainer.train()
     assert result.global_step == trainer.state.max_steps == 5
     assert [groups for _, groups in batches] == [[(0, i), (5, i)] for i in range(5)]
-    assert trainer.stream.epoch == 4
+    assert trainer.collector.stream.epoch == 4
 
 
 def test_a_part_of_an_epoch_is_counted_in_prompts(tmp_path):
@@ -264,9 +265,8 @@ def test_no_group_is_lost_or_repeated_and_the_steps_of_an_epoch_are_within_their
 ):
     """Two ranks in turn, on the same decisions as one."""
     teaching = data.draw(st.lists(st.booleans(), min_size=num_prompts, max_size=num_prompts))
-    dynamic = DynamicSampling(
-        data.draw(st.integers(1, 3)), partial(has_reward_variance, weights=(1.0,)), rank=0, world_size=1
-    )
+    has_signal = partial(has_reward_variance, weights=(1.0,))
+    dynamic = DynamicSampling((), data.draw(st.integers(1, 3)), has_signal, rank=0, world_size=1)
     count, cursor, trained, num_steps = per_step * steps, 0, [], 0
 
     def roll_out():
@@ -283,7 +283,7 @@ def test_no_group_is_lost_or_repeated_and_the_steps_of_an_epoch_are_within_their
         assert filled.num_sampled == filled.num_kept + filled.num_waiting + len(filled.dropped) - waiting
         stale = [each.old_logprobs is not None for each in filled.groups]
         assert stale == [True] * waiting + [False] * (filled.num_kept - waiting), "the oldest first, and all of them"
-        trained += [each.scored.group.prompt.index for each in filled.groups]
+        trained += [each.group.prompt.index for each in filled.groups]
         num_steps += max(1, -(-filled.num_kept // per_step))
     assert trained == [i for i in range(num_prompts) if teaching[i]]
     assert num_steps <= -(-num_prompts // per_step)
@@ -298,7 +298,6 @@ def scored_group(index, rewards, version=0):
         ),
         rewards=tuple((reward,) for reward in rewards),
         total_rewards=tuple(rewards),
-        advantages=(0.0,) * len(rewards),
     )
 
 
@@ -369,26 +368,18 @@ def logprobs(policy, prompt, completion):
 def test_old_logprobs_are_those_of_the_policy_that_sampled(tmp_path):
     trainer = make(tmp_path, teaching={0, 2, 3, 5, 6, 7, 8}, engine=TruthfulEngine())
     seen = []
-    update = trainer.update
-
-    def watched(model, data):
-        seen.append(data)
-        return update(model, data)
-
-    trainer.update = watched
+    watch_steps(trainer, seen.append)
     trainer.train()
-    versions = [[scored.group.policy_version for scored in data.groups] for data in seen]
+    versions = [[group[0].policy_version for group in groups_of(step)] for step in seen]
     assert versions == [[0, 0], [0, 1], [2, 2], [3]]
-    assert seen[0].old_logprobs is None, "all are the present policy's, used once"
-    assert seen[0].fresh_rows == set(range(8))
-    assert seen[1].fresh_rows == {4, 5, 6, 7}, "the second group's"
-    for scored, start in zip(seen[1].groups, (0, 4), strict=True):
-        for i, completion in enumerate(scored.group.completions):
-            own = torch.tensor(completion.sampling_logprobs)  # the engine's, at the version that it sampled from
-            assert torch.allclose(seen[1].old_logprobs[start + i], own, atol=1e-5)
-    waited = seen[1].groups[0].group
-    now = torch.cat([torch.tensor(logprobs(trainer.model, waited.prompt, c)) for c in waited.completions])
-    assert not torch.allclose(torch.cat(seen[1].old_logprobs[:4]), now, atol=1e-3), "the policy has moved since"
+    assert all(sample.old_logprobs is None for sample in seen[0].samples), "all are the present policy's, used once"
+    for sample in seen[1].samples:
+        own = torch.tensor(sample.completion.sampling_logprobs)  # the engine's, at the version that it sampled from
+        assert torch.allclose(sample.old_logprobs, own, atol=1e-5)
+    waited = groups_of(seen[1])[0]
+    now = torch.cat([torch.tensor(logprobs(trainer.model, sample.prompt, sample.completion)) for sample in waited])
+    then = torch.cat([sample.old_logprobs for sample in waited])
+    assert not torch.allclose(then, now, atol=1e-3), "the policy has moved since"
 
 
 def test_the_canary_looks_at_fresh_completions_alone(tmp_path):
@@ -419,9 +410,9 @@ def test_resumed_at_any_step_a_run_ends_at_the_same_weights(tmp_path):
     whole = make(tmp_path / "whole", TEACHING, num_prompts=23, training=training, num_eval_prompts=1, **RUN)
     whole.train()
     num_steps = whole.state.global_step
-    assert num_steps < whole.steps_per_epoch * 1.5, "some groups were dropped"
+    assert num_steps < whole.collector.steps_per_epoch * 1.5, "some groups were dropped"
     assert whole.rewards.seen[0] == TrainingProgress(
-        global_step=0, max_steps=whole.steps_per_epoch * 3 // 2, epoch=0.0
+        global_step=0, max_steps=whole.collector.steps_per_epoch * 3 // 2, epoch=0.0
     )
     assert len({at.epoch for at in whole.rewards.seen}) > 3
     assert max(metrics_of(whole, "num_waiting")) > 0
@@ -555,7 +546,7 @@ def test_masked_groups_are_in_no_part_of_the_gradient_and_in_no_average(tmp_path
         with torch.no_grad():
             for p in trainer.model.parameters():
                 p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        (data,) = trainer.collect()
+        (data,) = collect(trainer)
         gradients[name] = gradient_of(trainer, data)
         assert trainer.tracker.take()["frac_reward_zero_std"] == (0.0 if name == "alone" else 0.5)
     assert relative(gradients["masked"], gradients["alone"]) < 1e-5
@@ -585,13 +576,14 @@ def test_a_truncated_completion_counts_in_its_group_and_in_no_average_of_the_los
         training={"per_device_train_batch_size": 6},
         mask_truncated_completions=True,
     )
-    (data,) = trainer.collect()
-    completions = [c for scored in data.groups for c in scored.group.completions]
+    (step,) = collect(trainer)
+    completions = [sample.completion for sample in step.samples]
     whole = [c for c in completions if c.finish_reason == "stop"]
     assert 0 < len(whole) < len(completions)
-    totals = trainer.gradient._global_totals(data.groups)
+    totals = trainer.learner.gradient._totals_of_all_ranks(step.samples)
     assert (totals.num_completions, totals.num_tokens) == (len(whole), sum(len(c.token_ids) for c in whole))
-    for scored in data.groups:
+    for group in groups_of(step):
         rewards = torch.arange(4.0, dtype=torch.float64)
         expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        assert torch.allclose(torch.tensor(scored.advantages, dtype=torch.float64), expected)
+        advantages = torch.tensor([sample.advantage for sample in group], dtype=torch.float64)
+        assert torch.allclose(advantages, expected)

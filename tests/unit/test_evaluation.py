@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from grpo_stage.records.evaluation import maj_at_k, pass_at_k, record_evaluation, rewarding_metrics
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.rewards.builtin.correctness import voted_answer
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
 
 
 @pytest.mark.parametrize("num_samples", range(1, 9))
@@ -110,6 +110,10 @@ def group(index: int, *texts: str, dataset: str | None = None) -> RolloutGroup:
     return RolloutGroup(prompt=prompt, completions=tuple(completions), policy_version=0)
 
 
+def scored(group: RolloutGroup, rewards: list[list[float | None]], totals: list[float | None]) -> ScoredGroup:
+    return ScoredGroup(group=group, rewards=tuple(map(tuple, rewards)), total_rewards=tuple(totals))
+
+
 # Two datasets; `right` scores answers, `bonus` applies to a single completion of the last prompt.
 GROUPS = [
     group(0, "1", "2", "1", "3", dataset="easy"),
@@ -126,8 +130,8 @@ TOTALS = [[1.0, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, None], [2.5, 0.0, 1.0, 0.99]]
 
 def recorded(selected: Sequence[int], by_dataset: bool = True) -> MetricTracker:
     tracker = MetricTracker()
-    chosen = [[values[i] for i in selected] for values in (GROUPS, REWARDS, TOTALS)]
-    record_evaluation(tracker, *chosen, ["right", "bonus"], by_dataset=by_dataset)
+    chosen = [scored(GROUPS[i], REWARDS[i], TOTALS[i]) for i in selected]
+    record_evaluation(tracker, chosen, ["right", "bonus"], by_dataset=by_dataset)
     return tracker
 
 
@@ -174,7 +178,8 @@ def test_processes_together_measure_what_one_does(split):
 def test_the_names_that_may_choose_a_model_are_those_that_are_logged(n, ks):
     tracker = MetricTracker()
     groups = [group(i, *["1"] * n, dataset=name) for i, name in enumerate(["easy", "hard"])]
-    record_evaluation(tracker, groups, [[[1.0]] * n] * 2, [[1.0] * n] * 2, ["right"], by_dataset=True)
+    scores = [scored(each, [[1.0]] * n, [1.0] * n) for each in groups]
+    record_evaluation(tracker, scores, ["right"], by_dataset=True)
     names = rewarding_metrics(["right"], n, ["easy", "hard"])
     logged = {f"eval_{name}" for name in tracker.take()}
     assert logged - set(names) == {name for name in logged if "frac_not_applicable" in name or "completions/" in name}
@@ -188,9 +193,8 @@ def test_the_names_that_may_choose_a_model_are_those_that_are_logged(n, ks):
 def test_a_reward_model_passes_nothing():
     """Its scores have a scale of their own, on which 1 means nothing."""
     tracker = MetricTracker()
-    record_evaluation(
-        tracker, [group(0, "1", "2")], [[[3.0], [1.0]]], [[3.0, 1.0]], ["reward_model"], by_dataset=False
-    )
+    scores = [scored(group(0, "1", "2"), [[3.0], [1.0]], [3.0, 1.0])]
+    record_evaluation(tracker, scores, ["reward_model"], by_dataset=False)
     metrics = tracker.take()
     assert metrics["rewards/reward_model/mean@2"] == 2.0
     assert metrics["rewards/reward_model/frac_not_applicable"] == 0.0

@@ -20,7 +20,6 @@ def scored(rewards: list[list[float | None]], totals: list[float | None]) -> Sco
         group=RolloutGroup(prompt=prompt, completions=(completion,) * len(rewards), policy_version=0),
         rewards=tuple(tuple(row) for row in rewards),
         total_rewards=tuple(totals),
-        advantages=(0.0,) * len(rewards),
     )
 
 

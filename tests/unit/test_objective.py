@@ -14,14 +14,14 @@ from grpo_stage.algorithm.kl import KL_ESTIMATORS
 from grpo_stage.algorithm.losses import LEVELS, LOSSES
 from grpo_stage.arguments import ADVANTAGE_SCALES, CLIPPED_LOSSES, GRPOArguments
 from grpo_stage.records.metrics import MetricTracker
-from grpo_stage.rollout.queue import StepData
-from grpo_stage.types import PolicyBatch
-from grpo_stage.update.credit import has_reward_variance, with_advantages
-from grpo_stage.update.logprobs import InitialWeightsReference, ModelReference
+from grpo_stage.types import RolloutGroup, SampleBatch, ScoredGroup, Step
+from grpo_stage.update.credit import Credit
 from grpo_stage.update.objective import Objective
+from grpo_stage.update.reference import InitialWeightsReference, ModelReference
+from grpo_stage.update.terms.kl_penalty import KLPenalty
 
 from .test_combinations import cells, options_of
-from .trainer_on_fakes import LengthRewards, gradient_of, make_trainer, relative
+from .trainer_on_fakes import LengthRewards, collect, gradient_of, groups_of, make_trainer, relative, watch_steps
 
 
 # What a loss needs beside its name.
@@ -75,31 +75,25 @@ def moved(trainer: Any, seed: int = 1, scale: float = 0.02) -> None:
             p.add_(scale * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed)))
 
 
-def reversed_order(data: StepData) -> StepData:
-    """The same completions in another order, of groups and within them."""
-    groups = tuple(
-        dataclasses.replace(
-            scored,
-            group=dataclasses.replace(scored.group, completions=scored.group.completions[::-1]),
-            rewards=scored.rewards[::-1],
-            total_rewards=scored.total_rewards[::-1],
-            advantages=scored.advantages[::-1],
-        )
-        for scored in data.groups[::-1]
-    )
-    old, ref = (None if each is None else each[::-1] for each in (data.old_logprobs, data.ref_logprobs))
-    return dataclasses.replace(data, groups=groups, old_logprobs=old, ref_logprobs=ref)
+def reversed_order(data: Step) -> Step:
+    """The same samples in another order."""
+    return dataclasses.replace(data, samples=data.samples[::-1])
+
+
+def beta_of(trainer: Any) -> float:
+    (term,) = (term for term in trainer.learner.objective.terms if isinstance(term, KLPenalty))
+    return term.beta
 
 
 def check_invariance(tmp_path, **options):
     trainer = make_trainer(tmp_path, num_iterations=2, reference=InitialWeightsReference, **options)
-    data = trainer.collect()[1]
+    data = collect(trainer)[1]
     moved(trainer)
-    trainer.gradient.token_budget = 10_000
+    trainer.learner.budget.max_tokens = 10_000
     whole = gradient_of(trainer, data)
     assert whole.norm() > 1e-4
     for budget, same in itertools.product((10_000, 1, 23), (data, reversed_order(data))):
-        trainer.gradient.token_budget = budget
+        trainer.learner.budget.max_tokens = budget
         assert relative(gradient_of(trainer, same), whole) < 1e-5
 
 
@@ -204,9 +198,9 @@ def test_two_steps(tmp_path, options):
         check_line(line, options)
     check_advantages(trained_on[0], options)
     if leaves_out:
-        assert all(has_reward_variance(group, (1.0,)) for data in trained_on for group in data.groups)
+        assert all(len({sample.total_reward for sample in g}) > 1 for step in trained_on for g in groups_of(step))
         assert lines[0]["frac_reward_zero_std"] > 0
-        assert len(trained_on[0].groups) == (2 if "dynamic_sampling" in options else 1)
+        assert len(groups_of(trained_on[0])) == (2 if "dynamic_sampling" in options else 1)
     if "entropy_target" in options:
         is_low = options["entropy_target"] == 9.0
         second = 0.01 + trainer.grpo_args.entropy_coef_delta if is_low else 0.0
@@ -220,8 +214,7 @@ def test_two_steps(tmp_path, options):
 def watch_data(trainer):
     """What the steps of `trainer` train on."""
     seen = []
-    update = trainer.update
-    trainer.update = lambda model, data: (seen.append(data), update(model, data))[1]
+    watch_steps(trainer, seen.append)
     return seen
 
 
@@ -250,17 +243,18 @@ def check_advantages(data, options):
     """Those of the first batch are the estimator's, divided as `scale_rewards` says, but where the KL is taken off."""
     if options.get("kl_in_reward"):
         return
-    totals = torch.tensor([group.total_rewards for group in data.groups], dtype=torch.float64)
+    groups = groups_of(data)
+    totals = torch.tensor([[sample.total_reward for sample in group] for group in groups], dtype=torch.float64)
     estimator = options.get("advantage_estimator", "grpo")
     table = RewardTable(
         totals=totals,
         parts=totals.unsqueeze(-1),
         weights=torch.ones(1, dtype=torch.float64),
-        lengths=torch.tensor([[len(c.token_ids) for c in group.group.completions] for group in data.groups]),
+        lengths=torch.tensor([[len(sample.completion.token_ids) for sample in group] for group in groups]),
     )
     scale = options.get("scale_rewards", ADVANTAGE_SCALES[estimator][0])
     expected = ADVANTAGE_ESTIMATORS[estimator](table, scale)
-    actual = torch.tensor([group.advantages for group in data.groups], dtype=torch.float64)
+    actual = torch.tensor([[sample.advantage for sample in group] for group in groups], dtype=torch.float64)
     if "mask_zero_std_groups" not in options:  # whose batch is more than what is trained on
         torch.testing.assert_close(actual, expected)
 
@@ -268,24 +262,25 @@ def check_advantages(data, options):
 # What the objective adds up
 
 
-def tiny_batch(**changes: Any) -> PolicyBatch:
+def tiny_batch(**changes: Any) -> SampleBatch:
     fields = {
         "input_ids": torch.zeros(2, 3),
         "attention_mask": torch.ones(2, 3),
         "completion_ids": torch.zeros(2, 2),
         "completion_mask": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        "loss_mask": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
         "loss_weights": torch.tensor([[0.25, 0.25], [0.5, 0.0]]),
         "advantages": torch.tensor([1.0, -1.0]),
         "sampling_logprobs": torch.tensor([[-1.0, -2.0], [-1.5, 0.0]]),
-        "rows": (0, 1),
+        "policy_versions": torch.tensor([0, 0]),
     }
-    return PolicyBatch(**{**fields, **changes})
+    return SampleBatch(**{**fields, **changes})
 
 
-def token_losses(options: dict[str, Any], policy, old, ref, batch=None) -> tuple[list[list[float]], MetricTracker]:
-    batch, metrics = batch or tiny_batch(), MetricTracker()
+def token_losses(options: dict[str, Any], policy, old, ref) -> tuple[list[list[float]], MetricTracker]:
+    batch, metrics = tiny_batch(old_logprobs=old, ref_logprobs=ref), MetricTracker()
     objective = Objective(GRPOArguments(**options))
-    losses = objective.token_losses(batch, policy, torch.zeros_like(policy), old, ref, metrics)
+    losses = objective.token_losses(batch, policy, torch.zeros_like(policy), metrics)
     return (losses * batch.completion_mask).tolist(), metrics
 
 
@@ -329,7 +324,7 @@ def test_with_the_kl_in_the_reward_there_is_none_in_the_loss():
     losses, metrics = token_losses(in_reward, policy, policy, policy - 1.0)
     assert losses == plain
     assert metrics.state_dict()["means"]["kl"] == (pytest.approx(3 * math.exp(-1.0)), 3)
-    penalty = Objective(GRPOArguments(**in_reward)).reward_penalty(
+    penalty = Objective(GRPOArguments(**in_reward)).reward_penalties(
         [torch.tensor([-1.0, -2.0]), torch.tensor([-1.0])], [torch.tensor([-1.5, -2.5]), torch.tensor([-0.5])]
     )
     assert penalty == pytest.approx([0.5 * 1.0, 0.5 * -0.5])
@@ -350,44 +345,39 @@ def test_the_kl_in_the_reward_moves_the_advantages(tmp_path):
         log_completions=True,
     )
     moved(trainer)
-    data = trainer.collect()[0]
-    penalties = [
-        0.2 * (old.double() - ref.double()).sum().item()
-        for old, ref in zip(data.old_logprobs, data.ref_logprobs, strict=True)
-    ]
-    for group, scored in enumerate(data.groups):
-        assert scored.total_rewards == (0.5,) * 4, "the reward that is logged is the functions'"
-        own = penalties[4 * group : 4 * group + 4]
+    for group in groups_of(collect(trainer)[0]):
+        assert [s.total_reward for s in group] == [0.5] * 4, "the reward that is logged is the functions'"
+        own = [0.2 * (s.old_logprobs.double() - s.ref_logprobs.double()).sum().item() for s in group]
         expected = [-own[i] + (sum(own) - own[i]) / 3 for i in range(4)]
-        assert scored.advantages == pytest.approx(expected, rel=1e-6)
+        assert [s.advantage for s in group] == pytest.approx(expected, rel=1e-6)
         assert max(map(abs, expected)) > 1e-3
 
 
 @pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
 def test_an_estimator_sees_the_parts_the_weights_and_the_lengths(tmp_path, estimator):
     trainer = make_trainer(tmp_path, advantage_estimator=estimator, num_prompts=2)
-    groups = trainer.collect()[0].groups
+    groups = groups_of(collect(trainer)[0])
     scale = ADVANTAGE_SCALES[estimator][0]
     rows = [[[0.1 * i + 0.3 * g, float(i % 2)] for i in range(4)] for g in range(2)]
     scored = [
-        dataclasses.replace(
-            group,
+        ScoredGroup(
+            group=RolloutGroup(
+                prompt=group[0].prompt, completions=tuple(s.completion for s in group), policy_version=0
+            ),
             rewards=tuple(map(tuple, rows[g])),
             total_rewards=tuple(2 * a - b for a, b in rows[g]),
-            advantages=(),
         )
         for g, group in enumerate(groups)
     ]
-    options = {"estimator": estimator, "scale_rewards": scale}
-    actual = with_advantages(scored, weights=(2.0, -1.0), **options)
+    actual = Credit(estimator, scale, weights=(2.0, -1.0), mask_truncated=False).assign(scored)
     table = RewardTable(
         totals=torch.tensor([[2 * a - b for a, b in row] for row in rows], dtype=torch.float64),
         parts=torch.tensor(rows, dtype=torch.float64),
         weights=torch.tensor([2.0, -1.0], dtype=torch.float64),
-        lengths=torch.tensor([[len(c.token_ids) for c in group.group.completions] for group in groups]),
+        lengths=torch.tensor([[len(s.completion.token_ids) for s in group] for group in groups]),
     )
     expected = ADVANTAGE_ESTIMATORS[estimator](table, scale)
-    assert torch.equal(torch.tensor([g.advantages for g in actual], dtype=torch.float64), expected)
+    assert torch.equal(torch.tensor([[s.advantage for s in g] for g in actual], dtype=torch.float64), expected)
     assert expected.abs().max() > 0
 
 
@@ -405,7 +395,7 @@ def test_beta_follows_the_divergence(tmp_path):
     assert betas == pytest.approx([0.1, 0.1 * 0.98, *(0.1 * 0.98 * 1.02**i for i in range(1, len(betas) - 1))])
     betas = [line["beta"] for line in near.state.log_history if "loss" in line]
     assert betas == pytest.approx([0.1 * 0.98**i for i in range(len(betas))])
-    assert far.gradient.objective.beta > near.gradient.objective.beta
+    assert beta_of(far) > beta_of(near)
 
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4])
@@ -424,7 +414,7 @@ def test_beta_and_the_reference_are_part_of_a_checkpoint(tmp_path, stop_at):
     whole.train()
     resumed = make_trainer(tmp_path / "resumed", training=run, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{stop_at}"))
-    assert resumed.gradient.objective.beta == whole.gradient.objective.beta != 0.1
+    assert beta_of(resumed) == beta_of(whole) != 0.1
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     ours, theirs = resumed.reference.state_dict(), whole.reference.state_dict()

@@ -11,6 +11,7 @@ import json
 import math
 import random
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -25,10 +26,17 @@ import pytest
 import torch
 
 from grpo_stage.arguments import GRPOArguments
+from grpo_stage.learner import update_budget
+from grpo_stage.monitors.canary import LogprobDifference
+from grpo_stage.records import metrics as metrics_module
 from grpo_stage.records.metrics import MetricTracker
-from grpo_stage.rollout.queue import StepData
-from grpo_stage.types import Completion, FinishReason, PolicyBatch, Prompt, RolloutGroup, SamplingSettings, ScoredGroup
+from grpo_stage.types import Completion, FinishReason, Prompt, Sample, SampleBatch, SamplingSettings, Step
 from grpo_stage.update import gradient, objective
+from grpo_stage.update.batch import PaddedLayout
+from grpo_stage.update.logprobs import FrozenPass
+from grpo_stage.update.strategy import ReplicatedParameters
+from grpo_stage.update.terms.entropy_bonus import EntropyBonus
+from grpo_stage.update.terms.kl_penalty import KLPenalty
 
 
 @dataclass
@@ -254,7 +262,16 @@ def expected_metrics(rows: list[Row], s: dict[str, Any]) -> dict[str, tuple[floa
 
 
 def arguments(s: dict[str, Any]) -> GRPOArguments:
-    return GRPOArguments(**{key: value for key, value in s.items() if key not in ("learned", "held")})
+    control = {"covariance_control": "kl_cov"} if s.get("held") else {}
+    return GRPOArguments(**{key: value for key, value in s.items() if key not in ("learned", "held")} | control)
+
+
+def beta_of(of: Any) -> float:
+    return next(term.beta for term in of.terms if isinstance(term, KLPenalty))
+
+
+def entropy_coef_of(of: Any) -> float:
+    return next(term.coefficient for term in of.terms if isinstance(term, EntropyBonus))
 
 
 def package_losses(
@@ -274,27 +291,24 @@ def package_losses(
         )
 
     mask = f64([[float(t < len(row.policy)) for t in range(width)] for row in rows])
-    batch = PolicyBatch(
+    weights = padded("weights", filler=False)
+    batch = SampleBatch(
         input_ids=torch.zeros(len(rows), width + 1),
         attention_mask=torch.ones(len(rows), width + 1),
         completion_ids=torch.zeros(len(rows), width),
         completion_mask=mask,
-        loss_weights=padded("weights", filler=False),
+        loss_mask=(weights > 0).double(),
+        loss_weights=weights,
         advantages=f64([row.advantage for row in rows]),
         sampling_logprobs=padded("sampling"),
-        rows=tuple(range(len(rows))),
-    )
-    policy, entropy = padded("policy").requires_grad_(), padded("entropy").requires_grad_()
-    losses = of.token_losses(
-        batch=batch,
-        logprobs=policy,
-        entropy=entropy,
+        policy_versions=torch.zeros(len(rows)),
         old_logprobs=padded("old"),
         ref_logprobs=padded("ref") if s["beta"] > 0 else None,
-        metrics=metrics,
-        learned=padded("learned") if s.get("learned") else None,
-        held=padded("held") if s.get("held") else None,
+        trained_mask=padded("learned") if s.get("learned") else None,
+        anchor_mask=padded("held") if s.get("held") else None,
     )
+    policy, entropy = padded("policy").requires_grad_(), padded("entropy").requires_grad_()
+    losses = of.token_losses(batch, policy, entropy, metrics)
     assert losses.shape == mask.shape
     total = (batch.loss_weights * losses).sum()
     slopes = torch.autograd.grad(total, (policy, entropy), allow_unused=True, materialize_grads=True)
@@ -397,6 +411,7 @@ def on_ranks(module: ModuleType, calls: Sequence[Callable[[], Any]]) -> list[Any
 
     with (
         patch.object(module, "all_gather", all_gather),
+        patch.object(metrics_module, "all_gather", all_gather),
         patch.object(module, "process_index", lambda: this.rank),
         ThreadPoolExecutor(len(calls)) as pool,
     ):
@@ -404,17 +419,35 @@ def on_ranks(module: ModuleType, calls: Sequence[Callable[[], Any]]) -> list[Any
 
 
 def selected(of: Any, rows: list[Row], step: int = 3, seed: int = 5) -> tuple[list[Any], list[Any]]:
-    """`Objective.select`, where a completion is known by its old log-probabilities."""
-    selection = of.select(
-        [f64(row.policy) for row in rows],
-        [f64(row.entropy) for row in rows],
-        [row.advantage for row in rows],
-        [row.is_used for row in rows],
-        [str(row.old) for row in rows],
-        step,
-        seed,
+    """`Objective.mark`, where a completion is known by its old log-probabilities; nothing of one that is left out."""
+    samples = [
+        sample_of(
+            Prompt(index=zlib.crc32(str(row.old).encode()), token_ids=(0,), messages=(), reference=None),
+            [0] * len(row.policy), row.policy, advantage=row.advantage, is_used=row.is_used,
+        )
+        for row in rows
+    ]  # fmt: skip
+    policies, entropies = [f64(row.policy) for row in rows], [f64(row.entropy) for row in rows]
+    marked = of.mark(samples, policies, entropies, f"{seed} {step}")
+    masks = [[each.trained_mask, each.anchor_mask] for each in marked]
+    assert all((mask == 0).all() for row, both in zip(rows, masks, strict=True) if not row.is_used for mask in both)
+    learned, held = (
+        [both[kind].tolist() if row.is_used else [] for row, both in zip(rows, masks, strict=True)] for kind in (0, 1)
     )
-    return tuple([tokens.tolist() for tokens in each] for each in (selection.learned, selection.held))  # type: ignore[return-value]
+    return learned, held
+
+
+def sample_of(
+    prompt: Prompt, tokens: Sequence[int], sampling: Sequence[float], *, advantage: float, is_used: bool, **known: Any
+) -> Sample:
+    """Of no policy version that a step could have."""
+    completion = Completion(
+        token_ids=tuple(tokens), sampling_logprobs=tuple(sampling), finish_reason=FinishReason.STOP, text=""
+    )
+    return Sample(
+        prompt=prompt, completion=completion, policy_version=-5, rewards=(0.0,), total_reward=0.0,
+        advantage=advantage, loss_mask=(int(is_used),) * len(tokens), **known,
+    )  # fmt: skip
 
 
 def highest(values: list[float], share: float) -> set[int]:
@@ -449,7 +482,7 @@ def check_selection(module: ModuleType) -> None:
         range(3), ({}, QUANTILE, CLIP_COV, KL_COV, QUANTILE | CLIP_COV, QUANTILE | KL_COV)
     ):
         of = module.Objective(arguments(SETTINGS | options))
-        assert of.selects == bool(options)
+        assert of.looks_at_step == bool(options)
         rows = random_rows(seed, 24)
         used = [row for row in rows if row.is_used]
         entropies = [h for row in used for h in row.entropy]
@@ -497,7 +530,7 @@ def check_selection(module: ModuleType) -> None:
         for kind in (0, 1):
             assert shuffled[kind] == [whole[kind][i] for i in order]
             assert [tokens for part in parts for tokens in part[kind]] == whole[kind]
-        num_drawn += len({str(selected(of, tied, step)) for step in range(4)}) > 2
+        num_drawn += len({str(selected(of, tied, step)) for step in range(8)}) > 2
     assert num_drawn > 2, "the data must have ties at the bound, or they are not tested"
     rows = random_rows(2, 24)
     used = [row for row in rows if row.is_used]
@@ -532,7 +565,7 @@ def check_adaptation(module: ModuleType) -> None:
         beta, coefficient, is_paid = s["beta"], s["entropy_coef"], "entropy_target" not in s
         reached = set()
         for _ in range(25):
-            assert of.pays_entropy == (s["entropy_coef"] > 0 or "entropy_target" in s)
+            assert of.entropy_gradient == (s["entropy_coef"] > 0 or "entropy_target" in s)
             paid = coefficient if is_paid else 0.0
             check_what_is_paid(of, s, beta, paid)
             steps = [
@@ -576,8 +609,10 @@ def check_what_is_paid(of: Any, s: dict[str, Any], beta: float, paid: float) -> 
     assert values == pytest.approx(token_losses(row, row.policy, now), rel=1e-9)
     assert slope == pytest.approx(row_gradient(row, now), rel=1e-6, abs=1e-8)
     assert entropy_slope == pytest.approx([-paid * w for w in row.weights], abs=1e-15)
-    assert of.entropy_coef == pytest.approx(paid, abs=1e-15)
-    (penalty,) = of.reward_penalty([f64(row.policy)], [f64(row.ref)])
+    assert entropy_coef_of(of) == pytest.approx(paid, abs=1e-15)
+    if beta == 0:
+        return
+    (penalty,) = of.reward_penalties([f64(row.policy)], [f64(row.ref)])
     expected = sum(estimate(s["kl_estimator"], p, r) for p, r in zip(row.policy, row.ref, strict=True))
     assert penalty == pytest.approx(beta * expected, rel=1e-9, abs=1e-12)
 
@@ -591,7 +626,7 @@ def check_penalty_and_state(module: ModuleType) -> None:
     rows = random_rows(1)
     for name in ("k1", "k2", "k3"):
         of = module.Objective(arguments(SETTINGS | {"beta": 0.3, "kl_in_reward": True, "kl_estimator": name}))
-        actual = of.reward_penalty([f64(row.policy) for row in rows], [f64(row.ref) for row in rows])
+        actual = of.reward_penalties([f64(row.policy) for row in rows], [f64(row.ref) for row in rows])
         expected = [0.3 * sum(map(estimate, [name] * len(r.policy), r.policy, r.ref)) for r in rows]
         assert actual == pytest.approx(expected, rel=1e-9)
 
@@ -605,15 +640,15 @@ def check_penalty_and_state(module: ModuleType) -> None:
             tracker.add("kl", value)
             tracker.add("entropy", value)
             of.adapt(tracker)
-            yield of.beta, of.entropy_coef, of.state_dict()
+            yield beta_of(of), entropy_coef_of(of), of.state_dict()
 
     for before in ([0.1], [1.4], [0.1, 1.4], [1.4, 0.1]):
         of, resumed = module.Objective(arguments(s)), module.Objective(arguments(s))
         *_, (beta, paid, state) = after(of, before)
         *_, _ = after(resumed, [1.4 if before[-1] < 1 else 0.1] * 3)  # which is otherwise in all that is kept
-        assert (resumed.beta, resumed.entropy_coef) != (beta, paid)
+        assert (beta_of(resumed), entropy_coef_of(resumed)) != (beta, paid)
         resumed.load_state_dict(json.loads(json.dumps(state)))
-        assert (resumed.beta, resumed.entropy_coef, resumed.state_dict()) == (beta, paid, state)
+        assert (beta_of(resumed), entropy_coef_of(resumed), resumed.state_dict()) == (beta, paid, state)
         rest = [0.1, 1.4, 1.4, 0.1, 0.1]
         assert [*after(resumed, rest)] == [*after(of, rest)]
 
@@ -758,50 +793,41 @@ def package_gradient(
     module: ModuleType, table: list[list[float]], u: Update, s: dict[str, Any], budget: int
 ) -> tuple[float, list[list[float]]]:
     """The loss of a step and its gradient, in micro-batches of at most `budget` tokens."""
-    policy_gradient = module.PolicyGradient(
-        grpo_args=arguments(s | {"max_tokens_per_micro_batch": budget}),
-        sampling=SamplingSettings(num_generations=1, max_new_tokens=5, temperature=TEMPERATURE),
-        max_sampling_logprob_diff=math.inf,
-        pad_token_id=0,
-        accelerator=SimpleNamespace(  # type: ignore[arg-type]
-            device=torch.device("cpu"),
-            process_index=0,
-            no_sync=lambda model: nullcontext(),
-            unwrap_model=lambda model: model,
-            backward=lambda loss: loss.backward(),
-        ),
-        autocast=nullcontext,
-        safe_point=lambda: None,
+    args = arguments(s | {"max_tokens_per_micro_batch": budget})
+    layout, tokens = PaddedLayout(0, torch.device("cpu")), update_budget(budget, 0)
+    accelerator: Any = SimpleNamespace(
+        no_sync=lambda model: nullcontext(),
+        unwrap_model=lambda model: model,
+        backward=lambda loss: loss.backward(),
     )
-    groups = tuple(
-        ScoredGroup(
-            group=RolloutGroup(
-                prompt=Prompt(index=i, token_ids=tuple(prompt), messages=(), reference=None),
-                completions=(
-                    Completion(
-                        token_ids=tuple(u.completions[i]),
-                        sampling_logprobs=tuple(u.sampling[i]),
-                        finish_reason=FinishReason.LENGTH if u.is_truncated[i] else FinishReason.STOP,
-                        text="",
-                    ),
-                ),
-                policy_version=0,
-            ),
-            rewards=((0.0,),),
-            total_rewards=(0.0,),
-            advantages=(u.advantages[i],),
+    policy_gradient = module.PolicyGradient(
+        grpo_args=args,
+        objective=objective.Objective(args),
+        sampling=SamplingSettings(num_generations=1, max_new_tokens=5, temperature=TEMPERATURE),
+        canary=LogprobDifference(math.inf, "hf"),
+        layout=layout,
+        budget=tokens,
+        frozen=FrozenPass(layout, tokens, nullcontext, TEMPERATURE),
+        strategy=ReplicatedParameters(accelerator),
+        autocast=nullcontext,
+        device=torch.device("cpu"),
+        gather=lambda value: [value],
+    )
+    samples = tuple(
+        sample_of(
+            Prompt(index=i, token_ids=tuple(prompt), messages=(), reference=None),
+            u.completions[i],
+            u.sampling[i],
+            advantage=u.advantages[i],
+            is_used=not u.is_truncated[i],
+            old_logprobs=None if u.old is None else f64(u.old[i]),
+            ref_logprobs=f64(u.ref[i]),
         )
         for i, prompt in enumerate(u.prompts)
     )
-    data = StepData(
-        groups=groups,
-        old_logprobs=None if u.old is None else tuple(map(f64, u.old)),
-        ref_logprobs=tuple(map(f64, u.ref)),
-        logprob_temperature=TEMPERATURE,
-        fresh_rows=frozenset(),
-    )
+    data = Step(samples=samples, logprob_temperature=TEMPERATURE)
     model = Table(table)
-    loss, _ = policy_gradient.accumulate(model, data, step=0)
+    loss, _ = policy_gradient.accumulate(model, data, number=0)
     assert model.table.grad is not None
     return loss.item(), model.table.grad.tolist()
 

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_stage.rollout.prompts import PromptStream, build_prompts
+from grpo_stage.rollout.epochs import PromptStream
+from grpo_stage.rollout.prompts import build_prompts
 
 
 sizes = st.integers(1, 40)

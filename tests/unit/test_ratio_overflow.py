@@ -15,7 +15,7 @@ import torch
 from grpo_stage.algorithm import kl, losses, ratios
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.records.metrics import MetricTracker
-from grpo_stage.types import PolicyBatch
+from grpo_stage.types import SampleBatch
 from grpo_stage.update.objective import Objective
 
 
@@ -154,16 +154,16 @@ def test_a_token_that_is_left_out_has_no_gradient_however_far_it_has_gone(what: 
         "off_policy_mask_threshold": {"off_policy_mask_threshold": 0.1},
     }[what]
     policy = torch.tensor([[-0.5]], requires_grad=True)
-    batch = PolicyBatch(
+    batch = SampleBatch(
         input_ids=torch.zeros(1, 2), attention_mask=torch.ones(1, 2), completion_ids=torch.zeros(1, 1),
-        completion_mask=torch.ones(1, 1), loss_weights=torch.ones(1, 1), advantages=torch.tensor([-5.0]),
-        sampling_logprobs=torch.tensor([[0.0]]), rows=(0,),
+        completion_mask=torch.ones(1, 1), loss_mask=torch.ones(1, 1), loss_weights=torch.ones(1, 1),
+        advantages=torch.tensor([-5.0]), sampling_logprobs=torch.tensor([[0.0]]),
+        policy_versions=torch.tensor([0]), old_logprobs=torch.tensor([[-120.0]]),
+        trained_mask=torch.zeros(1, 1) if what == "learned" else None,
     )  # fmt: skip
-    learned = torch.zeros(1, 1) if what == "learned" else None
     of = Objective(GRPOArguments(**options))  # type: ignore[arg-type]
-    old = torch.tensor([[-120.0]])
     metrics = MetricTracker()
-    token_losses = of.token_losses(batch, policy, torch.zeros(1, 1), old, None, metrics, learned)
+    token_losses = of.token_losses(batch, policy, torch.zeros(1, 1), metrics)
     (gradient,) = torch.autograd.grad(token_losses.sum(), policy)
     assert token_losses.tolist() == [[0.0]]
     assert gradient.tolist() == [[0.0]]

@@ -19,7 +19,7 @@ import torch
 from transformers import TrainerCallback
 
 from grpo_stage.types import FinishReason
-from grpo_stage.update.logprobs import InitialWeightsReference
+from grpo_stage.update.reference import InitialWeightsReference
 
 from .test_objective_oracle import oracle_advantages
 from .test_objective_terms import SETTINGS, Row, estimate, row_gradient
@@ -158,7 +158,7 @@ class Recording(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.weights.append({name: p.detach().clone() for name, p in model.named_parameters()})
-        self.trainer.gradient.token_budget = BUDGETS[state.global_step % 2]
+        self.trainer.learner.budget.max_tokens = BUDGETS[state.global_step % 2]
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.gradients.append([p.grad.double() for p in model.parameters()])

@@ -23,12 +23,13 @@ from grpo_stage.survival import stop as stop_module
 from grpo_stage.survival.stop import SafeStop, StopRequested
 from grpo_stage.survival.watchdog import HangError, Watchdog
 from grpo_stage.types import FinishReason
-from grpo_stage.update.logprobs import InitialWeightsReference
+from grpo_stage.update.reference import InitialWeightsReference
 
 from .trainer_on_fakes import (
     FakeEngine,
     LengthRewards,
     ScoringEngine,
+    collect,
     gradient_of,
     make_trainer,
     outputs_of_two_ranks,
@@ -70,8 +71,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_kept(tmp_path, what):
     assert log[1]["reward"] == log[1]["rewards/even/mean"], "the rollout was sound, and is logged"
     kept = json.loads((tmp_path / "skipped_step_2_rank0.json").read_text())
     assert kept["step"] == 2
-    assert [group["prompt"] for group in kept["groups"]] == trainer.engine.asked[1][1]
-    assert len(kept["groups"][0]["completions"]) == len(kept["groups"][0]["advantages"]) == 4
+    assert [sample["prompt"] for sample in kept["samples"]][::4] == trainer.engine.asked[1][1]
+    assert all(sample["completion"]["token_ids"] and "advantage" in sample for sample in kept["samples"])
     assert not list(tmp_path.glob("skipped_step_[13]*"))
 
 
@@ -163,14 +164,14 @@ class SmallMemory:
 def test_out_of_memory_in_the_update_halves_the_budget_and_gives_the_same_gradient(tmp_path, caplog):
     ample, scarce = make_trainer(tmp_path / "ample"), make_trainer(tmp_path / "scarce")
     memory = SmallMemory(scarce.model, limit=20)
-    data = ample.collect()[0]
+    data = collect(ample)[0]
     assert relative(gradient_of(scarce, data), gradient_of(ample, data)) < 1e-5
     assert memory.refused >= 1
-    assert scarce.gradient.token_budget <= 20
-    said = [record for record in caplog.records if record.name.endswith("gradient")]
+    assert scarce.learner.budget.max_tokens <= 20
+    said = [record for record in caplog.records if record.name.endswith("token_budget")]
     assert len(said) == memory.refused
     assert "on rank 0" in caplog.text
-    assert f"max_tokens_per_micro_batch: {scarce.gradient.token_budget}" in caplog.text
+    assert f"max_tokens_per_micro_batch: {scarce.learner.budget.max_tokens}" in caplog.text
 
     once = [trainer.tracker.take() for trainer in (ample, scarce)]
     assert once[1]["entropy"] == pytest.approx(once[0]["entropy"], rel=1e-5), "what failed is not counted"
@@ -179,15 +180,15 @@ def test_out_of_memory_in_the_update_halves_the_budget_and_gives_the_same_gradie
 
 
 def test_out_of_memory_in_old_and_reference_passes_halves_the_budget(tmp_path):
-    from grpo_stage.update.logprobs import InitialWeightsReference
+    from grpo_stage.update.reference import InitialWeightsReference
 
     settings = {"num_iterations": 2, "beta": 0.1, "reference": InitialWeightsReference}
     ample, scarce = (make_trainer(tmp_path / name, **settings) for name in ("ample", "scarce"))
     memory = SmallMemory(scarce.model, limit=20)
-    for theirs, ours in zip(ample.collect(), scarce.collect(), strict=True):
-        for name in ("old_logprobs", "ref_logprobs"):
-            for a, b in zip(getattr(theirs, name), getattr(ours, name), strict=True):
-                assert torch.allclose(a, b, atol=1e-6)
+    for theirs, ours in zip(collect(ample), collect(scarce), strict=True):
+        for a, b in zip(theirs.samples, ours.samples, strict=True):
+            assert torch.allclose(a.old_logprobs, b.old_logprobs, atol=1e-6)
+            assert torch.allclose(a.ref_logprobs, b.ref_logprobs, atol=1e-6)
     assert memory.refused >= 1
 
 
@@ -684,7 +685,7 @@ class End:
     def run(self, checkpoint=None):
         arguments = SimpleNamespace(
             training=SimpleNamespace(do_train=True, do_eval=True, resume_from_checkpoint=checkpoint),
-            finetuning=SimpleNamespace(plot_loss=False), model=None, data=None,
+            finetuning=SimpleNamespace(plot_loss=False, dynamic_sampling=False, num_generations=4), model=None, data=None,
         )  # fmt: skip
         workflow._run(self.trainer, arguments)
         return self.done
@@ -721,7 +722,7 @@ def test_what_is_left_of_the_end_is_made_up_for_and_no_more(tmp_path, monkeypatc
 def test_a_stop_that_comes_with_the_last_step_is_honored_before_the_model_is_saved(tmp_path, monkeypatch):
     end = End(tmp_path, monkeypatch)
     strike(end.trainer, "update", 2)
-    end.trainer.gradient._safe_point = lambda: None  # the last safe point of training is over
+    end.trainer.learner.gradient._gather = lambda value: [value]  # the last safe point of training is over
     with pytest.raises(StopRequested) as request:
         end.run()
     assert end.done == []

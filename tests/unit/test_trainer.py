@@ -8,13 +8,23 @@ from collections import Counter
 import pytest
 import torch
 
-import grpo_stage.trainer
+import grpo_stage.collector
 from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.rewards.errors import UnrewardedError
 from grpo_stage.survival.checkpoints import STATE_FILE
-from grpo_stage.trainer import UnrewardedError
-from grpo_stage.update.logprobs import InitialWeightsReference
+from grpo_stage.types import TrainingProgress
+from grpo_stage.update.reference import InitialWeightsReference
 
-from .trainer_on_fakes import FakeEngine, LengthRewards, ScoringEngine, gradient_of, make_trainer, relative
+from .trainer_on_fakes import (
+    FakeEngine,
+    LengthRewards,
+    ScoringEngine,
+    collect,
+    gradient_of,
+    groups_of,
+    make_trainer,
+    relative,
+)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
@@ -22,13 +32,13 @@ from .trainer_on_fakes import FakeEngine, LengthRewards, ScoringEngine, gradient
 def test_gradient_does_not_depend_on_the_micro_batch_split(tmp_path, loss_type, mask_truncated_completions):
     options = {"loss_type": loss_type, "mask_truncated_completions": mask_truncated_completions, "beta": 0.1}
     trainer = make_trainer(tmp_path, num_iterations=2, reference=InitialWeightsReference, **options)
-    data = trainer.collect()[1]  # the second use: ratios differ from 1 once the weights have moved
+    data = collect(trainer)[1]  # the second use: ratios differ from 1 once the weights have moved
     with torch.no_grad():
         for p in trainer.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
     gradients = []
     for budget in (10_000, 1, 23):
-        trainer.gradient.token_budget = budget
+        trainer.learner.budget.max_tokens = budget
         gradients.append(gradient_of(trainer, data))
     assert gradients[0].norm() > 1e-3
     assert relative(gradients[1], gradients[0]) < 1e-5
@@ -38,28 +48,29 @@ def test_gradient_does_not_depend_on_the_micro_batch_split(tmp_path, loss_type, 
 def test_per_device_batch_and_accumulation_are_the_same_thing(tmp_path):
     whole = make_trainer(tmp_path, training={"per_device_train_batch_size": 4})
     accumulated = make_trainer(tmp_path, training={"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
-    assert whole.prompts_per_step == accumulated.prompts_per_step == 4
-    first, second = whole.collect()[0], accumulated.collect()[0]
-    assert first.groups == second.groups
+    assert whole.collector.prompts_per_step == accumulated.collector.prompts_per_step == 4
+    first, second = collect(whole)[0], collect(accumulated)[0]
+    assert [s.completion for s in first.samples] == [s.completion for s in second.samples]
+    assert [s.advantage for s in first.samples] == [s.advantage for s in second.samples]
     assert torch.equal(gradient_of(whole, first), gradient_of(accumulated, second))
 
 
 def test_on_policy_gradient_is_reinforce(tmp_path):
     """At ratio 1 the surrogate's gradient is that of -advantage x log-probability, averaged over all tokens (dapo)."""
     trainer = make_trainer(tmp_path)
-    data = trainer.collect()[0]
+    data = collect(trainer)[0]
     gradient = gradient_of(trainer, data)
 
     trainer.model.zero_grad()
-    num_tokens = sum(len(c.token_ids) for s in data.groups for c in s.group.completions)
-    for scored in data.groups:
-        rewards = torch.tensor(scored.total_rewards, dtype=torch.float64)
+    num_tokens = sum(len(sample.completion.token_ids) for sample in data.samples)
+    for group in groups_of(data):
+        rewards = torch.tensor([sample.total_reward for sample in group], dtype=torch.float64)
         advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
-        for completion, advantage in zip(scored.group.completions, advantages.tolist(), strict=True):
-            prompt_ids = scored.group.prompt.token_ids
-            logits = trainer.model(torch.tensor([prompt_ids + completion.token_ids])).logits[0]
+        for sample, advantage in zip(group, advantages.tolist(), strict=True):
+            prompt_ids, token_ids = sample.prompt.token_ids, sample.completion.token_ids
+            logits = trainer.model(torch.tensor([prompt_ids + token_ids])).logits[0]
             logprobs = torch.log_softmax(logits, dim=-1)
-            for t, token in enumerate(completion.token_ids):
+            for t, token in enumerate(token_ids):
                 (-advantage * logprobs[len(prompt_ids) + t - 1, token] / num_tokens).backward(retain_graph=True)
     reinforce = torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
     assert relative(gradient, reinforce) < 1e-5
@@ -67,10 +78,11 @@ def test_on_policy_gradient_is_reinforce(tmp_path):
 
 def test_old_logprobs_at_the_first_use_change_nothing(tmp_path):
     trainer = make_trainer(tmp_path, num_iterations=2)
-    data = trainer.collect()[0]
-    assert data.old_logprobs is not None
+    data = collect(trainer)[0]
+    assert all(sample.old_logprobs is not None for sample in data.samples)
     with_old = gradient_of(trainer, data)
-    without = gradient_of(trainer, dataclasses.replace(data, old_logprobs=None))
+    samples = tuple(dataclasses.replace(sample, old_logprobs=None) for sample in data.samples)
+    without = gradient_of(trainer, dataclasses.replace(data, samples=samples))
     assert relative(with_old, without) < 1e-5
 
 
@@ -78,7 +90,7 @@ def test_equal_rewards_give_exactly_no_gradient(tmp_path):
     trainer = make_trainer(
         tmp_path, rewards=type("Same", (LengthRewards,), {"score": lambda _, groups: [[[0.1]] * 4 for _ in groups]})()
     )
-    assert (gradient_of(trainer, trainer.collect()[0]) == 0).all()
+    assert (gradient_of(trainer, collect(trainer)[0]) == 0).all()
 
 
 def test_kl_is_zero_at_the_start_and_pulls_back_later(tmp_path):
@@ -89,11 +101,11 @@ def test_kl_is_zero_at_the_start_and_pulls_back_later(tmp_path):
         rewards=type("Same", (LengthRewards,), {"score": lambda _, groups: [[[0.1]] * 4 for _ in groups]})(),
     )
     start = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    assert gradient_of(trainer, trainer.collect()[0]).abs().max() < 1e-6
+    assert gradient_of(trainer, collect(trainer)[0]).abs().max() < 1e-6
     with torch.no_grad():
         for p in trainer.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-    gradient = gradient_of(trainer, trainer.collect()[0])
+    gradient = gradient_of(trainer, collect(trainer)[0])
     away = torch.cat([(p - start[name]).flatten() for name, p in trainer.model.named_parameters()])
     assert torch.dot(gradient, away) > 0, "a gradient step leads back to the reference"
     assert trainer.tracker.take()["kl"] > 0
@@ -115,7 +127,7 @@ def test_every_prompt_is_rolled_out_once_an_epoch(
     result = trainer.train()
     assert result.global_step == 2 * expected_steps
     assert Counter(i for _, indices in trainer.engine.asked for i in indices) == dict.fromkeys(range(5), 2)
-    assert len(trainer.buffer) == 0
+    assert len(trainer.collector.queue) == 0
     in_first_epoch = [i for step, indices in trainer.engine.asked if step < expected_steps for i in indices]
     assert sorted(in_first_epoch) == list(range(5))
 
@@ -206,14 +218,14 @@ def test_rewards_that_never_apply_are_no_success(tmp_path, caplog):
 def test_groups_without_a_reward_are_dead_and_counted(tmp_path, caplog):
     """Of five prompts in steps of two; the run goes on, and a step without any reward moves no weight."""
     trainer = make_trainer(tmp_path, rewards=SparseRewards({1, 4}), shuffle=False, log_completions=True)
-    seen, update = [], trainer.update
+    seen, learn = [], trainer.learner.learn
 
-    def watched(model, data):
-        loss = update(model, data)
+    def watched(*args):
+        loss = learn(*args)
         seen.append(all((p.grad is None or (p.grad == 0).all()) for p in trainer.model.parameters()))
         return loss
 
-    trainer.update = watched
+    trainer.learner.learn = watched
     trainer.train()
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert [line["frac_reward_none"] for line in lines] == [0.5, 1.0, 0.0]
@@ -240,8 +252,8 @@ def test_a_row_of_prompts_without_a_reward_ends_the_run_whether_it_was_resumed_o
     tmp_path, monkeypatch, options, resumed_at, message
 ):
     """Steps of 5 prompts, of which the first 10 have a reward. What was trained until then is kept."""
-    monkeypatch.setattr(grpo_stage.trainer, "UNREWARDED_PROMPTS", 20)
-    monkeypatch.setattr(grpo_stage.trainer, "UNREWARDED_ROLLOUTS", 4)
+    monkeypatch.setattr(grpo_stage.collector, "UNREWARDED_PROMPTS", 20)
+    monkeypatch.setattr(grpo_stage.collector, "UNREWARDED_ROLLOUTS", 4)
     training = {"per_device_train_batch_size": 5, "save_strategy": "steps", "save_steps": 2}
     options = {
         "num_prompts": 50, "rewards": SparseRewards(range(10)), "shuffle": False, "training": training, **options
@@ -259,16 +271,18 @@ def test_a_row_of_prompts_without_a_reward_ends_the_run_whether_it_was_resumed_o
 def test_ranks_count_rewards_together(tmp_path, monkeypatch, caplog):
     """What another rank has rewarded is rewarded, and all of them end the run in the same rollout."""
     trainer = make_trainer(tmp_path, rewards=LengthRewards(none=True))
-    trainer._sync()
-    groups = trainer.score(trainer.engine.generate(trainer.prompts[:2], trainer.sampling, step=0))
+    collector, sampler = trainer.collector, trainer.collector._sampler
+    sampler.sync(trainer.model, 0)
+    prompts, sampling = trainer.train_dataset[:2], collector._sampling
+    groups = sampler.score(sampler.generate(prompts, sampling, 0, 0), TrainingProgress())
     for others, expected in (((0, 3), 5), ((0, 3), 10), ((1, 3), 0), ((0, 3), 5)):
-        monkeypatch.setattr(grpo_stage.trainer, "all_gather", lambda own, others=others: [own, others])
-        trainer._count_rewarded(groups, limit=15)
-        assert trainer._num_unrewarded == expected
-    assert trainer._num_rewarded == 1
+        monkeypatch.setattr(grpo_stage.collector, "all_gather", lambda own, others=others: [own, others])
+        collector._count_rewarded(groups, 1, limit=15)
+        assert collector._num_unrewarded == expected
+    assert collector.num_rewarded == 1
     assert sum("of the 5 prompts" in record.getMessage() for record in caplog.records) == 3
     with pytest.raises(UnrewardedError, match=r"the 5 prompts .* nor of the 5 before them"):
-        trainer._count_rewarded(groups, limit=10)
+        collector._count_rewarded(groups, 1, limit=10)
 
 
 def test_an_evaluation_that_no_function_applies_to_says_so_and_ends_nothing(tmp_path, caplog):
@@ -290,15 +304,13 @@ def test_an_evaluation_that_no_function_applies_to_says_so_and_ends_nothing(tmp_
 def test_the_second_step_of_a_generation_learns_by_the_policy_that_sampled(tmp_path):
     """Its ratio is to the policy before the first step, whose update has moved it: it is used once, and not fresh."""
     trainer = make_trainer(tmp_path, num_prompts=4, steps_per_generation=2)
-    first, second = trainer.collect()
-    flat = [c for step in (first, second) for scored in step.groups for c in scored.group.completions]
-    own = trainer.gradient.frozen_logprobs(trainer.model, first.groups + second.groups)
-    assert [len(tokens) for tokens in own] == [len(c.token_ids) for c in flat]
-    assert first.old_logprobs is not None
-    assert second.old_logprobs is not None
-    for old, expected in zip((*first.old_logprobs, *second.old_logprobs), own, strict=True):
-        torch.testing.assert_close(old, expected)
-    assert second.fresh_rows == frozenset()
+    first, second = collect(trainer)
+    samples = first.samples + second.samples
+    own = trainer.learner.frozen.logprobs(trainer.model, samples)
+    assert [len(tokens) for tokens in own] == [len(sample.completion.token_ids) for sample in samples]
+    for sample, expected in zip(samples, own, strict=True):
+        torch.testing.assert_close(sample.old_logprobs, expected)
+    assert {sample.policy_version for sample in second.samples} == {0}, "and its step is number 1"
 
 
 def test_metrics_are_logged_under_their_names(tmp_path):

@@ -3,19 +3,20 @@
 import copy
 import functools
 import gc
+import itertools
 import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from grpo_stage.arguments import GRPOArguments
-from grpo_stage.rollout.queue import StepData
 from grpo_stage.trainer import GRPOTrainer
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, Sample, SamplingSettings, Step
 
 
 VOCAB, MAX_NEW_TOKENS = 61, 6
@@ -165,7 +166,8 @@ def make_trainer(
         "logging_steps": 1,
     }
     training = defaults | (training or {})
-    return GRPOTrainer(
+    engine, rewards = engine or FakeEngine(), rewards or LengthRewards()
+    trainer = GRPOTrainer(
         model=model,
         args=TrainingArguments(
             output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True,
@@ -180,8 +182,8 @@ def make_trainer(
         eval_prompts=[
             Prompt(index=i, token_ids=(i + 7,), messages=(), reference=None) for i in range(num_eval_prompts)
         ],
-        engine=engine or FakeEngine(),
-        rewards=rewards or LengthRewards(),
+        engine=engine,
+        rewards=rewards,
         reference=reference(model) if reference else None,
         max_sampling_logprob_diff=bound,
         tests_slope=tests_slope,
@@ -189,6 +191,8 @@ def make_trainer(
         shuffle=shuffle,
         processing_class=FakeTokenizer(),
     )  # fmt: skip
+    trainer.engine, trainer.rewards = engine, rewards  # for a test to look at
+    return trainer
 
 
 RANK = """
@@ -226,9 +230,30 @@ def outputs_of_two_ranks(code: str) -> list[str]:
     return outputs
 
 
-def gradient_of(trainer: GRPOTrainer, data: StepData) -> torch.Tensor:
+def collect(trainer: GRPOTrainer) -> list[Step]:
+    """The steps of one rollout."""
+    trainer.collector.collect(trainer.state)
+    queue, steps = trainer.collector.queue, []
+    while queue:
+        steps.append(queue.first())
+        queue.drop_first()
+    return steps
+
+
+def groups_of(step: Step) -> list[list[Sample]]:
+    """Samples of one prompt together."""
+    return [list(group) for _, group in itertools.groupby(step.samples, key=lambda sample: sample.prompt.index)]
+
+
+def watch_steps(trainer: GRPOTrainer, before: Callable[[Step], None]) -> None:
+    """Have `before` see what each step trains on."""
+    learn = trainer.learner.learn
+    trainer.learner.learn = lambda model, step, number: (before(step), learn(model, step, number))[1]
+
+
+def gradient_of(trainer: GRPOTrainer, step: Step) -> torch.Tensor:
     trainer.model.zero_grad()
-    trainer.update(trainer.model, data)
+    trainer.learner.learn(trainer.model, step, trainer.state.global_step)
     return torch.cat([p.grad.flatten() for p in trainer.model.parameters()])
 
 
