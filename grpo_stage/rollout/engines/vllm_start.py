@@ -31,7 +31,7 @@ def start_vllm(request: EngineRequest) -> VLLMEngine:
     is_lora = keys.finetuning_type == "lora"
     sleep_level, dtype = _sleep_level(request), _dtype(request)
     max_lora_rank = _max_lora_rank(request) if is_lora else 0
-    with _base_model(request) as (path, quantization):
+    with _model_to_start_from(request) as (path, quantization):
         request.announce(f"Starting vLLM with {path}.")
         started = time.perf_counter()
         settings = VLLMSettings(
@@ -85,7 +85,7 @@ def _max_lora_rank(request: EngineRequest) -> int:
 
 
 @contextlib.contextmanager
-def _base_model(request: EngineRequest) -> Iterator[tuple[str, str | None]]:
+def _model_to_start_from(request: EngineRequest) -> Iterator[tuple[str, str | None]]:
     """What vLLM starts from, and what it quantizes that with: the user's files where they hold the trainer's model.
 
     Otherwise the trainer's is written out, once a node, and deleted as soon as every engine has started.
