@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from grpo_stage.monitors.canary import SlopeTest, StaleRolloutError
 from grpo_stage.rollout.engines.hf import HFEngine
 from grpo_stage.rollout.engines.vllm import VLLMEngine
+from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
 from grpo_stage.update.batch import count_totals, micro_batches
 from grpo_stage.update.logprobs import token_logprobs
@@ -183,9 +184,8 @@ def start_engine(kind: str, folder: str, tuning: str, vocabulary: int) -> Rollou
     tokenizer = tokenizer_of(vocabulary)
     if kind == "hf":
         return HFEngine(tokenizer, autocast_dtype=torch.bfloat16)
-    return VLLMEngine(
+    settings = VLLMSettings(
         model_name_or_path=folder,
-        tokenizer=tokenizer,
         adapter=tuning == "lora",
         max_model_len=128,
         max_lora_rank=8,
@@ -195,6 +195,7 @@ def start_engine(kind: str, folder: str, tuning: str, vocabulary: int) -> Rollou
         logprob_temperature=None,
         options={"kv_cache_memory_bytes": 1 << 28},
     )
+    return VLLMEngine(settings, tokenizer)
 
 
 def run(

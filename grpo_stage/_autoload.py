@@ -102,9 +102,9 @@ def _notify_after_execution(loader: "Any") -> None:
 
 
 def _on_import(module: "ModuleType") -> None:
-    from .plugin.registration import on_import
+    from importlib import import_module
 
-    on_import(module)
+    import_module("grpo_stage.plugin.registration").on_import(module)  # by name: it stands above, and imports this
 
 
 _FINDER = PostImportFinder()

@@ -3,8 +3,11 @@
 Imports no torch, as every reader of keys needs this: the arguments, the host's checks, LLaMA Board.
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
+from string import Formatter
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +42,20 @@ class Rule:
 
     broken: Callable[[SimpleNamespace], bool]
     message: str
+
+
+def refuse_broken(rules: Iterable[Rule], values: SimpleNamespace) -> None:
+    """Raise ValueError with the message of the first rule that `values` break."""
+    for rule in rules:
+        if rule.broken(values):
+            fields = {field for _, field, _, _ in Formatter().parse(rule.message) if field}
+            raise ValueError(rule.message.format_map({field: as_yaml(getattr(values, field)) for field in fields}))
+
+
+def as_yaml(value: Any) -> str:
+    """A key's value as a recipe has it; that of a choice where it is a member of an enumeration."""
+    plain = value.value if isinstance(value, Enum) else value
+    return json.dumps(plain) if plain is None or isinstance(plain, bool | dict | list) else str(plain)
 
 
 def applies(conditions: Mapping[str, Any], values: Mapping[str, Any]) -> bool:

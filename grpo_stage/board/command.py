@@ -7,7 +7,7 @@ from typing import Any
 import wrapt
 
 from grpo_stage.board.tables import fenced
-from grpo_stage.plugin.registration import STAGE
+from grpo_stage.host.configuration_file import STAGE
 
 
 @wrapt.decorator

@@ -14,7 +14,7 @@ import gradio as gr
 import wrapt
 from gradio.context import LocalContext
 
-from grpo_stage.plugin.registration import STAGE
+from grpo_stage.host.configuration_file import STAGE
 
 
 if TYPE_CHECKING:

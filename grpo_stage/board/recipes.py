@@ -23,9 +23,8 @@ from grpo_stage.arguments import ROLLOUT
 from grpo_stage.board import imported_code, page_state
 from grpo_stage.board.fields import FORM_FIELDS, GROUPS
 from grpo_stage.board.runner import EXTRA_ARGUMENTS, FORM_IDS, STAGE_NAME, GRPORunner
-from grpo_stage.host.configuration_file import interpolates
+from grpo_stage.host.configuration_file import STAGE, interpolates
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
-from grpo_stage.plugin.registration import STAGE
 from grpo_stage.records.redaction import mask
 
 

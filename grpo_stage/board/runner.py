@@ -28,8 +28,8 @@ from grpo_stage.board.fields import FORM_FIELDS, effective
 from grpo_stage.board.locales import PREFIX, message
 from grpo_stage.board.process import WatchedRunner
 from grpo_stage.board.tables import harmless
+from grpo_stage.host.configuration_file import STAGE
 from grpo_stage.host.parser import check, effective_defaults
-from grpo_stage.plugin.registration import STAGE
 from grpo_stage.records.redaction import errors_masked, secrets_in
 from grpo_stage.survival.run_lock import refuse_used
 

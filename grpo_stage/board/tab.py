@@ -28,8 +28,8 @@ from grpo_stage.board.run_view import RunView
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.board.tables import harmless, literal, table
 from grpo_stage.board.trial import try_rewards
+from grpo_stage.host.configuration_file import STAGE
 from grpo_stage.host.recipe_text import read_recipe
-from grpo_stage.plugin.registration import STAGE
 
 
 if TYPE_CHECKING:

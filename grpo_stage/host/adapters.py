@@ -15,7 +15,9 @@ def lora_rank(values: Any) -> int:
     if values.create_new_adapter or not adapters:
         return values.lora_rank
     config = adapter_config(adapters[-1], values.adapter_folder)
-    return values.lora_rank if config is None else max([config.get("r", 0), *config.get("rank_pattern", {}).values()])
+    if config is None:
+        return values.lora_rank
+    return max([config.get("r") or 0, *(config.get("rank_pattern") or {}).values()])
 
 
 def adapter_config(adapter: str, subfolder: str | None, key: str = "adapter_name_or_path") -> dict[str, Any] | None:

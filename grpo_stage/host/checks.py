@@ -5,14 +5,13 @@
 """
 
 import difflib
-import json
 import math
 import os
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamafactory.data.template import TEMPLATES
 from llamafactory.data.tool_utils import TOOLS
@@ -20,23 +19,21 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import trainer_log_levels
 
-from grpo_stage.host.adapters import adapter_config, adapter_folder, is_adapter_on_hub, items
+from grpo_stage.algorithm.conditions import as_yaml, refuse_broken
+from grpo_stage.host.adapters import adapter_config, adapter_folder, is_adapter_on_hub, items, lora_rank
 from grpo_stage.host.bounds import refuse_out_of_bounds
-from grpo_stage.host.coercion import as_plain, did_you_mean
+from grpo_stage.host.coercion import did_you_mean
 from grpo_stage.host.dataset_files import check_descriptions
 from grpo_stage.host.log import get_logger
 from grpo_stage.host.model_files import config_of
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.recipe import check_checkpoint, recipe_of
-from grpo_stage.host.rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
+from grpo_stage.host.rules import RULES, UNSUPPORTED, wants_best
+from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.evaluation import rewarding_metrics
-from grpo_stage.rewards.models.reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
-from grpo_stage.rollout.engines.vllm_options import refuse_options
+from grpo_stage.rewards.models.reward_model import refuse_extras
+from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.survival.run_lock import refuse_used
-
-
-if TYPE_CHECKING:
-    from grpo_stage.host.parser import RunArguments
 
 
 logger = get_logger(__name__)
@@ -76,13 +73,13 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
         for key in entry.keys.split():
             if key in given and (value := getattr(values, key)) not in entry.harmless:
                 raise ValueError(
-                    f"`{key}: {_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}"
+                    f"`{key}: {as_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}"
                 )
 
     refuse_out_of_bounds(vars(values))
-    for rule in (*RULES, *VLLM_RULES):
-        if rule.broken(values):
-            raise ValueError(rule.message.format_map({key: _yaml(value) for key, value in vars(values).items()}))
+    refuse_broken(RULES, values)
+    engine = ENGINES[values.rollout_backend]
+    refuse_broken(engine.rules, SimpleNamespace(**vars(values), adapter_rank=lora_rank(values)))
 
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         if os.environ.get(variable, "").lower() in ("1", "true"):
@@ -95,7 +92,9 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     for i, adapter in enumerate(adapters):
         # The host trains the last one, and merges the others into the model.
         is_trained = i == len(adapters) - 1 and not values.create_new_adapter
-        _check_adapter(adapter, values, is_served=is_trained and values.rollout_backend == "vllm")
+        config = _checked_adapter(adapter, values.adapter_folder)
+        if is_trained and config is not None:
+            engine.refuse_adapter(adapter, config)
     if values.reward_model is not None and values.reward_model_type == "lora":
         _check_reward_adapter(values.reward_model)
     _check_names(values)
@@ -105,14 +104,12 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     _check_best_metric(values)
 
 
-def refuse_unfit(arguments: "RunArguments") -> None:
+def refuse_unfit(arguments: RunArguments) -> None:
     """Refuse what takes the parsed arguments to tell, and say what is allowed but slow or biased.
 
     Raises:
         ValueError: naming the value, the rule, the reason and the remedy.
     """
-    if arguments.finetuning.rollout_backend == "vllm" and arguments.model.vllm_config:
-        refuse_options(arguments.model.vllm_config, on_cpu=arguments.training.device.type == "cpu")
     _check_model_config(arguments)
     _check_reward_model_config(arguments)
     if arguments.finetuning.ref_model is not None:
@@ -123,28 +120,16 @@ def refuse_unfit(arguments: "RunArguments") -> None:
     _warn(arguments)
 
 
-def _check_adapter(adapter: str, values: SimpleNamespace, is_served: bool) -> None:
-    config = adapter_config(adapter, values.adapter_folder)
-    if config is None:
-        if is_adapter_on_hub(adapter):
-            return
+def _checked_adapter(adapter: str, subfolder: str | None) -> dict[str, Any] | None:
+    """What its adapter_config.json says; None where it is on a hub."""
+    config = adapter_config(adapter, subfolder)
+    if config is None and not is_adapter_on_hub(adapter):
         raise ValueError(
             f"`adapter_name_or_path: {adapter}` is no adapter: there is no adapter_config.json in "
-            f"{adapter_folder(adapter, values.adapter_folder)}. Give the folder that LoRA training wrote (its "
-            "`output_dir`); a whole model goes into `model_name_or_path`."
+            f"{adapter_folder(adapter, subfolder)}. Give the folder that LoRA training wrote (its `output_dir`); a "
+            "whole model goes into `model_name_or_path`."
         )
-    if not is_served:
-        return
-    unserved = [
-        f"`{key}: {_yaml(config[key])}`"
-        for key in LORA_EXTRAS  # as `rollout.weights` refuses them too
-        if config.get(key) and config[key] != PLAIN_LORA.get(key)
-    ]
-    if unserved:
-        raise ValueError(
-            f"`adapter_name_or_path: {adapter}` is not possible with `rollout_backend: vllm`: its adapter_config.json "
-            f"has {', '.join(unserved)}, which vLLM does not serve. {USE_HF}."
-        )
+    return config
 
 
 def _check_reward_adapter(path: str) -> None:
@@ -239,7 +224,7 @@ def _is_negative(weight: Any) -> bool:
         return False  # no number: refused with the other weights
 
 
-def _check_model_config(arguments: "RunArguments") -> None:
+def _check_model_config(arguments: RunArguments) -> None:
     model, data, generating = arguments.model, arguments.data, arguments.generating
     config = config_of("model_name_or_path", model)
     method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
@@ -250,31 +235,21 @@ def _check_model_config(arguments: "RunArguments") -> None:
             f"quantized with {method}, and quantized weights cannot be trained. Write `finetuning_type: lora`, or "
             "train the unquantized model."
         )
-    if arguments.finetuning.rollout_backend == "vllm" and method not in (None, "bitsandbytes"):
-        raise ValueError(
-            f"`model_name_or_path: {model.model_name_or_path}` is quantized with {method}, which is not possible with "
-            "`rollout_backend: vllm`: the engine starts from dequantized weights, and only bitsandbytes' are known "
-            f"how to dequantize. {USE_HF}, or train the unquantized model with `quantization_bit: 4`."
-        )
     limit = _positions(config)
     needed = data.cutoff_len + generating.max_new_tokens
-    if limit is None:
-        return
-    if needed > limit:
+    if limit is not None and needed > limit:
         raise ValueError(
             f"`max_new_tokens: {generating.max_new_tokens}` leaves no room: with `cutoff_len: {data.cutoff_len}` that "
             f"is up to {needed} tokens, and {model.model_name_or_path} knows {limit} positions. Lower `cutoff_len` "
             "(the room for a prompt) or `max_new_tokens` (the room for a completion), or extend the model with "
             "`rope_parameters` in its config.json."
         )
-    if arguments.finetuning.rollout_backend == "vllm" and model.vllm_maxlen > limit:
-        raise ValueError(
-            f"`vllm_maxlen: {model.vllm_maxlen}` is not possible: {model.model_name_or_path} knows {limit} positions. "
-            f"Leave it out for the {needed} that `cutoff_len` and `max_new_tokens` make."
-        )
+    facts = {"device_type": arguments.training.device.type, "model_quantization": method, "model_positions": limit}
+    values = SimpleNamespace(**vars(arguments.values()), **facts)
+    ENGINES[arguments.finetuning.rollout_backend].refuse_unfit(values)
 
 
-def _check_reward_model_config(arguments: "RunArguments") -> None:
+def _check_reward_model_config(arguments: RunArguments) -> None:
     path = arguments.finetuning.reward_model
     if path is None or arguments.finetuning.reward_model_type != "full":  # `lora` has the policy's positions
         return
@@ -315,7 +290,7 @@ def _check_output_folder(output_dir: str) -> None:
         ) from error
 
 
-def _check_resume(arguments: "RunArguments") -> None:
+def _check_resume(arguments: RunArguments) -> None:
     training = arguments.training
     if training.should_save:  # the rank that will own it
         refuse_used(training.output_dir)  # whose checkpoints may come and go while they are looked at
@@ -340,7 +315,7 @@ def _check_resume(arguments: "RunArguments") -> None:
     check_checkpoint(folder, recipe_of(arguments))
 
 
-def _check_fresh_start(arguments: "RunArguments") -> None:
+def _check_fresh_start(arguments: RunArguments) -> None:
     """A run that starts afresh deletes an earlier run's checkpoints in its folder: only where that is wanted."""
     model, finetuning, output_dir = arguments.model, arguments.finetuning, arguments.training.output_dir
     last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
@@ -367,7 +342,7 @@ def _check_fresh_start(arguments: "RunArguments") -> None:
             )
 
 
-def _warn(arguments: "RunArguments") -> None:
+def _warn(arguments: RunArguments) -> None:
     generating, training = arguments.generating, arguments.training
     neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
     skewed = [
@@ -424,8 +399,3 @@ def _say_remote_code(model: str) -> None:
         logger.warning_rank0(f"{said} runs in this process with all your rights: {files} of {model}. {leave}")
     else:
         logger.info_rank0(f"{said} may run. The folder {model} names none, so that none of it does.")
-
-
-def _yaml(value: Any) -> str:
-    value = as_plain(value)
-    return json.dumps(value) if value is None or isinstance(value, bool | dict | list) else str(value)

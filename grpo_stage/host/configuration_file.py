@@ -16,6 +16,9 @@ from typing import Any
 from grpo_stage.records.redaction import mask_text, remember, secrets_in
 
 
+STAGE = "grpo"
+RawArguments = dict[str, Any] | list[str]
+"""A run's arguments before they are parsed: a mapping, or command-line flags."""
 ENDINGS = (".yaml", ".yml", ".json")
 _ONE_VARIABLE = re.compile(r"\$\{oc\.env:\w+(?:,[^${}]*)?\}")
 _NUMBER = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?|true|false", re.IGNORECASE)
@@ -38,6 +41,35 @@ _MODELS = (
 )
 _MEND_REFERENCE = r"Where the text `${` is meant, write `\${`, in single quotes: 'a \${b}'."
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def stage_of(arguments: RawArguments) -> str | None:
+    """Read the stage from arguments that are not parsed yet."""
+    if isinstance(arguments, dict):
+        return arguments.get("stage")
+    stage = None
+    for position, flag in enumerate(arguments):
+        if flag.startswith("--stage="):
+            stage = flag.removeprefix("--stage=")
+        elif arguments[position - 1 : position] == ["--stage"]:
+            stage = flag
+    return stage
+
+
+def read_command_line(arguments: list[str]) -> RawArguments:
+    """Read arguments as the host does: a YAML or JSON file with overrides behind it, or flags.
+
+    Raises:
+        ValueError: if they are neither, or the file cannot be read.
+    """
+    if not arguments or not arguments[0].endswith(ENDINGS):
+        check_first_word(arguments)
+        return arguments
+    path, *overrides = arguments
+    configuration = read_configuration(path, overrides)
+    if stage_of(configuration) == STAGE:
+        check_overrides(overrides)
+    return configuration
 
 
 def read_configuration(path: str, overrides: list[str]) -> dict[str, Any]:

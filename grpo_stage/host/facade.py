@@ -9,7 +9,7 @@ import signal
 import time
 from collections import deque
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.extras.constants import TRAINER_LOG
@@ -35,11 +35,8 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 
 from grpo_stage.host.log import get_logger
 from grpo_stage.host.other_models import arguments_for
+from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.line_log import LineLog
-
-
-if TYPE_CHECKING:
-    from grpo_stage.host.parser import RunArguments
 
 
 __all__ = [
@@ -135,7 +132,7 @@ class PissaCallback(PissaConvertCallback):
             )
 
 
-def stage_callbacks(arguments: "RunArguments") -> list[TrainerCallback]:
+def stage_callbacks(arguments: RunArguments) -> list[TrainerCallback]:
     """The callbacks that the host's `_training_function` assembles for every stage, with our log callback."""
     training, finetuning = arguments.training, arguments.finetuning
     callbacks: list[TrainerCallback] = [MetricsLogCallback()]

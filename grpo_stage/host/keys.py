@@ -7,8 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_stage.host.coercion import shown
-from grpo_stage.host.configuration_file import resolved
-from grpo_stage.plugin.registration import RawArguments
+from grpo_stage.host.configuration_file import RawArguments, resolved
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,39 +1,31 @@
 """What a run is refused for by its tokenizer, its prompts and the models' small files, before weights are loaded."""
 
 import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
 
 from peft import LoraConfig, PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from grpo_stage.host import facade
-from grpo_stage.host.adapters import adapter_config, adapter_folder, items
+from grpo_stage.host.adapter_fit import AdapterOnModel, refuse_misfit
+from grpo_stage.host.adapters import items
 from grpo_stage.host.coercion import did_you_mean
 from grpo_stage.host.model_files import refuse_incomplete, skeleton
 from grpo_stage.host.optimizer_checks import refuse_optimizer
+from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.host.tied_weights import refuse_planned
-from grpo_stage.rewards.models.reward_model import may_be_same_model
 from grpo_stage.types import Prompt
-
-
-if TYPE_CHECKING:
-    from grpo_stage.host.parser import RunArguments
 
 
 logger = facade.get_logger(__name__)
 
 _NEVER_LISTED = ("azure_ml", "flyte")
 """What transformers reports to and does not always list among what is installed."""
-_LORA_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<part>[AB])\.weight")
 
 
-def refuse_unloadable(arguments: "RunArguments") -> None:
+def refuse_unloadable(arguments: RunArguments) -> None:
     """Refuse what would otherwise fail once the model is loaded: packages, schedules, layers, adapters.
 
     Raises:
@@ -55,6 +47,7 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
     model = skeleton(facade.load_config(own))
     if model is not None:
         _refuse_unknown_layers(arguments, model)
+    is_resized = own.resize_vocab or bool(own.add_tokens or own.add_special_tokens)
     for key, adapters, base_key, base in (
         ("adapter_name_or_path", own.adapter_name_or_path, "model_name_or_path", own.model_name_or_path),
         ("ref_model_adapters", finetuning.ref_model_adapters, "ref_model", finetuning.ref_model),
@@ -68,12 +61,10 @@ def refuse_unloadable(arguments: "RunArguments") -> None:
             )
             if other is not None:
                 subfolder = own.adapter_folder if key == "adapter_name_or_path" else None
-                shown = f"`{key}: {adapter}`", f"`{base_key}: {base}`"
-                is_resized = own.resize_vocab or bool(own.add_tokens or own.add_special_tokens)
-                _refuse_misfit(adapter, subfolder, base, other, *shown, is_resized)
+                refuse_misfit(AdapterOnModel(key, adapter, subfolder, base_key, base), other, is_resized)
 
 
-def _refuse_unknown_layers(arguments: "RunArguments", model: nn.Module) -> None:
+def _refuse_unknown_layers(arguments: RunArguments, model: nn.Module) -> None:
     finetuning = arguments.finetuning
     # Those without a weight of their own only hold others: PEFT adapts none, and trains some whole.
     layers = [name for name, layer in model.named_modules() if "weight" in layer._parameters]
@@ -141,94 +132,7 @@ def _ends_with(layer: str, name: str) -> bool:
     return layer == name or layer.endswith(f".{name}")
 
 
-def _refuse_misfit(
-    adapter: str,
-    subfolder: str | None,
-    base: str,
-    model: nn.Module,
-    adapter_shown: str,
-    base_shown: str,
-    is_resized: bool,
-) -> None:
-    """Refuse an adapter that was trained on a model of other layers, and warn of one that names another model.
-
-    Args:
-        adapter: its folder. What is on a hub is not looked at.
-        subfolder: where it is in that folder.
-        base: the model that it is put on.
-        model: that model; its weights may be on the meta device.
-        adapter_shown: the key and value that name the adapter.
-        base_shown: those of the model.
-        is_resized: the run adds tokens, so that the output layer of the model that is loaded may have more rows.
-
-    Raises:
-        ValueError: naming the adapter, the layer, both shapes, and the remedy.
-    """
-    config = adapter_config(adapter, subfolder)
-    if config is None:
-        return
-    folder = adapter_folder(adapter, subfolder)
-    if not any((folder / name).is_file() for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)):
-        raise ValueError(
-            f"{adapter_shown} has no weights: there is no {SAFETENSORS_WEIGHTS_NAME} in {folder}. Give the folder "
-            "that LoRA training wrote (its `output_dir`)."
-        )
-    trained_on = config.get("base_model_name_or_path")
-    shapes = _lora_shapes(folder / SAFETENSORS_WEIGHTS_NAME, adapter_shown)
-    modules = dict(model.named_modules())
-    is_named = bool(trained_on) and may_be_same_model(trained_on, base)
-    remedy = (
-        "It was trained on a model of that name, whose layers another version of transformers may call otherwise. "
-        "Install the version that trained it, or name another adapter."
-        if is_named
-        else f"It was trained on {trained_on or 'a model that it does not name'} (`base_model_name_or_path` of its "
-        f"adapter_config.json). Name that model in place of {base_shown}, or another adapter."
-    )
-    missing = []
-    for (layer, part), shape in shapes.items():
-        module = modules.get(layer)
-        if not isinstance(module, nn.Linear):
-            missing += [layer] if module is None else []
-            continue
-        found, expected = (shape[1], module.in_features) if part == "A" else (shape[0], module.out_features)
-        if found != expected and not (is_resized and part == "B" and layer.endswith("lm_head")):
-            raise ValueError(
-                f"{adapter_shown} does not fit {base_shown}: its {layer} has {found} "
-                f"{'inputs' if part == 'A' else 'outputs'}, and the model's {expected}. {remedy}"
-            )
-    if missing and len(missing) == len(shapes):
-        raise ValueError(
-            f"{adapter_shown} does not fit {base_shown}, which has none of its layers, such as {missing[0]}. {remedy}"
-        )
-    if missing:
-        logger.warning_rank0(
-            f"{adapter_shown} has {len(missing)} weights of layers that {base_shown} does not have, such as "
-            f"{missing[0]}: they are left out. {remedy}"
-        )
-    elif not may_be_same_model(trained_on, base) and "reward_model" not in base_shown:  # of which the workflow warns
-        logger.warning_rank0(
-            f"{adapter_shown} was trained on {trained_on} (`base_model_name_or_path` of its adapter_config.json), and "
-            f"is put on {base_shown}: unless they are the same model in two places, it is noise there. Name the model "
-            "that it was trained on."
-        )
-
-
-def _lora_shapes(file: Path, shown: str) -> Mapping[tuple[str, str], list[int]]:
-    """By layer and matrix, the shape: from the file's header alone."""
-    if not file.is_file():
-        return {}
-    try:
-        with safe_open(file, framework="pt") as weights:
-            named = {name: weights.get_slice(name).get_shape() for name in weights.keys()}  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{shown} is damaged: {file} cannot be read ({error}). Copy it anew, or name another adapter."
-        ) from error
-    found = ((_LORA_WEIGHT.fullmatch(name), shape) for name, shape in named.items())
-    return {(match["layer"], match["part"]): shape for match, shape in found if match is not None}
-
-
-def adapter_source(arguments: "RunArguments") -> str:
+def adapter_source(arguments: RunArguments) -> str:
     """The key and value that the trained adapter's layers come from."""
     adapters = items(arguments.model.adapter_name_or_path)
     if adapters and not arguments.finetuning.create_new_adapter:
@@ -236,7 +140,7 @@ def adapter_source(arguments: "RunArguments") -> str:
     return f"`lora_target: {','.join(arguments.finetuning.lora_target)}`"
 
 
-def refuse_tied_adapters(arguments: "RunArguments") -> None:
+def refuse_tied_adapters(arguments: RunArguments) -> None:
     """Refuse adapters on a weight that two layers of their model share, as far as config files tell of it.
 
     Raises:
@@ -268,7 +172,7 @@ def num_embeddings(config: PretrainedConfig) -> int | None:
 
 
 def refuse_unknown_tokens(
-    arguments: "RunArguments",
+    arguments: RunArguments,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Iterable[Prompt],
     closing: Iterable[int] = (),

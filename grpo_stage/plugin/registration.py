@@ -17,7 +17,7 @@ from typing import Any
 import wrapt
 
 from grpo_stage import _autoload
-from grpo_stage.host.configuration_file import ENDINGS, check_first_word, check_overrides, read_configuration
+from grpo_stage.host.configuration_file import STAGE, read_command_line, stage_of
 from grpo_stage.plugin.contract import (
     SUPPORTED_HOST,
     UnsupportedHostError,
@@ -28,10 +28,8 @@ from grpo_stage.plugin.contract import (
 from grpo_stage.survival.stop import leave, run_and_pass_on
 
 
-STAGE = "grpo"
 MEGATRON = {"USE_MCA": "Megatron-Core's trainers", "USE_MEGATRON_BRIDGE": "Megatron Bridge's trainers"}
 """Switches of the host that lead to other trainers, which parse arguments of their own."""
-RawArguments = dict[str, Any] | list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,35 +114,6 @@ def run_cli() -> None:
     from llamafactory.cli import main
 
     main()
-
-
-def stage_of(arguments: RawArguments) -> str | None:
-    """Read the stage from arguments that are not parsed yet: a mapping, or command-line flags."""
-    if isinstance(arguments, dict):
-        return arguments.get("stage")
-    stage = None
-    for position, flag in enumerate(arguments):
-        if flag.startswith("--stage="):
-            stage = flag.removeprefix("--stage=")
-        elif arguments[position - 1 : position] == ["--stage"]:
-            stage = flag
-    return stage
-
-
-def read_command_line(arguments: list[str]) -> RawArguments:
-    """Read arguments as the host does: a YAML or JSON file with overrides behind it, or flags.
-
-    Raises:
-        ValueError: if they are neither, or the file cannot be read.
-    """
-    if not arguments or not arguments[0].endswith(ENDINGS):
-        check_first_word(arguments)
-        return arguments
-    path, *overrides = arguments
-    configuration = read_configuration(path, overrides)
-    if stage_of(configuration) == STAGE:
-        check_overrides(overrides)
-    return configuration
 
 
 def _add_grpo_arguments(argument_classes: list[type]) -> list[type]:

@@ -21,7 +21,7 @@ from grpo_stage.survival.stop import ending_at_once
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from grpo_stage.host.parser import RunArguments
+    from grpo_stage.host.run_arguments import RunArguments
     from grpo_stage.rewards.suite import RewardSuite
     from grpo_stage.rewards.trial import TrialRow
     from grpo_stage.types import Completion, Prompt
@@ -117,7 +117,7 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     Raises:
         ValueError: if that is no mapping, or another stage's.
     """
-    from grpo_stage.plugin.registration import STAGE, read_command_line, stage_of
+    from grpo_stage.host.configuration_file import STAGE, read_command_line, stage_of
 
     configuration = read_command_line([str(config), *overrides])
     if not isinstance(configuration, dict) or stage_of(configuration) != STAGE:
@@ -149,7 +149,7 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
     with contextlib.closing(rewards):
         tokenizer, template, prompts = _load_prompts(arguments, num_rows, has_model, rewards)
         if REWARD_MODEL in rewards.names:
-            from grpo_stage.workflow import server_reward
+            from grpo_stage.host.reward_models import server_reward
 
             rewards.model = server_reward(arguments, template, tokenizer)
         completions = [list(completions_from(prompt.reference, tokenizer).items()) for prompt in prompts]
@@ -251,8 +251,9 @@ def _sample(
 ) -> "list[tuple[Completion, ...]]":
     from grpo_stage.host import facade
     from grpo_stage.host.model_checks import refuse_unknown_tokens
+    from grpo_stage.host.precision import autocast_dtype
+    from grpo_stage.host.sampling import sampling_settings
     from grpo_stage.rollout.engines.hf import HFEngine
-    from grpo_stage.workflow import autocast_dtype, sampling_settings
 
     refuse_unknown_tokens(arguments, tokenizer, prompts)
     model = facade.load_model(tokenizer, arguments.model, arguments.finetuning, arguments.training.do_train)

@@ -102,7 +102,7 @@ def yaml_of(board: Board) -> Callable[..., dict[str, Any]]:
     """What the run gets: the file that the Board writes for a form, read as the run reads it."""
     from llamafactory.webui.runner import save_cmd
 
-    from grpo_stage.plugin.registration import read_command_line
+    from grpo_stage.host.configuration_file import read_command_line
 
     def read(**values: Any) -> dict[str, Any]:
         return read_command_line([save_cmd(board.arguments(**values))])  # type: ignore[return-value]

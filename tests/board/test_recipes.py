@@ -14,9 +14,9 @@ from grpo_stage.board import page_state
 from grpo_stage.board.fields import FORM_FIELDS
 from grpo_stage.board.imported_code import ImportedCode, to_confirm
 from grpo_stage.board.recipes import export_recipe, import_recipe
+from grpo_stage.host.configuration_file import read_command_line
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
 from grpo_stage.host.recipe_text import read_recipe
-from grpo_stage.plugin.registration import read_command_line
 
 from .conftest import REPOSITORY, Board
 from .test_form import companions, values_of

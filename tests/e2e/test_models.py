@@ -21,8 +21,9 @@ def test_what_is_told_by_small_files_is_refused_before_the_model_is_loaded(recip
 
 def test_an_adapter_that_no_config_told_of_is_refused_before_training(recipe, run_exp, monkeypatch):
     from grpo_stage import workflow
+    from grpo_stage.host import inputs
 
-    monkeypatch.setattr(workflow, "refuse_tied_adapters", lambda _: None)
+    monkeypatch.setattr(inputs, "refuse_tied_adapters", lambda _: None)
     monkeypatch.setattr(workflow, "GRPOTrainer", lambda **_: pytest.fail("it was to be trained"))
     with pytest.raises(ValueError, match=r"`lora_target: lm_head` is not possible.*share one weight"):
         run_exp(recipe(lora_target="lm_head"))

@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainingArguments
 
 from grpo_stage import workflow
+from grpo_stage.host import reference as builder
 
 
 def test_a_reference_of_another_vocabulary_is_refused(recipe, run_exp, tiny_model_dir, tmp_path, monkeypatch):
@@ -32,8 +33,8 @@ def test_a_reference_of_another_vocabulary_is_refused(recipe, run_exp, tiny_mode
 
 def test_a_policy_from_scratch_leaves_the_reference_its_weights(recipe, run_exp, tiny_model_dir, monkeypatch):
     references = []
-    make = workflow.ModelReference
-    monkeypatch.setattr(workflow, "ModelReference", lambda model: references.append(model) or make(model))
+    make = builder.ModelReference
+    monkeypatch.setattr(builder, "ModelReference", lambda model: references.append(model) or make(model))
     run_exp(recipe(ref_model=str(tiny_model_dir), beta=0.1, train_from_scratch=True, max_steps=1))
     (reference,) = references
     files = load_file(tiny_model_dir / "model.safetensors")
@@ -60,7 +61,7 @@ def test_its_tokenizer_is_read_with_the_runs_access_to_hubs(recipe, run_exp, tin
 
 def test_what_is_copied_from_the_policy_is_on_its_device(recipe, run_exp, monkeypatch):
     """The host loads onto a GPU only with `low_cpu_mem_usage`. A device without memory stands in for one."""
-    make = workflow._reference_policy
+    make = workflow.reference_policy
 
     def made(arguments, model):
         devices = {tensor.device.type for tensor in make(arguments, model).state_dict().values()}
@@ -70,7 +71,7 @@ def test_what_is_copied_from_the_policy_is_on_its_device(recipe, run_exp, monkey
         assert training_args._setup_devices.type == "cpu"
         return torch.device("meta")
 
-    monkeypatch.setattr(workflow, "_reference_policy", made)
+    monkeypatch.setattr(workflow, "reference_policy", made)
     monkeypatch.setattr(TrainingArguments, "device", property(elsewhere))
     with pytest.raises(pytest.fail.Exception, match=r"copied to \{'meta'\}"):
         run_exp(recipe(finetuning_type="full", beta=0.1, low_cpu_mem_usage=False))
@@ -131,7 +132,7 @@ def test_the_reference_is_the_policy_as_it_starts(recipe, adapter_dir, start):
     arguments = parser.parse(recipe(beta=0.1, **keys))
     tokenizer = facade.load_tokenizer(arguments.model)["tokenizer"]
     policy = facade.load_model(tokenizer, arguments.model, arguments.finetuning, True)
-    reference = workflow._reference_policy(arguments, policy)
+    reference = builder.reference_policy(arguments, policy)
     token_ids = torch.arange(20).reshape(2, 10)
     with torch.no_grad():
         started = policy(token_ids).logits

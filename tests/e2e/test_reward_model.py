@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_stage import workflow
+from grpo_stage.host import reward_models, sampling
 from grpo_stage.rewards.errors import RewardError
 from grpo_stage.rewards.models import server
 from grpo_stage.rewards.models.reward_model import _add_lora
@@ -96,7 +96,7 @@ def direct_score(tiny_model_dir: Path, reward_adapter: Path) -> Callable[[str], 
 def scored(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> list[tuple[tuple[int, ...], float]]:
     """What a run's reward model should read of each completion, and the score it gave; many completions end early."""
     seen: list[tuple[tuple[int, ...], float]] = []
-    score = workflow.ModelReward.__call__
+    score = reward_models.ModelReward.__call__
     ending = tuple(AutoTokenizer.from_pretrained(tiny_model_dir).encode(ENDING, add_special_tokens=False))
     assert len(ending) == 2
 
@@ -109,8 +109,8 @@ def scored(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> list[tuple[
                 seen.append((group.prompt.token_ids + answer, value))
         return scores
 
-    monkeypatch.setattr(workflow.ModelReward, "__call__", watched)
-    monkeypatch.setattr(workflow, "stop_token_ids", lambda *_: tuple(range(0, 49152, 8)))
+    monkeypatch.setattr(reward_models.ModelReward, "__call__", watched)
+    monkeypatch.setattr(sampling, "stop_token_ids", lambda *_: tuple(range(0, 49152, 8)))
     return seen
 
 

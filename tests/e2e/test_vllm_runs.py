@@ -1,6 +1,7 @@
 """Runs with the real vLLM: quiet when the policy arrives, stopped when it does not, whatever is tuned."""
 
 import copy
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -8,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_stage import workflow
-from grpo_stage.host import checks, parser, rules
+from grpo_stage.host import checks, engine, parser
 from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.rollout.engines import vllm_start
 
 from .conftest import completions, trainer_log
 
@@ -90,8 +91,8 @@ def test_the_canary_is_quiet_until_an_update_is_not_delivered(method, tuned, run
 
 @pytest.mark.parametrize("method", ["QLoRA, 4 bits", "PiSSA"])
 def test_a_base_from_the_files_stops_the_run(method, tuned, run_exp, monkeypatch):
-    """Where the trainer's is another: what would happen without `_changes_to_the_files`."""
-    monkeypatch.setattr(workflow, "_changes_to_the_files", lambda arguments, model: [])
+    """Where the trainer's is another: what would happen without `changes_to_files`."""
+    monkeypatch.setattr(engine, "changes_to_files", lambda arguments, model: ())
     with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
         run_exp(tuned(method))
 
@@ -102,8 +103,8 @@ def test_an_adapter_that_is_in_the_base_too_stops_the_run(tuned, run_exp, monkey
         policy.merge_adapter()
         write_base(policy, folder)
 
-    write_base = workflow.write_base
-    monkeypatch.setattr(workflow, "write_base", write_merged)
+    write_base = vllm_start.write_base
+    monkeypatch.setattr(vllm_start, "write_base", write_merged)
     with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
         run_exp(tuned("several adapters"))
 
@@ -119,8 +120,8 @@ def started_with(run_exp, monkeypatch):
 
     started = {}
 
-    def start(engine, **settings):
-        started.update(settings)
+    def start(engine, settings, tokenizer):
+        started.update(dataclasses.asdict(settings))
         raise Started
 
     def settings(arguments):
@@ -134,7 +135,7 @@ def started_with(run_exp, monkeypatch):
 
 def test_sleeping_on_a_cpu_is_said_to_do_nothing(recipe, started_with, monkeypatch):
     said = []
-    monkeypatch.setattr(workflow.logger, "warning_rank0", said.append)
+    monkeypatch.setattr(engine.logger, "warning_rank0", said.append)
     assert started_with(recipe(rollout_backend="vllm", vllm_sleep=1))["sleep_level"] == 0
     assert [message for message in said if "`vllm_sleep: 1` has no effect on a CPU" in message]
 
@@ -142,7 +143,7 @@ def test_sleeping_on_a_cpu_is_said_to_do_nothing(recipe, started_with, monkeypat
 def test_the_rank_of_an_adapter_is_known_once_it_is_loaded(recipe, started_with, run_exp, adapters, monkeypatch):
     """That of an adapter on a hub cannot be told from the keys, where `lora_rank` says nothing of it."""
     monkeypatch.setattr(parser, "lora_rank", lambda values: values.lora_rank)
-    monkeypatch.setattr(rules, "lora_rank", lambda values: values.lora_rank)
+    monkeypatch.setattr(checks, "lora_rank", lambda values: values.lora_rank)
     hub = {"rollout_backend": "vllm", "adapter_name_or_path": adapters[0], "lora_rank": 1}
     assert started_with(recipe(**hub))["max_lora_rank"] == 4
     assert started_with(recipe(**hub, vllm_max_lora_rank=64))["max_lora_rank"] == 64
@@ -157,8 +158,8 @@ def test_an_adapter_that_vllm_does_not_serve_is_refused_before_anything_is_writt
     folder = shutil.copytree(adapters[0], tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 4}}))
-    monkeypatch.setattr(checks, "_check_adapter", lambda *args, **kwargs: None)
-    monkeypatch.setattr(workflow, "write_base", None)
+    monkeypatch.setattr(checks, "_checked_adapter", lambda *args: None)
+    monkeypatch.setattr(vllm_start, "write_base", None)
     with pytest.raises(ValueError, match="vLLM cannot serve this adapter: a rank of its own"):
         run_exp(recipe(rollout_backend="vllm", vllm_base="trainer", adapter_name_or_path=str(folder)))
 

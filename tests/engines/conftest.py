@@ -13,6 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_stage.rollout.engines.vllm import VLLMEngine
+from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.types import Prompt, RolloutGroup, SamplingSettings
 
 
@@ -128,7 +129,6 @@ def logprob_difference(policy: torch.nn.Module, groups: Sequence[RolloutGroup], 
 def vllm_engine(checkpoint: Path, tokenizer: PreTrainedTokenizerFast, **changed: Any) -> VLLMEngine:
     settings: dict[str, Any] = {
         "model_name_or_path": str(checkpoint),
-        "tokenizer": tokenizer,
         "adapter": True,
         "max_model_len": MAX_MODEL_LEN,
         "max_lora_rank": LORA_RANK,
@@ -137,4 +137,4 @@ def vllm_engine(checkpoint: Path, tokenizer: PreTrainedTokenizerFast, **changed:
         "dtype": "auto",
         "logprob_temperature": None,
     }
-    return VLLMEngine(**settings | changed)
+    return VLLMEngine(VLLMSettings(**settings | changed), tokenizer)

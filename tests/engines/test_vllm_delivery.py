@@ -332,7 +332,7 @@ def test_options_that_would_make_rollouts_wrong_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="`logprobs_mode` cannot be set in `vllm_config`"):
         vllm_engine(checkpoint, tokenizer, options={"block_size": 32, "logprobs_mode": "raw_logits"})
-    with pytest.raises(ValueError, match="rank is 513"):
+    with pytest.raises(AssertionError, match="rank is 513"):
         vllm_engine(checkpoint, tokenizer, max_lora_rank=513)
-    with pytest.raises(ValueError, match="Sleep level 2"):
+    with pytest.raises(AssertionError, match="sleep level 2"):
         vllm_engine(checkpoint, tokenizer, sleep_level=2)

@@ -14,8 +14,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from grpo_stage import workflow
-from grpo_stage.rollout.engines import vllm_delivery, vllm_process
+from grpo_stage.host.precision import canary_bound
+from grpo_stage.rollout.engines import vllm_delivery, vllm_process, vllm_start
+from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.rollout.engines.vllm_options import OWNED_OPTIONS, OWNED_OPTIONS_ON_CPU, known_options
 from grpo_stage.rollout.engines.weights import checkpoint_weights
 from grpo_stage.types import SamplingSettings
@@ -161,15 +162,15 @@ def test_vllms_first_model_runner_is_used_unless_the_user_wants_the_second(
         assert vllm_process.start({}, {}) is used
 
 
-def test_vllm_quantizes_only_files_that_it_quantizes_as_the_host_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_quantizes_only_files_that_it_quantizes_as_the_host_does() -> None:
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    arguments: Any = SimpleNamespace(model=SimpleNamespace(compute_dtype=torch.bfloat16))
+    keys = SimpleNamespace(compute_dtype=torch.bfloat16)
 
     def alike(quantization: BitsAndBytesConfig = nf4, **config: Any) -> bool:
         files = LlamaConfig(**{"dtype": torch.bfloat16} | config)
-        monkeypatch.setattr(workflow.facade, "load_config", lambda model_args: files)
         model = SimpleNamespace(config=SimpleNamespace(quantization_config=quantization))
-        return workflow._vllm_quantizes_alike(arguments, model)
+        request: Any = SimpleNamespace(keys=keys, policy=model, load_config=lambda: files)
+        return vllm_start._quantizes_alike(request)
 
     assert alike()
     assert not alike(dtype=torch.float32)
@@ -275,17 +276,11 @@ def test_the_bound_is_tight_where_nothing_is_rounded(
     arguments: Any = SimpleNamespace(
         training=SimpleNamespace(**keys), finetuning=SimpleNamespace(**keys, pure_bf16=False)
     )
-    assert workflow._canary_bound(arguments, model) == bound
+    assert canary_bound(arguments, model) == bound
 
 
 def test_an_adapter_in_float32_is_refused_on_a_gpu() -> None:
-    embeddings = SimpleNamespace(weight=torch.zeros(1))
-    arguments: Any = SimpleNamespace(
-        model=None,
-        training=SimpleNamespace(device=torch.device("cuda"), bf16=False, fp16=False),
-        finetuning=SimpleNamespace(rollout_backend="vllm", vllm_sleep=0, finetuning_type="lora", pure_bf16=False),
-    )
-    model = SimpleNamespace(get_input_embeddings=lambda: embeddings)
-    sampling = SamplingSettings(num_generations=2, max_new_tokens=1, temperature=1.0)
+    keys = SimpleNamespace(vllm_sleep=0, finetuning_type="lora")
+    request: Any = SimpleNamespace(keys=keys, device_type="cuda", compute_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"float32.*half precision alone.*`bf16: true`"):
-        workflow._rollout_engine(arguments, model, None, sampling)  # type: ignore[arg-type]
+        ENGINES["vllm"].build(request)

@@ -15,6 +15,7 @@ import numpy as np, psutil, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
 from grpo_stage.rollout.engines.vllm import VLLMEngine
+from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.types import Prompt, SamplingSettings
 
 class Decoder:
@@ -30,10 +31,11 @@ def prompt(index, length=10):
     return Prompt(index=index, token_ids=tuple(range(20, 20 + length)), messages=(), reference=None)
 
 def start():
-    return VLLMEngine(
-        model_name_or_path=checkpoint, tokenizer=Decoder(), adapter=True, max_model_len=256, max_lora_rank=4,
+    settings = VLLMSettings(
+        model_name_or_path=checkpoint, adapter=True, max_model_len=256, max_lora_rank=4,
         gpu_memory_utilization=0.5, enforce_eager=False, dtype="auto", logprob_temperature=None,
     )
+    return VLLMEngine(settings, Decoder())
 """
 
 

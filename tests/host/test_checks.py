@@ -21,6 +21,7 @@ from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
 from grpo_stage.host.recipe import check_same_training, recipe_of, training_record
 from grpo_stage.records.redaction import secrets_in
+from grpo_stage.rollout.engines import vllm_rules
 from grpo_stage.survival import checkpoints
 from grpo_stage.survival.checkpoints import STATE_FILE
 from grpo_stage.types import Prompt
@@ -352,7 +353,9 @@ def test_a_rule_of_vllm_does_not_bind_the_hf_engine(recipe):
 
 
 def test_vllm_that_is_not_installed_names_both_ways_out(recipe, monkeypatch):
-    monkeypatch.setattr(rules, "find_spec", lambda name: None if name == "vllm" else importlib.util.find_spec(name))
+    monkeypatch.setattr(
+        vllm_rules, "find_spec", lambda name: None if name == "vllm" else importlib.util.find_spec(name)
+    )
     default = {key: value for key, value in recipe.items() if key != "rollout_backend"}
     message = refusal(default)
     assert 'pip install "grpo-stage[vllm]"' in message

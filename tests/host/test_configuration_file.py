@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo_stage.host.configuration_file import resolved
+from grpo_stage.host.configuration_file import read_command_line, resolved
 from grpo_stage.host.keys import read
-from grpo_stage.plugin.registration import read_command_line
 from grpo_stage.records import redaction
 
 

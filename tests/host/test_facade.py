@@ -23,9 +23,9 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from grpo_stage.host import facade
-from grpo_stage.host.parser import RunArguments
+from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.host.sampling import stop_token_ids
 from grpo_stage.plugin import launch
-from grpo_stage.workflow import stop_token_ids
 
 
 @pytest.mark.parametrize(

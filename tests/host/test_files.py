@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from grpo_stage.host import adapters, checks, dataset_files, model_checks, model_files
+from grpo_stage.host import adapter_fit, adapters, checks, dataset_files, model_checks, model_files
 from grpo_stage.host.dataset_files import check_files, defect_of
 from grpo_stage.host.datasets import _check_split
 from grpo_stage.host.model_checks import refuse_unloadable
@@ -226,7 +226,8 @@ def test_a_model_that_lacks_files(whole, tmp_path, key, missing):
 @pytest.fixture
 def warned(monkeypatch) -> list[str]:
     messages: list[str] = []
-    monkeypatch.setattr(model_checks.logger, "warning_rank0", messages.append)
+    for module in (model_checks, adapter_fit):
+        monkeypatch.setattr(module.logger, "warning_rank0", messages.append)
     return messages
 
 

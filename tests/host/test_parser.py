@@ -18,9 +18,9 @@ from omegaconf import OmegaConf
 from transformers import HfArgumentParser
 
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
+from grpo_stage.host.configuration_file import read_command_line, stage_of
 from grpo_stage.host.keys import TRL_KEYS
-from grpo_stage.host.parser import ARGUMENT_CLASSES, GRPOFinetuningArguments, parse, refuse_grpo_keys, stage_of, typed
-from grpo_stage.plugin.registration import read_command_line
+from grpo_stage.host.parser import ARGUMENT_CLASSES, GRPOFinetuningArguments, parse, refuse_grpo_keys, typed
 
 
 def flags(recipe: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ import pytest
 
 from grpo_stage import __main__ as explicit_route
 from grpo_stage import _autoload
+from grpo_stage.host.configuration_file import read_command_line, stage_of
 from grpo_stage.plugin import contract, registration
 from grpo_stage.plugin.contract import CONTRACT, SUPPORTED_HOST, HostSymbol, UnsupportedHostError, check_contract
 
@@ -355,7 +356,7 @@ class TestArguments:
         ],
     )
     def test_the_stage_is_read_from_raw_arguments(self, arguments: Any, stage: str | None) -> None:
-        assert registration.stage_of(arguments) == stage
+        assert stage_of(arguments) == stage
 
     @pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
     def test_the_command_line_is_read_as_the_host_reads_it(
@@ -365,7 +366,7 @@ class TestArguments:
         path.write_text(json.dumps({"stage": "sft", "beta": 0.04, "dataset": ["a", "b"]}))
         monkeypatch.setattr(sys, "argv", ["llamafactory-cli", str(path), "stage=grpo", "learning_rate=1e-6"])
         expected = {"stage": "grpo", "beta": 0.04, "dataset": ["a", "b"], "learning_rate": 1e-6}
-        assert registration.read_command_line(sys.argv[1:]) == expected
+        assert read_command_line(sys.argv[1:]) == expected
         assert tuner.read_args() == expected
 
     def test_json_is_what_the_host_itself_cannot_read(

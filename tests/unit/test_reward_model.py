@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from grpo_stage.host.policy import to_device
 from grpo_stage.rewards.errors import RewardError
 from grpo_stage.rewards.models.reward_model import (
     HEAD_BIAS,
@@ -20,7 +21,6 @@ from grpo_stage.rewards.models.reward_model import (
     ValueHeadScorer,
 )
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
-from grpo_stage.workflow import _placed
 
 
 MEMORY_ERROR = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -112,10 +112,10 @@ def test_an_adapter_follows_the_policy_to_its_device() -> None:
 def test_a_model_of_its_own_is_put_on_the_device_unless_it_is_quantized() -> None:
     arguments: Any = SimpleNamespace(training=SimpleNamespace(device=torch.device("meta")))
     model = torch.nn.Linear(2, 2)
-    assert _placed(model, arguments).weight.device.type == "meta"
+    assert to_device(model, arguments).weight.device.type == "meta"
     quantized = torch.nn.Linear(2, 2)
     quantized.quantization_method = "bitsandbytes"  # type: ignore[assignment]
-    assert _placed(quantized, arguments).weight.device.type == "cpu"
+    assert to_device(quantized, arguments).weight.device.type == "cpu"
 
 
 def test_a_head_scores_the_last_token_of_each_sequence() -> None:

@@ -26,6 +26,7 @@ from torch.nn import functional
 from grpo_stage.rewards.errors import RewardError
 from grpo_stage.rewards.models.server import RewardServerError
 from grpo_stage.rewards.suite import REWARD_MODEL
+from grpo_stage.rollout.engines.lora import lora_extras
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 from grpo_stage.update.logprobs import takes_logits_to_keep
 
@@ -40,14 +41,6 @@ _NO_MEMORY = (
     "`max_new_tokens` or `cutoff_len`, give vLLM less (`vllm_gpu_util`, `vllm_sleep`), or load less of a model "
     "(`reward_model_quantization_bit`, or `reward_model_type: api` on another device)"
 )
-
-PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
-"""What adapter_config.json may say under the keys of `LORA_EXTRAS`."""
-LORA_EXTRAS = (
-    *("peft_type", "bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora"),
-)
-"""Keys of adapter_config.json that make more of an adapter than a LoRA of one rank."""
 
 
 class ModelReward:
@@ -229,7 +222,7 @@ class AdapterOnPolicy:
 
 def refuse_extras(config: Mapping[str, Any], path: str) -> None:
     """Raise ValueError where an adapter_config.json is more than a plain LoRA."""
-    extras = [key for key in LORA_EXTRAS if config.get(key) and config[key] != PLAIN_LORA.get(key)]
+    extras = list(lora_extras(config))
     if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):  # they change the base
         extras.append("init_lora_weights")
     if extras:

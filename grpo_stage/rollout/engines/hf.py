@@ -159,7 +159,7 @@ class _Sampler(LogitsProcessor):
 
     Adding Gumbel noise and taking the largest is an exact draw from the softmax; temperature 0 adds none. It is done
     here since `generate` itself draws a whole batch from the global generator, which makes a completion depend on its
-    neighbours.
+    neighbors.
     """
 
     def __init__(

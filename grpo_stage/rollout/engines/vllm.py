@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from grpo_stage.rollout.engines import vllm_delivery, vllm_process
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
-from grpo_stage.rollout.engines.vllm_options import LORA_RANKS
+from grpo_stage.rollout.engines.vllm_options import rank_with_room
+from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.rollout.engines.weights import adapted_modules, checkpoint_weights, servable_config, write_adapter
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
 
@@ -27,69 +28,18 @@ from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, Sam
 class VLLMEngine:
     """vLLM behind the `RolloutEngine` protocol, started by the constructor."""
 
-    def __init__(
-        self,
-        *,
-        model_name_or_path: str,
-        tokenizer: PreTrainedTokenizerBase,
-        adapter: bool,
-        max_model_len: int,
-        max_lora_rank: int,
-        gpu_memory_utilization: float,
-        enforce_eager: bool,
-        dtype: str,
-        logprob_temperature: float | None,
-        sleep_level: int = 0,
-        quantization: str | None = None,
-        model_revision: str | None = None,
-        trust_remote_code: bool = False,
-        hf_token: str | None = None,
-        download_dir: str | None = None,
-        seed: int = 0,
-        options: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, settings: VLLMSettings, tokenizer: PreTrainedTokenizerBase) -> None:
         """
         Args:
-            model_name_or_path: the checkpoint that the engine starts from: the model under the adapter as it is
-                trained, or a model of the policy's architecture.
-            model_revision: its branch, tag or commit on a hub.
+            settings: what it is started with.
             tokenizer: decodes completions.
-            adapter: True where the policy is that base with a LoRA adapter; False where it is a whole model, all of
-                whose weights are delivered.
-            max_model_len: the longest prompt and completion together.
-            max_lora_rank: the highest rank the adapter can have; rounded up to one that vLLM knows.
-            gpu_memory_utilization: the share of the GPU's memory for vLLM. On a CPU the KV cache takes 1 GiB, or
-                `VLLM_CPU_KVCACHE_SPACE`.
-            enforce_eager: no CUDA graphs. On a CPU always so.
-            dtype: `auto` is the checkpoint's own, and float32 on a CPU.
-            logprob_temperature: None where sampling is neutral: log-probabilities are then those of the sampled
-                distribution, and `generate` sets the attribute to its temperature. 1.0 where top-k, top-p or a penalty
-                cuts the distribution: they are then the policy's own, at temperature 1.
-            sleep_level: what `sleep` gives up: 0 nothing, 1 the KV cache and, into main memory, the weights, 2 both
-                for good, which only whole weights bring back. Above 0 on a GPU alone.
-            quantization: vLLM's name of what it quantises the checkpoint with while it reads it.
-            trust_remote_code: as in transformers.
-            hf_token: of the hub that the checkpoint comes from.
-            download_dir: where downloaded checkpoints are kept; None is the hub's own cache.
-            seed: vLLM's own; no completion depends on it.
-            options: further arguments of `vllm.LLM` (`vllm_config`).
 
         Raises:
-            ValueError: for an option or a policy that would make rollouts wrong.
+            ValueError: for an option that would make rollouts wrong.
         """
-        if adapter and sleep_level > 1:
-            raise ValueError("Sleep level 2 gives up the base under the adapter, which `sync` does not bring back.")
-        if logprob_temperature not in (None, 1.0):
-            raise ValueError(f"logprob_temperature is {logprob_temperature}: vLLM gives None (as sampled) or 1.0.")
-        if max_lora_rank > LORA_RANKS[-1]:
-            raise ValueError(f"The LoRA rank is {max_lora_rank}, and vLLM serves at most {LORA_RANKS[-1]}.")
-
-        self.logprob_temperature = math.nan if logprob_temperature is None else logprob_temperature
-        self._as_sampled = logprob_temperature is None
+        self._settings = settings
         self._tokenizer = tokenizer
-        self._max_model_len = max_model_len
-        self._adapter = adapter
-        self._sleep_level = sleep_level
+        self.logprob_temperature = settings.logprob_temperature or math.nan
         self._is_asleep = False
         self._deliveries = 0
         self._versions: dict[int, int] = {}
@@ -98,37 +48,9 @@ class VLLMEngine:
         self._lora: Any = None
         self.on_step: Callable[[], None] = lambda: None
 
-        arguments: dict[str, Any] = {
-            "model": model_name_or_path,
-            "revision": model_revision,
-            "skip_tokenizer_init": True,
-            "dtype": dtype,
-            "max_model_len": max_model_len,
-            "quantization": quantization,
-            "enable_sleep_mode": sleep_level > 0,
-            "logprobs_mode": "processed_logprobs" if self._as_sampled else "raw_logprobs",
-            "enable_prefix_caching": True,  # the completions of a group share their prompt
-            "gpu_memory_utilization": gpu_memory_utilization,
-            "enforce_eager": enforce_eager,
-            "trust_remote_code": trust_remote_code,
-            "hf_token": hf_token,
-            "download_dir": download_dir,
-            "seed": seed,
-            "generation_config": "vllm",
-            "use_tqdm_on_load": False,
-            # On a GPU only this executor puts each rank's engine on the rank's own device.
-            "distributed_executor_backend": "external_launcher" if vllm_process.num_ranks() > 1 else "uni",
-        }
-        if adapter:
-            arguments |= {
-                "enable_lora": True,
-                "max_loras": 1,
-                "max_cpu_loras": 1,
-                "max_lora_rank": next(rank for rank in LORA_RANKS if rank >= max_lora_rank),
-            }
         owns_process_group = not torch.distributed.is_initialized()
         with vllm_process.process_unchanged():
-            self._llm: Any = vllm_process.start(arguments, options or {})
+            self._llm: Any = vllm_process.start(_arguments(settings), settings.options)
         self._release = weakref.finalize(self, vllm_process.release, self._llm, owns_process_group)
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
@@ -139,13 +61,13 @@ class VLLMEngine:
             RuntimeError: if the engine holds anything but what was delivered afterwards, or keys of an earlier one.
         """
         self._is_synced = False
-        if self._adapter:
+        if self._settings.adapter:
             servable_config(policy)
         self._deliveries += 1
         self._versions = {self._deliveries: version}
         with vllm_process.random_states_unchanged():
             self._wake_up("weights")  # first alone: the cache's memory is free while the weights arrive
-            if self._adapter:
+            if self._settings.adapter:
                 self._deliver_adapter(policy)
             else:
                 self._deliver_weights(policy)
@@ -162,7 +84,7 @@ class VLLMEngine:
                 f"vLLM was given the weights of version {version} (delivery {self._deliveries}) and holds delivery "
                 f"{self._loaded()}."
             )
-        if self._adapter and (
+        if self._settings.adapter and (
             lost := vllm_delivery.unserved_modules(self._llm, self._deliveries, adapted_modules(policy))
         ):
             raise RuntimeError(
@@ -173,9 +95,9 @@ class VLLMEngine:
 
     def sleep(self) -> None:
         """Give up the GPU memory that `sleep_level` says, until the next `sync`."""
-        if self._sleep_level and not self._is_asleep:
+        if self._settings.sleep_level and not self._is_asleep:
             self._is_synced = False
-            self._llm.sleep(level=self._sleep_level)
+            self._llm.sleep(level=self._settings.sleep_level)
             self._is_asleep = True
 
     def _wake_up(self, tag: str) -> None:
@@ -210,7 +132,7 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         if not self._is_synced:
             raise RuntimeError("generate() was called before sync(): there is no policy to sample from.")
-        if self._as_sampled:
+        if self._settings.logprob_temperature is None:
             if not sampling.is_neutral:
                 raise ValueError(
                     "The engine was started for neutral sampling, and top_k, top_p or repetition_penalty is set: its "
@@ -218,11 +140,11 @@ class VLLMEngine:
                 )
             self.logprob_temperature = sampling.temperature or 1.0
         for prompt in prompts:
-            if len(prompt.token_ids) + sampling.max_new_tokens > self._max_model_len:
+            if len(prompt.token_ids) + sampling.max_new_tokens > self._settings.max_model_len:
                 raise ValueError(
                     f"Prompt {prompt.index} has {len(prompt.token_ids)} tokens: with max_new_tokens "
-                    f"{sampling.max_new_tokens} it passes the engine's {self._max_model_len}. Raise `vllm_maxlen`, or "
-                    "lower `cutoff_len` or `max_new_tokens`."
+                    f"{sampling.max_new_tokens} it passes the engine's {self._settings.max_model_len}. Raise "
+                    "`vllm_maxlen`, or lower `cutoff_len` or `max_new_tokens`."
                 )
         group_size = sampling.num_generations
         with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
@@ -293,7 +215,7 @@ class VLLMEngine:
 
     def _loaded(self) -> int | None:
         """The delivery that the engine holds, of adapters by its own word; None where it is not exactly one."""
-        if not self._adapter:
+        if not self._settings.adapter:
             return self._loaded_weights
         loaded = self._llm.llm_engine.list_loras()
         return next(iter(loaded)) if len(loaded) == 1 else None
@@ -301,7 +223,7 @@ class VLLMEngine:
     def _group(self, prompt: Prompt, outputs: Sequence[Any], sampling: SamplingSettings) -> RolloutGroup:
         loaded = self._loaded()
         answered = {output.lora_request.lora_int_id if output.lora_request else None for output in outputs}
-        if loaded not in self._versions or answered != ({loaded} if self._adapter else {None}):
+        if loaded not in self._versions or answered != ({loaded} if self._settings.adapter else {None}):
             raise RuntimeError(
                 f"Prompt {prompt.index} was answered by the adapter ids {answered} and vLLM holds {loaded}: the "
                 "completions cannot be said to come from one policy."
@@ -326,6 +248,39 @@ class VLLMEngine:
             finish_reason=finish_reason,
             text=completion_text(self._tokenizer, token_ids, finish_reason),
         )
+
+
+def _arguments(settings: VLLMSettings) -> dict[str, Any]:
+    """Those of `vllm.LLM`."""
+    arguments: dict[str, Any] = {
+        "model": settings.model_name_or_path,
+        "revision": settings.model_revision,
+        "skip_tokenizer_init": True,
+        "dtype": settings.dtype,
+        "max_model_len": settings.max_model_len,
+        "quantization": settings.quantization,
+        "enable_sleep_mode": settings.sleep_level > 0,
+        "logprobs_mode": "processed_logprobs" if settings.logprob_temperature is None else "raw_logprobs",
+        "enable_prefix_caching": True,  # the completions of a group share their prompt
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "enforce_eager": settings.enforce_eager,
+        "trust_remote_code": settings.trust_remote_code,
+        "hf_token": settings.hf_token,
+        "download_dir": settings.download_dir,
+        "seed": settings.seed,
+        "generation_config": "vllm",
+        "use_tqdm_on_load": False,
+        # On a GPU only this executor puts each rank's engine on the rank's own device.
+        "distributed_executor_backend": "external_launcher" if vllm_process.num_ranks() > 1 else "uni",
+    }
+    if settings.adapter:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_cpu_loras": 1,
+            "max_lora_rank": rank_with_room(settings.max_lora_rank),
+        }
+    return arguments
 
 
 def _few(names: Sequence[str]) -> str:

@@ -12,6 +12,13 @@ from typing import Any
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM takes for `max_lora_rank`."""
 
+
+def rank_with_room(rank: int) -> int:
+    """The lowest of them with room for an adapter of this rank, which must not be above the highest."""
+    assert rank <= LORA_RANKS[-1], f"the LoRA rank is {rank}, and vLLM serves at most {LORA_RANKS[-1]}"
+    return next(served for served in LORA_RANKS if served >= rank)
+
+
 _BASE = "the engine starts from the model that is trained"
 _RANKS = "each rank is an engine of its own"
 _FREE = "completions are sampled from the policy as it is"

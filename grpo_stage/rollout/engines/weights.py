@@ -14,11 +14,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
+from grpo_stage.rollout.engines.lora import LORA_EXTRAS, lora_extras
+
 
 ADAPTER = "default"
 """The one adapter that the host trains."""
 
-_QUANTISED_PARAMETERS = ("Params4bit", "Int8Params")
+_QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 """Of bitsandbytes, by name: it is imported only where it is used."""
 
 
@@ -30,7 +32,7 @@ def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
     """
     config = servable_config(policy)
     assert isinstance(policy, PeftModel)
-    # Named parameters rather than a state dict: that of a quantised base would bring its quantisation states along.
+    # Named parameters rather than a state dict: that of a quantized base would bring its quantization states along.
     tensors = get_peft_model_state_dict(
         policy, state_dict=dict(policy.named_parameters()), adapter_name=ADAPTER, save_embedding_layers=False
     )
@@ -62,18 +64,8 @@ def servable_config(policy: torch.nn.Module) -> LoraConfig:
             f"vLLM serves one LoRA adapter named `{ADAPTER}`, and the policy has: {kinds}. "
             "Use `finetuning_type: lora`, or `rollout_backend: hf`."
         )
-    reasons = {
-        "DoRA": config.use_dora,
-        f"bias: {config.bias}": config.bias != "none" or config.lora_bias,
-        f"modules saved whole (`additional_target`): {config.modules_to_save}": config.modules_to_save,
-        f"trainable tokens: {config.trainable_token_indices}": config.trainable_token_indices,
-        f"adapted parameters: {config.target_parameters}": config.target_parameters,
-        f"a rank of its own for {config.rank_pattern}": config.rank_pattern,
-        f"an alpha of its own for {config.alpha_pattern}": config.alpha_pattern,
-        "replicated layers": config.layer_replication,
-        "activated LoRA": config.alora_invocation_tokens,
-    }
-    if refused := [reason for reason, present in reasons.items() if present]:
+    if extras := lora_extras({key: getattr(config, key, None) for key in LORA_EXTRAS}):
+        refused = [LORA_EXTRAS[key].format(value) for key, value in extras.items()]
         raise ValueError(
             f"vLLM cannot serve this adapter: {'; '.join(refused)}. Train a plain LoRA, or use `rollout_backend: hf`."
         )
@@ -93,27 +85,27 @@ def checkpoint_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The policy's weights, without its adapter, as the files of its model would hold them.
 
     That is: under a checkpoint's names, which transformers changes when it loads one; each tied weight once; and
-    dequantised. They share the policy's memory where nothing had to be computed.
+    dequantized. They share the policy's memory where nothing had to be computed.
     """
     model = _base_model(policy)
     owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    # The state dict knows what is saved at all, and holds quantisation states, which are neither of the two above.
+    # The state dict knows what is saved at all, and holds quantization states, which are neither of the two above.
     tensors = {name: owned[name].detach() for name in model.state_dict() if name in owned}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")  # not the attribute: an adapted layer shows its base's
-        if type(weight).__name__ in _QUANTISED_PARAMETERS:
+        if type(weight).__name__ in _QUANTIZED_PARAMETERS:
             # Not on the device: it would hold the whole model a second time, and larger.
             tensors[f"{name}.weight"] = dequantize_bnb_weight(weight, getattr(module, "state", None)).detach().cpu()
     if isinstance(policy, PeftModel):
         prefix = policy.base_model.prefix  # PEFT's own test of what belongs to an adapter
         tensors = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if prefix not in name}
-    return revert_weight_conversion(_unquantised_view(model), remove_tied_weights_from_state_dict(tensors, model))
+    return revert_weight_conversion(_unquantized_view(model), remove_tied_weights_from_state_dict(tensors, model))
 
 
 def write_base(policy: torch.nn.Module, folder: Path) -> None:
     """Write the model under the policy's adapter, as it is in memory, for an engine to start from.
 
-    Merged adapters, a residual, new embeddings: whatever the trainer made of the files is in it, and no quantisation.
+    Merged adapters, a residual, new embeddings: whatever the trainer made of the files is in it, and no quantization.
     There is no tokenizer in the folder.
     """
     model = _base_model(policy)
@@ -131,8 +123,8 @@ def _base_model(policy: torch.nn.Module) -> PreTrainedModel:
     return policy.get_base_model() if isinstance(policy, PeftModel) else policy
 
 
-def _unquantised_view(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, less what was done to read quantised files: that cannot be reverted, and need not be."""
+def _unquantized_view(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, less what was done to read quantized files: that cannot be reverted, and need not be."""
     view = copy.copy(model)
     if conversions := getattr(model, "_weight_conversions", None):
         view._weight_conversions = [

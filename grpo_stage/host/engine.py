@@ -1,0 +1,56 @@
+"""The rollout engine of a run."""
+
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_stage.host import facade
+from grpo_stage.host.precision import autocast_dtype, compute_dtype
+from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.rollout.engines.request import EngineRequest
+from grpo_stage.rollout.engines.table import ENGINES
+from grpo_stage.types import RolloutEngine, SamplingSettings
+
+
+logger = facade.get_logger(__name__)
+
+
+def start_engine(
+    arguments: RunArguments, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+) -> RolloutEngine:
+    """Start the engine that `rollout_backend` names."""
+    request = EngineRequest(
+        policy=model,
+        tokenizer=tokenizer,
+        sampling=sampling,
+        keys=arguments.values(),
+        given=arguments.given,
+        local_process_index=arguments.training.local_process_index,
+        device_type=arguments.training.device.type,
+        autocast_dtype=autocast_dtype(arguments),
+        compute_dtype=compute_dtype(arguments, model),
+        changes_to_files=changes_to_files(arguments, model),
+        load_config=partial(facade.load_config, arguments.model),
+        announce=logger.info_rank0,
+        warn=logger.warning_rank0,
+    )
+    return ENGINES[arguments.finetuning.rollout_backend].build(request)
+
+
+def changes_to_files(arguments: RunArguments, model: Any) -> tuple[str, ...]:
+    """What the host did to the model after, or while, reading `model_name_or_path`."""
+    model_args = arguments.model
+    adapters = model_args.adapter_name_or_path or []
+    changes = {
+        "quantized": getattr(model, "quantization_method", None) is not None,
+        "with merged adapters": len(adapters) > 1 or (adapters and arguments.finetuning.create_new_adapter),
+        # PiSSA and its like take the adapter's first value out of the base.
+        "less the adapter's initial value": any(
+            isinstance(getattr(config, "init_lora_weights", None), str)
+            for config in getattr(model, "peft_config", {}).values()
+        ),
+        "with a resized vocabulary": model_args.resize_vocab,
+        "with new weights": model_args.train_from_scratch,
+    }
+    return tuple(change for change, is_made in changes.items() if is_made)

@@ -1,0 +1,46 @@
+"""The model that is trained, as the host loads it."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_stage.host import facade
+from grpo_stage.host.model_checks import adapter_source
+from grpo_stage.host.precision import warn_of_slow_precision
+from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.host.tied_weights import layers_parted, refuse_built
+
+
+logger = facade.get_logger(__name__)
+
+
+def load_policy(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model, on the device where it is trained, as is whatever is copied from it.
+
+    Raises:
+        ValueError: if its adapter changes a weight that two layers share.
+    """
+    finetuning_args, do_train = arguments.finetuning, arguments.training.do_train
+    model = to_device(facade.load_model(tokenizer, arguments.model, finetuning_args, do_train), arguments)
+    refuse_built(model, adapter_source(arguments))
+    _warn_of_parted_layers(model)
+    warn_of_slow_precision(model)
+    return model
+
+
+def to_device(model: Any, arguments: RunArguments) -> Any:
+    """The host loads onto the device only with `low_cpu_mem_usage`, or quantized; Trainer comes later."""
+    if getattr(model, "quantization_method", None) is not None:
+        return model
+    return model.to(arguments.training.device)
+
+
+def _warn_of_parted_layers(model: Any) -> None:
+    """The host's export leaves `tie_word_embeddings` in the config of a model whose two weights now differ."""
+    if layers := layers_parted(model):
+        logger.warning_rank0(
+            f"{' and '.join(layers)} share one weight in the model's files, and here each is trained with its own. "
+            "transformers 5 reads such a model as it is once it is exported, but vLLM and transformers 4 read one "
+            'weight for both, which is another policy: write `"tie_word_embeddings": false` into the config.json of '
+            "the exported model."
+        )

@@ -1,0 +1,42 @@
+"""The precision that a run computes in, and how exactly its engine can agree with it."""
+
+from typing import Any
+
+import torch
+
+from grpo_stage.host.facade import get_logger
+from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.monitors.canary import DEFAULT_BOUNDS
+from grpo_stage.rollout.engines.table import ENGINES
+
+
+logger = get_logger(__name__)
+
+
+def autocast_dtype(arguments: RunArguments) -> torch.dtype | None:
+    """The precision of mixed-precision passes; None where the model computes in its own."""
+    if arguments.training.bf16:
+        return torch.bfloat16
+    return torch.float16 if arguments.training.fp16 else None
+
+
+def compute_dtype(arguments: RunArguments, model: Any) -> torch.dtype:
+    return autocast_dtype(arguments) or model.get_input_embeddings().weight.dtype
+
+
+def canary_bound(arguments: RunArguments, model: Any) -> float:
+    """That of half precision where float32 is rounded too: activations of 8 bits, tf32, vLLM's attention on a GPU."""
+    on_gpu = model.device.type == "cuda"
+    in_tf32 = on_gpu and (arguments.training.tf32 or ENGINES[arguments.finetuning.rollout_backend].rounds_on_gpu)
+    rounds = in_tf32 or getattr(model, "is_loaded_in_8bit", False)
+    return DEFAULT_BOUNDS[torch.bfloat16 if rounds else compute_dtype(arguments, model)]
+
+
+def warn_of_slow_precision(model: Any) -> None:
+    dtype = model.get_input_embeddings().weight.dtype
+    if model.device.type == "cpu" and dtype != torch.float32:
+        logger.warning_rank0(
+            f"The model is in {dtype} and trains on a CPU, where most processors compute that 8 to 25 times slower "
+            "than float32. Save it in float32 first: "
+            "`AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(new_path)`."
+        )

@@ -1,0 +1,28 @@
+"""The reference policy that a run's KL term is relative to."""
+
+from typing import Any
+
+from grpo_stage.host import facade
+from grpo_stage.host.policy import to_device
+from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.update.reference import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
+
+
+def reference_policy(arguments: RunArguments, model: Any) -> ReferencePolicy | None:
+    """What the KL term holds the policy to: the policy as it is before the first step, or `ref_model`."""
+    finetuning_args = arguments.finetuning
+    if finetuning_args.beta == 0.0:
+        return None
+    if finetuning_args.ref_model is not None:
+        model_args = facade.arguments_for(arguments.model, finetuning_args.ref_model)
+        other = ModelReference(to_device(facade.create_ref_model(model_args, finetuning_args), arguments))
+        other.match_precision(model)
+        if finetuning_args.sync_ref_model:
+            other.check_alike(model)
+        return other
+    if finetuning_args.sync_ref_model:
+        return InitialWeightsReference(model)
+    starts_at_base = arguments.model.adapter_name_or_path is None or finetuning_args.create_new_adapter
+    if finetuning_args.finetuning_type in ("lora", "oft") and starts_at_base and not finetuning_args.pissa_init:
+        return AdapterOffReference()
+    return InitialWeightsReference(model)

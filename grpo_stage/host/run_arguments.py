@@ -1,0 +1,29 @@
+"""What a run is made from: the host's five parts of its arguments, ours among them."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from llamafactory.hparams.data_args import DataArguments
+from llamafactory.hparams.generating_args import GeneratingArguments
+from llamafactory.hparams.model_args import ModelArguments
+from llamafactory.hparams.training_args import TrainingArguments
+
+from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
+
+
+@dataclass(frozen=True)
+class RunArguments:
+    """What a run is made from."""
+
+    model: ModelArguments
+    data: DataArguments
+    training: TrainingArguments
+    finetuning: GRPOFinetuningArguments
+    generating: GeneratingArguments
+    given: frozenset[str]
+    """The keys that the user wrote, since afterwards a default cannot be told from a choice."""
+
+    def values(self) -> SimpleNamespace:
+        """Every key of the run, by its name."""
+        parts = (self.model, self.data, self.training, self.finetuning, self.generating)
+        return SimpleNamespace(**{key: value for part in parts for key, value in vars(part).items()})

@@ -1,0 +1,42 @@
+"""How a run samples: the host's generation keys, and the tokens that end a completion."""
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.types import SamplingSettings
+
+
+def sampling_settings(
+    arguments: RunArguments, model: Any, template: Any, tokenizer: PreTrainedTokenizerBase
+) -> SamplingSettings:
+    generating = arguments.generating
+    return SamplingSettings(
+        num_generations=arguments.finetuning.num_generations,
+        max_new_tokens=generating.max_new_tokens,
+        temperature=generating.temperature,
+        top_p=generating.top_p,
+        top_k=max(generating.top_k, 0),
+        repetition_penalty=generating.repetition_penalty,
+        stop_token_ids=stop_token_ids(model, template, tokenizer),
+        seed=arguments.training.seed,
+    )
+
+
+def stop_token_ids(model: Any, template: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Every token that ends a completion: the model's own EOS ids, the tokenizer's, and the template's stop words.
+
+    The id of a stop word that the tokenizer lacks is that of its unknown token, which ends nothing. GPT-2 and its
+    like have one token for unknown and EOS: as EOS it ends a completion.
+    """
+    configured = model.generation_config.eos_token_id
+    own = configured if isinstance(configured, list) else [configured]
+    known_words = [
+        token_id
+        for word, token_id in zip(
+            template.stop_words, tokenizer.convert_tokens_to_ids(template.stop_words), strict=True
+        )
+        if token_id != tokenizer.unk_token_id or word == tokenizer.unk_token
+    ]
+    return tuple(sorted({*own, tokenizer.eos_token_id, *known_words} - {None}))

@@ -1,0 +1,58 @@
+"""The rollout engines by their name in `rollout_backend`: what each refuses, and how it is built.
+
+Loads no engine, and no torch: the host's checks read the rules of the chosen one before anything else is imported.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+from grpo_stage.algorithm.conditions import Rule
+from grpo_stage.rollout.engines import vllm_rules
+from grpo_stage.rollout.engines.hf_rules import HF_RULES
+from grpo_stage.rollout.engines.request import EngineRequest
+from grpo_stage.types import RolloutEngine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEntry:
+    """One engine."""
+
+    build: Callable[[EngineRequest], RolloutEngine]
+    rules: tuple[Rule, ...]
+    """Of the keys alone, before the host parses them. `adapter_rank`, the rank of the adapter that is trained, is
+    among the values that they see."""
+    refuse_adapter: Callable[[str, Mapping[str, Any]], None] = lambda path, config: None
+    """Asked about the adapter that is trained further: its path, and what its adapter_config.json says."""
+    refuse_unfit: Callable[[SimpleNamespace], None] = lambda values: None
+    """Asked about the parsed keys, with `device_type`, `model_quantization` (the method that the model's files are
+    quantized with, or None) and `model_positions` (how many tokens the model was made for, or None) among them."""
+    rounds_on_gpu: bool = False
+    """Whether it rounds on a GPU where the run computes in float32."""
+
+
+def _build_hf(request: EngineRequest) -> RolloutEngine:
+    from grpo_stage.rollout.engines.hf import HFEngine
+
+    return HFEngine(request.tokenizer, autocast_dtype=request.autocast_dtype)
+
+
+def _build_vllm(request: EngineRequest) -> RolloutEngine:
+    from grpo_stage.rollout.engines.vllm_start import start_vllm
+
+    return start_vllm(request)
+
+
+ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
+    {
+        "hf": EngineEntry(build=_build_hf, rules=HF_RULES),
+        "vllm": EngineEntry(
+            build=_build_vllm,
+            rules=vllm_rules.VLLM_RULES,
+            refuse_adapter=vllm_rules.refuse_adapter,
+            refuse_unfit=vllm_rules.refuse_unfit,
+            rounds_on_gpu=True,  # in its attention
+        ),
+    }
+)

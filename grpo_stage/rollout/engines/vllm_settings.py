@@ -1,0 +1,51 @@
+"""What a `VLLMEngine` is started with."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VLLMSettings:
+    """One engine of vLLM's. What a user could get wrong here is refused by `vllm_rules`."""
+
+    model_name_or_path: str
+    """The checkpoint that the engine starts from: the model under the adapter as it is trained, or a model of the
+    policy's architecture."""
+    adapter: bool
+    """True where the policy is that base with a LoRA adapter; False where it is a whole model, all of whose weights
+    are delivered."""
+    max_model_len: int
+    """The longest prompt and completion together."""
+    max_lora_rank: int
+    """The highest rank the adapter can have; rounded up to one that vLLM knows."""
+    gpu_memory_utilization: float
+    """The share of the GPU's memory for vLLM. On a CPU the KV cache takes 1 GiB, or `VLLM_CPU_KVCACHE_SPACE`."""
+    enforce_eager: bool
+    """No CUDA graphs. On a CPU always so."""
+    dtype: str
+    """`auto` is the checkpoint's own, and float32 on a CPU."""
+    logprob_temperature: float | None
+    """None where sampling is neutral: log-probabilities are then those of the sampled distribution, and `generate`
+    sets the attribute to its temperature. 1.0 where top-k, top-p or a penalty cuts the distribution: they are then the
+    policy's own, at temperature 1."""
+    sleep_level: int = 0
+    """What `sleep` gives up: 0 nothing, 1 the KV cache and, into main memory, the weights, 2 both for good, which only
+    whole weights bring back. Above 0 on a GPU alone."""
+    quantization: str | None = None
+    """vLLM's name of what it quantizes the checkpoint with while it reads it."""
+    model_revision: str | None = None
+    """The checkpoint's branch, tag or commit on a hub."""
+    trust_remote_code: bool = False
+    """As in transformers."""
+    hf_token: str | None = field(default=None, repr=False)
+    """Of the hub that the checkpoint comes from."""
+    download_dir: str | None = None
+    """Where downloaded checkpoints are kept; None is the hub's own cache."""
+    seed: int = 0
+    """vLLM's own; no completion depends on it."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of `vllm.LLM` (`vllm_config`)."""
+
+    def __post_init__(self) -> None:
+        assert not (self.adapter and self.sleep_level > 1), "sleep level 2 gives up the base, which `sync` lacks"
+        assert self.logprob_temperature in (None, 1.0), "vLLM gives log-probabilities as sampled (None), or at 1.0"

@@ -1,0 +1,135 @@
+"""How a run starts vLLM: from which model, in which precision, with room for which adapter."""
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from grpo_stage.algorithm.conditions import refuse_broken
+from grpo_stage.distributed import all_gather, process_index
+from grpo_stage.rollout.engines.request import EngineRequest
+from grpo_stage.rollout.engines.vllm import VLLMEngine
+from grpo_stage.rollout.engines.vllm_rules import RANK_RULES
+from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
+from grpo_stage.rollout.engines.weights import servable_config, write_base
+
+
+_NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+
+
+def start_vllm(request: EngineRequest) -> VLLMEngine:
+    """Start an engine in this process.
+
+    Raises:
+        ValueError: for a precision or an adapter that vLLM cannot serve, as far as the rules could not tell.
+    """
+    keys = request.keys
+    is_lora = keys.finetuning_type == "lora"
+    sleep_level, dtype = _sleep_level(request), _dtype(request)
+    max_lora_rank = _max_lora_rank(request) if is_lora else 0
+    with _model_to_start_from(request) as (path, quantization):
+        request.announce(f"Starting vLLM with {path}.")
+        started = time.perf_counter()
+        settings = VLLMSettings(
+            model_name_or_path=path,
+            adapter=is_lora,
+            max_model_len=keys.vllm_maxlen,
+            max_lora_rank=max_lora_rank,
+            gpu_memory_utilization=keys.vllm_gpu_util,
+            enforce_eager=keys.vllm_enforce_eager,
+            dtype=str(dtype).removeprefix("torch."),
+            logprob_temperature=None if request.sampling.is_neutral else 1.0,
+            sleep_level=sleep_level,
+            quantization=quantization,
+            model_revision=keys.model_revision,
+            trust_remote_code=keys.trust_remote_code,
+            hf_token=keys.hf_hub_token,
+            download_dir=keys.cache_dir,
+            seed=keys.seed,
+            options=keys.vllm_config or {},
+        )
+        engine = VLLMEngine(settings, request.tokenizer)
+        request.announce(f"vLLM started in {time.perf_counter() - started:.1f} s.")
+    return engine
+
+
+def _sleep_level(request: EngineRequest) -> int:
+    level = request.keys.vllm_sleep
+    if request.device_type == "cpu" and level:
+        request.warn(f"`vllm_sleep: {level}` has no effect on a CPU: vLLM frees memory of GPUs alone.")
+        return 0
+    return level
+
+
+def _dtype(request: EngineRequest) -> torch.dtype:
+    if request.device_type == "cpu":
+        return torch.float32
+    if request.keys.finetuning_type == "lora" and request.compute_dtype == torch.float32:
+        raise ValueError(
+            "The run computes in float32, and vLLM's kernels for a LoRA adapter on a GPU know half precision alone. "
+            "Write `bf16: true`, or use `rollout_backend: hf` or `finetuning_type: full`."
+        )
+    return request.compute_dtype
+
+
+def _max_lora_rank(request: EngineRequest) -> int:
+    """The highest rank that vLLM makes room for; that of an adapter from a hub is known since it was loaded."""
+    rank = servable_config(request.policy).r
+    own = request.keys.vllm_max_lora_rank if "vllm_max_lora_rank" in request.given else None
+    refuse_broken(RANK_RULES, SimpleNamespace(adapter_rank=rank, vllm_max_lora_rank=own))
+    return own or rank
+
+
+@contextlib.contextmanager
+def _model_to_start_from(request: EngineRequest) -> Iterator[tuple[str, str | None]]:
+    """What vLLM starts from, and what it quantizes that with: the user's files where they hold the trainer's model.
+
+    Otherwise the trainer's is written out, once a node, and deleted as soon as every engine has started.
+    """
+    changes = request.changes_to_files
+    if request.keys.vllm_base == "auto":
+        path = request.keys.model_name_or_path
+        if not changes:
+            yield path, None
+            return
+        if changes == ("quantized",) and request.device_type == "cuda" and _quantizes_alike(request):
+            yield path, "bitsandbytes"
+            return
+    is_writer = request.local_process_index == 0
+    with tempfile.TemporaryDirectory(prefix="grpo-stage-base-") if is_writer else contextlib.nullcontext() as own:
+        if own is not None:
+            request.announce(
+                f"Writing the trainer's model ({', '.join(changes) or '`vllm_base: trainer`'}) to {own} for vLLM to "
+                "start from; it is deleted afterwards."
+            )
+            write_base(request.policy, Path(own))
+        folders = all_gather(own)  # which waits for the writers
+        folder = folders[process_index() - request.local_process_index]
+        assert folder is not None
+        yield folder, None
+        all_gather(None)  # nobody reads it any more
+
+
+def _quantizes_alike(request: EngineRequest) -> bool:
+    """vLLM's bitsandbytes knows 4 bits of one kind: `nf4` with double quantization, in blocks of the usual size.
+
+    It quantizes what the files hold, and the host what that is in the precision of training; and it quantizes a
+    mixture's experts, which transformers leaves as they are.
+    """
+    quantization, files = request.policy.config.quantization_config, request.load_config()
+    text_config = files.get_text_config()
+    if any(getattr(text_config, key, None) for key in _NUMBERS_OF_EXPERTS):
+        return False
+    if not (
+        quantization.load_in_4bit
+        and quantization.bnb_4bit_quant_type == "nf4"
+        and quantization.bnb_4bit_use_double_quant
+    ):
+        return False
+    if getattr(files, "quantization_config", None) is not None:  # vLLM reads no other storage
+        return quantization.bnb_4bit_quant_storage == torch.uint8
+    return text_config.dtype == request.keys.compute_dtype
