@@ -27,16 +27,12 @@ from .host.recipe import check_same_training, recipe_of, training_record
 from .host.tied_weights import layers_parted, refuse_built
 from .monitors.canary import DEFAULT_BOUNDS, TIGHT_BOUND
 from .records.redaction import errors_masked
-from .rewards.models.reward_model import (
-    AdapterOnPolicy,
-    ModelReward,
-    ValueHeadScorer,
-    refuse_head,
-    refuse_other_base,
-    warn_of_other_base,
-)
+from .rewards.loading import load_rewards
+from .rewards.models.adapter_on_policy import AdapterOnPolicy
+from .rewards.models.refusals import refuse_head, refuse_other_base, warn_of_other_base
+from .rewards.models.reward_model import ModelReward
 from .rewards.models.server import ServerScorer
-from .rewards.registry import load_rewards
+from .rewards.models.value_head import ValueHeadScorer
 from .rollout.engines.hf import HFEngine
 from .rollout.engines.weights import servable_config, write_base
 from .survival import checkpoints

@@ -30,7 +30,7 @@ from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.recipe import check_checkpoint, recipe_of
 from grpo_stage.host.rules import RULES, UNSUPPORTED, USE_HF, VLLM_RULES, wants_best
 from grpo_stage.records.evaluation import rewarding_metrics
-from grpo_stage.rewards.models.reward_model import LORA_EXTRAS, PLAIN_LORA, refuse_extras
+from grpo_stage.rewards.models.refusals import LORA_EXTRAS, PLAIN_LORA, refuse_extras
 from grpo_stage.rollout.engines.vllm_options import refuse_options
 from grpo_stage.survival.run_lock import refuse_used
 

@@ -18,7 +18,7 @@ from grpo_stage.host.coercion import did_you_mean
 from grpo_stage.host.model_files import refuse_incomplete, skeleton
 from grpo_stage.host.optimizer_checks import refuse_optimizer
 from grpo_stage.host.tied_weights import refuse_planned
-from grpo_stage.rewards.models.reward_model import may_be_same_model
+from grpo_stage.rewards.models.refusals import may_be_same_model
 from grpo_stage.types import Prompt
 
 

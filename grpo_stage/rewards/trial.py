@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grpo_stage.rewards.builtin.correctness import unjudged_reason
+from grpo_stage.rewards.answers.verdict import unjudged_reason
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
-from grpo_stage.rewards.registry import CHECKED
+from grpo_stage.rewards.registry import names_that_ask_checker
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
@@ -130,7 +130,7 @@ def warnings_about(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
         for name in names
         if all(row.rewards[name] is None for row in rows)
     ]
-    if judged_by := CHECKED.intersection(names):
+    if judged_by := names_that_ask_checker(names):
         warnings += _unjudged(rows, min(judged_by))
     if not any(row.kind == REFERENCE for row in rows):
         warnings.append(

@@ -6,14 +6,12 @@ process.
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, field
 
 from pebble import ProcessExpired, ProcessPool
 
-from grpo_stage.rewards.builtin.correctness import is_correct, verdict_without_formulas
+from grpo_stage.rewards.answers.verdict import is_correct, verdict_without_formulas
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
 from grpo_stage.rewards.workers.processes import WorkerContext, settle_in_worker, start_fork_server
 
@@ -101,24 +99,6 @@ class AnswerChecker:
             workers = max(2, min(MAX_WORKERS, (os.cpu_count() or 1) // processes_here))
             self._pool = ProcessPool(max_workers=workers, initializer=_warm_up, context=WorkerContext())
         return self._pool
-
-
-@dataclass(frozen=True)
-class RewardContext:
-    """What built-in rewards know beside their settings."""
-
-    max_new_tokens: int
-    checker: AnswerChecker
-    counters: Counter[str] = field(default_factory=Counter)
-
-    def judge(
-        self, name: str, completions: Sequence[str], references: Sequence[str], timeout_s: float
-    ) -> list[float | None]:
-        """1, 0 or None for each completion, each decided within `timeout_s`; time-outs are counted as `name`'s."""
-        verdicts = self.checker.check(list(zip(completions, references, strict=True)), timeout_s)
-        if timeouts := verdicts.count(None):
-            self.counters[f"{name}/timeouts"] += timeouts
-        return [None if verdict is None else float(verdict) for verdict in verdicts]
 
 
 def _warm_up() -> None:

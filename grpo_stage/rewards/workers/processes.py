@@ -32,7 +32,7 @@ from grpo_stage.survival.descendants import kill_descendants
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP)
 # What workers would import one by one otherwise. Nothing that starts threads or touches a GPU.
-PRELOADED = ["grpo_stage.rewards.registry", "math_verify", "numpy"]
+PRELOADED = ["grpo_stage.rewards.loading", "math_verify", "numpy"]
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 END = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 """What a keeper ends at: a signal that no terminal, scheduler or user sends."""

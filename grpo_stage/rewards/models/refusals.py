@@ -1,0 +1,100 @@
+"""What a reward model is refused for, as its files show: a value head that does not fit, another base, no plain LoRA.
+
+Loads no torch: the checks that run before a model is loaded use it.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
+HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
+"""The names under which the host keeps a value head."""
+PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
+"""What adapter_config.json may say under the keys of `LORA_EXTRAS`."""
+LORA_EXTRAS = (
+    *("peft_type", "bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    *("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora"),
+)
+"""Keys of adapter_config.json that make more of an adapter than a LoRA of one rank."""
+
+
+def refuse_extras(config: Mapping[str, Any], path: str) -> None:
+    """Raise ValueError where an adapter_config.json is more than a plain LoRA."""
+    extras = [key for key in LORA_EXTRAS if config.get(key) and config[key] != PLAIN_LORA.get(key)]
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):  # they change the base
+        extras.append("init_lora_weights")
+    if extras:
+        listed = ", ".join(f"`{key}: {config[key]}`" for key in extras)
+        raise ValueError(
+            f"`reward_model: {path}` is not possible with `reward_model_type: lora`: its adapter_config.json has "
+            f"{listed}, and only a plain LoRA can be put on the policy's base. Write `reward_model_type: full` with "
+            "the reward model's base as `reward_model` and this adapter as `reward_model_adapters`."
+        )
+
+
+def refuse_other_base(base: str | None, path: str, own: str) -> None:
+    """Raise ValueError unless an adapter (`reward_model_type: lora`) was trained on the policy's own base.
+
+    Another model of the same shape would give scores as well, and nothing would show that they mean nothing.
+
+    Args:
+        base: `base_model_name_or_path` of its adapter_config.json.
+        path: where it is from.
+        own: `model_name_or_path`.
+    """
+    if not may_be_same_model(base, own):
+        raise ValueError(
+            f"`reward_model: {path}` with `reward_model_type: lora` stands on another model than the policy: its "
+            f"adapter_config.json has `base_model_name_or_path: {base}`, and this run `model_name_or_path: {own}`, "
+            f"on which its scores would mean nothing. Write `reward_model_type: full`, `reward_model: {base}` and "
+            f"`reward_model_adapters: {path}`; or, if both are the same model in two places, write {own} into that "
+            "adapter_config.json."
+        )
+
+
+def warn_of_other_base(base: str | None, path: str, own: str) -> None:
+    """As `refuse_other_base`, of `reward_model_adapters` on a `reward_model` that the user chose for them."""
+    if not may_be_same_model(base, own):
+        logger.warning(
+            f"`reward_model_adapters: {path}` was trained on {base} (`base_model_name_or_path` of its "
+            f"adapter_config.json), and is put on `reward_model: {own}`: unless they are the same model in two "
+            "places, its scores mean nothing."
+        )
+
+
+def may_be_same_model(base: str | None, path: str) -> bool:
+    """Paths are compared resolved, and with that a hub's names as text. An adapter may not say what it stands on."""
+    return not base or os.path.realpath(base) == os.path.realpath(path)
+
+
+def refuse_head(head: "Mapping[str, torch.Tensor] | None", key: str, path: str, hidden_size: int) -> None:
+    """Raise ValueError unless `head` is a value head for a model of that hidden size.
+
+    Args:
+        head: what is in the file; None where there is none.
+        key: the YAML key that names the folder.
+        path: the folder.
+        hidden_size: H.
+    """
+    if head is None:
+        raise ValueError(
+            f"`{key}: {path}` has no value head (value_head.safetensors or value_head.bin), so that it would score "
+            "at random. Give the folder that LLaMA-Factory's `stage: rm` wrote; what it wrote with LoRA is an "
+            "adapter, which `reward_model_type: full` takes as `reward_model_adapters`."
+        )
+    found = {name: list(tensor.shape) for name, tensor in head.items()}
+    expected = {HEAD_WEIGHT: [1, hidden_size], HEAD_BIAS: [1]}
+    if any(found.get(name) != shape for name, shape in expected.items()):
+        raise ValueError(
+            f"`{key}: {path}` has a value head that does not fit, so that it would score at random: its file holds "
+            f"{found}, and {expected} is expected, as LLaMA-Factory's `stage: rm` writes it for this model. Give the "
+            "folder that it wrote, with the base that it was trained on."
+        )
