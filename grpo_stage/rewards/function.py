@@ -22,14 +22,15 @@ from grpo_stage.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFunction:
-    """A callable, its settings, and what it wants of a batch."""
+    """A callable with its settings, and the arguments that it takes from a batch."""
 
     name: str
     function: Callable[..., Any]
     settings: Mapping[str, Any]
     required: tuple[str, ...]
-    """Batch arguments or dataset columns without a default."""
+    """Arguments without a default: of `BATCH_ARGUMENTS`, or dataset columns."""
     optional: tuple[str, ...]
+    """Arguments with a default that are no settings."""
     takes_everything: bool
     """It has a `**kwargs`."""
     source: RewardCode | None = None
@@ -80,10 +81,10 @@ class RewardFunction:
     def check(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError where a prompt lacks what the function requires."""
         for name in self.required:
-            if name in BATCH_ARGUMENTS and name != "references":
-                continue
             if name == "references":
                 missing = [p.index for p in prompts if not (p.reference or "").strip()]
+            elif name in BATCH_ARGUMENTS:
+                continue
             else:
                 missing = [p.index for p in prompts if name not in p.columns]
             if not missing:
@@ -96,8 +97,8 @@ class RewardFunction:
                 )
             raise ValueError(f"reward {self.name!r} takes an argument {name!r}{_missing(name, lacking, prompts)}")
 
-    def wanted(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """What of the batch the function is called with."""
+    def arguments_from(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """The part of the batch that the function is called with."""
         names = batch.keys() if self.takes_everything else (*self.required, *self.optional)
         return {name: batch[name] for name in names if name in batch}
 
@@ -107,8 +108,8 @@ class RewardFunction:
         """One score for each of `count` completions.
 
         Args:
-            arguments: what `wanted` chose of a batch.
-            count: how many completions it has.
+            arguments: `arguments_from` a batch.
+            count: the completions of that batch.
             wait_for: returns what an async function's awaitable returns.
 
         Raises:
@@ -116,9 +117,9 @@ class RewardFunction:
         """
         where = f"in a batch of {count} completions, the first of which is shown"
         try:
-            # Copies for each call: what a function does to its arguments is no other function's or step's concern.
-            own = {name: _copied(value) for name, value in (*arguments.items(), *self.settings.items())}
-            scores = self.function(**own)
+            # Copies for each call: a function may change its arguments, and no other function or step shall see that.
+            copies = {name: _copied(value) for name, value in (*arguments.items(), *self.settings.items())}
+            scores = self.function(**copies)
             if inspect.isawaitable(scores):
                 scores = wait_for(scores)
         except CompletionError:
@@ -138,8 +139,8 @@ class RewardFunction:
 
 @contextlib.contextmanager
 def working_directory_kept() -> Iterator[None]:
-    """Whoever changes the working directory in this block has changed it for the block alone."""
-    folder = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # it may have no path any more, or not be readable
+    """A change of the working directory within the block is undone at its end."""
+    folder = os.open(".", getattr(os, "O_PATH", os.O_RDONLY))  # the folder may have been removed, or not be readable
     try:
         yield
     finally:
@@ -148,7 +149,7 @@ def working_directory_kept() -> Iterator[None]:
 
 
 def _missing(name: str, lacking: str, prompts: Sequence[Prompt]) -> str:
-    """What to say of an argument without a default that some of the prompts have no column for."""
+    """The end of a message about an argument without a default that some prompts have no column for."""
     columns = sorted({column for p in prompts for column in p.columns})
     if name in columns:
         return (
@@ -170,7 +171,7 @@ def _missing(name: str, lacking: str, prompts: Sequence[Prompt]) -> str:
 
 
 def _copied(value: Any) -> Any:
-    """Lists and mappings as copies, whatever they are nested in. Cheaper than `deepcopy`, which notes each number."""
+    """Copies of lists and mappings to any depth. Cheaper than `deepcopy`, which keeps a note of every number."""
     if isinstance(value, list):
         return [_copied(each) if isinstance(each, list | dict) else each for each in value]
     if isinstance(value, dict):
@@ -179,6 +180,7 @@ def _copied(value: Any) -> Any:
 
 
 def _checked(score: Any, position: int) -> float | None:
+    """One returned score as a finite number or None, or CompletionError."""
     if hasattr(score, "tolist"):
         score = score.tolist()
     if score is None:

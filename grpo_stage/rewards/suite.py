@@ -17,8 +17,8 @@ from grpo_stage.types import Prompt, Reward, RolloutGroup, TrainingProgress
 
 
 MAX_MAGNITUDE = 1e15
-"""Of a reward, weighted or not. Squares of it, summed over a batch, stay far inside float32 (3.4e38), in which losses
-and gradients are computed."""
+"""The largest reward in magnitude, weighted or not. The sum of its squares over a batch stays far below the largest
+float32 (3.4e38), in which losses and gradients are computed."""
 
 
 class RewardSuite:
@@ -26,16 +26,16 @@ class RewardSuite:
 
     Args:
         names: what metrics and tables call the rewards; unique.
-        functions: those of them that are functions: all but `REWARD_MODEL`.
+        functions: of all names but `REWARD_MODEL`.
         weights: one for each name.
-        context: what the built-in ones share.
-        workers: of the functions that run in processes of their own, by name.
+        context: shared by the built-in functions.
+        workers: by name, of the functions that run in processes of their own.
     """
 
     model: Reward
-    """What scores `REWARD_MODEL`. It may need the policy, and so is set once that is loaded."""
+    """Scores `REWARD_MODEL`. It may need the policy, and so is set once the policy is loaded."""
     progress: TrainingProgress
-    """What functions get as `trainer_state`. The trainer sets it before it has completions scored."""
+    """What functions get as `trainer_state`. The trainer sets it before every call of `score`."""
 
     def __init__(
         self,
@@ -103,14 +103,14 @@ class RewardSuite:
         return [[next(flat) for _ in group.completions] for group in groups]
 
     def _score(self, groups: Sequence[RolloutGroup], batch: Mapping[str, Any]) -> dict[str, list[float | None]]:
-        """The scores of each name. Functions with a process of their own are at it all at the same time."""
+        """The scores of each name. Functions in processes of their own run at the same time."""
         count, seed = len(batch["completions"]), batch_seed(batch["completion_ids"])
         scores: dict[str, list[float | None]] = {}
         in_workers = [function for function in self._functions if function.name in self._workers]
         here = [function for function in self._functions if function.name not in self._workers]
         try:
             for function in in_workers:
-                self._workers[function.name].start(function.wanted(batch), count, seed)
+                self._workers[function.name].start(function.arguments_from(batch), count, seed)
             if REWARD_MODEL in self.names:
                 scores[REWARD_MODEL] = [score for group in self.model(groups) for score in group]
             for function in (*here, *in_workers):
@@ -118,8 +118,10 @@ class RewardSuite:
                     if function.name in self._workers:
                         scores[function.name] = self._workers[function.name].result()
                         continue
-                    with working_directory_kept():  # a worker's is that function's own
-                        scores[function.name] = function.evaluate(function.wanted(batch), count, self._loop.wait_for)
+                    with working_directory_kept():
+                        scores[function.name] = function.evaluate(
+                            function.arguments_from(batch), count, self._loop.wait_for
+                        )
                 except CompletionError as failure:
                     raise _error(function.name, failure, batch) from (failure.__cause__ or failure)
         finally:
@@ -145,7 +147,7 @@ class RewardSuite:
 
 
 def _flatten(groups: Sequence[RolloutGroup], columns: Iterable[str]) -> dict[str, list[Any]]:
-    """Every argument a function can name, a list over all completions, prompt-major. Ours win over dataset columns."""
+    """Each argument as a list over all completions, prompt-major. Batch arguments hide columns of the same name."""
     rows = [(group.prompt, completion) for group in groups for completion in group.completions]
     return {column: [prompt.columns.get(column) for prompt, _ in rows] for column in sorted(columns)} | {
         "prompts": [prompt.text for prompt, _ in rows],
@@ -157,7 +159,7 @@ def _flatten(groups: Sequence[RolloutGroup], columns: Iterable[str]) -> dict[str
 
 
 def _error(name: str, failure: CompletionError, batch: Mapping[str, Any]) -> RewardError:
-    """`failure` with what the user needs to find it."""
+    """`failure` as the error of the run, which shows function, prompt and completion."""
     return failure.error_type(
         name,
         failure.problem,
@@ -168,7 +170,7 @@ def _error(name: str, failure: CompletionError, batch: Mapping[str, Any]) -> Rew
 
 
 def _check_magnitude(scores: Sequence[float | None], weight: float) -> None:
-    """Refuse a reward whose advantage, or the square of it, is infinite though the reward is not."""
+    """Refuse finite rewards so large that their advantages or the squares of those overflow."""
     for position, score in enumerate(scores):
         if score is not None and not max(abs(score), abs(weight * score)) <= MAX_MAGNITUDE:
             weighted = "" if weight == 1 else f", {weight * score:g} with its weight of {weight:g},"

@@ -4,16 +4,17 @@ from grpo_stage.rewards.answers.final_answer import final_answer
 from grpo_stage.rewards.answers.formulas import are_equal
 from grpo_stage.rewards.answers.kinds import AreEqual, Text, normalized
 from grpo_stage.rewards.answers.notation import plain
-from grpo_stage.rewards.answers.numbers import MAX_CHARACTERS, Number, number_in
+from grpo_stage.rewards.answers.numbers import MAX_CHARACTERS, Number
+from grpo_stage.rewards.answers.stated_number import number_in
 from grpo_stage.rewards.answers.statements import is_stated, letter_in, read_final
 
 
 _MAX_WORDS = 8
-"""Of an answer in words: a longer one can be put in too many ways."""
+"""An answer of more words can be put in too many ways to be compared as text."""
 
 
 def verdict_without_formulas(completion: str, reference: str) -> bool | None:
-    """What `is_correct` says, or None where math-verify has to be asked. Takes no longer than reading the texts."""
+    """What `is_correct` says, or None where only math-verify can tell. Takes no longer than reading the texts."""
     try:
         return _is_correct(completion, reference, _undecided)
     except _UndecidedError:
@@ -21,7 +22,7 @@ def verdict_without_formulas(completion: str, reference: str) -> bool | None:
 
 
 def is_correct(completion: str, reference: str) -> bool:
-    """What `accuracy` says. Runs in a worker, since math-verify may take arbitrarily long."""
+    """The verdict of `accuracy`. Runs in a worker, since math-verify may take for ever."""
     return _is_correct(completion, reference, are_equal)
 
 
@@ -43,7 +44,7 @@ def _undecided(reference: str, answer: str) -> bool:
 
 
 def unjudged_reason(reference: str) -> str:
-    """Why no completion but a copy of `reference` would be judged correct; empty where others can be."""
+    """Why only a copy of `reference` would be judged correct; empty where other completions can be, too."""
     gold = final_answer(reference, is_reference=True)
     if not _as_text(gold.text):
         return "states no final answer"
@@ -56,7 +57,7 @@ def unjudged_reason(reference: str) -> str:
 
 
 def voted_answer(completion: str) -> str | None:
-    r"""What `completion` votes for in maj@k: the same text for the same answer; None where it is empty or unfinished.
+    r"""What `completion` votes for in maj@k: equal texts for equal answers; None if it is empty or unfinished.
 
     The final answer as `accuracy` finds it: the value of a number however it is written (`1,000.0`, `3/6`), the letter
     of an option, else the text regardless of case, white space and surrounding punctuation. Formulas are compared as

@@ -15,20 +15,19 @@ from grpo_stage.rewards.models.refusals import refuse_extras
 
 
 class AdapterOnPolicy:
-    """A reward model's LoRA adapter on the policy's base, beside PEFT and not within it.
+    """A reward model's LoRA adapter, added to the outputs of the policy's layers while the policy's own is off.
 
-    As another adapter of PEFT's it would stand in the policy's state, its saves and its optimizer, and would have to
-    be switched. Here the policy's adapter is off while this one's share is added to what its layers return: the
-    policy's weights are never touched.
+    It is no adapter of PEFT's: as one it would be a part of the policy's state, of its saves and of its optimizer.
+    The weights of the policy are never touched.
     """
 
     def __init__(self, policy: PeftModel, config: LoraConfig, weights: Mapping[str, torch.Tensor], path: str) -> None:
         """
         Args:
-            policy: stands on the base that the adapter was trained on.
-            config: the adapter's.
+            policy: its base is the one that the adapter was trained on.
+            config: of the adapter.
             weights: `<module>.lora_A.weight` and `<module>.lora_B.weight`, as PEFT saves them.
-            path: where it is from, for messages.
+            path: the adapter's folder, for messages.
 
         Raises:
             ValueError: if it is not a plain LoRA, or does not fit the policy's base.
@@ -60,7 +59,7 @@ class AdapterOnPolicy:
         requires_grad = [(parameter, parameter.requires_grad) for parameter in policy.parameters()]
         hooks = []
         try:
-            # Not before: the policy may be placed on its device after this is made.
+            # Here and not in `__init__`, since the policy may be placed on its device later.
             self._layers = [
                 (module, down.to(module.weight.device), up.to(module.weight.device))
                 for module, down, up in self._layers
@@ -72,7 +71,7 @@ class AdapterOnPolicy:
         finally:
             for hook in hooks:
                 hook.remove()
-            for parameter, required in requires_grad:  # PEFT switches those of the adapter off and on
+            for parameter, required in requires_grad:  # PEFT switches those of its adapter
                 parameter.requires_grad_(required)
 
 

@@ -1,6 +1,6 @@
-"""What a reward model is refused for, as its files show: a value head that does not fit, another base, no plain LoRA.
+"""Refusals of a reward model by its files: a value head that does not fit, another base, an adapter of another kind.
 
-Loads no torch: the checks that run before a model is loaded use it.
+They come before a model is loaded, and this module loads no torch.
 """
 
 import logging
@@ -18,18 +18,18 @@ logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host
 HEAD_WEIGHT, HEAD_BIAS = "v_head.summary.weight", "v_head.summary.bias"
 """The names under which the host keeps a value head."""
 PLAIN_LORA = {"peft_type": "LORA", "bias": "none"}
-"""What adapter_config.json may say under the keys of `LORA_EXTRAS`."""
+"""Values under the keys of `LORA_EXTRAS` that leave an adapter a plain LoRA."""
 LORA_EXTRAS = (
     *("peft_type", "bias", "use_dora", "lora_bias", "modules_to_save", "trainable_token_indices", "target_parameters"),
     *("rank_pattern", "alpha_pattern", "layer_replication", "alora_invocation_tokens", "use_qalora"),
 )
-"""Keys of adapter_config.json that make more of an adapter than a LoRA of one rank."""
+"""Keys of adapter_config.json under which any other value makes an adapter more than a LoRA of one rank."""
 
 
 def refuse_extras(config: Mapping[str, Any], path: str) -> None:
-    """Raise ValueError where an adapter_config.json is more than a plain LoRA."""
+    """Raise ValueError unless an adapter_config.json is that of a plain LoRA."""
     extras = [key for key in LORA_EXTRAS if config.get(key) and config[key] != PLAIN_LORA.get(key)]
-    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):  # they change the base
+    if str(config.get("init_lora_weights")).startswith(("pissa", "olora", "corda", "loftq")):  # those change the base
         extras.append("init_lora_weights")
     if extras:
         listed = ", ".join(f"`{key}: {config[key]}`" for key in extras)
@@ -43,11 +43,11 @@ def refuse_extras(config: Mapping[str, Any], path: str) -> None:
 def refuse_other_base(base: str | None, path: str, own: str) -> None:
     """Raise ValueError unless an adapter (`reward_model_type: lora`) was trained on the policy's own base.
 
-    Another model of the same shape would give scores as well, and nothing would show that they mean nothing.
+    On another base of the same shape there would be scores too, and no sign that they mean nothing.
 
     Args:
         base: `base_model_name_or_path` of its adapter_config.json.
-        path: where it is from.
+        path: its folder.
         own: `model_name_or_path`.
     """
     if not may_be_same_model(base, own):
@@ -61,7 +61,7 @@ def refuse_other_base(base: str | None, path: str, own: str) -> None:
 
 
 def warn_of_other_base(base: str | None, path: str, own: str) -> None:
-    """As `refuse_other_base`, of `reward_model_adapters` on a `reward_model` that the user chose for them."""
+    """Warn if `reward_model_adapters` were trained on another model than the `reward_model` of the recipe."""
     if not may_be_same_model(base, own):
         logger.warning(
             f"`reward_model_adapters: {path}` was trained on {base} (`base_model_name_or_path` of its "
@@ -71,7 +71,7 @@ def warn_of_other_base(base: str | None, path: str, own: str) -> None:
 
 
 def may_be_same_model(base: str | None, path: str) -> bool:
-    """Paths are compared resolved, and with that a hub's names as text. An adapter may not say what it stands on."""
+    """True unless `base` is known to be another model: paths are compared resolved, and names of a hub as text."""
     return not base or os.path.realpath(base) == os.path.realpath(path)
 
 
@@ -79,7 +79,7 @@ def refuse_head(head: "Mapping[str, torch.Tensor] | None", key: str, path: str, 
     """Raise ValueError unless `head` is a value head for a model of that hidden size.
 
     Args:
-        head: what is in the file; None where there is none.
+        head: the tensors of its file; None if there is no file.
         key: the YAML key that names the folder.
         path: the folder.
         hidden_size: H.

@@ -42,8 +42,8 @@ class ModelReward:
         """
         Args:
             score: a number for each sequence of prompt and completion tokens.
-            max_tokens: how many tokens, padding included, one call of `score` gets. A single longer one goes alone.
-                It gives way where memory runs out.
+            max_tokens: the most tokens, padding included, of one call of `score`; a longer completion goes alone.
+                Lowered when memory runs out.
             ending: the tokens that the template closes an answer with.
         """
         self._score = score
@@ -67,7 +67,7 @@ class ModelReward:
                 values = self._score([tokens[row] for row in chosen])
             except RewardServerError as error:
                 raise self._error(str(error), *rows[chosen[0]]) from error
-            except Exception as error:  # whatever a model's forward pass raises: the run ends with a checkpoint
+            except Exception as error:  # a model's forward pass may raise anything; the run ends with a checkpoint
                 if not should_reduce_batch_size(error):
                     problem = f"raised {type(error).__name__} in a batch of {len(chosen)} completions"
                     raise self._error(problem, *rows[chosen[0]], format_exc()) from error
@@ -87,11 +87,12 @@ class ModelReward:
         return [[next(flat) for _ in group.completions] for group in groups]
 
     def _closed(self, completion: Completion) -> Tokens:
-        """Its tokens as the template would close them, whichever end token was sampled; as they are if none was."""
+        """The tokens with the template's ending, whichever end token was sampled; unchanged if none was."""
         if completion.finish_reason is not FinishReason.STOP:
             return completion.token_ids
         content = completion.token_ids[:-1]
-        # Some templates close an answer with more than the end token, which the policy samples as well: `\n<eos>`.
+        # Some templates close an answer with more than the end token, such as `\n<eos>`: the policy may have sampled
+        # the beginning of that.
         sampled = max(n for n in range(len(self._ending) + 1) if content[len(content) - n :] == self._ending[:n])
         return content + self._ending[sampled:]
 

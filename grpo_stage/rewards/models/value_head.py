@@ -25,7 +25,7 @@ class ValueHeadScorer:
     ) -> None:
         """
         Args:
-            activate: yields the model; what it changes for that is as before afterwards.
+            activate: a context that yields the model, and restores what it changes for that.
             head: `v_head.summary.weight` [1, H] and `v_head.summary.bias` [1], as the host keeps them.
             autocast: the precision of a forward pass.
         """
@@ -36,7 +36,7 @@ class ValueHeadScorer:
     @torch.no_grad()
     def __call__(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         lengths = torch.tensor([len(sequence) for sequence in sequences])
-        input_ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)  # [B, L]; masked where it is 0
+        input_ids = torch.zeros(len(sequences), int(lengths.max()), dtype=torch.long)  # [B, L]; padding is masked
         for row, sequence in enumerate(sequences):
             input_ids[row, : len(sequence)] = torch.tensor(sequence)
         attention_mask = torch.arange(input_ids.shape[1]) < lengths.unsqueeze(1)  # [B, L]

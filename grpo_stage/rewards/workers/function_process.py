@@ -16,7 +16,7 @@ from grpo_stage.rewards.errors import CompletionError
 from grpo_stage.rewards.function import RewardFunction
 from grpo_stage.rewards.workers.event_loop import EventLoop
 from grpo_stage.rewards.workers.pools import watch_pools
-from grpo_stage.rewards.workers.processes import keep
+from grpo_stage.rewards.workers.processes import become_keeper
 from grpo_stage.rewards.workers.seeds import seed_generators
 
 
@@ -42,17 +42,17 @@ def serve(
         environment: the trainer's, since the fork server may have another.
         start_method: of the trainer's own processes.
     """
-    keep()
+    become_keeper()
     # The function's own processes start as the trainer's do, not as this one did: what works there works here.
     multiprocessing.set_start_method(start_method, force=True)
     let_children_be_terminated()
     os.environ.update(environment)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(line_buffering=True)  # what is printed before the end by a signal is seen
+            stream.reconfigure(line_buffering=True)  # so that prints before a kill are seen
     faulthandler.enable(stacks.fileno())
 
-    # A little before the trainer ends this process: the stacks of all threads, even where C code keeps the GIL.
+    # The stacks of all threads, a little before the trainer ends this process, even while C code keeps the GIL.
     dump_after_s = timeout_s - min(1.0, timeout_s / 5)
     function: RewardFunction | None = None
     loop = EventLoop(stacks.fileno())
@@ -84,9 +84,9 @@ def _seeded_load(load: Callable[[], RewardFunction]) -> RewardFunction:
 
 
 def let_children_be_terminated() -> None:
-    """What the function starts has to hear SIGTERM, which many programs are ended with; the worker has not.
+    """Unblock SIGTERM for the processes that the function starts, which are often ended with it; ignore it here.
 
-    One that comes while a child is being forked waits for the child's handler: `Pool.terminate` may send it then.
+    A SIGTERM that comes while a child is being forked, as from `Pool.terminate`, is held until the child ends at it.
     """
     signal.signal(signal.SIGTERM, _ignore)
     os.register_at_fork(before=_hold_terminations, after_in_parent=_hear_terminations, after_in_child=_end_at_them)

@@ -28,15 +28,15 @@ CLOSE_GRACE_S = 2.0
 class FunctionWorker:
     """One reward function in its own process, which starts at the first call and lives as long as the run.
 
-    Module-level caches of the function therefore live on from call to call. The process knows nothing of the
-    trainer's: it loads the function anew.
+    So the function's module-level caches live on from call to call. The process shares nothing with the trainer: it
+    loads the function anew.
 
     Args:
         name: the function's display name.
-        load: returns the function; called in the worker, and so picklable.
-        source_file: the file that the function is written in, whose frames are quoted where it takes too long.
+        load: returns the function. It is pickled, and called in the worker.
+        source_file: the function's own file, of which a line is quoted when the function takes too long.
         timeout_s: seconds for one call; loading counts towards the first.
-        dump_dir: the folder for the stacks of a process that took too long.
+        dump_dir: the folder for the stacks of a function that takes too long.
     """
 
     def __init__(
@@ -52,11 +52,11 @@ class FunctionWorker:
         call = pickle.dumps((dict(arguments), count, seed))
         if self._process is None:
             self._start_process()
-        self._read_stacks()  # of a call that ended just before it would have been ended
+        self._read_stacks()  # left by an earlier call that ended just in time
         self._count = count
         self._deadline = time.monotonic() + self.timeout_s
         self._is_busy = True
-        # In a thread, since a worker in which a thread of the function's keeps the GIL leaves the pipe full.
+        # In a thread: the pipe stays full while a thread of the function keeps the GIL of the worker.
         threading.Thread(target=_send, args=(self._connection, call), daemon=True).start()
 
     def result(self) -> list[float | None]:
@@ -84,7 +84,7 @@ class FunctionWorker:
         return reply
 
     def end_if_busy(self) -> None:
-        """End the process of a call whose result nobody waited for."""
+        """End the process if nobody has waited for the result of its call."""
         if self._is_busy:
             self.close()
 
@@ -103,10 +103,10 @@ class FunctionWorker:
         self._stacks, stacks = Pipe(duplex=False)
         start_method = multiprocessing.get_start_method(allow_none=True)
         args = (theirs, stacks, self._load, self.timeout_s, dict(os.environ), start_method)
-        # No daemon: those may not have children, and the function may want some.
+        # Not as a daemon, which may not have children: the function may start some.
         process = WorkerProcess(target=serve, args=args, name=f"reward {self.name}", daemon=False)
         process.start()
-        # Also when nobody calls `close`: multiprocessing waits for its children at exit, for ever if need be.
+        # Even if nobody calls `close`: at exit multiprocessing waits for its children without a limit.
         self._end = Finalize(self, _end, args=(process, self._connection), exitpriority=0)
         self._process = process
         theirs.close()
@@ -156,7 +156,7 @@ class FunctionWorker:
 
 
 def _send(connection: Connection, call: bytes) -> None:
-    with suppress(OSError):  # the worker died or was ended: whoever waits for the result says so
+    with suppress(OSError):  # the worker died or was ended, which `result` reports
         connection.send_bytes(call)
 
 

@@ -1,4 +1,4 @@
-"""A `multiprocessing.Pool` that waits for ever, since one of its processes died: noticed and reported."""
+"""Reports of a `multiprocessing.Pool` that waits for ever, since one of its processes died."""
 
 import signal
 import sys
@@ -11,13 +11,14 @@ from typing import Any
 
 
 def watch_pools(report: Callable[[str], None]) -> None:
-    """Report it where a `multiprocessing.Pool` waits for ever: for what a process of it was at that died.
+    """Call `report` with the problem when the main thread waits for ever for a job of a process that died.
 
-    The Pool's own thread looks for such processes, and starts others in their place. It has ended when a Pool is
-    terminated, so that what it finds died by itself. That alone is no error, since a function may wait with a limit.
+    A thread of each Pool looks for its dead processes, and starts others in their place. This watches what the thread
+    finds. The thread ends before a Pool is terminated, so that a process that it finds died by itself. That alone is
+    no error, since a function may wait with a limit.
     """
     join_exited = Pool._join_exited_workers  # type: ignore[attr-defined]
-    noted: list[tuple[list[Any], int]] = []  # a Pool's list of its processes, and the exit code of one that died
+    noted: list[tuple[list[Any], int]] = []  # the list of a Pool's processes, and the exit code of a dead one
 
     def join_and_note(processes: list[Any]) -> bool:
         before = list(processes)
@@ -33,7 +34,7 @@ def watch_pools(report: Callable[[str], None]) -> None:
             time.sleep(0.1)
             pool: Any = getattr(_awaited_of_pool(), "_pool", None)
             died = [code for processes, code in noted if pool is not None and processes is pool._pool]
-            if died and len(died) >= len(pool._cache):  # no job is left that a living process may be at
+            if died and len(died) >= len(pool._cache):  # no job is left to the living processes
                 report(_pool_problem(died[0]))
                 return
 
@@ -41,7 +42,7 @@ def watch_pools(report: Callable[[str], None]) -> None:
 
 
 def _awaited_of_pool() -> Any:
-    """What the main thread waits for, without a limit, of a `multiprocessing.Pool`; None where it does not."""
+    """The result of a `multiprocessing.Pool` that the main thread waits for without a limit, or None."""
     frame: FrameType | None = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         if frame.f_code in _POOL_WAITS and frame.f_locals.get("timeout") is None:

@@ -1,4 +1,4 @@
-"""Seeds of what a reward function draws at random."""
+"""Seeds of the random numbers that a reward function draws."""
 
 import hashlib
 import random
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def batch_seed(completion_ids: Sequence[Sequence[int]]) -> int:
-    """A seed that depends on the completions alone: what a random reward draws is then the same in a resumed run."""
+    """A seed that depends on the completions alone, so that a resumed run draws the same numbers."""
     digest = hashlib.sha256()
     for ids in completion_ids:
         digest.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
@@ -16,7 +16,7 @@ def batch_seed(completion_ids: Sequence[Sequence[int]]) -> int:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed the generators that a reward may draw from, of the modules that are loaded."""
+    """Seed the global generators of Python and, where they are loaded, of numpy and torch."""
     random.seed(seed)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(seed % 2**32)
