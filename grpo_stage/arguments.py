@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from .algorithm.conditions import Above, applies, shown, shown_condition
+from .rewards.options import REWARD_COLUMNS_EXAMPLE, as_weight, check_rewards
 
 
 ROLLOUT, REWARDS, OBJECTIVE, EVALUATION = "Rollout", "Rewards", "Objective", "Evaluation"
@@ -42,13 +43,8 @@ SIGNED_ESTIMATORS = tuple(estimator for estimator in ADVANTAGE_SCALES if estimat
 """Those of `advantage_estimator` that give advantages below 0."""
 MOST_GENERATIONS = 16_384
 """Far more completions of one prompt than any paper has."""
-LARGEST_WEIGHT = 1e9
 LONGEST_TIMEOUT_S = 1e9
 """About what a system call takes at most."""
-BUILTIN_REWARDS = ("accuracy", "exact_match", "format", "tag_count", "length", "overlong", "repetition", "regex")
-BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references", "trainer_state")
-"""What every reward function can take, beside the columns of the dataset."""
-REWARD_COLUMNS_EXAMPLE = '{"ground_truth": "reward_model.ground_truth"}'
 
 
 @dataclass
@@ -710,7 +706,7 @@ class GRPOArguments:
     def __post_init__(self) -> None:
         self.reward_funcs: list[str] = _split(self.reward_funcs)  # type: ignore[assignment]
         if self.reward_weights is not None:
-            weights = [_weight(item) for item in _split(self.reward_weights)]
+            weights = [as_weight(item) for item in _split(self.reward_weights)]
             self.reward_weights: list[float] | None = weights  # type: ignore[assignment]
         if isinstance(self.reward_kwargs, str):
             self.reward_kwargs = _mapping("reward_kwargs", self.reward_kwargs, '{"length": {"max_length": 512}}')
@@ -736,8 +732,8 @@ class GRPOArguments:
             if value != spec.default or (spec.name in given and not asks_for_nothing):
                 _check_effect(spec, vars(self))
 
-        _check_rewards(list(self.reward_funcs or ()), self.reward_weights, self.reward_kwargs or {})
-        _check_reward_columns(self.reward_columns or {})
+        read: Any = self  # `__post_init__` has made lists and mappings of texts
+        check_rewards(read.reward_funcs, read.reward_weights, read.reward_kwargs or {}, read.reward_columns or {})
         _check_scale(self.advantage_estimator, self.scale_rewards)
         _check_clip_range(self.loss_type, self.epsilon, self.epsilon_high, self.delta)
         _check_kl(self)
@@ -789,60 +785,6 @@ def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:
     raise ValueError(
         f"`{spec.name}: {value}` must be {rule}. {spec.metadata['help']} Give it such a value, or {default}."
     )
-
-
-def _check_rewards(names: list[str], weights: Any, kwargs: Any) -> None:
-    """`weights` is None or a list, `kwargs` a mapping."""
-    listed = ", ".join(names)
-    if not names:
-        raise ValueError(
-            "`reward_funcs` is missing: without a reward there is nothing to learn from. Name one or more of "
-            f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`; or give a "
-            "`reward_model`."
-        )
-    if len(set(names)) < len(names):
-        raise ValueError(
-            f"`reward_funcs: {listed}` names a function twice. Name each once, and give it more weight in "
-            "`reward_weights`."
-        )
-    for name, settings in kwargs.items():
-        if not isinstance(settings, dict):
-            raise ValueError(
-                f"`reward_kwargs` maps a function's name to its keyword arguments, but {name!r} has {settings!r}. "
-                'Write for example {"length": {"max_length": 512}}.'
-            )
-    if weights is None:
-        return
-    shown = ", ".join(map(str, weights))
-    if len(weights) != len(names):
-        raise ValueError(
-            f"`reward_weights: {shown}` has {len(weights)} values for the {len(names)} functions of "
-            f"`reward_funcs: {listed}`. Give one weight for each, in the same order."
-        )
-    if not all(math.isfinite(weight) and abs(weight) <= LARGEST_WEIGHT for weight in weights):
-        raise ValueError(
-            f"`reward_weights: {shown}` must be finite and at most {LARGEST_WEIGHT:g} in magnitude, since rewards are "
-            "multiplied by them. Write for example 0.5."
-        )
-    if not any(weights):
-        raise ValueError(
-            f"`reward_weights: {shown}`: every reward would be 0, and nothing would be learned. Give at least one "
-            "function a weight other than 0."
-        )
-
-
-def _check_reward_columns(columns: Any) -> None:
-    for name, path in columns.items():
-        if not isinstance(path, str) or not all(path.split(".")):
-            raise ValueError(
-                f"`reward_columns` maps an argument's name to the path of a field, but {name!r} has {path!r}. Write "
-                f"for example {REWARD_COLUMNS_EXAMPLE}."
-            )
-        if name in BATCH_ARGUMENTS:
-            raise ValueError(
-                f"`reward_columns` sets {name!r}, an argument that every function can take. Choose another name"
-                f"{', or write `reference_column: ' + path + '`' if name == 'references' else ''}."
-            )
 
 
 _WHY_NOT_DIVIDED = MappingProxyType(
@@ -970,16 +912,6 @@ def _mapping(key: str, text: str, example: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"`{key}: {text}` is not a mapping. Write for example {example}.")
     return value
-
-
-def _weight(item: Any) -> float:
-    try:
-        return float(item)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"`reward_weights` holds {item!r}, which is not a number. Write one number for each reward function, "
-            "separated by commas or as a YAML list."
-        ) from error
 
 
 def _split(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from .host.run_end import finish
 from .host.sampling import sampling_settings
 from .monitors.canary import TIGHT_BOUND
 from .records.redaction import errors_masked
-from .rewards.registry import load_rewards
+from .rewards.loading import load_rewards
 from .rollout.epochs import prompts_of_step, steps_of_epoch, steps_of_run
 from .survival import checkpoints
 from .trainer import GRPOTrainer

@@ -14,8 +14,10 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import gradio as gr
 
 from grpo_stage.algorithm.conditions import Above, Given, applies
-from grpo_stage.arguments import BUILTIN_REWARDS, EVALUATION, MEMORY, OBJECTIVE, REWARDS, ROLLOUT, GRPOArguments
+from grpo_stage.arguments import EVALUATION, MEMORY, OBJECTIVE, REWARDS, ROLLOUT, GRPOArguments
 from grpo_stage.board.locales import PREFIX
+from grpo_stage.rewards.options import REWARD_MODEL
+from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 
 Kind = Literal["choice", "flag", "whole", "number", "text", "list", "mapping"]
@@ -23,7 +25,7 @@ Kind = Literal["choice", "flag", "whole", "number", "text", "list", "mapping"]
 GROUPS = tuple(dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(GRPOArguments)))
 _INITIAL_VALUES = MappingProxyType({"log_completions": True})
 """Where the form starts with another value than the run: the run view shows what `log_completions` writes."""
-_LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, "reward_model")})
+_LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, REWARD_MODEL)})
 """Comma-separated keys that the form shows as a multi-select, and what it offers."""
 
 

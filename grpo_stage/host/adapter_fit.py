@@ -11,7 +11,7 @@ from torch import nn
 
 from grpo_stage.host.adapters import adapter_config, adapter_folder
 from grpo_stage.host.log import get_logger
-from grpo_stage.rewards.models.reward_model import may_be_same_model
+from grpo_stage.rewards.models.refusals import may_be_same_model
 
 
 logger = get_logger(__name__)

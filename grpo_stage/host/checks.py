@@ -31,7 +31,7 @@ from grpo_stage.host.recipe import check_checkpoint, recipe_of
 from grpo_stage.host.rules import RULES, UNSUPPORTED, wants_best
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.evaluation import rewarding_metrics
-from grpo_stage.rewards.models.reward_model import refuse_extras
+from grpo_stage.rewards.models.refusals import refuse_extras
 from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.survival.run_lock import refuse_used
 

@@ -10,7 +10,7 @@ from grpo_stage.host.adapters import items
 from grpo_stage.host.model_checks import num_embeddings
 from grpo_stage.host.reward_models import server_scorer
 from grpo_stage.host.run_arguments import RunArguments
-from grpo_stage.rewards.models.reward_model import refuse_head, refuse_other_base, warn_of_other_base
+from grpo_stage.rewards.models.refusals import refuse_head, refuse_other_base, warn_of_other_base
 
 
 def check_other_models(arguments: RunArguments, template: Any, tokenizer: PreTrainedTokenizerBase) -> None:

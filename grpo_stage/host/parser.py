@@ -27,7 +27,7 @@ from grpo_stage.host.keys import as_written, known_keys, quoted, read
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
 from grpo_stage.records.redaction import errors_masked
-from grpo_stage.rewards.suite import REWARD_MODEL
+from grpo_stage.rewards.options import REWARD_MODEL
 from grpo_stage.rollout.engines.vllm_options import rank_with_room
 
 

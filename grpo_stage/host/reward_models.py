@@ -13,8 +13,10 @@ from grpo_stage.host import facade
 from grpo_stage.host.policy import to_device
 from grpo_stage.host.precision import autocast_dtype
 from grpo_stage.host.run_arguments import RunArguments
-from grpo_stage.rewards.models.reward_model import AdapterOnPolicy, ModelReward, ValueHeadScorer
+from grpo_stage.rewards.models.adapter_on_policy import AdapterOnPolicy
+from grpo_stage.rewards.models.reward_model import ModelReward
 from grpo_stage.rewards.models.server import ServerScorer
+from grpo_stage.rewards.models.value_head import ValueHeadScorer
 
 
 def load_reward_model(

@@ -19,7 +19,7 @@ from transformers.utils import (
 from grpo_stage.algorithm.conditions import Rule
 from grpo_stage.host.adapters import adapter_config, items
 from grpo_stage.host.coercion import as_plain
-from grpo_stage.rewards.suite import REWARD_MODEL
+from grpo_stage.rewards.options import REWARD_MODEL
 from grpo_stage.rollout.engines.lora import asks_for_new_tokens, continues_adapter
 
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from grpo_stage.records.metrics import MetricTracker, record_completions
-from grpo_stage.rewards.builtin.correctness import voted_answer
-from grpo_stage.rewards.suite import REWARD_MODEL
+from grpo_stage.rewards.answers.verdict import voted_answer
+from grpo_stage.rewards.options import REWARD_MODEL
 from grpo_stage.types import ScoredGroup
 
 

@@ -1,4 +1,4 @@
-"""What to say where a reward function was written for another framework, or uses processes in a way that fails."""
+"""Explanations of frequent failures of reward functions: made for another framework, or a misuse of processes."""
 
 import linecache
 import re
@@ -21,8 +21,8 @@ NOT_SUPPLIED: Mapping[str, str] = MappingProxyType(
 )
 """Arguments that functions written for other frameworks take: what each is, and what to do."""
 
-_INDEXED = re.compile(r"\[\s*[\"'](content|role)[\"']\s*\]$")
-_ASKED = re.compile(r"\.(get\(\s*[\"'])?(content|role)\b")
+_INDEXES_MESSAGE = re.compile(r"\[\s*[\"'](content|role)[\"']\s*\]$")
+_READS_MESSAGE = re.compile(r"\.(get\(\s*[\"'])?(content|role)\b")
 _CONVERSATIONS = (
     "`completions` and `prompts` are texts here, and not lists of messages as in TRL's conversational format: write "
     '`completion` for `completion[0]["content"]`. The messages of a prompt are the argument `messages`, so that '
@@ -38,11 +38,11 @@ _BROKEN = (
 
 
 def explanation_of(failure: BaseException) -> str:
-    """What is behind an exception of a user's function; empty where that is not known for sure."""
+    """The cause of an exception of a user's function, and the remedy; empty unless they are known for sure."""
     text = str(failure)
-    if text.startswith("string indices must be integers") and _INDEXED.search(_failed_expression(failure)):
+    if text.startswith("string indices must be integers") and _INDEXES_MESSAGE.search(_failed_expression(failure)):
         return _CONVERSATIONS
-    if text.startswith("'str' object has no attribute") and _ASKED.search(_failed_lines(failure)):
+    if text.startswith("'str' object has no attribute") and _READS_MESSAGE.search(_failed_lines(failure)):
         return _CONVERSATIONS
     if isinstance(failure, PicklingError) or re.match("(can't|cannot) (pickle|get local object)", text.lower()):
         return _PICKLED
@@ -54,7 +54,7 @@ def explanation_of(failure: BaseException) -> str:
 
 
 def _failed_lines(failure: BaseException) -> str:
-    """The source lines of what was evaluated when `failure` was raised; empty where they are not known."""
+    """The source lines of the expression that raised `failure`; empty if the source cannot be read."""
     *_, frame = traceback.extract_tb(failure.__traceback__)
     last = frame.end_lineno or frame.lineno or 0
     return "".join(linecache.getline(frame.filename, number) for number in range(frame.lineno or 1, last + 1))

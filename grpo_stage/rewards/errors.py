@@ -1,4 +1,4 @@
-"""What stops a run because of a reward."""
+"""The errors of rewards, which end a run."""
 
 SHOWN_CHARACTERS = 2000
 SHOWN_TRACEBACK = 10_000
@@ -29,7 +29,7 @@ class UnrewardedError(RuntimeError):
 
 
 class CompletionError(RuntimeError):
-    """Raised while a reward is computed, to say on which completion it failed, by its position in the batch."""
+    """A failure while a reward is computed, with the position in the batch of the completion that it is about."""
 
     error_type = RewardError
 
@@ -39,7 +39,7 @@ class CompletionError(RuntimeError):
 
 
 class CompletionTimeoutError(CompletionError):
-    """A `CompletionError` for `reward_timeout`."""
+    """A `CompletionError` of what took longer than `reward_timeout`."""
 
     error_type = RewardTimeoutError
 

@@ -1,4 +1,4 @@
-"""Completions of known worth, and whether rewards tell them apart: what `grpo-stage try-rewards` scores and says."""
+"""Rewards tried on completions of known worth: the scores and warnings of `grpo-stage try-rewards`."""
 
 import re
 from collections import Counter
@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from grpo_stage.rewards.builtin.correctness import unjudged_reason
+from grpo_stage.rewards.answers.verdict import unjudged_reason
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
-from grpo_stage.rewards.registry import CHECKED
+from grpo_stage.rewards.registry import names_that_ask_checker
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
@@ -48,7 +48,7 @@ class TrialRow:
 
 
 def texts_from(reference: str | None) -> dict[str, str]:
-    """A perfect completion and broken ones by their kind, as far as `reference` has what it takes."""
+    """A perfect completion and broken ones by kind; those left out that cannot be made of `reference`."""
     if reference is None or not reference.strip():
         return {EMPTY: ""}
     texts = {REFERENCE: reference, EMPTY: "", TRUNCATED: reference[: len(reference) // 2]}
@@ -63,7 +63,7 @@ def texts_from(reference: str | None) -> dict[str, str]:
 
 
 def completions_from(reference: str | None, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Completion]:
-    """`texts_from` as an engine would return them: without an end token where generation would have been cut."""
+    """`texts_from` as an engine would return them: no end token where generation would have been cut."""
     completions = {}
     for kind, text in texts_from(reference).items():
         token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
@@ -108,7 +108,7 @@ def try_rewards(
 
 
 def _score(rewards: RewardSuite, groups: Sequence[RolloutGroup]) -> list[list[list[float | None]]]:
-    """As in a run all at once; and one by one after a failure, since a function's own does not say where it was."""
+    """Score all at once, as a run does; after a failure one by one, to find the completion that fails."""
     try:
         return rewards.score(groups)
     except RewardTimeoutError:
@@ -121,7 +121,7 @@ def _score(rewards: RewardSuite, groups: Sequence[RolloutGroup]) -> list[list[li
 
 
 def warnings_about(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
-    """What a user should know before training with these rewards, in plain words; empty where nothing is wrong."""
+    """What a user should know before training with these rewards; empty where nothing is wrong."""
     by_prompt: dict[int, list[TrialRow]] = {}
     for row in rows:
         by_prompt.setdefault(row.prompt_index, []).append(row)
@@ -130,7 +130,7 @@ def warnings_about(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
         for name in names
         if all(row.rewards[name] is None for row in rows)
     ]
-    if judged_by := CHECKED.intersection(names):
+    if judged_by := names_that_ask_checker(names):
         warnings += _unjudged(rows, min(judged_by))
     if not any(row.kind == REFERENCE for row in rows):
         warnings.append(
@@ -146,7 +146,7 @@ def warnings_about(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
         ]
     groups = list(by_prompt.values())
     not_told_apart = [_not_told_apart(groups, kind, words) for kind, words in _BELOW_THE_REFERENCE.items()]
-    return warnings + [warning for warning in (*not_told_apart, _level(groups)) if warning]
+    return warnings + [warning for warning in (*not_told_apart, _equal_groups(groups)) if warning]
 
 
 def _unjudged(rows: Sequence[TrialRow], name: str) -> list[str]:
@@ -176,7 +176,7 @@ def _not_told_apart(groups: Sequence[Sequence[TrialRow]], kind: str, words: str)
     )
 
 
-def _level(groups: Sequence[Sequence[TrialRow]]) -> str:
+def _equal_groups(groups: Sequence[Sequence[TrialRow]]) -> str:
     sampled = [rewards for group in groups if (rewards := [row.reward for row in group if row.kind == SAMPLED])]
     level = [rewards for rewards in sampled if len(set(rewards)) == 1]
     if not level:
@@ -188,7 +188,7 @@ def _level(groups: Sequence[Sequence[TrialRow]]) -> str:
 
 
 def _is_above(perfect: float | None, broken: float | None) -> bool:
-    """A completion without a reward takes no part in the update: it is not reinforced either."""
+    """True if the update prefers the perfect completion. One without a reward takes no part in it."""
     return perfect is not None and (broken is None or perfect > broken)
 
 

@@ -1,7 +1,7 @@
 """Which code a reward function is: the one rule for what may be one, and the record of what will run.
 
 A recipe alone must not run code. So `path/file.py:function` and `package.module:function` are located and judged
-before anything of them is imported, and what the name turns out to be is judged before it is called.
+before anything of them is imported, and the object that is then found under the name before it is called.
 """
 
 import functools
@@ -23,6 +23,7 @@ from grpo_stage.rewards.user_modules import first_on_path
 _INSTALLED = ("site-packages", "dist-packages")
 _OURS = Path(__file__).resolve().parents[1]
 _SCORED = ("completions", "completion_ids")
+"""A function that scores completions takes one of these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class RewardCode:
     spec: str
     """As `reward_funcs` names it."""
     file: Path
-    """What is loaded for it. Of what is in an archive, the path within it."""
+    """The file that is loaded for it; for a module in an archive, the path within the archive."""
     sha256: str
     """Of the file, as hexadecimal digits."""
 
@@ -54,7 +55,7 @@ class RewardCode:
 
 
 def describe(specs: Iterable[str], folder: Path) -> list[RewardCode]:
-    """What will run for these items of `reward_funcs`, the built-in ones left out. Nothing is imported for it.
+    """The code that will run for these items of `reward_funcs`, built-in ones left out. Nothing is imported.
 
     Args:
         specs: `path/file.py:function`, `package.module:function`; a name without a colon is a built-in one.
@@ -103,14 +104,14 @@ def file_of(place: str, folder: Path) -> Path:
 
 
 def check_loaded(code: RewardCode, module: ModuleType, function: Any) -> RewardCode:
-    """Judge what the name of `code` turned out to be. What is not callable is left to `RewardFunction.bind`.
+    """Judge the object that is found under the name of `code`. `RewardFunction.bind` refuses what is not callable.
 
     Returns:
-        The code with the file in which the function is defined: a package may show it in another of its own.
+        `code`, with the file that defines the function: a package may re-export it from another of its modules.
 
     Raises:
-        ValueError: if it is compiled, of Python's standard library, only imported where it is named, or of an
-            installed package and scores nothing.
+        ValueError: if the object is compiled, of Python's standard library, only imported where it is named, or of
+            an installed package without an argument for completions.
     """
     if not callable(function):
         return code
@@ -141,7 +142,7 @@ def check_loaded(code: RewardCode, module: ModuleType, function: Any) -> RewardC
 
 
 def _module_file(place: str, spec: str, folder: Path) -> tuple[Path, bytes]:
-    """The file of a module and its content; of what is in an archive, the path within it."""
+    """The file of a module and its content; for a module in an archive, the path within the archive."""
     if place.split(".")[0] in sys.stdlib_module_names:
         same = folder / f"{place.replace('.', '/')}.py"
         own = f" Your own {same} is `{place.replace('.', '/')}.py:...`." if same.is_file() else ""
@@ -164,7 +165,7 @@ def _module_file(place: str, spec: str, folder: Path) -> tuple[Path, bytes]:
 
 
 def _find(name: str) -> ModuleSpec | None:
-    """As `importlib.util.find_spec`, which would import the parents."""
+    """As `importlib.util.find_spec`, but without importing the parent packages."""
     if not all(part.isidentifier() for part in name.split(".")):
         return None
     if name in sys.modules:
@@ -175,7 +176,7 @@ def _find(name: str) -> ModuleSpec | None:
     package = _find(parent)
     if package is None or package.submodule_search_locations is None:
         return None
-    if not package.has_location:  # a folder without an `__init__.py`: to import it runs nothing, and makes its path
+    if not package.has_location:  # a folder without `__init__.py`: importing it runs nothing, and sets its path
         import_module(parent)
     path = list(package.submodule_search_locations)
     specs = (finder.find_spec(name, path) for finder in sys.meta_path)
@@ -187,7 +188,7 @@ def _is_installed(file: Path) -> bool:
 
 
 def _is_pythons_own(file: Path) -> bool:
-    """True below the standard library of any Python, known by what is in its folder; packages may be below it."""
+    """True for a file below the standard library of any Python, unless it is of an installed package."""
     for folder in file.parents:
         if folder.name in _INSTALLED:
             return False
@@ -197,7 +198,7 @@ def _is_pythons_own(file: Path) -> bool:
 
 
 def _home(function: Any) -> Mapping[str, Any] | None:
-    """The names of the module in which the Python function behind `function` is defined; None where none is behind.
+    """The globals of the module that defines the Python function behind `function`; None if that is compiled.
 
     Decorators, partial functions and methods are followed to what they call, objects to their `__call__`.
     """
@@ -220,7 +221,7 @@ def _home(function: Any) -> Mapping[str, Any] | None:
 
 
 def _is_one_package(code: RewardCode, module: ModuleType, home_name: str, home_file: str | None) -> bool:
-    """Whether the module that is named and the one that defines are of one package, which shows what it likes."""
+    """Whether the module that `code` names and the one that defines the function belong to one package."""
     if code.spec.rpartition(":")[0].endswith(".py"):
         is_init = code.file.name == "__init__.py" and home_file is not None
         return is_init and Path(str(home_file)).resolve().is_relative_to(code.file.parent)
@@ -230,7 +231,7 @@ def _is_one_package(code: RewardCode, module: ModuleType, home_name: str, home_f
 def _takes_completions(function: Any) -> bool:
     try:
         parameters = inspect.signature(function).parameters.values()
-    except ValueError:  # `RewardFunction.bind` says so
+    except ValueError:  # refused by `RewardFunction.bind`
         return True
     return any(p.name in _SCORED for p in parameters)
 

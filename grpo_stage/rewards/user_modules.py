@@ -31,7 +31,7 @@ def module_of(file: Path) -> ModuleType:
 
 @contextmanager
 def first_on_path(folder: Path) -> Iterator[None]:
-    """Modules in `folder` can be imported, and win over others."""
+    """Within the block, modules in `folder` can be imported, before others of the same name."""
     sys.path.insert(0, str(folder))
     invalidate_caches()
     try:
@@ -44,7 +44,7 @@ class _Loader(SourceFileLoader):
     """Runs a file with its own folder first on the path, as Python runs a script."""
 
     def get_code(self, fullname: str) -> CodeType:
-        """Out of the source alone, whose hash was shown: a cached file may hold other code."""
+        """From the source alone, whose hash was announced: a cached file may hold other code."""
         return self.source_to_code(self.get_data(self.path), self.path)
 
     def exec_module(self, module: ModuleType) -> None:
@@ -60,7 +60,7 @@ class _Finder:
         folder, _, stem = name.removeprefix(f"{__name__}.").partition(".")
         if not stem:
             spec = ModuleSpec(name, None, is_package=True)
-            spec.submodule_search_locations = [_as_path(folder)]  # `from .helper import f` finds what is beside it
+            spec.submodule_search_locations = [_as_path(folder)]  # `from .helper import f` finds the file beside it
             return spec
         file = Path(_as_path(folder), f"{stem.replace(_DOT, '.')}.py")
         if "." in stem or not file.is_file():
@@ -69,7 +69,7 @@ class _Finder:
 
 
 def _as_name(folder: Path) -> str:
-    """A path as an identifier, from which `_as_path` gets it back."""
+    """A path as an identifier, from which `_as_path` restores it."""
     return re.sub(rb"[^a-zA-Z0-9]", lambda found: b"_%02x" % found[0][0], os.fsencode(folder)).decode("ascii")
 
 
@@ -77,4 +77,4 @@ def _as_path(name: str) -> str:
     return os.fsdecode(re.sub(rb"_([0-9a-f]{2})", lambda found: bytes([int(found[1], 16)]), name.encode()))
 
 
-sys.meta_path.insert(0, _Finder)  # before the one that would load a file without its folder on the path
+sys.meta_path.insert(0, _Finder)  # before Python's own, which would load the file without its folder on the path

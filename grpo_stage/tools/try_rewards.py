@@ -126,8 +126,8 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
-    from grpo_stage.rewards.registry import load_rewards
-    from grpo_stage.rewards.suite import REWARD_MODEL
+    from grpo_stage.rewards.loading import load_rewards
+    from grpo_stage.rewards.options import REWARD_MODEL
     from grpo_stage.rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
     from grpo_stage.types import TrainingProgress
 
@@ -171,7 +171,7 @@ def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], l
     Raises:
         ValueError: if nothing is left that has a say.
     """
-    from grpo_stage.rewards.suite import REWARD_MODEL
+    from grpo_stage.rewards.options import REWARD_MODEL
 
     finetuning = arguments.finetuning
     names = [name.strip() for name in cast(list[str], finetuning.reward_funcs)]

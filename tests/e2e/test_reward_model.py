@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from grpo_stage.host import reward_models, sampling
 from grpo_stage.rewards.errors import RewardError
 from grpo_stage.rewards.models import server
-from grpo_stage.rewards.models.reward_model import _add_lora
+from grpo_stage.rewards.models.adapter_on_policy import _add_lora
 from grpo_stage.rewards.models.server import RewardServerError, ServerScorer
 from grpo_stage.trainer import GRPOTrainer
 from grpo_stage.types import FinishReason

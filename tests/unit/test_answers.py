@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_stage.rewards.builtin.correctness import is_correct, unjudged_reason, voted_answer
+from grpo_stage.rewards.answers.verdict import is_correct, unjudged_reason, voted_answer
 from tests.unit.answer_cases import CASES
 
 

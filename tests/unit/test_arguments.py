@@ -1,12 +1,14 @@
 """GRPOArguments alone: normalising, bounds, and keys that contradict one another. No host."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
 import pytest
 
-from grpo_stage.arguments import ADVANTAGE_SCALES, BUILTIN_REWARDS, GRPOArguments, grpo_field_names
+from grpo_stage.arguments import ADVANTAGE_SCALES, GRPOArguments, grpo_field_names
+from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 
 def arguments(**changes):
@@ -162,6 +164,7 @@ def test_reward_kwargs_may_be_json():
         ({"reward_weights": "0"}, ["reward_weights: 0.0", "nothing would be learned", "other than 0"]),
         ({"reward_funcs": "format,format"}, ["reward_funcs: format, format", "twice", "reward_weights"]),
         ({"reward_kwargs": {"length": 512}}, ["reward_kwargs", "'length'", "512", '{"max_length": 512}']),
+        ({"reward_kwargs": {"api_key": "sk-abc123def456"}}, ["'api_key' has '***'"]),
         ({"reward_columns": {"level": 3}}, ["reward_columns", "'level' has 3", '"reward_model.ground_truth"']),
         ({"reward_columns": {"level": "meta..level"}}, ["'meta..level'"]),
         ({"reward_columns": {"prompts": "meta.q"}}, ["sets 'prompts'", "another name"]),
@@ -172,6 +175,21 @@ def test_refused(changes, said):
     with pytest.raises(ValueError, match="`") as refusal:
         arguments(**changes).validate()
     assert [part for part in said if part not in str(refusal.value)] == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"reward_funcs": "overlong,a.py:overlong"}, "two functions are called 'overlong'"),
+        ({"reward_funcs": "a.py:reward_model"}, "'a.py:reward_model' would be called 'reward_model'"),
+        ({"reward_kwargs": {"format": {}}}, "'format', which is not in reward_funcs: there are accuracy"),
+        ({"reward_funcs": "reward_model", "reward_kwargs": {"reward_model": {}}}, "a model has no settings there"),
+        ({"reward_kwargs": {"accuracy": {"key": "***"}}}, "['accuracy'] has `***` where a secret was taken out"),
+    ],
+)
+def test_names_and_settings_of_rewards_that_do_not_fit_together_are_refused(changes, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        arguments(**changes).validate()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE, Unigram
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from grpo_stage.records.evaluation import maj_at_k, pass_at_k, record_evaluation, rewarding_metrics
 from grpo_stage.records.metrics import MetricTracker
-from grpo_stage.rewards.builtin.correctness import voted_answer
+from grpo_stage.rewards.answers.verdict import voted_answer
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
 
 

@@ -13,13 +13,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from grpo_stage.host.policy import to_device
 from grpo_stage.rewards.errors import RewardError
-from grpo_stage.rewards.models.reward_model import (
-    HEAD_BIAS,
-    HEAD_WEIGHT,
-    AdapterOnPolicy,
-    ModelReward,
-    ValueHeadScorer,
-)
+from grpo_stage.rewards.models.adapter_on_policy import AdapterOnPolicy
+from grpo_stage.rewards.models.refusals import HEAD_BIAS, HEAD_WEIGHT
+from grpo_stage.rewards.models.reward_model import ModelReward
+from grpo_stage.rewards.models.value_head import ValueHeadScorer
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_stage.rewards.answers.final_answer import final_answer
-from grpo_stage.rewards.builtin.correctness import is_correct, verdict_without_formulas, voted_answer
+from grpo_stage.rewards.answers.verdict import is_correct, verdict_without_formulas, voted_answer
+from grpo_stage.rewards.builtin.context import RewardContext
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
-from grpo_stage.rewards.workers.answer_checker import RewardContext
 
 
 class InProcessChecker:
@@ -32,7 +32,7 @@ def context() -> RewardContext:
 
 @pytest.fixture
 def make(context: RewardContext) -> Callable[..., Callable[..., Any]]:
-    return lambda name, **settings: BUILTIN_REWARDS[name](context, **settings)
+    return lambda name, **settings: BUILTIN_REWARDS[name].factory(context, **settings)
 
 
 def tokens(*lengths: int) -> list[list[int]]:
@@ -330,7 +330,7 @@ def test_repetition_takes_its_settings(make: Any) -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
 def test_repetition_stays_in_its_range_and_worsens_when_the_text_is_repeated(ids: list[int], ngram_size: int) -> None:
-    score = BUILTIN_REWARDS["repetition"](SimpleNamespace(), ngram_size=ngram_size)
+    score = BUILTIN_REWARDS["repetition"].factory(SimpleNamespace(), ngram_size=ngram_size)
     once, twice = score(completion_ids=[ids, ids + ids])
     assert -1.0 < once <= 0.0
     # Between the copies at most n - 1 new n-grams arise, against all those of the second copy.
@@ -392,7 +392,7 @@ def _arguments(count: int) -> Iterator[tuple[str, list[Any]]]:
 
 @pytest.mark.parametrize("name", BUILTIN_REWARDS)
 def test_every_built_in_documents_itself_and_scores_each_completion(make: Any, name: str) -> None:
-    documentation = BUILTIN_REWARDS[name].__doc__ or ""
+    documentation = BUILTIN_REWARDS[name].factory.__doc__ or ""
     assert "Range" in documentation
     score = make(name, **({"pattern": "a"} if name == "regex" else {}))
     wanted = score.__annotations__.keys() - {"return"}

@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from grpo_stage.rewards.errors import RewardError
-from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
@@ -229,8 +229,8 @@ def test_a_child_that_is_terminated_while_it_is_forked_ends() -> None:
     code = """
 import os, signal
 os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
-from grpo_stage.rewards.workers.function_worker import _let_children_be_terminated
-_let_children_be_terminated()
+from grpo_stage.rewards.workers.function_process import let_children_be_terminated
+let_children_be_terminated()
 if (child := os.fork()) == 0:
     os._exit(0)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
-from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.suite import RewardSuite
-from grpo_stage.rewards.workers.function_worker import _seed
+from grpo_stage.rewards.workers.seeds import seed_generators
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 
@@ -165,7 +165,7 @@ def test_the_seed_is_that_of_every_generator() -> None:
         with torch.random.fork_rng(devices=[]):
             drawn = []
             for seed in (2**64 - 1, 5, 2**64 - 1):
-                _seed(seed)
+                seed_generators(seed)
                 drawn.append((random.random(), np.random.random(), torch.rand(()).item()))
     finally:
         random.setstate(states[0])

@@ -18,7 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_stage.rewards.errors import RewardError
-from grpo_stage.rewards.registry import BUILTIN_REWARDS, load_rewards
+from grpo_stage.rewards.loading import load_rewards
+from grpo_stage.rewards.registry import BUILTIN_REWARDS
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, TrainingProgress
 
@@ -524,30 +525,20 @@ def test_a_reward_that_cannot_be_loaded(own: Callable[..., str], name: str, mess
 
 
 @pytest.mark.parametrize(
-    ("names", "weights", "kwargs", "message"),
+    ("name", "settings", "message"),
     [
-        ([], None, {}, "reward_funcs is empty"),
-        (["overlong", "overlong"], None, {}, "two functions are called 'overlong'"),
-        (["overlong", "a.py:overlong"], None, {}, "two functions are called 'overlong'"),
-        (["overlong", "format"], [1.0], {}, "1 values for 2 reward functions (overlong, format)"),
-        (["overlong"], [math.nan], {}, "finite"),
-        (["overlong", "format"], [0, 0], {}, "nothing could be learned"),
-        (["overlong"], None, {"format": {}}, "'format', which is not in reward_funcs"),
-        (["overlong"], None, {"overlong": {"cash_length": 3}}, "its settings are max_length, cache_length"),
-        (["tag_count"], None, {"tag_count": {"tags": []}}, "its settings are none"),
-        (["overlong"], None, {"overlong": 3}, "must map settings to values"),
-        (["overlong"], None, {"overlong": {"max_length": -1}}, "reward_kwargs of 'overlong': max_length is -1"),
-        (["accuracy"], None, {"accuracy": {"timeout": 0}}, "timeout is 0: it must be a number of seconds above 0"),
-        (["length"], None, {"length": {"timeout": "5"}}, "timeout is '5'"),
-        (["regex"], None, {}, "'regex' needs the setting 'pattern'"),
-        (["regex"], None, {"regex": {"pattern": "["}}, "is not a regular expression"),
+        ("overlong", {"cash_length": 3}, "its settings are max_length, cache_length"),
+        ("tag_count", {"tags": []}, "its settings are none"),
+        ("overlong", {"max_length": -1}, "reward_kwargs of 'overlong': max_length is -1"),
+        ("accuracy", {"timeout": 0}, "timeout is 0: it must be a number of seconds above 0"),
+        ("length", {"timeout": "5"}, "timeout is '5'"),
+        ("regex", {}, "'regex' needs the setting 'pattern'"),
+        ("regex", {"pattern": "["}, "is not a regular expression"),
     ],
 )
-def test_a_recipe_that_cannot_be_right(
-    names: list[str], weights: list[float] | None, kwargs: dict[str, dict[str, Any]], message: str
-) -> None:
+def test_settings_of_a_built_in_that_cannot_be_right(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        load_rewards(names, weights, kwargs, max_new_tokens=10, timeout_s=5.0)
+        load(name, **{name: settings})
 
 
 def test_a_field_that_no_function_takes_is_refused(own: Callable[[str], str]) -> None:
@@ -598,7 +589,7 @@ def test_modules_are_looked_for_in_the_working_directory(own: Callable[[str], st
 def test_loading_rewards_imports_nothing_heavy() -> None:
     code = (
         "import sys\n"
-        "from grpo_stage.rewards.registry import load_rewards\n"
+        "from grpo_stage.rewards.loading import load_rewards\n"
         "load_rewards(['accuracy', 'length'], None, None, max_new_tokens=9, timeout_s=1.0).close()\n"
         "print(sorted({'torch', 'numpy', 'sympy', 'math_verify', 'llamafactory'} & sys.modules.keys()))\n"
     )
@@ -621,5 +612,5 @@ def test_the_documented_example_runs(own: Callable[..., str]) -> None:
 @pytest.mark.parametrize("name", BUILTIN_REWARDS)
 def test_each_built_in_and_its_settings_are_documented(name: str) -> None:
     [row] = re.findall(rf"^\| `{name}` \|.*$", DOCUMENTATION, re.MULTILINE)
-    settings = list(inspect.signature(BUILTIN_REWARDS[name]).parameters)[1:]
+    settings = list(inspect.signature(BUILTIN_REWARDS[name].factory).parameters)[1:]
     assert re.findall(r"`([a-z_]+)` \(", row) == settings

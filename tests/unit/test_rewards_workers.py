@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
-from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.workers.answer_checker import AnswerChecker
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 

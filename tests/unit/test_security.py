@@ -15,9 +15,10 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
+from grpo_stage.arguments import GRPOArguments
 from grpo_stage.records.redaction import MASK, errors_masked, mask, mask_text, secrets_in
 from grpo_stage.rewards.errors import RewardError
-from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.user_code import describe
 from grpo_stage.rollout.engines import vllm_options
 from grpo_stage.rollout.engines.vllm_options import (
@@ -141,7 +142,7 @@ ATTACKS: dict[str, str] = {
     "acme_rewards.core:anything": "takes neither `completions` nor `completion_ids`",
     "fontTools.misc.loggingTools:configLogger": "takes neither `completions` nor `completion_ids`",
     "acme_rewards.tools:nothing": "takes neither `completions` nor `completion_ids`",
-    "grpo_stage.rewards.registry:load_rewards": "takes neither `completions` nor `completion_ids`",
+    "grpo_stage.rewards.loading:load_rewards": "takes neither `completions` nor `completion_ids`",
     "own.py:environ": "is of type _Environ: it must be a function",
     "numpy._core._multiarray_umath:dot": "is compiled code, and no Python file",
 }
@@ -425,11 +426,11 @@ def test_no_error_says_a_secret(folder: Path, is_object: bool) -> None:
     assert [text for text in texts if "my own secret" in text or "pa55" in text] == []
 
 
-def test_a_mask_is_no_value(folder: Path) -> None:
+def test_a_mask_is_no_value() -> None:
     with pytest.raises(
         ValueError, match=r"reward_kwargs\['scaled'\] has `\*\*\*` where a secret.*environment variable"
     ):
-        load("own.py:scaled", {"scale": MASK})
+        GRPOArguments(reward_funcs="own.py:scaled", reward_kwargs={"scaled": {"scale": MASK}}).validate()
 
 
 def test_saved_arguments_hold_no_token(tmp_path: Path) -> None:

@@ -632,7 +632,7 @@ def test_a_finished_run_is_not_finished_twice(tmp_path):
 
 def test_a_stop_passes_through_a_reward_function_in_this_process(tmp_path):
     """What catches everything that a function raises must not catch the stop, nor the end of a time limit."""
-    from grpo_stage.rewards.suite import RewardFunction
+    from grpo_stage.rewards.function import RewardFunction
 
     for error in (StopRequested(signal.SIGINT), HangError("too long")):
 

@@ -8,7 +8,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from grpo_stage.rewards.errors import RewardError
-from grpo_stage.rewards.registry import load_rewards
+from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.trial import REPETITIONS, TrialRow, completions_from, texts_from, try_rewards, warnings_about
 from grpo_stage.types import FinishReason, Prompt
 

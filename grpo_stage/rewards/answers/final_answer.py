@@ -6,7 +6,7 @@ from enum import Enum
 
 
 class Place(Enum):
-    """How a final answer was found, which says how much of what stands there is the answer."""
+    """How a final answer was found. It decides how much of the found text is the answer."""
 
     MARK = "in tags, in a box or after `####`: all of it"
     PHRASE = 'after "the answer is": its beginning'
@@ -16,7 +16,7 @@ class Place(Enum):
 @dataclass(frozen=True, slots=True)
 class FinalAnswer:
     text: str
-    """A part of what was read, as it was written."""
+    """A part of the text that was searched, unchanged."""
     place: Place
 
 
@@ -54,8 +54,8 @@ def after_reasoning(text: str) -> str:
 
 
 def answer_tag(text: str) -> str | None:
-    """What stands in the last `<answer>...</answer>`, or None."""
-    # Not beyond the last closing tag: each opening one would be followed to the end of the text.
+    """The content of the last `<answer>...</answer>`, or None."""
+    # Stop at the last closing tag: behind it each opening tag would make the search run to the end of the text.
     tags = _ANSWER_TAG.findall(text, 0, text.rfind("</answer>") + len("</answer>"))
     return tags[-1] if tags else None
 
@@ -108,7 +108,7 @@ def _is_joint(between: str) -> bool:
 
 
 def _box_content(text: str, start: int) -> tuple[str, int]:
-    """To the closing brace, or to the end where there is none; of `\boxed 7` the next word. And where it ends."""
+    """The text up to the closing brace, or to the end without one; of `\boxed 7` the next word. And its end."""
     if not text.startswith("{", start):
         word = re.compile(r"[^\s$]*").match(text, start)
         assert word is not None

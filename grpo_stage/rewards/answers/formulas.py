@@ -1,4 +1,4 @@
-"""Whether two formulas are equal, which math-verify decides. It may take arbitrarily long: run it in a worker."""
+"""Whether two formulas are equal, as math-verify decides. That may take for ever: run it in a worker."""
 
 from functools import lru_cache
 from typing import Any
@@ -12,7 +12,7 @@ _DIGITS = 30
 def are_equal(reference: str, answer: str) -> bool:
     """True where the formula `answer` equals `reference`; both as `plain` writes them.
 
-    Values are compared up to a relative 1e-9, whole numbers exactly; what holds variables as math-verify does.
+    Values are compared up to a relative 1e-9, whole numbers exactly; formulas with variables as math-verify does.
     """
     from math_verify import verify
 
@@ -22,7 +22,7 @@ def are_equal(reference: str, answer: str) -> bool:
     try:
         if _is_value(gold[0]) and _is_value(predicted[0]):
             return _are_close(gold[0], predicted[0])
-    except Exception:  # sympy raises anything on what a model writes, and what has no value equals none
+    except Exception:  # sympy may raise anything; a formula without a value equals none
         return False
     return verify(gold, predicted, float_rounding=12, numeric_precision=_DIGITS, timeout_seconds=None)
 
@@ -51,7 +51,7 @@ def _is_value(expression: Any) -> bool:
 
 
 def _are_close(one: Any, other: Any) -> bool:
-    """math-verify itself rounds to 6 decimals, for which all tiny numbers are equal."""
+    """Up to a relative 1e-9. math-verify rounds to 6 decimals, which makes all tiny numbers equal."""
     one, other = one.doit(), other.doit()
     if one.is_Rational and other.is_Rational:
         difference, larger = abs(one - other), max(abs(one), abs(other))

@@ -1,4 +1,4 @@
-"""What an answer is: a number, a choice, several values, an interval, a formula, or words; and which are the same."""
+"""The kinds of answers (a number, a choice, several values, an interval, a formula, words), and which are equal."""
 
 import re
 from collections.abc import Callable
@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from grpo_stage.rewards.answers.notation import plain
-from grpo_stage.rewards.answers.numbers import MAX_CHARACTERS, Number, numbers_in, whole_number, without_unit_powers
+from grpo_stage.rewards.answers.numbers import MAX_CHARACTERS, Number, numbers_in
+from grpo_stage.rewards.answers.stated_number import whole_number, without_unit_powers
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +21,10 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    r"""Several values in brackets or without: `(1, 2)`, `\{1, 2\}`, `1 or 2`; an interval, as `x \le 2` is, too."""
+    r"""Several values, in brackets or not: `(1, 2)`, `\{1, 2\}`, `1 or 2`; or an interval, such as `x \le 2`."""
 
     brackets: str
-    r"""The two that stand around, without backslash, or nothing; `\cup` of relations joined by or, `\cap` by and."""
+    r"""The opening and the closing one, or nothing; of relations `\cup` if "or" joins them, `\cap` if "and" does."""
     items: tuple["Kind", ...]
 
 
@@ -44,7 +45,7 @@ class Formula:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Words; and times, ratios, dates, versions, code: all that is compared as a whole."""
+    """What is compared as a whole: words, and times, ratios, dates, versions, code."""
 
     text: str
     is_token: bool = False
@@ -53,7 +54,7 @@ class Text:
 
 Kind = Number | Choice | Values | Named | Formula | Text
 AreEqual = Callable[[str, str], bool]
-"""Decides about two formulas."""
+"""Decides whether two formulas, reference and answer, are equal."""
 
 
 # Reading
@@ -100,7 +101,7 @@ def read(text: str) -> Kind:
 
 @lru_cache(maxsize=256)
 def read_reference(text: str) -> Kind:
-    """What a reference's final answer is: here a single letter is an option to choose, and a sentence has a number."""
+    """What the final answer of a reference is. Unlike in `read`, a single letter is an option to choose."""
     if len(text) > MAX_CHARACTERS:
         return Text(normalized(text))
     text = plain(text)
@@ -112,6 +113,7 @@ def read_reference(text: str) -> Kind:
 
 
 def _relation(text: str) -> Kind | None:
+    """`x < 2` and `1 < x < 2` as the interval that they say."""
     parts = [part.strip() for part in _RELATION.split(text)]
     signs = [sign.strip() for sign in _RELATION.findall(text)]
     if not signs or not all(parts) or "=" in text:
@@ -196,6 +198,7 @@ def _split(text: str) -> list[str]:
 
 
 def _number(text: str) -> Number | None:
+    """The number that `text` is, beside a label and a unit."""
     left, _, text = without_unit_powers(text).rpartition("=")
     number = None if re.search("[a-zA-Z]", left) else whole_number(text)
     if number is None:
@@ -279,8 +282,10 @@ def normalized(text: str) -> str:
 
 
 def _squeezed(text: str) -> str:
+    """A formula without white space, a leading plus and needless braces."""
     return re.sub(r"\s|^\+|(?<=[A-Za-z])_(?=\d)|(?<=\^|_)\{(?=\w\})|(?<=[\^_]\{\w)\}", "", text)
 
 
 def token_of(text: str) -> str:
+    """A time, ratio, date or version without white space, braces and the points of `p.m.`."""
     return re.sub(r"[\s{}]|(?<=[ap])\.|\.$", "", text.casefold())

@@ -4,7 +4,7 @@ import re
 import unicodedata
 
 
-# Before Unicode's own compatibility forms are applied, which would make 2 of a superscript 2, and 1 2 of a half.
+# Rewritten before Unicode's compatibility forms (NFKC), which would make 102 of 10², and 31/2 of 3½.
 _SYMBOLS = {
     "\N{MINUS SIGN}": "-", "\N{EN DASH}": "-", "\N{FIGURE DASH}": "-", "\N{NON-BREAKING HYPHEN}": "-",
     "\N{MULTIPLICATION SIGN}": r"\times ", "\N{MIDDLE DOT}": r"\cdot ", "\N{DOT OPERATOR}": r"\cdot ",
@@ -30,7 +30,7 @@ _FONT = r"\\(?:text(?!dollar|euro|style)\w*|math(?!bb)\w+|mbox|hbox|operatorname
 _UPRIGHT = re.compile(r"(\\(?:mathrm|text|rm)\s*\{)((?:[^{}]|\{-?\d\})*)\}")
 _POWER = re.compile(r"\^\s*(?:\{-?\d\}|-?\d)")
 
-# A pattern and what takes its place, in this order.
+# Patterns and their replacements, applied in this order.
 _REWRITES = [
     # calculators of GSM8K, Markdown
     (r"<<[^<>\n]*>>", ""),

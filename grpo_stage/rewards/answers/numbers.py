@@ -1,19 +1,15 @@
-r"""Numbers in answers: `-$1,234.50`, `2\frac{3}{4}`, `1.5 × 10³`, `18 cm`, and which number a sentence states."""  # noqa: RUF002
+r"""The numbers in a text: `-$1,234.50`, `2\frac{3}{4}`, `1.5 × 10³`, `18 cm`."""  # noqa: RUF002
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import pairwise
-
-from grpo_stage.rewards.answers.final_answer import FinalAnswer, Place
-from grpo_stage.rewards.answers.notation import plain
 
 
 RELATIVE_TOLERANCE = Fraction(1, 10**9)
 MAX_CHARACTERS = 2000
-"""Longer answers hold no single number; and what is worked out in the trainer's process has to take no time."""
-_MAX_EXPONENT = 1000  # with `MAX_CHARACTERS` digits still below the 4300 that Python writes out
+"""A longer answer is not read as a number: reading happens in the trainer's process, and must take no time."""
+_MAX_EXPONENT = 1000
+"""With `MAX_CHARACTERS` digits more it stays below the 4300 digits that Python writes out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +17,7 @@ class Number:
     value: Fraction
     is_percent: bool = False
     num_decimals: int | None = None
-    """Digits after the point of a number that is written with digits alone; None of a fraction, which is exact."""
+    """Digits after the point; None for a fraction, which is exact."""
 
     def equals(self, reference: "Number") -> bool:
         """True where both are the same number, up to a relative 1e-9; whole numbers exactly.
@@ -52,7 +48,7 @@ def _are_close(one: Number, other: Number) -> bool:
 
 
 def _rounds_to(exact: Number, rounded: Number) -> bool:
-    """True for 2/3 and 0.666667."""
+    """True for 2/3 and 0.666667: a repeating fraction, and the same rounded to 6 decimals or more."""
     if exact.num_decimals is not None or rounded.num_decimals is None or rounded.num_decimals < 6:
         return False
     is_repeating = 10**rounded.num_decimals % exact.value.denominator != 0
@@ -86,18 +82,11 @@ _TOKEN = re.compile(
     """,
     re.VERBOSE,
 )
-# `7 cm^2`, `7 km/h`: no power and no division of the number.
-_UNIT_ENDINGS = [
-    re.compile(r"((?<![A-Za-z\\])(?:[a-zA-Z]{2,}|[msgL])\s?)\^\s?(?:\{\s*-?[1-4]\s*\}|-?[1-4])"),
-    re.compile(
-        r"((?:(?<=\d)|(?<=\d\s))[a-zA-Z]+|(?<![\\A-Za-z])[a-zA-Z]{2,}|\d(?=/[a-zA-Z]{2}))\s?(?:/|\bper\b)\s?[a-zA-Z]+"
-    ),
-]
 _MAGNITUDES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12} | {"万": 4, "亿": 8}
 _UNIT_LETTERS = frozenset("mgshdlLNJWVAKCFHΩ")
 _VARIABLES = frozenset("xyznki")
 _NEGATIVE_WORDS = frozenset({"negative", "minus", "负"})
-# `at least 5`, `5 or more` and `not 5` say what the number is not.
+# What makes a limit of a number, or denies it: `at least 5`, `5 or more`, `not 5`.
 _LIMIT_BEFORE = re.compile(
     r"(?:\b(?:less|more|fewer|greater|larger|smaller|lower|higher|other) than|\bat (?:least|most)|\bup to"
     r"|\b(?:not|never|except)|n't|\b(?:any|every|no)thing but|\bis (?:over|under|above|below)"
@@ -109,7 +98,7 @@ _LIMIT_AFTER = re.compile(
     r"[\s$)}\]]*(?:or (?:less|more|fewer|greater|above|below|higher|lower)\b|以上|以下|以内)", re.IGNORECASE
 )
 _LIMIT_CHARACTERS = 40
-"""No longer is what `_LIMIT_BEFORE` looks for."""
+"""The length of the longest text that `_LIMIT_BEFORE` matches."""
 _VERBS = frozenset({"is", "are", "equals", "be", "was", "get"})
 _TRANSPARENT_COMMANDS = frozenset({r"\approx", r"\equiv", r"\cup", r"\in"})
 
@@ -133,7 +122,7 @@ class Found:
     """A number in a text."""
 
     number: Number | None
-    """None where it is a part of something else: a calculation, a time, a version, a word, a limit."""
+    """None if it is a part of something else: a calculation, a time, a version, a word, a limit."""
     start: int
     end: int
 
@@ -213,6 +202,7 @@ class _Reader:
         return opening.is_spaced or self.at(first - 2).kind not in ("number", "letter", "word", "command", "close")
 
     def _is_part(self, first: int, last: int) -> bool:
+        """Whether the tokens `first` to `last` are a part of something else, by what stands around them."""
         before, after = self.at(first - 1), self.at(last + 1)
         is_glued = not self.at(first).is_spaced
         if before.text in ("+", "*", "/", "^", "_", "<", ">", "!", "±"):
@@ -239,6 +229,7 @@ class _Reader:
         return self._is_continued(after, self.at(last + 2))
 
     def _is_continued(self, after: _Token, second: _Token) -> bool:
+        """Whether the two tokens after a number make something else of it."""
         if after.text in ("+", "*", "/", "^", "_", "<", ">", "="):
             return after.text != "=" or second is not _NOTHING
         if after.text == "-" and second is _NOTHING:
@@ -265,123 +256,11 @@ class _Reader:
 
 
 _GLUED_UNITS = frozenset({"in", "km", "min", "mi", "kg", "kW", "kJ", "kmh", "kph", "Pi"})
-_JOINT = re.compile(
-    r"[\s$]*(?:,\s*(?:or|and)?|;|/|\bor\b|\band\b|\bto\b|或者?|和|、|&|-|~|\|)?(?:\s*[a-zA-Z]\s*=)?[\s$]*",
-    re.IGNORECASE,
-)
-_JOINT_WITH_UNIT = re.compile(
-    r"\s*(?:[A-Za-z]+\s+|[^\W\d_A-Za-z]{0,3})?(?:,?\s*\bor\b|,?\s*\band\b|\bto\b|或者?|和|、)(?:\s*[a-zA-Z]\s*=)?\s*",
-    re.IGNORECASE,
-)
-_EITHER = re.compile(r"[^.!?。\n]*(?:\bor\b|或)", re.IGNORECASE)
-_COMPOUND = re.compile(
-    r"\s*(?:hours?|hrs?|h|minutes?|mins?|days?|weeks?|months?|years?|km|m|kg|feet|ft|dollars?|pounds?|lbs?)\s*,?\s*(?:and\s*)?"
-)
-"""Between the parts of one quantity: `3 hours and 20 minutes`."""
-_EQUALS = re.compile(r"=|\\approx|\\equiv")
-_SENTENCE_END = re.compile(r"(?<!\.)[.!?](?=\s|$)|[。！？；;\n]")  # noqa: RUF001
-_REASON = re.compile(
-    r"\b(?:because|since|as|where|which|so|given)\b|\s\(|,\s*(?=[^\W\d_]{2,}|[^\x00-\x7f])|\s-\s+(?=[a-zA-Z])",
-    re.IGNORECASE,
-)
-_WORD = re.compile(r"[^\W\d_]{2,}")
-_CALCULATION = re.compile(r"[=<>+*^]|\\[a-z]")
-
-
-def number_in(answer: FinalAnswer) -> Number | None:
-    """The one number that `answer` states; None where it states none, several, or one left to be worked out."""
-    if answer.place is Place.TEXT or len(answer.text) > MAX_CHARACTERS:
-        return _last_number(_plain(_around_the_last_digit(answer.text)))
-    text = _plain(answer.text)
-    return _first_number(text) if answer.place is Place.PHRASE else whole_number(text)
-
-
-def whole_number(text: str) -> Number | None:
-    """The number that all of `text` states, beside a label and a unit. `text` is as `plain` writes it."""
-    right = _EQUALS.split(text)[-1]
-    found = _Reader(right).found()
-    if not found:
-        return None
-    if _distinct(found) > 1:
-        return _last_number(right) if len(_WORD.findall(right)) > 5 else None
-    outside = right[: found[0].start] + right[found[-1].end :].replace("!", "^")  # no exclamation, but a factorial
-    return None if _CALCULATION.search(outside) else found[-1].number
 
 
 def numbers_in(text: str) -> list[Found]:
+    """The numbers of `text`, which is as `plain` writes it."""
     return _Reader(text).found()
-
-
-def _plain(text: str) -> str:
-    return without_unit_powers(plain(text))
-
-
-def without_unit_powers(text: str) -> str:
-    for ending in _UNIT_ENDINGS:
-        text = ending.sub(r"\1", text)
-    return text
-
-
-def _first_number(text: str) -> Number | None:
-    """Of `7, since 3 + 4` and of `12 + 25 = 37`."""
-    end = _SENTENCE_END.search(text)
-    sentence = text[: end.start()] if end and numbers_in(text[: end.start()]) else text
-    found = numbers_in(sentence)
-    if not found:
-        return None
-    if reason := _REASON.search(sentence, found[0].end):
-        sentence = sentence[: reason.start()]
-    parts = [part for part in _EQUALS.split(sentence) if numbers_in(part)]
-    sentence = parts[-1]
-    found = numbers_in(sentence)
-    joined = found[:1]
-    for one, other in pairwise(found):
-        joint = sentence[one.end : other.start]
-        if not _JOINT.fullmatch(joint) and not _JOINT_WITH_UNIT.fullmatch(joint):
-            break
-        joined.append(other)
-    return found[0].number if _distinct(joined) == 1 else None
-
-
-def _last_number(text: str) -> Number | None:
-    found = numbers_in(text)
-    if not found:
-        return None
-    joined = found[-1:]
-    joints: list[str] = []
-    for one in reversed(found[:-1]):
-        joint = text[one.end : joined[0].start]
-        if "\n" in joint or not _JOINT.fullmatch(joint):
-            break
-        joined.insert(0, one)
-        joints.append(joint)
-    if _distinct(joined) == 1:
-        before = found[-2].end if len(joined) == 1 < len(found) else found[-1].start
-        is_one_of_several = _EITHER.match(text, before, found[-1].start) or _COMPOUND.fullmatch(
-            text, before, found[-1].start
-        )
-        is_factorial = not _WORD.search(text) and text.endswith("!")
-        return None if is_one_of_several or is_factorial else found[-1].number
-    # `In 2020, 7 came` is no list; `6, 7`, `6 or 7` and `5, 6, 7` are.
-    is_at_the_end = not _WORD.search(text[found[-1].end :].partition("\n")[0])
-    is_list = len(joined) > 2 or is_at_the_end or any("," not in joint for joint in joints)
-    return None if is_list or text[: joined[0].start].rstrip().endswith(("(", "[", "{")) else found[-1].number
-
-
-def _distinct(found: Sequence[Found]) -> int:
-    return len({one.number.value if one.number else None for one in found})
-
-
-def _around_the_last_digit(text: str) -> str:
-    if len(text) <= MAX_CHARACTERS // 2:
-        return text
-    last = next((i for i in range(len(text) - 1, -1, -1) if text[i].isnumeric()), len(text))
-    start, end = max(0, last - MAX_CHARACTERS // 2), last + MAX_CHARACTERS // 4
-    part = text[start:end]
-    # A number that was cut is another one.
-    if start > 0:
-        part = part.lstrip().partition(" ")[2]
-    return part if end >= len(text) else part.rpartition(" ")[0]
 
 
 def _num_decimals(match: re.Match[str]) -> int | None:
@@ -391,7 +270,7 @@ def _num_decimals(match: re.Match[str]) -> int | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    """None where that would take long, for a division by 0, and for one that was not worked out: `12 / 3`."""
+    """None for what takes long to compute, for a division by 0, and for one that is not worked out: `12 / 3`."""
     groups = match.groupdict()
     for n in "1234":
         if groups[f"num_{n}"] is None:

@@ -1,4 +1,4 @@
-"""What a final answer states: which of its words are the answer, and whether that is the reference."""
+"""Which words of a final answer are the answer, and whether they say what the reference says."""
 
 import re
 from collections.abc import Iterator
@@ -19,7 +19,8 @@ from grpo_stage.rewards.answers.kinds import (
     token_of,
 )
 from grpo_stage.rewards.answers.notation import plain
-from grpo_stage.rewards.answers.numbers import MAX_CHARACTERS, Number, number_in
+from grpo_stage.rewards.answers.numbers import MAX_CHARACTERS, Number
+from grpo_stage.rewards.answers.stated_number import number_in
 
 
 _SENTENCE = re.compile(r"(?<!\b[A-Z])[.!?](?=\s|$)|[。！？；;]")  # noqa: RUF001
@@ -38,7 +39,7 @@ _OR = re.compile(r"\s*(?:,|or|and|,\s*or|,\s*and|或者?|和)\s*", re.IGNORECASE
 
 
 def read_final(answer: FinalAnswer) -> Kind:
-    """What a reference states, given where it says so."""
+    """What the final answer of a reference states."""
     kind = read_reference(answer.text)
     if not isinstance(kind, Text) or kind.is_token or answer.place is Place.MARK:
         return kind
@@ -53,7 +54,7 @@ def read_final(answer: FinalAnswer) -> Kind:
 
 
 def is_prose(text: str) -> bool:
-    """True of sentences, which say more than an answer does."""
+    """True for sentences, which say more than the answer alone."""
     return len(text.split()) > 5 or "\n" in text
 
 
@@ -77,9 +78,9 @@ def is_stated(reference: Kind, answer: FinalAnswer, are_equal: AreEqual) -> bool
 
 
 def _readings(answer: FinalAnswer) -> Iterator[str]:
-    """What may be the answer in what was found, from all of it to its core, as `plain` writes it.
+    """The texts that may be the answer, from all of what was found down to its core, as `plain` writes them.
 
-    Each is a part of the one before, so that no text can state two answers and be right with either.
+    Each is a part of the one before, so that no completion can state two answers and be right with either.
     """
     seen = set()
     for part in _parts(answer):
@@ -113,7 +114,7 @@ def _parts(answer: FinalAnswer) -> Iterator[str]:
 
 
 def _yes_or_no(text: str) -> str:
-    """Of `Yes. It is 5.` the word, if no other such word follows."""
+    """The first word of `Yes. It is 5.`, unless the opposite word follows; else nothing."""
     said = {word.lower() for word in _YES_OR_NO.findall(text[:MAX_CHARACTERS])}
     first = _YES_OR_NO.match(text)
     return said.pop() if first and len(said) == 1 else ""
@@ -136,6 +137,7 @@ def _formulas(text: str, *, at_the_end: bool) -> str:
 
 
 def _stated_token(answer: FinalAnswer) -> str | None:
+    """The one time, ratio, date or version that `answer` states, or None."""
     text = plain(answer.text[-MAX_CHARACTERS:] if answer.place is Place.TEXT else answer.text[:MAX_CHARACTERS])
     found = [token for token in TOKEN.finditer(text) if not NO_TOKEN.fullmatch(token[0])]
     if not found:
@@ -184,6 +186,7 @@ def letter_in(answer: FinalAnswer) -> str | None:
 
 
 def _letter_at_the_beginning(text: str) -> str | None:
+    """The option that `text` begins with, unless it names another one too or refutes it."""
     found = _LETTER.match(text)
     if found is None:
         return None

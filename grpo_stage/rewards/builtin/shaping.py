@@ -2,17 +2,13 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
-from grpo_stage.rewards.builtin.correctness import seconds
-
-
-if TYPE_CHECKING:
-    from grpo_stage.rewards.workers.answer_checker import RewardContext
+from grpo_stage.rewards.builtin.context import RewardContext
+from grpo_stage.rewards.builtin.settings import finite_number, positive_int, seconds
 
 
 def length(
-    context: "RewardContext",
+    context: RewardContext,
     min_value_wrong: float = -1.0,
     max_value_wrong: float = -0.5,
     min_value_correct: float = 0.5,
@@ -40,9 +36,12 @@ def length(
         timeout: seconds in which one completion has to be found correct or wrong.
     """
     timeout = seconds("timeout", timeout)
-    max_length = _positive_int("max_length", context.max_new_tokens if max_length is None else max_length)
-    wrong = (_number("min_value_wrong", min_value_wrong), _number("max_value_wrong", max_value_wrong))
-    correct = (_number("max_value_correct", max_value_correct), _number("min_value_correct", min_value_correct))
+    max_length = positive_int("max_length", context.max_new_tokens if max_length is None else max_length)
+    wrong = (finite_number("min_value_wrong", min_value_wrong), finite_number("max_value_wrong", max_value_wrong))
+    correct = (
+        finite_number("max_value_correct", max_value_correct),
+        finite_number("min_value_correct", min_value_correct),
+    )
     if wrong[0] > wrong[1] or correct[1] > correct[0]:
         raise ValueError(
             f"min_value_wrong {min_value_wrong} must not be above max_value_wrong {max_value_wrong}, nor "
@@ -65,7 +64,7 @@ def length(
 
 
 def overlong(
-    context: "RewardContext", max_length: int | None = None, cache_length: int | None = None
+    context: RewardContext, max_length: int | None = None, cache_length: int | None = None
 ) -> Callable[..., list[float]]:
     """DAPO's soft overlong punishment.
 
@@ -80,8 +79,8 @@ def overlong(
         max_length: tokens from which the punishment is -1; `max_new_tokens` by default.
         cache_length: over how many tokens before `max_length` the punishment grows; a fifth of it by default.
     """
-    max_length = _positive_int("max_length", context.max_new_tokens if max_length is None else max_length)
-    cache_length = _positive_int("cache_length", max(1, max_length // 5) if cache_length is None else cache_length)
+    max_length = positive_int("max_length", context.max_new_tokens if max_length is None else max_length)
+    cache_length = positive_int("cache_length", max(1, max_length // 5) if cache_length is None else cache_length)
     if cache_length > max_length:
         raise ValueError(f"cache_length {cache_length} must not be above max_length {max_length}")
     free = max_length - cache_length
@@ -92,7 +91,7 @@ def overlong(
     return score
 
 
-def repetition(context: "RewardContext", ngram_size: int = 3, max_penalty: float = -1.0) -> Callable[..., list[float]]:
+def repetition(context: RewardContext, ngram_size: int = 3, max_penalty: float = -1.0) -> Callable[..., list[float]]:
     """Penalty for repeated n-grams of tokens.
 
         r = max_penalty * (1 - distinct n-grams / n-grams)
@@ -104,8 +103,8 @@ def repetition(context: "RewardContext", ngram_size: int = 3, max_penalty: float
         ngram_size: tokens in an n-gram.
         max_penalty: what a completion that only repeats itself tends to; not above 0.
     """
-    ngram_size = _positive_int("ngram_size", ngram_size)
-    if _number("max_penalty", max_penalty) > 0:
+    ngram_size = positive_int("ngram_size", ngram_size)
+    if finite_number("max_penalty", max_penalty) > 0:
         raise ValueError(f"max_penalty is {max_penalty}: it must not be above 0, or repetition would be rewarded")
 
     def penalty(ids: Sequence[int]) -> float:
@@ -119,15 +118,3 @@ def repetition(context: "RewardContext", ngram_size: int = 3, max_penalty: float
         return [penalty(ids) for ids in completion_ids]
 
     return score
-
-
-def _positive_int(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}: it must be a whole number, 1 at least")
-    return value
-
-
-def _number(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}: it must be a finite number")
-    return float(value)

@@ -2,18 +2,15 @@
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
-
-if TYPE_CHECKING:
-    from grpo_stage.rewards.workers.answer_checker import RewardContext
+from grpo_stage.rewards.builtin.context import RewardContext
 
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 _THINK_THEN_ANSWER = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
 
 
-def think_answer_format(context: "RewardContext", think_prefilled: bool = False) -> Callable[..., list[float]]:
+def think_answer_format(context: RewardContext, think_prefilled: bool = False) -> Callable[..., list[float]]:
     """1 where the completion is exactly `<think>...</think>` and then `<answer>...</answer>`, else 0.
 
     Range {0, 1}. Each tag stands once; only white space may surround the two blocks. A truncated completion scores 0.
@@ -37,7 +34,7 @@ def think_answer_format(context: "RewardContext", think_prefilled: bool = False)
     return score
 
 
-def tag_count(context: "RewardContext") -> Callable[..., list[float]]:
+def tag_count(context: RewardContext) -> Callable[..., list[float]]:
     """0.25 for each of `<think>`, `</think>`, `<answer>`, `</answer>` that occurs exactly once.
 
     Range [0, 1]. Order does not matter, which makes it a gentler slope towards `format`. Where the template opens
@@ -51,7 +48,7 @@ def tag_count(context: "RewardContext") -> Callable[..., list[float]]:
     return score
 
 
-def regex(context: "RewardContext", pattern: str, full_match: bool = False) -> Callable[..., list[float]]:
+def regex(context: RewardContext, pattern: str, full_match: bool = False) -> Callable[..., list[float]]:
     """1 where the completion matches `pattern`, else 0.
 
     Range {0, 1}. Python's `re`; flags are written in the pattern, e.g. `(?s)` to let a dot match line breaks.

@@ -1,4 +1,4 @@
-"""Scores from the host's reward server (`reward_model_type: api`), which is sent text with its special tokens."""
+"""Scores from the host's reward server (`reward_model_type: api`), which gets texts with their special tokens."""
 
 import json
 import logging
@@ -18,7 +18,7 @@ from grpo_stage.records.redaction import mask_text
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
 
 RETRY_WAITS_S = (1.0, 4.0, 16.0)
-"""Seconds to wait before a request is made again: a server or a proxy that restarts is no reason to end a run."""
+"""Seconds to wait before each further request: a server or a proxy that restarts is no reason to end a run."""
 SHOWN_CHARACTERS = 300
 
 
@@ -27,7 +27,7 @@ class RewardServerError(RuntimeError):
 
 
 class _PassingError(RewardServerError):
-    """No connection, or a status of 5xx: the next request may well be answered."""
+    """No connection, or a status of 5xx: the next request may be answered."""
 
 
 class ServerScorer:
@@ -38,7 +38,7 @@ class ServerScorer:
         Args:
             url: `reward_model`.
             tokenizer: the policy's.
-            timeout_s: `reward_timeout`; what one request may take.
+            timeout_s: seconds for one request: `reward_timeout`.
         """
         self._url, self._shown_url = url, mask_text(url)
         self._tokenizer = tokenizer
@@ -48,7 +48,7 @@ class ServerScorer:
         """A score for each sequence.
 
         Raises:
-            RewardServerError: if there are none, also after some more requests where the failure is one that may pass.
+            RewardServerError: if there are none. A failure that may pass is one only after further requests.
         """
         for wait_s in RETRY_WAITS_S:
             try:
@@ -76,8 +76,8 @@ class ServerScorer:
 
     def _request(self, sequences: Sequence[tuple[int, ...]]) -> list[float]:
         texts = self._tokenizer.batch_decode([list(each) for each in sequences], skip_special_tokens=False)
-        # The server cuts a text at its end, where the score is read. None has more tokens than bytes, and the space
-        # that some tokenizers put before it.
+        # Never cut a text, whose end is what is scored: it has at most as many tokens as bytes, and one more where the
+        # tokenizer puts a space before it.
         max_length = 1 + max(len(text.encode()) for text in texts)
         payload = {"model": "model", "messages": texts, "max_length": max_length}
         request = Request(self._url, json.dumps(payload).encode(), {"Content-Type": "application/json"})

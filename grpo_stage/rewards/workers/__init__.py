@@ -1,1 +1,1 @@
-"""Processes that can be killed: a user's function, and math-verify."""
+"""Worker processes that can be killed: of a user's function, and of math-verify."""

@@ -6,14 +6,12 @@ process.
 
 import logging
 import os
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import wait
-from dataclasses import dataclass, field
 
 from pebble import ProcessExpired, ProcessPool
 
-from grpo_stage.rewards.builtin.correctness import is_correct, verdict_without_formulas
+from grpo_stage.rewards.answers.verdict import is_correct, verdict_without_formulas
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
 from grpo_stage.rewards.workers.processes import WorkerContext, settle_in_worker, start_fork_server
 
@@ -26,11 +24,11 @@ MAX_WORKERS = 8
 class AnswerChecker:
     """Decides whether completions are correct, each within a time limit.
 
-    The workers start at the first question that needs them. They are forked from a server process that has imported
-    math-verify and nothing of this process, so one that was killed is replaced within a fraction of a second.
+    The workers start with the first pair that needs math-verify. They are forked from a server process that has
+    already imported it, so that a killed worker is replaced within a fraction of a second.
 
     Args:
-        timeout_s: seconds for all the questions of one call.
+        timeout_s: seconds for all the pairs of one call.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -41,12 +39,12 @@ class AnswerChecker:
     def check(self, pairs: Sequence[tuple[str, str]], pair_timeout_s: float) -> list[bool | None]:
         """A verdict for each (completion, reference); None where `pair_timeout_s` was reached.
 
-        Each distinct pair is decided once, and the last call's verdicts are kept: a second reward function that
-        asks the same costs nothing.
+        Each distinct pair is decided once, and the verdicts of the last call are kept: a second reward function that
+        asks for the same costs nothing.
 
         Raises:
             CompletionTimeoutError: if all together took too long.
-            CompletionError: if a worker died for another reason than the limit.
+            CompletionError: if a worker died of anything but its time limit.
         """
         known = {pair: self._known[pair_timeout_s, *pair] for pair in pairs if (pair_timeout_s, *pair) in self._known}
         decided = {pair: verdict_without_formulas(*pair) for pair in dict.fromkeys(pairs) if pair not in known}
@@ -97,28 +95,10 @@ class AnswerChecker:
         if self._pool is None:
             start_fork_server()
             processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            # Two at least, so that one hard completion does not hold up all others.
+            # At least two, so that one hard completion does not hold up all others.
             workers = max(2, min(MAX_WORKERS, (os.cpu_count() or 1) // processes_here))
             self._pool = ProcessPool(max_workers=workers, initializer=_warm_up, context=WorkerContext())
         return self._pool
-
-
-@dataclass(frozen=True)
-class RewardContext:
-    """What built-in rewards know beside their settings."""
-
-    max_new_tokens: int
-    checker: AnswerChecker
-    counters: Counter[str] = field(default_factory=Counter)
-
-    def judge(
-        self, name: str, completions: Sequence[str], references: Sequence[str], timeout_s: float
-    ) -> list[float | None]:
-        """1, 0 or None for each completion, each decided within `timeout_s`; time-outs are counted as `name`'s."""
-        verdicts = self.checker.check(list(zip(completions, references, strict=True)), timeout_s)
-        if timeouts := verdicts.count(None):
-            self.counters[f"{name}/timeouts"] += timeouts
-        return [None if verdict is None else float(verdict) for verdict in verdicts]
 
 
 def _warm_up() -> None:

@@ -1,15 +1,14 @@
-"""The processes that rewards run in: forked from a clean server, deaf to a stop of the run, gone when the trainer is.
+"""The processes that rewards run in: forked from a clean server, spared by the stop signals, ended with the trainer.
 
-A stop reaches more processes than the trainer: Ctrl-C the whole foreground group, LLaMA Board's button every
-descendant (SIGABRT, deepest first), a scheduler the whole job (SIGTERM). The trainer's answer is to finish what it is
-at, and for that it needs its workers. So they, the fork server and multiprocessing's resource tracker block these
-signals. They end by other means: the server when the trainer's end of a pipe closes, a worker when it is told to or
-when the server is gone.
+A stop signal reaches more processes than the trainer: Ctrl-C the whole foreground group, LLaMA Board's button every
+descendant (SIGABRT, deepest first), a scheduler the whole job (SIGTERM). The trainer then finishes its step, for which
+it needs its workers. So the workers, the fork server and multiprocessing's resource tracker block these signals. The
+server ends when the trainer's end of a pipe closes, a worker when the trainer tells it to or when the server ends.
 
     trainer --- fork server --- keeper of a function --- the function's worker --- whatever the function starts
 
-The keeper (`keep`) ends all that is below it, in whatever session or group, when its worker ends, when the trainer
-asks for it (`end_kept`), or when the server is gone.
+The keeper (`become_keeper`) ends all processes below it, in whatever session or group, when its worker ends, when the
+trainer asks for it (`end_kept`), or when the server ends.
 """
 
 import ctypes
@@ -31,21 +30,21 @@ from grpo_stage.survival.descendants import kill_descendants
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP)
-# What workers would import one by one otherwise. Nothing that starts threads or touches a GPU.
-PRELOADED = ["grpo_stage.rewards.registry", "math_verify", "numpy"]
+PRELOADED = ["grpo_stage.rewards.loading", "math_verify", "numpy"]
+"""What the server imports once for all workers. None of it starts threads or touches a GPU."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 END = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
-"""What a keeper ends at: a signal that no terminal, scheduler or user sends."""
+"""The signal that ends a keeper, one that no terminal, scheduler or user sends."""
 ENDING_S = 5.0
-"""How long a keeper goes on killing what a process that starts ever more of them leaves behind."""
+"""The time limit of a keeper that kills processes which start ever more of them."""
 
 _main_lock = Lock()
 
 
 def start_fork_server() -> None:
-    """Start the server that workers are forked from, unless it runs; does not wait until it is ready."""
+    """Start the server that workers are forked from, unless it runs. Returns before it is ready."""
     forkserver.set_forkserver_preload(PRELOADED)
-    # A new process inherits the mask: unlike with a handler there is no moment at which it is not yet set.
+    # A new process inherits the mask, and so blocks the signals from its first moment on.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         resource_tracker.ensure_running()
@@ -56,20 +55,20 @@ def start_fork_server() -> None:
 
 
 def settle_in_worker() -> None:
-    """What a worker does first: be deaf to a stop, and end with the fork server whatever it is busy with."""
-    # The kernel's doing, since an endless loop in C code lets neither a thread nor a signal handler run.
+    """Have this worker block the stop signals, and end with the fork server."""
+    # By SIGKILL of the kernel, since an endless loop in C code lets neither a thread nor a signal handler run.
     _settle(signal.SIGKILL)
 
 
-def keep() -> None:
-    """Go on in a child of this process, in a session of its own; this one stays behind as its keeper.
+def become_keeper() -> None:
+    """Make this process the keeper of a child, in which the call returns, and which leads a session of its own.
 
-    To be called in a worker in place of `settle_in_worker`. The keeper is what the trainer knows as the worker: it
-    ends as the worker does, with the same exit code or signal.
+    Called by a worker instead of `settle_in_worker`. What the trainer takes for the worker is the keeper: it ends as
+    the child does, with the same exit code or signal.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     _settle(END)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # what the function starts as a daemon becomes a child of the keeper's
+    _prctl(PR_SET_CHILD_SUBREAPER, 1)  # daemons that the function starts become its children
     keeper = os.getpid()
     worker = os.fork()
     if worker != 0:
@@ -82,7 +81,7 @@ def keep() -> None:
 
 
 def end_kept(process: "WorkerProcess") -> None:
-    """End a worker that has a keeper, and all that it has started; waits for the end."""
+    """End a worker that has a keeper, and all processes that it has started. Waits for the end."""
     assert process.pid is not None
     if process.is_alive():
         with suppress(ProcessLookupError):
@@ -94,7 +93,7 @@ def end_kept(process: "WorkerProcess") -> None:
 
 def _settle(at_end_of_server: int) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    # The server ends when nobody holds the other end of this pipe. Only the trainer is to.
+    # The server ends when no process holds the other end of this pipe: only the trainer may hold it.
     server: Any = forkserver._forkserver
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None
@@ -110,11 +109,11 @@ def _prctl(option: int, value: int) -> None:
 
 
 def _wait_and_end_all(worker: int) -> NoReturn:
-    """The keeper's life: wait for the worker or for `END`, kill all that is below, and end as the worker did."""
-    # Files that it would hold open for others: the worker's pipes, above all.
+    """All that a keeper does: wait for the worker or for `END`, kill what is below, and end as the worker did."""
+    # Close the worker's pipes and other files: a reader sees their end once no process holds them.
     for descriptor in map(int, os.listdir("/dev/fd")):
         if descriptor > 2:
-            with suppress(OSError):  # the one that the list was read from
+            with suppress(OSError):  # the descriptor of the listing itself
                 os.close(descriptor)
     status = None
     while status is None and signal.sigwait({signal.SIGCHLD, END}) != END:
@@ -124,7 +123,7 @@ def _wait_and_end_all(worker: int) -> NoReturn:
         time.sleep(0.005)
     ended_by = os.waitstatus_to_exitcode(_reaped(worker) or 0 if status is None else status)
     if ended_by < 0 and -ended_by != signal.SIGKILL:
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker has left one, where that is wanted
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the worker has left its core dump, if wanted
         signal.signal(-ended_by, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [-ended_by])
     if ended_by < 0:
@@ -133,7 +132,7 @@ def _wait_and_end_all(worker: int) -> NoReturn:
 
 
 def _reaped(worker: int) -> int | None:
-    """Take note of all children that have ended; the worker's status, if it is one of them."""
+    """Reap all children that have ended. Returns the status of the worker, if it is among them."""
     status = None
     with suppress(ChildProcessError):
         while (ended := os.waitpid(-1, os.WNOHANG))[0] != 0:
@@ -148,7 +147,7 @@ class _WorkerPopen(Popen):
 
 
 class WorkerProcess(ForkServerProcess):
-    """A worker that does not import the main script again: that may import torch, or be without a `__main__` guard."""
+    """A worker that does not import the main script, which may import torch or have no `__main__` guard."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:
@@ -162,6 +161,6 @@ class WorkerProcess(ForkServerProcess):
 
 
 class WorkerContext(ForkServerContext):
-    """What pebble starts its workers with."""
+    """The multiprocessing context of pebble's workers."""
 
     Process = WorkerProcess

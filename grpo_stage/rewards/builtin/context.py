@@ -1,0 +1,25 @@
+"""What built-in rewards get beside their settings."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from grpo_stage.rewards.workers.answer_checker import AnswerChecker
+
+
+@dataclass(frozen=True)
+class RewardContext:
+    """The limits of a run, the checker of answers and the counters: one object for all built-in rewards."""
+
+    max_new_tokens: int
+    checker: AnswerChecker
+    counters: Counter[str] = field(default_factory=Counter)
+
+    def judge(
+        self, name: str, completions: Sequence[str], references: Sequence[str], timeout_s: float
+    ) -> list[float | None]:
+        """1, 0 or None for each completion, each decided within `timeout_s`; time-outs are counted as `name`'s."""
+        verdicts = self.checker.check(list(zip(completions, references, strict=True)), timeout_s)
+        if timeouts := verdicts.count(None):
+            self.counters[f"{name}/timeouts"] += timeouts
+        return [None if verdict is None else float(verdict) for verdict in verdicts]
