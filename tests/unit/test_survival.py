@@ -685,8 +685,10 @@ class End:
     def run(self, checkpoint=None):
         arguments = SimpleNamespace(
             training=SimpleNamespace(do_train=True, do_eval=True, resume_from_checkpoint=checkpoint),
-            finetuning=SimpleNamespace(plot_loss=False, dynamic_sampling=False, num_generations=4), model=None, data=None,
-        )  # fmt: skip
+            finetuning=SimpleNamespace(plot_loss=False, dynamic_sampling=False, num_generations=4),
+            model=None,
+            data=None,
+        )
         workflow._run(self.trainer, arguments)
         return self.done
 
