@@ -23,7 +23,7 @@ from .update.gradient import PolicyGradient
 from .update.logprobs import FrozenPass
 from .update.objective import Objective
 from .update.strategy import ReplicatedParameters
-from .update.token_budget import TokenBudget
+from .update.token_budget import PolicyBudget
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -67,7 +67,7 @@ class Learner:
         layout = PaddedLayout(pad_token_id, accelerator.device)
         self.strategy = ReplicatedParameters(accelerator)
         self.objective = Objective(grpo_args)
-        self.budget = update_budget(grpo_args.max_tokens_per_micro_batch, args.process_index)
+        self.budget = PolicyBudget(grpo_args.max_tokens_per_micro_batch, args.process_index)
         self.frozen = FrozenPass(layout, self.budget, autocast, sampling.temperature)
         self.gradient = PolicyGradient(
             grpo_args=grpo_args,
@@ -154,24 +154,3 @@ class Learner:
                 f"{self._grpo_args.max_skipped_steps}`): the run is stopped. {where} {NON_FINITE_REMEDY}"
             )
         logger.warning(f"{problem}: the step is skipped, and the weights stay as they are. {where}")
-
-
-def update_budget(max_tokens: int, rank: int) -> TokenBudget:
-    """The budget of the policy's passes, and what is said where it gives way."""
-
-    def too_long(length: int) -> RuntimeError:
-        return RuntimeError(
-            f"Out of memory with a single completion of {length} tokens, "
-            "prompt included, in the micro-batch: there is nothing left to split. Lower `max_new_tokens` or "
-            "`cutoff_len`, leave gradient checkpointing on, give vLLM less (`vllm_gpu_util`, `vllm_sleep`), or "
-            "train fewer weights (LoRA, `quantization_bit`)."
-        )
-
-    def message(now: int, before: int) -> str:
-        return (
-            f"Out of memory on rank {rank}: the pass is done again with micro-batches of {now} tokens instead of "
-            f"{before}, which changes nothing but the speed. Write `max_tokens_per_micro_batch: {now}` to start with "
-            "that."
-        )
-
-    return TokenBudget(max_tokens, too_long, message)

@@ -21,7 +21,7 @@ from grpo_stage.update.batch import PaddedLayout, count_totals
 from grpo_stage.update.logprobs import FrozenPass, token_logprobs
 from grpo_stage.update.objective import Objective
 from grpo_stage.update.strategy import ReplicatedParameters
-from grpo_stage.update.token_budget import OutOfMemory, TokenBudget
+from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
 class PolicyGradient:
@@ -49,7 +49,7 @@ class PolicyGradient:
         sampling: SamplingSettings,
         canary: LogprobDifference,
         layout: PaddedLayout,
-        budget: TokenBudget,
+        budget: PolicyBudget,
         frozen: FrozenPass,
         strategy: ReplicatedParameters,
         autocast: Callable[[], AbstractContextManager],
@@ -120,7 +120,7 @@ class PolicyGradient:
                 if any(gather(isinstance(outcome, OutOfMemory))):
                     model.zero_grad()
                     if isinstance(outcome, OutOfMemory):
-                        self._budget.shrink(batch.input_ids.shape, outcome)
+                        self._budget.give_way(batch.input_ids.shape, outcome)
                     return None
                 is_checked = is_checked or outcome is True
         return loss, metrics

@@ -14,7 +14,7 @@ from torch import nn
 
 from grpo_stage.types import TokenBatch
 from grpo_stage.update.batch import PaddedLayout, Sequenced
-from grpo_stage.update.token_budget import OutOfMemory, TokenBudget
+from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
 Tensors = tuple[torch.Tensor, ...]
@@ -83,7 +83,7 @@ class FrozenPass:
     def __init__(
         self,
         layout: PaddedLayout,
-        budget: TokenBudget,
+        budget: PolicyBudget,
         autocast: Callable[[], AbstractContextManager],
         temperature: float,
     ) -> None:
@@ -120,7 +120,7 @@ class FrozenPass:
                 batch = self._layout.tokens([sequences[position] for position in positions])
                 outcome = self._budget.attempt(partial(forward, batch))
                 if isinstance(outcome, OutOfMemory):
-                    self._budget.shrink(batch.input_ids.shape, outcome)
+                    self._budget.give_way(batch.input_ids.shape, outcome)
                     break
                 for row, position in enumerate(positions):
                     length = len(sequences[position].completion.token_ids)

@@ -19,19 +19,15 @@ class OutOfMemory:
 
 
 class TokenBudget:
-    """The budget of one process.
+    """The budget of one model in one process.
 
     Args:
-        max_tokens: of a micro-batch, padding included.
-        too_long: the error where even a single sequence, of so many tokens, does not fit.
+        max_tokens: of a batch, padding included.
         message: what is logged where the budget was lowered: of the new one and the one before.
     """
 
-    def __init__(
-        self, max_tokens: int, too_long: Callable[[int], Exception], message: Callable[[int, int], str]
-    ) -> None:
+    def __init__(self, max_tokens: int, message: Callable[[int, int], str]) -> None:
         self.max_tokens = max_tokens
-        self._too_long = too_long
         self._message = message
 
     def attempt(self, run: Callable[[], T]) -> T | OutOfMemory:
@@ -43,18 +39,41 @@ class TokenBudget:
                 raise
             return OutOfMemory(error)
 
-    def shrink(self, shape: Sequence[int], failure: OutOfMemory) -> None:
-        """Lower the budget below a batch of that shape [B, L], which did not fit.
+    def shrink(self, num_tokens: int) -> None:
+        """Lower the budget to half of what did not fit."""
+        before, self.max_tokens = self.max_tokens, min(self.max_tokens, num_tokens) // 2
+        clear_device_cache(garbage_collection=True)
+        logger.warning(self._message(self.max_tokens, before))
+
+
+class PolicyBudget(TokenBudget):
+    """The budget of the policy and its reference, `max_tokens_per_micro_batch`, on one rank."""
+
+    def __init__(self, max_tokens: int, rank: int) -> None:
+        def message(now: int, before: int) -> str:
+            return (
+                f"Out of memory on rank {rank}: the pass is done again with micro-batches of {now} tokens instead of "
+                f"{before}, which changes nothing but the speed. Write `max_tokens_per_micro_batch: {now}` to start "
+                "with that."
+            )
+
+        super().__init__(max_tokens, message)
+
+    def give_way(self, shape: Sequence[int], failure: OutOfMemory) -> None:
+        """Have micro-batches smaller than one of that shape [B, L], which did not fit.
 
         Raises:
-            Exception: `too_long`, where there is nothing left to split.
+            RuntimeError: if there is nothing left to split.
         """
         num_rows, length = shape
         if num_rows == 1:
-            raise self._too_long(length) from failure.error
-        before, self.max_tokens = self.max_tokens, min(self.max_tokens, num_rows * length) // 2
-        clear_device_cache(garbage_collection=True)
-        logger.warning(self._message(self.max_tokens, before))
+            raise RuntimeError(
+                f"Out of memory with a single completion of {length} tokens, prompt included, in the micro-batch: "
+                "there is nothing left to split. Lower `max_new_tokens` or `cutoff_len`, leave gradient checkpointing "
+                "on, give vLLM less (`vllm_gpu_util`, `vllm_sleep`), or train fewer weights (LoRA, "
+                "`quantization_bit`)."
+            ) from failure.error
+        self.shrink(num_rows * length)
 
     def state_dict(self) -> int:
         return self.max_tokens

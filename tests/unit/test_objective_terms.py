@@ -26,7 +26,6 @@ import pytest
 import torch
 
 from grpo_stage.arguments import GRPOArguments
-from grpo_stage.learner import update_budget
 from grpo_stage.monitors.canary import LogprobDifference
 from grpo_stage.records import metrics as metrics_module
 from grpo_stage.records.metrics import MetricTracker
@@ -37,6 +36,7 @@ from grpo_stage.update.logprobs import FrozenPass
 from grpo_stage.update.strategy import ReplicatedParameters
 from grpo_stage.update.terms.entropy_bonus import EntropyBonus
 from grpo_stage.update.terms.kl_penalty import KLPenalty
+from grpo_stage.update.token_budget import PolicyBudget
 
 
 @dataclass
@@ -794,7 +794,7 @@ def package_gradient(
 ) -> tuple[float, list[list[float]]]:
     """The loss of a step and its gradient, in micro-batches of at most `budget` tokens."""
     args = arguments(s | {"max_tokens_per_micro_batch": budget})
-    layout, tokens = PaddedLayout(0, torch.device("cpu")), update_budget(budget, 0)
+    layout, tokens = PaddedLayout(0, torch.device("cpu")), PolicyBudget(budget, 0)
     accelerator: Any = SimpleNamespace(
         no_sync=lambda model: nullcontext(),
         unwrap_model=lambda model: model,

@@ -9,20 +9,17 @@ other one did `stage: rm` train the head on. The scores come from one of three (
     api     one behind the host's reward server    `server.ServerScorer`
 """
 
-import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from traceback import format_exc
-
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from grpo_stage.rewards.errors import RewardError
 from grpo_stage.rewards.models.server import RewardServerError
 from grpo_stage.rewards.options import REWARD_MODEL
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
+from grpo_stage.update.token_budget import OutOfMemory, TokenBudget
 
-
-logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
 
 Tokens = tuple[int, ...]
 
@@ -47,7 +44,13 @@ class ModelReward:
             ending: the tokens that the template closes an answer with.
         """
         self._score = score
-        self._max_tokens = max_tokens
+        self._budget = TokenBudget(
+            max_tokens,
+            lambda now, before: (
+                f"Out of memory in a pass of the reward model: it is done again with batches of {now} tokens instead "
+                f"of {before}, which changes nothing but the speed."
+            ),
+        )
         self._ending = ending
 
     def __call__(self, groups: Sequence[RolloutGroup]) -> list[list[float | None]]:
@@ -62,24 +65,23 @@ class ModelReward:
         waiting = sorted(range(len(rows)), key=lambda row: len(tokens[row]), reverse=True)
         while waiting:
             length = len(tokens[waiting[0]])
-            chosen = waiting[: max(1, self._max_tokens // length)]
+            chosen = waiting[: max(1, self._budget.max_tokens // length)]
+            first = rows[chosen[0]]
             try:
-                values = self._score([tokens[row] for row in chosen])
+                values = self._budget.attempt(partial(self._score, [tokens[row] for row in chosen]))
             except RewardServerError as error:
-                raise self._error(str(error), *rows[chosen[0]]) from error
+                raise self._error(str(error), *first) from error
             except Exception as error:  # a model's forward pass may raise anything; the run ends with a checkpoint
-                if not should_reduce_batch_size(error):
-                    problem = f"raised {type(error).__name__} in a batch of {len(chosen)} completions"
-                    raise self._error(problem, *rows[chosen[0]], format_exc()) from error
-                memory_error = error.with_traceback(None)  # its frames hold tensors
-            else:
+                problem = f"raised {type(error).__name__} in a batch of {len(chosen)} completions"
+                raise self._error(problem, *first, format_exc()) from error
+            if not isinstance(values, OutOfMemory):
                 for row, value in zip(chosen, values, strict=True):
                     scores[row] = value
                 waiting = waiting[len(chosen) :]
-                continue
-            if len(chosen) == 1:
-                raise self._error(_NO_MEMORY.format(length), *rows[chosen[0]]) from memory_error
-            self._halve_token_budget(len(chosen) * length)
+            elif len(chosen) > 1:
+                self._budget.shrink(len(chosen) * length)
+            else:
+                raise self._error(_NO_MEMORY.format(length), *first) from values.error
         for row, score in enumerate(scores):
             if not math.isfinite(score):
                 raise self._error(f"gave {score}: a score is finite", *rows[row])
@@ -95,14 +97,6 @@ class ModelReward:
         # the beginning of that.
         sampled = max(n for n in range(len(self._ending) + 1) if content[len(content) - n :] == self._ending[:n])
         return content + self._ending[sampled:]
-
-    def _halve_token_budget(self, num_tokens: int) -> None:
-        budget, self._max_tokens = self._max_tokens, num_tokens // 2
-        clear_device_cache(garbage_collection=True)
-        logger.warning(
-            f"Out of memory in a pass of the reward model: it is done again with batches of {self._max_tokens} tokens "
-            f"instead of {budget}, which changes nothing but the speed."
-        )
 
     def _error(self, problem: str, prompt: Prompt, completion: Completion, traceback: str = "") -> RewardError:
         return RewardError(self.name, problem, prompt=prompt.text, completion=completion.text, traceback=traceback)
