@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import trainer_log_levels
 
+from grpo_stage.algorithm.catalog import OFF_POLICY_KEYS
 from grpo_stage.host.adapters import adapter_config, adapter_folder, is_adapter_on_hub, items
 from grpo_stage.host.bounds import refuse_out_of_bounds
 from grpo_stage.host.coercion import as_plain, did_you_mean
@@ -55,10 +56,6 @@ _KNOWN_NAMES = MappingProxyType(
         "ddp_backend": ("nccl", "gloo", "mpi", "ccl", "xccl", "hccl", "cncl", "mccl"),
     }
 )
-OFF_POLICY_KEYS = frozenset(
-    ("epsilon", "epsilon_high", "delta", "importance_sampling_level", "sapo_temperature_pos", "sapo_temperature_neg")
-)
-"""Keys that act where the policy has moved away from the one that sampled."""
 
 
 def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
@@ -81,8 +78,8 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
 
     refuse_out_of_bounds(vars(values))
     for rule in (*RULES, *VLLM_RULES):
-        if rule.broken(values):
-            raise ValueError(rule.message.format_map({key: _yaml(value) for key, value in vars(values).items()}))
+        if (refusal := rule.refusal(values, _yaml)) is not None:
+            raise ValueError(refusal)
 
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         if os.environ.get(variable, "").lower() in ("1", "true"):
@@ -398,11 +395,11 @@ def _warn(arguments: "RunArguments") -> None:
             "steps that there can be, and an epoch has fewer if groups are left out, so that the run may end far up "
             "on it. Write `max_steps`, or `lr_scheduler_type: constant_with_warmup`."
         )
-    of_sequence = finetuning.loss_type in ("gspo", "gspo_token") or finetuning.importance_sampling_level != "token"
-    if of_sequence and is_off_policy and "epsilon" not in arguments.given:
+    loss_type = finetuning.as_written.get("loss_type", finetuning.loss_type)
+    if finetuning.importance_sampling_level != "token" and is_off_policy and "epsilon" not in arguments.given:
         logger.warning_rank0(
             f"`epsilon: {finetuning.epsilon}` by default, with the ratio of the whole completion (`loss_type: "
-            f"{finetuning.loss_type}`), which moves far less than a token's: hardly anything will be clipped. GSPO's "
+            f"{loss_type}`), which moves far less than a token's: hardly anything will be clipped. GSPO's "
             "paper has `epsilon: 3.0e-4` and `epsilon_high: 4.0e-4`."
         )
     if training.device.type == "cpu" and (training.bf16 or training.fp16 or arguments.finetuning.pure_bf16):
