@@ -46,7 +46,7 @@ from .update.logprobs import AdapterOffReference, InitialWeightsReference, Model
 
 
 if TYPE_CHECKING:
-    from .host.parser import RunArguments
+    from .host.run_arguments import RunArguments
 
 
 logger = facade.get_logger(__name__)

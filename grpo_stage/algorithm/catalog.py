@@ -201,7 +201,7 @@ def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     """The keys whose values change where aliases are replaced by what they stand for, with the new values."""
     changes: dict[str, Any] = {}
     for key, table in (("loss_type", LOSS_TYPES), ("advantage_estimator", ESTIMATORS)):
-        entry = table.get(values.get(key))
+        entry = table.get(values.get(key, ""))
         if entry is not None and entry.alias_of is not None:
             changes |= {key: entry.alias_of, **entry.sets}
     return changes

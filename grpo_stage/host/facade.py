@@ -39,7 +39,7 @@ from grpo_stage.records.line_log import LineLog
 
 
 if TYPE_CHECKING:
-    from grpo_stage.host.parser import RunArguments
+    from grpo_stage.host.run_arguments import RunArguments
 
 
 __all__ = [

@@ -6,7 +6,6 @@ defaults, and then the host's own parser.
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from types import MappingProxyType, SimpleNamespace
 from typing import Any, get_type_hints
@@ -24,24 +23,12 @@ from grpo_stage.host.adapters import lora_rank
 from grpo_stage.host.checks import refuse_impossible, refuse_unfit
 from grpo_stage.host.coercion import as_hinted
 from grpo_stage.host.keys import as_written, known_keys, quoted, read
+from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
 from grpo_stage.plugin.registration import RawArguments, stage_of
 from grpo_stage.records.redaction import errors_masked
 from grpo_stage.rewards.suite import REWARD_MODEL
 from grpo_stage.rollout.engines.vllm_options import LORA_RANKS
-
-
-@dataclass(frozen=True)
-class RunArguments:
-    """What a run is made from."""
-
-    model: ModelArguments
-    data: DataArguments
-    training: TrainingArguments
-    finetuning: GRPOFinetuningArguments
-    generating: GeneratingArguments
-    given: frozenset[str]
-    """The keys that the user wrote, since afterwards a default cannot be told from a choice."""
 
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, TrainingArguments, GRPOFinetuningArguments, GeneratingArguments)

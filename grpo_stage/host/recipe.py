@@ -24,7 +24,7 @@ from grpo_stage.types import Prompt
 
 
 if TYPE_CHECKING:
-    from grpo_stage.host.parser import RunArguments
+    from grpo_stage.host.run_arguments import RunArguments
 
 
 logger = facade.get_logger(__name__)

@@ -8,7 +8,7 @@ import sys
 from transformers import TrainerCallback
 
 from grpo_stage.host.facade import get_logger, stage_callbacks
-from grpo_stage.host.parser import RunArguments
+from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.survival.run_lock import owned
 from grpo_stage.survival.stop import StopRequested
 from grpo_stage.workflow import run_grpo

@@ -21,7 +21,7 @@ from grpo_stage.survival.stop import ending_at_once
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from grpo_stage.host.parser import RunArguments
+    from grpo_stage.host.run_arguments import RunArguments
     from grpo_stage.rewards.suite import RewardSuite
     from grpo_stage.rewards.trial import TrialRow
     from grpo_stage.types import Completion, Prompt

@@ -23,7 +23,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from grpo_stage.host import facade
-from grpo_stage.host.parser import RunArguments
+from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.plugin import launch
 from grpo_stage.workflow import stop_token_ids
 
@@ -128,7 +128,7 @@ def test_a_resumed_run_keeps_its_log_where_the_folder_may_be_overwritten(tmp_pat
         assert log.read_text() == "".join(kept)
 
 
-@pytest.mark.parametrize("module", ["grpo_stage.workflow", "grpo_stage.host.datasets", "grpo_stage.host.checks"])
+@pytest.mark.parametrize("module", ["grpo_stage.workflow", "grpo_stage.host.datasets", "grpo_stage.host.advice"])
 def test_messages_go_where_the_hosts_go(module):
     """To the console and to LLaMA Board, from INFO on."""
     seen = []

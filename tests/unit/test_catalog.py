@@ -1,4 +1,4 @@
-"""The facts of losses, estimators and terms, and what follows from them: all names are keys, and aliases are resolved."""
+"""The facts of losses, estimators and terms, and what follows: all names are keys, and aliases are resolved."""
 
 import dataclasses
 
