@@ -262,7 +262,6 @@ def _compared_in_batch(
 
 ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTable, str], torch.Tensor]] = {
     "grpo": partial(_compared, lambda table, scale: group_advantages(table.totals, scale)),  # type: ignore[arg-type]
-    "dr_grpo": partial(_compared, lambda table, _: group_advantages(table.totals, "none")),
     "rloo": partial(_compared, lambda table, scale: leave_one_out_advantages(table.totals, scale)),  # type: ignore[arg-type]
     "reinforce_plus_plus": partial(_compared_in_batch, lambda table, _: whitened_advantages(table.totals)),
     "reinforce_plus_plus_baseline": partial(_compared, lambda table, _: whitened_group_advantages(table.totals)),
@@ -271,7 +270,7 @@ ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTable, str], torch.Tensor]] = {
     "opo": partial(_compared, lambda table, _: optimal_baseline_advantages(table.totals, table.lengths)),
 }
 """`advantage_estimator` to the advantages [P, G] under a `scale_rewards`, each among the completions that the same
-functions applied to; `arguments.ADVANTAGE_SCALES` says which go together."""
+functions applied to; `catalog.ESTIMATORS` says which go together."""
 
 
 def settled(rewards: torch.Tensor, addends: torch.Tensor | None = None) -> torch.Tensor:

@@ -1,9 +1,11 @@
-"""What a key depends on: the values of other keys under which it has an effect, and relations that cannot be right.
+"""Conditions on the values of keys: bounds, what another key has to be, and relations that cannot be right.
 
 Imports no torch, as every reader of keys needs this: the arguments, the host's checks, LLaMA Board.
 """
 
 import json
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +16,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Above:
-    """Stands in `metadata["only_with"]` for all numbers above a bound."""
+    """Stands for all numbers above a bound."""
 
     bound: float
 
@@ -26,8 +28,21 @@ class Above:
 
 
 @dataclass(frozen=True)
+class Below:
+    """Stands for all numbers below a bound."""
+
+    bound: float
+
+    def __contains__(self, value: Any) -> bool:
+        return value is not None and value < self.bound
+
+    def __str__(self) -> str:
+        return f"below {self.bound:g}"
+
+
+@dataclass(frozen=True)
 class Given:
-    """Stands in `metadata["only_with"]` for any value at all."""
+    """Stands for any value at all."""
 
     def __contains__(self, value: Any) -> bool:
         return bool(value)
@@ -36,20 +51,33 @@ class Given:
         return "..."
 
 
+Allowed = Above | Below | Given | tuple[Any, ...]
+"""Values of a key, one by one or by what they have in common."""
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A relation between keys that cannot be right. The message's fields are keys."""
+    """A relation between keys that cannot be right."""
 
     broken: Callable[[SimpleNamespace], bool]
-    message: str
+    message: str | Callable[[SimpleNamespace], str]
+    """A text whose fields are keys, or a function for a text with a number that is computed from them."""
+
+    def refusal(self, values: SimpleNamespace) -> str | None:
+        """What to say about `values`; None where the relation holds."""
+        if not self.broken(values):
+            return None
+        if not isinstance(self.message, str):
+            return self.message(values)
+        fields = {field for _, field, _, _ in Formatter().parse(self.message) if field}
+        return self.message.format_map({field: as_yaml(getattr(values, field)) for field in fields})
 
 
 def refuse_broken(rules: Iterable[Rule], values: SimpleNamespace) -> None:
     """Raise ValueError with the message of the first rule that `values` break."""
     for rule in rules:
-        if rule.broken(values):
-            fields = {field for _, field, _, _ in Formatter().parse(rule.message) if field}
-            raise ValueError(rule.message.format_map({field: as_yaml(getattr(values, field)) for field in fields}))
+        if (refusal := rule.refusal(values)) is not None:
+            raise ValueError(refusal)
 
 
 def as_yaml(value: Any) -> str:
@@ -58,16 +86,34 @@ def as_yaml(value: Any) -> str:
     return json.dumps(plain) if plain is None or isinstance(plain, bool | dict | list) else str(plain)
 
 
-def applies(conditions: Mapping[str, Any], values: Mapping[str, Any]) -> bool:
-    """Whether a key with these `only_with` conditions has an effect; a key that `values` lacks stands in no way."""
+def applies(conditions: Mapping[str, Allowed], values: Mapping[str, Any]) -> bool:
+    """Whether a key with these conditions on others has an effect; a key that `values` lacks stands in no way."""
     return all(values[key] in allowed for key, allowed in conditions.items() if key in values)
 
 
-def shown_condition(allowed: Above | Given | tuple[Any, ...]) -> str:
-    """The values of a condition in `metadata["only_with"]`, for a reader."""
-    return str(allowed) if isinstance(allowed, Above | Given) else " or ".join(map(shown, allowed))
+def shown_condition(allowed: Allowed) -> str:
+    """The values that a condition allows, for a reader."""
+    return " or ".join(map(shown, allowed)) if isinstance(allowed, tuple) else str(allowed)
 
 
 def shown(value: Any) -> str:
     """A value as YAML has it."""
     return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def broken_bound(value: Any, bounds: Mapping[str, Any]) -> str | None:
+    """What a number would have to be, in words: the first bound that it breaks, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not math.isfinite(value):
+        return "a finite number"
+    for bound, words, is_broken in (
+        ("above", "above", operator.le),
+        ("min", "at least", operator.lt),
+        ("max", "at most", operator.gt),
+        ("most", "at most", operator.gt),
+        ("below", "below", operator.ge),
+    ):
+        if (limit := bounds.get(bound)) is not None and is_broken(value, limit):
+            return f"{words} {limit if isinstance(limit, int) else format(limit, 'g')}"
+    return None

@@ -9,7 +9,6 @@ completions are split over micro-batches, accumulation steps or ranks.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -265,7 +264,7 @@ class TokenInputs:
     mask: torch.Tensor
 
 
-def _clipped(x: TokenInputs, settings: LossSettings, level: str | None = None) -> SurrogateOutput:
+def _clipped(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
     return clipped_surrogate(
         x.policy_logprobs,
         x.old_logprobs,
@@ -274,7 +273,7 @@ def _clipped(x: TokenInputs, settings: LossSettings, level: str | None = None) -
         settings.epsilon_high,
         delta=settings.delta,
         mask=x.mask,
-        level=level or settings.importance_sampling_level,
+        level=settings.importance_sampling_level,
     )
 
 
@@ -294,7 +293,7 @@ def _gmpo(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """A `loss_type`."""
+    """A `loss_type`; `catalog.LOSS_TYPES` has its other names, and the keys that it reads."""
 
     surrogate: Callable[[TokenInputs, LossSettings], SurrogateOutput]
     average: Callable[[torch.Tensor, StepTotals], torch.Tensor]
@@ -303,13 +302,10 @@ class Loss:
 
 LOSSES: dict[str, Loss] = {
     "grpo": Loss(_clipped, _over_completions),
-    "bnpo": Loss(_clipped, _over_tokens),
     "dr_grpo": Loss(_clipped, _over_constant),
     "dapo": Loss(_clipped, _over_tokens),
     "cispo": Loss(_cispo, _over_tokens),
     "sapo": Loss(_sapo, _over_completions),
-    "gspo": Loss(partial(_clipped, level="sequence"), _over_completions),
-    "gspo_token": Loss(partial(_clipped, level="sequence_token"), _over_completions),
     "gmpo": Loss(_gmpo, _over_completions),
 }
 
@@ -318,9 +314,8 @@ def token_weights(mask: torch.Tensor, totals: StepTotals, loss_type: str) -> tor
     r"""The weight of each token's loss in the step's loss.
 
     ======================= ================================== ====================================================
-    grpo, sapo, gspo, gmpo  1 / (completions x own length)     mean over tokens, then completions (DeepSeekMath, eq. 3)
+    grpo, sapo, gmpo        1 / (completions x own length)     mean over tokens, then completions (DeepSeekMath, eq. 3)
     dapo, cispo             1 / tokens of the step             mean over all tokens (DAPO, eq. 8)
-    bnpo                    as dapo                            TRL averages over the local micro-batch instead
     dr_grpo                 1 / (sampled x max_new_tokens)     a constant, so that length has no say (Dr. GRPO)
     ======================= ================================== ====================================================
 

@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gradio as gr
 
-from grpo_stage.algorithm.conditions import Above, Given, applies
+from grpo_stage.algorithm.combinations import ONLY_WITH
+from grpo_stage.algorithm.conditions import Allowed, applies
 from grpo_stage.arguments import EVALUATION, MEMORY, OBJECTIVE, REWARDS, ROLLOUT, GRPOArguments
 from grpo_stage.board.locales import PREFIX
 from grpo_stage.rewards.options import REWARD_MODEL
@@ -41,8 +42,12 @@ class FormField:
     choices: tuple[Any, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
-    only_with: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     help: str = ""
+
+    @property
+    def only_with(self) -> Mapping[str, Allowed]:
+        """Other keys and their values under which this one has an effect; elsewhere the field is hidden."""
+        return ONLY_WITH.get(self.key, {})
 
     @property
     def element(self) -> str:
@@ -140,61 +145,18 @@ HOST_FIELDS: tuple[FormField, ...] = (
     FormField(key="top_k", group=ROLLOUT, kind="whole", default=0, minimum=0),
     FormField(key="repetition_penalty", group=ROLLOUT, kind="number", default=1.0, minimum=0),
     FormField(key="reward_model", group=REWARDS, kind="text"),
-    FormField(
-        key="reward_model_type",
-        group=REWARDS,
-        kind="choice",
-        choices=("lora", "full", "api"),
-        default="lora",
-        only_with={"reward_model": Given()},
-    ),
-    FormField(
-        key="reward_model_adapters",
-        group=REWARDS,
-        kind="text",
-        only_with={"reward_model": Given(), "reward_model_type": ("full",)},
-    ),
-    FormField(
-        key="reward_model_quantization_bit",
-        group=REWARDS,
-        kind="choice",
-        choices=(None, 8, 4),
-        only_with={"reward_model": Given(), "reward_model_type": ("full",)},
-    ),
-    FormField(key="ref_model", group=OBJECTIVE, kind="text", only_with={"beta": Above(0)}),
-    FormField(key="ref_model_adapters", group=OBJECTIVE, kind="text", only_with={"beta": Above(0)}),
-    FormField(
-        key="ref_model_quantization_bit",
-        group=OBJECTIVE,
-        kind="choice",
-        choices=(None, 8, 4),
-        only_with={"beta": Above(0)},
-    ),
+    FormField(key="reward_model_type", group=REWARDS, kind="choice", choices=("lora", "full", "api"), default="lora"),
+    FormField(key="reward_model_adapters", group=REWARDS, kind="text"),
+    FormField(key="reward_model_quantization_bit", group=REWARDS, kind="choice", choices=(None, 8, 4)),
+    FormField(key="ref_model", group=OBJECTIVE, kind="text"),
+    FormField(key="ref_model_adapters", group=OBJECTIVE, kind="text"),
+    FormField(key="ref_model_quantization_bit", group=OBJECTIVE, kind="choice", choices=(None, 8, 4)),
     FormField(key="eval_dataset", group=EVALUATION, kind="list"),
-    FormField(
-        key="eval_steps",
-        group=EVALUATION,
-        kind="whole",
-        minimum=1,
-        only_with={"eval_strategy": ("steps",)},
-    ),
-    FormField(
-        key="vllm_gpu_util",
-        group=MEMORY,
-        kind="number",
-        minimum=0,
-        maximum=1,
-        only_with={"rollout_backend": ("vllm",)},
-    ),
-    FormField(key="vllm_maxlen", group=MEMORY, kind="whole", minimum=1, only_with={"rollout_backend": ("vllm",)}),
-    FormField(
-        key="vllm_enforce_eager",
-        group=MEMORY,
-        kind="flag",
-        default=False,
-        only_with={"rollout_backend": ("vllm",)},
-    ),
-    FormField(key="vllm_config", group=MEMORY, kind="mapping", only_with={"rollout_backend": ("vllm",)}),
+    FormField(key="eval_steps", group=EVALUATION, kind="whole", minimum=1),
+    FormField(key="vllm_gpu_util", group=MEMORY, kind="number", minimum=0, maximum=1),
+    FormField(key="vllm_maxlen", group=MEMORY, kind="whole", minimum=1),
+    FormField(key="vllm_enforce_eager", group=MEMORY, kind="flag", default=False),
+    FormField(key="vllm_config", group=MEMORY, kind="mapping"),
 )
 
 
@@ -223,7 +185,6 @@ def _own_field(spec: "dataclasses.Field[Any]", hint: Any) -> FormField:
         choices=choices,
         minimum=metadata.get("min", metadata.get("above")),
         maximum=metadata.get("max"),
-        only_with=metadata.get("only_with", {}),
         help=metadata["help"],
     )
 

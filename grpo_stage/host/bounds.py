@@ -5,12 +5,12 @@ Prodigy's `learning_rate: 1.0`, `max_grad_norm: 0` for no clipping.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from grpo_stage.algorithm.conditions import applies
-from grpo_stage.arguments import broken_bound
+from grpo_stage.algorithm.combinations import ONLY_WITH
+from grpo_stage.algorithm.conditions import applies, broken_bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +21,6 @@ class Bound:
     """`min` and `max` are inclusive, `above` and `below` are not."""
     reason: str
     remedy: str
-    only_with: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Values of other keys under which it matters, as in `arguments.py`."""
     also: tuple[float, ...] = ()
     """Values beyond the limits that mean something of their own."""
     is_share_or_count: bool = False
@@ -42,12 +40,11 @@ _MOST_TOKENS, _MOST_WORKERS, _MOST_STEPS = 10_000_000, 1024, 10**9
 _QUANTITY = {"min": 1, "max": _MOST_STEPS}
 
 
-def _interval(what: str, strategy: str, remedy: str) -> Bound:
+def _interval(what: str, remedy: str) -> Bound:
     return Bound(
         {"above": 0, "max": _MOST_STEPS},
         f"it is the number of steps from one {what} to the next, or a share of all steps",
         remedy,
-        only_with={strategy: ("steps",)},
         is_share_or_count=True,
     )
 
@@ -97,7 +94,6 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
             {"above": 0, "max": 1_000_000},
             "it is how many times the run goes through the dataset, where `max_steps` is not given",
             "Write for example `num_train_epochs: 1.0`.",
-            only_with={"max_steps": (-1,)},
         ),
         # Optimization
         "learning_rate": Bound(
@@ -179,12 +175,12 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
             {"min": 0, "max": _MOST_WORKERS}, "it is a number of processes", "Leave it out for 0."
         ),
         # Logging, saving, evaluating
-        "logging_steps": _interval("line of the log", "logging_strategy", "Leave it out to log every step."),
+        "logging_steps": _interval("line of the log", "Leave it out to log every step."),
         "save_steps": _interval(
-            "checkpoint", "save_strategy", 'Write for example `save_steps: 100`, or `save_strategy: "no"` for none.'
+            "checkpoint", 'Write for example `save_steps: 100`, or `save_strategy: "no"` for none.'
         ),
         "eval_steps": _interval(
-            "evaluation", "eval_strategy", 'Write for example `eval_steps: 100`, or `eval_strategy: "no"` for none.'
+            "evaluation", 'Write for example `eval_steps: 100`, or `eval_strategy: "no"` for none.'
         ),
         "eval_delay": Bound(
             {"min": 0, "max": _MOST_STEPS},
@@ -220,5 +216,5 @@ def refuse_out_of_bounds(values: Mapping[str, Any]) -> None:
     """
     for key, bound in HOST_BOUNDS.items():
         rule = bound.broken(values[key])
-        if rule is not None and applies(bound.only_with, values):
+        if rule is not None and applies(ONLY_WITH.get(key, {}), values):
             raise ValueError(f"`{key}: {values[key]}` must be {rule}: {bound.reason}. {bound.remedy}")

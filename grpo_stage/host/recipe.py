@@ -82,6 +82,7 @@ def recipe_of(arguments: RunArguments) -> dict[str, Any]:
         (arguments.generating, _GENERATING.split()),
     )
     recipe = {name: getattr(owner, name) for owner, names in parts for name in names}
+    recipe |= arguments.finetuning.as_written
     return mask(json.loads(json.dumps(recipe, default=str), parse_float=_number))
 
 

@@ -30,7 +30,7 @@ class GRPOFinetuningArguments(GRPOArguments, FinetuningArguments):
 
     def to_dict(self) -> dict[str, Any]:
         r"""As the host's, which trackers get; other stages do not see this stage's keys."""
-        values = super().to_dict()
+        values = {**super().to_dict(), **self.as_written}
         return (
             mask(values) if self.stage == "grpo" else {k: v for k, v in values.items() if k not in grpo_field_names()}
         )

@@ -7,6 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.algorithm.conditions import shown_condition
 from grpo_stage.arguments import GRPOArguments
 
@@ -65,8 +66,6 @@ def _kind(spec: "dataclasses.Field[Any]", hint: Any) -> str:
         if bound in spec.metadata
     ]
     default = "none" if spec.default is None else f"`{json.dumps(spec.default)}`".replace('"', "")
-    conditions = [
-        f"`{key}: {shown_condition(allowed)}`" for key, allowed in spec.metadata.get("only_with", {}).items()
-    ]
+    conditions = [f"`{key}: {shown_condition(allowed)}`" for key, allowed in ONLY_WITH.get(spec.name, {}).items()]
     only = f" Only with {' and '.join(conditions)}." if conditions else ""
     return f"{', '.join([kind, *bounds])}. Default: {default}.{only}"

@@ -16,10 +16,11 @@ from llamafactory.model import loader
 from llamafactory.model.model_utils.rope import configure_rope
 from transformers import AutoConfig
 
-from grpo_stage.host import checks, rules
+from grpo_stage.host import advice
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
 from grpo_stage.host.recipe import check_same_training, recipe_of, training_record
+from grpo_stage.host.unsupported import UNSUPPORTED
 from grpo_stage.records.redaction import secrets_in
 from grpo_stage.rollout.engines import vllm_rules
 from grpo_stage.survival import checkpoints
@@ -327,19 +328,19 @@ def test_a_reward_adapter_that_is_no_plain_lora_is_refused(recipe, adapter, extr
 
 
 def test_every_unsupported_key_is_the_hosts_and_refused_once():
-    keys = [key for entry in rules.UNSUPPORTED for key in entry.keys.split()]
+    keys = [key for entry in UNSUPPORTED for key in entry.keys.split()]
     assert set(keys) - KNOWN <= OF_THE_HOSTS_MAIN
     assert len(keys) == len(set(keys))
 
 
 def test_every_entry_has_a_case_above():
     shown = {key for changes, _ in REFUSED for key in changes}
-    assert [entry.keys for entry in rules.UNSUPPORTED if not shown & set(entry.keys.split())] == []
+    assert [entry.keys for entry in UNSUPPORTED if not shown & set(entry.keys.split())] == []
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [(k, value) for entry in rules.UNSUPPORTED for k in entry.keys.split() if k in KNOWN for value in entry.harmless],
+    [(k, value) for entry in UNSUPPORTED for k in entry.keys.split() if k in KNOWN for value in entry.harmless],
 )
 def test_harmless_values_are_accepted(recipe, key, value):
     """LLaMA Board writes some of them out."""
@@ -793,12 +794,12 @@ def test_trackers_get_no_secret(recipe):
 def test_code_of_the_models_repository_is_announced(recipe, monkeypatch, kind):
     said: dict[str, list[str]] = {"warning_rank0": [], "info_rank0": []}
     for name, texts in said.items():
-        monkeypatch.setattr(checks.logger, name, texts.append, raising=False)
+        monkeypatch.setattr(advice.logger, name, texts.append, raising=False)
     folder = Path(recipe["model_name_or_path"])
     if kind == "with code":
         (folder / "modeling_own.py").write_text("")
         (folder / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["modeling_own.T", null]}}')
-    checks._say_remote_code("owner/model" if kind == "hub" else str(folder))
+    advice._say_remote_code("owner/model" if kind == "hub" else str(folder))
     warned = {"with code": f"modeling_own.py of {folder}", "hub": "owner/model runs in this process"}.get(kind)
     if warned is None:
         assert said["warning_rank0"] == []

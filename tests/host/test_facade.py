@@ -128,7 +128,7 @@ def test_a_resumed_run_keeps_its_log_where_the_folder_may_be_overwritten(tmp_pat
         assert log.read_text() == "".join(kept)
 
 
-@pytest.mark.parametrize("module", ["grpo_stage.workflow", "grpo_stage.host.datasets", "grpo_stage.host.checks"])
+@pytest.mark.parametrize("module", ["grpo_stage.workflow", "grpo_stage.host.datasets", "grpo_stage.host.advice"])
 def test_messages_go_where_the_hosts_go(module):
     """To the console and to LLaMA Board, from INFO on."""
     seen = []

@@ -182,7 +182,7 @@ def test_what_the_user_wrote_is_kept_though_it_is_the_hosts_default(recipe, writ
 def said(monkeypatch) -> list[str]:
     """What the run is warned of."""
     messages: list[str] = []
-    monkeypatch.setattr("grpo_stage.host.checks.logger.warning_rank0", messages.append)
+    monkeypatch.setattr("grpo_stage.host.advice.logger.warning_rank0", messages.append)
     return messages
 
 

@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 import pytest
 import yaml
 
+from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
 from grpo_stage.host.bounds import HOST_BOUNDS
 from grpo_stage.host.coercion import _ALSO_ACCEPTED
@@ -130,7 +131,7 @@ def test_a_value_beyond_a_bound(recipe, key):
     if key in HOST_BOUNDS:
         bound = HOST_BOUNDS[key]
         limits = bound.limits
-        recipe |= {name: allowed[0] for name, allowed in bound.only_with.items()}
+        recipe |= {name: allowed[0] for name, allowed in ONLY_WITH.get(key, {}).items()}
         allowed = bound.also
     else:
         limits, allowed = SPECS[key].metadata, ()

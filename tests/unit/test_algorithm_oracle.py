@@ -23,7 +23,7 @@ from grpo_stage.algorithm import advantages, kl, losses
 
 
 NAN = math.nan
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 Scale = Literal["group", "batch", "none"]
 SCALES: tuple[Scale, ...] = ("group", "batch", "none")
 STD_EPS = 1e-4  # TRL's constant; verl has 1e-6
@@ -96,7 +96,6 @@ def oracle_step(
             slope -= beta * (1.0 - math.exp(c.ref[t]) / math.exp(c.policy[t]))
             denominator = {
                 "grpo": len(used) * len(c.policy),
-                "bnpo": sum(len(other.policy) for other in used),
                 "dapo": sum(len(other.policy) for other in used),
                 "dr_grpo": len(completions) * max_length,
             }[loss_type]
@@ -366,7 +365,6 @@ def test_k3_estimates_the_divergence_from_the_reference() -> None:
         # Completions of 3 and 1 tokens, and a truncated one that is left out; at most 5 tokens.
         ("grpo", [[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0.0, 0.0], [0.0, 0.0, 0.0]]),
         ("dapo", [[1 / 4, 1 / 4, 1 / 4], [1 / 4, 0.0, 0.0], [0.0, 0.0, 0.0]]),
-        ("bnpo", [[1 / 4, 1 / 4, 1 / 4], [1 / 4, 0.0, 0.0], [0.0, 0.0, 0.0]]),
         ("dr_grpo", [[1 / 15, 1 / 15, 1 / 15], [1 / 15, 0.0, 0.0], [0.0, 0.0, 0.0]]),
     ],
 )
@@ -384,7 +382,7 @@ def test_a_step_of_nothing_but_masked_completions_weighs_nothing(loss_type: str)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64])
-@pytest.mark.parametrize("loss_type", ["bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_a_mask_of_whole_numbers_is_never_a_loss_of_zero(loss_type: str, dtype: torch.dtype) -> None:
     mask = torch.tensor([[1, 1, 0]])
     totals = losses.StepTotals(num_completions=1, num_tokens=2, max_completion_length=5)

@@ -15,7 +15,7 @@ from grpo_stage.algorithm.kl import k3
 from grpo_stage.algorithm.losses import StepTotals, clipped_surrogate, token_weights
 
 
-LOSS_TYPES = ("grpo", "bnpo", "dapo", "dr_grpo")
+LOSS_TYPES = ("grpo", "dapo", "dr_grpo")
 MAX_LENGTH = 9
 Scale = Literal["group", "batch", "none"]
 SCALES: tuple[Scale, ...] = ("group", "batch", "none")
@@ -265,7 +265,7 @@ def test_padding_changes_nothing(seed: int, loss_type: str, extra: int) -> None:
 
 
 @reproducibly
-@given(any_seed, st.sampled_from(("grpo", "dapo", "bnpo")))
+@given(any_seed, st.sampled_from(("grpo", "dapo")))
 def test_a_masked_completion_is_as_if_it_had_not_been_sampled(seed: int, loss_type: str) -> None:
     step = Step(seed)
     kept = [row for row in range(7) if step.mask[row].any()]
@@ -289,7 +289,7 @@ def test_the_constant_of_dr_grpo_is_one_whatever_is_masked(seed: int, masked: li
 
 
 @reproducibly
-@given(any_seed, st.sampled_from(("grpo", "dapo", "bnpo")))
+@given(any_seed, st.sampled_from(("grpo", "dapo")))
 def test_the_weights_of_a_step_sum_to_one(seed: int, loss_type: str) -> None:
     step = Step(seed)
     parts = [token_weights(step.mask[rows], step.totals, loss_type) for rows in ([0, 3], [1], [2, 4, 5, 6])]

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from grpo_stage.arguments import ADVANTAGE_SCALES, GRPOArguments, grpo_field_names
+from grpo_stage.algorithm.catalog import ESTIMATORS
+from grpo_stage.arguments import GRPOArguments, grpo_field_names
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 
@@ -252,12 +253,13 @@ def test_what_asks_for_nothing_may_be_written_anywhere():
     arguments(**options).validate(given=options.keys())
 
 
-@pytest.mark.parametrize("estimator", ADVANTAGE_SCALES)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_every_estimator_has_the_scale_of_its_paper_and_takes_those_of_its_row(estimator):
-    assert arguments(advantage_estimator=estimator).scale_rewards == ADVANTAGE_SCALES[estimator][0]
-    for scale in ADVANTAGE_SCALES[estimator]:
+    scales = ESTIMATORS[estimator].scales
+    assert arguments(advantage_estimator=estimator).scale_rewards == scales[0]
+    for scale in scales:
         arguments(advantage_estimator=estimator, scale_rewards=scale).validate()
-    for scale in {"group", "batch", "none"} - set(ADVANTAGE_SCALES[estimator]):
+    for scale in {"group", "batch", "none"} - set(scales):
         with pytest.raises(ValueError, match=f"scale_rewards: {scale}"):
             arguments(advantage_estimator=estimator, scale_rewards=scale).validate()
 

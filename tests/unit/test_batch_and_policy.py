@@ -108,7 +108,7 @@ def test_the_budget_holds_for_all_but_single_rows(max_tokens):
         assert batch.input_ids.numel() <= max_tokens or len(positions) == 1
 
 
-@pytest.mark.parametrize(("loss_type", "expected"), [("grpo", 1.0), ("dapo", 1.0), ("bnpo", 1.0)])
+@pytest.mark.parametrize(("loss_type", "expected"), [("grpo", 1.0), ("dapo", 1.0)])
 @pytest.mark.parametrize("mask_truncated", [False, True])
 def test_weights_of_a_step_sum_to_one_whatever_the_split(loss_type, expected, mask_truncated):
     for max_tokens in (1, 40, 10_000):

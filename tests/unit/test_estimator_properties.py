@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
-from grpo_stage.arguments import ADVANTAGE_SCALES
+from grpo_stage.algorithm.catalog import ESTIMATORS
 
 
-ROWS = [(name, scale) for name, scales in ADVANTAGE_SCALES.items() for scale in scales]
+ROWS = [(name, scale) for name in ADVANTAGE_ESTIMATORS for scale in ESTIMATORS[name].scales]
 EIGHTHS = st.integers(-80, 80).map(lambda n: n / 8)  # sums and differences are exact
 reproducibly = settings(max_examples=25, deadline=None, derandomize=True)
 any_row = pytest.mark.parametrize(("estimator", "scale"), ROWS)
@@ -162,5 +162,5 @@ def test_opo_sums_to_zero_by_length(rewards: RewardTable) -> None:
 def test_rloo_is_unbiased_where_grpo_is_shrunk(rewards: RewardTable) -> None:
     size = rewards.totals.size(1)
     torch.testing.assert_close(
-        advantages("rloo", "none", rewards), advantages("dr_grpo", "none", rewards) * size / (size - 1)
+        advantages("rloo", "none", rewards), advantages("grpo", "none", rewards) * size / (size - 1)
     )

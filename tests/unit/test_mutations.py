@@ -467,12 +467,6 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "totals.num_completions",
     ),
     (
-        "bnpo: mean over completions",
-        losses,
-        '"bnpo": Loss(_clipped, _over_tokens)',
-        '"bnpo": Loss(_clipped, _over_completions)',
-    ),
-    (
         "loss types swapped",
         losses,
         '"dapo": Loss(_clipped, _over_tokens)',
@@ -488,14 +482,7 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "ratios.detach() * torch.exp(policy_logprobs - policy_logprobs.detach())",
         "ratios.detach() + 0 * policy_logprobs",
     ),
-    ("gspo: each token's ratio", losses, 'partial(_clipped, level="sequence")', 'partial(_clipped, level="token")'),
-    (
-        "gspo_token: each token's ratio",
-        losses,
-        'partial(_clipped, level="sequence_token")',
-        'partial(_clipped, level="token")',
-    ),
-    ("level: not passed on", losses, "level=level or settings.importance_sampling_level", 'level=level or "token"'),
+    ("level: not passed on", losses, "level=settings.importance_sampling_level", 'level="token"'),
     ("delta: ignored", losses, "ratios if delta is None else ratios.clamp(max=delta)", "ratios"),
     ("delta: a lower bound", losses, "ratios.clamp(max=delta)", "ratios.clamp(min=delta)"),
     ("delta: flag on any sign", losses, "(ratios > delta) & (advantages < 0)", "ratios > delta"),
@@ -553,12 +540,6 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     # The other estimators.
     ("rloo: no correction", advantages, " * (count / (count - 1).clamp(min=1))", ""),
     ("rloo: turned over", advantages, "(count / (count - 1).clamp(min=1))", "((count - 1) / count)"),
-    (
-        "dr_grpo: divided",
-        advantages,
-        'lambda table, _: group_advantages(table.totals, "none")',
-        'lambda table, _: group_advantages(table.totals, "group")',
-    ),
     (
         "reinforce++: the group's",
         advantages,

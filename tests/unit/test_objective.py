@@ -10,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
+from grpo_stage.algorithm.catalog import ESTIMATORS, LOSS_TYPES, canonical
 from grpo_stage.algorithm.kl import KL_ESTIMATORS
 from grpo_stage.algorithm.losses import LEVELS, LOSSES
-from grpo_stage.arguments import ADVANTAGE_SCALES, CLIPPED_LOSSES, GRPOArguments
+from grpo_stage.arguments import GRPOArguments
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import RolloutGroup, SampleBatch, ScoredGroup, Step
 from grpo_stage.update.credit import Credit
@@ -117,11 +118,15 @@ def test_the_tables_and_the_arguments_know_the_same_names():
     def choices(key):
         return set(hints[key].type.__args__)
 
-    assert choices("loss_type") == LOSSES.keys()
-    assert choices("advantage_estimator") == ADVANTAGE_ESTIMATORS.keys() == ADVANTAGE_SCALES.keys()
+    def first_names(table):
+        return {name for name, entry in table.items() if entry.alias_of is None}
+
+    assert choices("loss_type") == LOSS_TYPES.keys()
+    assert first_names(LOSS_TYPES) == LOSSES.keys()
+    assert choices("advantage_estimator") == ESTIMATORS.keys()
+    assert first_names(ESTIMATORS) == ADVANTAGE_ESTIMATORS.keys()
     assert choices("importance_sampling_level") == set(LEVELS)
     assert choices("kl_estimator") == KL_ESTIMATORS.keys()
-    assert set(CLIPPED_LOSSES) < LOSSES.keys()
 
 
 # Two steps with each cell of docs/combinations.md that says yes, and with more
@@ -152,8 +157,8 @@ WITH_EACH_KL = [
 ]
 SCALES_WITH_THE_KL_IN_THE_REWARD = [
     {"advantage_estimator": estimator, "scale_rewards": scale, "beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1"}
-    for estimator, scales in ADVANTAGE_SCALES.items()
-    for scale in scales
+    for estimator, facts in ESTIMATORS.items()
+    for scale in facts.scales
     if estimator not in ("gdpo", "passk") and scale != "group"
 ]
 TARGETS = [{"entropy_target": target, "entropy_coef": 0.01} for target in (0.1, 9.0)]
@@ -170,7 +175,7 @@ class HalfOfThePrompts(LengthRewards):
 @pytest.mark.parametrize(
     "options",
     [
-        *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in LOSSES),
+        *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in LOSS_TYPES),
         *CELLS,
         *LEVELS_AND_THE_REST,
         *WITH_EACH_KL,
@@ -252,7 +257,8 @@ def check_advantages(data, options):
         weights=torch.ones(1, dtype=torch.float64),
         lengths=torch.tensor([[len(sample.completion.token_ids) for sample in group] for group in groups]),
     )
-    scale = options.get("scale_rewards", ADVANTAGE_SCALES[estimator][0])
+    scale = options.get("scale_rewards", ESTIMATORS[estimator].scales[0])
+    estimator = canonical(options).get("advantage_estimator", estimator)
     expected = ADVANTAGE_ESTIMATORS[estimator](table, scale)
     actual = torch.tensor([[sample.advantage for sample in group] for group in groups], dtype=torch.float64)
     if "mask_zero_std_groups" not in options:  # whose batch is more than what is trained on
@@ -357,7 +363,7 @@ def test_the_kl_in_the_reward_moves_the_advantages(tmp_path):
 def test_an_estimator_sees_the_parts_the_weights_and_the_lengths(tmp_path, estimator):
     trainer = make_trainer(tmp_path, advantage_estimator=estimator, num_prompts=2)
     groups = groups_of(collect(trainer)[0])
-    scale = ADVANTAGE_SCALES[estimator][0]
+    scale = ESTIMATORS[estimator].scales[0]
     rows = [[[0.1 * i + 0.3 * g, float(i % 2)] for i in range(4)] for g in range(2)]
     scored = [
         ScoredGroup(

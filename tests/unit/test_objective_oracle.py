@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from grpo_stage.algorithm import advantages, correction, exploration, kl, losses
+from grpo_stage.algorithm.catalog import canonical
 
 
 NAN = math.nan
@@ -137,6 +138,8 @@ def package_loss(
     module: ModuleType, cases: list[Case], loss_type: str, level: str, s: dict[str, Any], parts: list[list[int]]
 ) -> tuple[float, list[Any], int]:
     filler = np.random.default_rng(7)
+    names = {"loss_type": loss_type, "importance_sampling_level": level}
+    loss_type, level = (names | canonical(names)).values()
     used = [c for c in cases if c.used]
     totals = module.StepTotals(
         num_completions=len(used),
@@ -227,6 +230,8 @@ def surrogate_of(loss_type: str, ratios: list[float], advantage: float, **settin
     old = torch.full((1, len(ratios)), -1.0).double()
     policy = (old + f64([ratios]).log()).requires_grad_()
     inputs = losses.TokenInputs(policy, old, f64([advantage]), torch.ones_like(old))
+    settings |= canonical({"loss_type": loss_type})
+    loss_type = settings.pop("loss_type", loss_type)
     output = losses.LOSSES[loss_type].surrogate(inputs, losses.LossSettings(**settings))
     (gradient,) = torch.autograd.grad(output.token_losses.sum(), policy)
     return output, gradient[0].tolist()
@@ -404,6 +409,12 @@ def reward_table(module: ModuleType, parts: Any, weights: list[float], lengths: 
     )
 
 
+def advantages_of(module: ModuleType, estimator: str, scale: str, table: Any) -> torch.Tensor:
+    names = {"advantage_estimator": estimator, "scale_rewards": scale}
+    estimator, scale = (names | canonical(names)).values()
+    return module.ADVANTAGE_ESTIMATORS[estimator](table, scale)
+
+
 def check_advantages(module: ModuleType) -> None:
     """`module` is `grpo_stage.algorithm.advantages` or a mutant of it."""
     rng = np.random.default_rng(5)
@@ -414,12 +425,12 @@ def check_advantages(module: ModuleType) -> None:
         weights = rng.choice([0.0, 0.5, 1.0, -2.0], shape[2]).tolist()
         weights[0] = weights[0] or 1.0
         lengths = rng.integers(1, 9, shape[:2]).tolist()
-        actual = module.ADVANTAGE_ESTIMATORS[estimator](reward_table(module, parts, weights, lengths), scale)
+        actual = advantages_of(module, estimator, scale, reward_table(module, parts, weights, lengths))
         expected = f64(oracle_advantages(estimator, scale, parts.tolist(), weights, lengths))
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=f"{estimator} {scale}")
     for value, size, (estimator, scale) in itertools.product((0.1, 1 / 3, 1e6 + 0.1), (3, 7), ESTIMATORS):
         table = reward_table(module, np.full((2, size, 1), value), [1.0], np.arange(1, 2 * size + 1).reshape(2, size))
-        assert (module.ADVANTAGE_ESTIMATORS[estimator](table, scale) == 0).all()
+        assert (advantages_of(module, estimator, scale, table) == 0).all()
     # One sum by two ways, and one that cancels: totals that rounding alone tells apart, at any scale.
     for unit, (estimator, scale) in itertools.product((1e-9, 1.0, 1e9), ESTIMATORS):
         for group, weights in (
@@ -429,12 +440,12 @@ def check_advantages(module: ModuleType) -> None:
             if estimator == "gdpo" and group[0] != [1, -1, -1]:  # which sees each function
                 continue
             table = reward_table(module, unit * np.array([group]), weights, [[1, 2, 3]])
-            assert (module.ADVANTAGE_ESTIMATORS[estimator](table, scale) == 0).all(), estimator
+            assert (advantages_of(module, estimator, scale, table) == 0).all(), estimator
             assert not module.tells_apart(table).any()
     # What differs beside what cancels: both sides of the tolerance.
     table = reward_table(module, [[[1.0, -1.0], [1.0, -1.0 + 1e-8], [1.0, -1.0 + 1e-11]]], [1.0, 1.0], [[1, 1, 1]])
     assert module.tells_apart(table).all()
-    advantage = module.ADVANTAGE_ESTIMATORS["dr_grpo"](table, "none")[0].tolist()
+    advantage = module.ADVANTAGE_ESTIMATORS["grpo"](table, "none")[0].tolist()
     assert advantage[0] == advantage[2] == pytest.approx(-1e-8 / 3, rel=1e-6)
     assert advantage[1] == pytest.approx(2e-8 / 3, rel=1e-6)
 
@@ -446,7 +457,7 @@ def test_advantages_are_the_papers() -> None:
 def by_hand(estimator: str, scale: str, parts: Any, weights: Any = (1.0,), lengths: Any = None) -> list[list[float]]:
     lengths = lengths or [[1] * len(group) for group in parts]
     table = reward_table(advantages, parts, list(weights), lengths)
-    return advantages.ADVANTAGE_ESTIMATORS[estimator](table, scale).tolist()
+    return advantages_of(advantages, estimator, scale, table).tolist()
 
 
 def test_estimators_by_hand() -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from grpo_stage.algorithm.advantages import group_advantages
+from grpo_stage.algorithm.catalog import canonical
 from grpo_stage.algorithm.correction import correction_weights
 from grpo_stage.algorithm.exploration import highest_entropy_tokens
 from grpo_stage.algorithm.kl import k3
@@ -136,6 +137,8 @@ def our_losses(
     quantile: float = 1.0,
     cap: float | None = None,
 ) -> tuple[float, list[torch.Tensor], list[Any]]:
+    names = {"loss_type": loss_type, "importance_sampling_level": level}
+    loss_type, level = (names | canonical(names)).values()
     totals = StepTotals(
         num_completions=sum(int(batch.mask.any(1).sum()) for batch in batches),
         num_tokens=sum(int(batch.mask.sum()) for batch in batches),

@@ -10,7 +10,6 @@ from typing import Any
 
 from grpo_stage.algorithm.conditions import Rule
 from grpo_stage.rollout.engines import vllm_rules
-from grpo_stage.rollout.engines.hf_rules import HF_RULES
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.types import RolloutEngine
 
@@ -20,7 +19,7 @@ class EngineEntry:
     """One engine."""
 
     build: Callable[[EngineRequest], RolloutEngine]
-    rules: tuple[Rule, ...]
+    rules: tuple[Rule, ...] = ()
     """Of the keys alone, before the host parses them. `adapter_rank`, the rank of the adapter that is trained, is
     among the values that they see."""
     refuse_adapter: Callable[[str, Mapping[str, Any]], None] = lambda path, config: None
@@ -46,7 +45,7 @@ def _build_vllm(request: EngineRequest) -> RolloutEngine:
 
 ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
     {
-        "hf": EngineEntry(build=_build_hf, rules=HF_RULES),
+        "hf": EngineEntry(build=_build_hf),
         "vllm": EngineEntry(
             build=_build_vllm,
             rules=vllm_rules.VLLM_RULES,

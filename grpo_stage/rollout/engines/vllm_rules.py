@@ -7,9 +7,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from grpo_stage.algorithm.conditions import Rule, as_yaml, refuse_broken
-from grpo_stage.rollout.engines.hf_rules import USE_HF
 from grpo_stage.rollout.engines.lora import asks_for_new_tokens, continues_adapter, lora_extras
 from grpo_stage.rollout.engines.vllm_options import LORA_RANKS, refuse_options
+
+
+USE_HF = "Write `rollout_backend: hf`, which samples with the trained model itself"
 
 
 def _vllm(broken: Callable[[SimpleNamespace], bool], what: str, reason: str, remedy: str = USE_HF) -> Rule:

@@ -1,0 +1,207 @@
+"""What each loss, advantage estimator and loss term is and needs. Imports no torch: their functions are elsewhere.
+
+A fact about one of them stands here and nowhere else: `combinations` derives from it which keys have an effect and
+which contradict one another. Some losses and estimators have a second name (an alias), which the arguments replace
+when they are made (`canonical`): `losses.LOSSES` and `advantages.ADVANTAGE_ESTIMATORS` know the first names alone.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from grpo_stage.algorithm.conditions import Above, Allowed, Below, Rule
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossType:
+    """A value of `loss_type`."""
+
+    reads: tuple[str, ...]
+    """The keys that it looks at: elsewhere they have no effect."""
+    rules: tuple[Rule, ...] = ()
+    """What the values of these keys may not be."""
+    tokenwise_remedy: str | None = None
+    """Given where the loss of each token is that of its whole completion, so that no token can be weighed by itself:
+    what to write to be able to."""
+    alias_of: str | None = None
+    """The loss that this is another name of."""
+    sets: Mapping[str, str] = field(default_factory=dict)
+    """The values that an alias gives to keys of that loss."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimator:
+    """A value of `advantage_estimator`."""
+
+    scales: tuple[str, ...]
+    """The values of `scale_rewards` that it goes with; the first is the paper's."""
+    why_no_other_scale: str = ""
+    ties_are_zero: bool = False
+    """A group has advantages of 0 just where its total rewards are equal."""
+    has_negative: bool = True
+    """It gives advantages below 0."""
+    why_no_kl_in_reward: str = ""
+    """Given where `kl_in_reward` cannot go with it."""
+    alias_of: str | None = None
+    """The estimator that this is another name of."""
+    sets: Mapping[str, str] = field(default_factory=dict)
+    """The values that an alias gives to other keys."""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The keys that have an effect on, or because of, advantages such as these."""
+        return (*(_OF_TIES if self.ties_are_zero else ()), *(_OF_NEGATIVE_ADVANTAGES if self.has_negative else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a value of a key switches on."""
+
+    key: str
+    values: Allowed
+    reads: tuple[str, ...] = ()
+    """The keys that it looks at: elsewhere they have no effect."""
+    tokenwise_remedy: str | None = None
+    """Given where it weighs single tokens, which not every loss allows: what to write instead."""
+
+
+_OF_TIES = ("dynamic_sampling", "mask_zero_std_groups")
+_OF_NEGATIVE_ADVANTAGES = ("delta", "sapo_temperature_neg", "off_policy_mask_threshold")
+
+_EPSILON_BELOW_1 = Rule(
+    lambda v: v.epsilon >= 1.0,
+    "`epsilon: {epsilon}` must be below 1: a ratio is never negative, so that a lower clip at 1 - epsilon <= 0 would "
+    "never act. Write for example `epsilon: 0.2`; the upper range is `epsilon_high`.",
+)
+_UPPER_RANGE_IS_WIDER = Rule(
+    lambda v: v.epsilon_high is not None and v.epsilon_high < v.epsilon,
+    "`epsilon_high: {epsilon_high}` is below `epsilon: {epsilon}`: the upper clip range is meant to be the wider one "
+    "(DAPO: 0.2 and 0.28). Raise `epsilon_high`, or leave it out to use `epsilon` for both.",
+)
+
+
+def _upper_bound(v: Any) -> float:
+    return 1 + (v.epsilon if v.epsilon_high is None else v.epsilon_high)
+
+
+_DELTA_ABOVE_THE_CLIP = Rule(
+    lambda v: v.delta is not None and v.delta <= _upper_bound(v),
+    lambda v: (
+        f"`delta: {v.delta}` must be above 1 + epsilon_high = {_upper_bound(v):g}: below it, a bad completion would "
+        "lose its gradient before a good one does. Write for example `delta: 3.0`, or leave it out."
+    ),
+)
+_CISPO_NEEDS_ITS_BOUND = Rule(
+    lambda v: v.epsilon_high is None,
+    "`loss_type: cispo` needs `epsilon_high`: the importance weight is bounded by 1 + epsilon_high and by nothing "
+    "else. Write for example `epsilon_high: 4.0`, which is TRL's 5.0.",
+)
+_CLIPPED = LossType(
+    reads=("importance_sampling_level", "epsilon", "epsilon_high", "delta"),
+    rules=(_EPSILON_BELOW_1, _UPPER_RANGE_IS_WIDER, _DELTA_ABOVE_THE_CLIP),
+)
+
+
+def _clipped_at(level: str, tokenwise_remedy: str | None = None) -> LossType:
+    reads = tuple(key for key in _CLIPPED.reads if key != "importance_sampling_level")
+    sets = {"importance_sampling_level": level}
+    return replace(_CLIPPED, reads=reads, tokenwise_remedy=tokenwise_remedy, alias_of="grpo", sets=sets)
+
+
+LOSS_TYPES: Mapping[str, LossType] = MappingProxyType(
+    {
+        "grpo": _CLIPPED,
+        "bnpo": replace(_CLIPPED, alias_of="dapo"),  # TRL's mean over a micro-batch, which is the whole step here
+        "dr_grpo": _CLIPPED,
+        "dapo": _CLIPPED,
+        "cispo": LossType(reads=("epsilon_high",), rules=(_CISPO_NEEDS_ITS_BOUND,)),
+        "sapo": LossType(reads=("sapo_temperature_pos", "sapo_temperature_neg")),
+        "gspo": _clipped_at("sequence", tokenwise_remedy="`loss_type: gspo_token`"),
+        "gspo_token": _clipped_at("sequence_token"),
+        # The bounds are of the ratio's logarithm, so that `epsilon` may be above 1.
+        "gmpo": LossType(
+            reads=("epsilon", "epsilon_high"),
+            rules=(_UPPER_RANGE_IS_WIDER,),
+            tokenwise_remedy="another `loss_type`",
+        ),
+    }
+)
+OFF_POLICY_KEYS = frozenset(key for loss in LOSS_TYPES.values() for key in loss.reads)
+"""Keys that act where the policy has moved away from the one that sampled: at a ratio of 1 all losses are alike."""
+
+ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
+    {
+        "grpo": Estimator(scales=("group", "batch", "none"), ties_are_zero=True),
+        "dr_grpo": Estimator(
+            scales=("none",),
+            why_no_other_scale="it is `grpo` without the division",
+            ties_are_zero=True,
+            alias_of="grpo",
+            sets={"scale_rewards": "none"},
+        ),
+        "rloo": Estimator(
+            scales=("none", "batch"),
+            why_no_other_scale="divided by the group's deviation it is `grpo` times G / (G - 1)",
+            ties_are_zero=True,
+        ),
+        "reinforce_plus_plus": Estimator(
+            scales=("batch",), why_no_other_scale="it has no groups, and is whitened over the batch"
+        ),
+        "reinforce_plus_plus_baseline": Estimator(
+            scales=("batch",), why_no_other_scale="it is whitened over the batch", ties_are_zero=True
+        ),
+        "gdpo": Estimator(
+            scales=("batch",),
+            why_no_other_scale="each function is divided by the group's deviation, and their sum by the batch's",
+            why_no_kl_in_reward=(
+                "it normalizes each reward function on its own and has no place for a term that is none"
+            ),
+        ),
+        "passk": Estimator(
+            scales=("none", "group", "batch"),
+            has_negative=False,
+            why_no_kl_in_reward="the best completion of a group alone would feel the KL",
+        ),
+        "opo": Estimator(
+            scales=("none",),
+            why_no_other_scale="its baseline is the best for rewards as they are",
+            ties_are_zero=True,
+        ),
+    }
+)
+
+_CORRECTION = ("rollout_correction_mode", "rollout_correction_max", "rollout_correction_min")
+TERMS = (
+    Part(
+        "beta",
+        Above(0),
+        reads=("kl_estimator", "use_bias_correction_kl", "kl_in_reward", "kl_target", "sync_ref_model", "ref_model"),
+    ),
+    Part("kl_in_reward", (False,), reads=("use_bias_correction_kl",)),
+    Part("kl_estimator", ("k1",), reads=("use_bias_correction_kl", "kl_in_reward")),
+    Part("kl_estimator", ("k3",), reads=("use_bias_correction_kl",)),
+    Part("sync_ref_model", (True,), reads=("ref_model_mixup_alpha", "ref_model_sync_steps")),
+    Part("rollout_correction", ("token",), _CORRECTION, tokenwise_remedy="write `rollout_correction: sequence`"),
+    Part("rollout_correction", ("sequence",), _CORRECTION),
+    Part("top_entropy_quantile", Below(1), tokenwise_remedy="leave `top_entropy_quantile` out"),
+    Part(
+        "covariance_control",
+        ("clip_cov",),
+        reads=("covariance_frac", "clip_cov_min", "clip_cov_max"),
+        tokenwise_remedy="leave `covariance_control` out",
+    ),
+    Part("covariance_control", ("kl_cov",), reads=("covariance_frac", "kl_cov_coef")),
+    Part("entropy_target", Above(0), reads=("entropy_coef_delta", "entropy_coef_max")),
+)
+"""What is added to a loss, or multiplied with it."""
+
+
+def canonical(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys whose values change where aliases are replaced by what they stand for, with the new values."""
+    changes: dict[str, Any] = {}
+    for key, table in (("loss_type", LOSS_TYPES), ("advantage_estimator", ESTIMATORS)):
+        entry = table.get(values.get(key, ""))
+        if entry is not None and entry.alias_of is not None:
+            changes |= {key: entry.alias_of, **entry.sets}
+    return changes

@@ -1,0 +1,182 @@
+"""Which keys have an effect beside the others, derived from what the chosen parts read, and what contradicts what.
+
+docs/combinations.md shows the result as tables, cell by cell tested.
+"""
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+from grpo_stage.algorithm.catalog import ESTIMATORS, LOSS_TYPES, TERMS, Part
+from grpo_stage.algorithm.conditions import Allowed, Given, Rule, applies, refuse_broken, shown, shown_condition
+
+
+# Parts of a run beside the objective.
+_OTHERS = (
+    Part("dynamic_sampling", (False,), reads=("kl_in_reward", "mask_zero_std_groups")),
+    Part("dynamic_sampling", (True,), reads=("max_resample_times",)),
+    Part("mask_zero_std_groups", (False,), reads=("kl_in_reward",)),
+    Part(
+        "rollout_backend",
+        ("vllm",),
+        reads=(
+            *("vllm_base", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
+            *("vllm_enforce_eager", "vllm_config"),
+        ),
+    ),
+    Part("log_completions", (True,), reads=("num_completions_to_print",)),
+    Part("eval_strategy", ("steps",), reads=("eval_steps",)),
+    Part("eval_strategy", ("steps", "epoch"), reads=("eval_num_generations", "eval_temperature")),
+    Part("save_strategy", ("steps",), reads=("save_steps",)),
+    Part("logging_strategy", ("steps",), reads=("logging_steps",)),
+    Part("max_steps", (-1,), reads=("num_train_epochs",)),
+    Part("ref_model", Given(), reads=("ref_model_adapters", "ref_model_quantization_bit")),
+    Part(
+        "reward_model",
+        Given(),
+        reads=("reward_model_type", "reward_model_adapters", "reward_model_quantization_bit"),
+    ),
+    Part("reward_model_type", ("full",), reads=("reward_model_adapters", "reward_model_quantization_bit")),
+)
+
+
+def _parts() -> Iterator[Part]:
+    yield from (Part("loss_type", (name,), loss.reads) for name, loss in LOSS_TYPES.items())
+    yield from TERMS
+    yield from _OTHERS
+    yield from (Part("advantage_estimator", (name,), each.reads) for name, each in ESTIMATORS.items())
+
+
+def _only_with() -> Mapping[str, Mapping[str, Allowed]]:
+    conditions: dict[str, dict[str, Allowed]] = {}
+    for part in _parts():
+        for key in part.reads:
+            earlier = conditions.setdefault(key, {}).get(part.key, ())
+            if isinstance(earlier, tuple) and isinstance(part.values, tuple):
+                conditions[key][part.key] = (*earlier, *part.values)
+            else:
+                assert earlier == (), f"{key} is read under two conditions on {part.key}"
+                conditions[key][part.key] = part.values
+    return MappingProxyType(conditions)
+
+
+ONLY_WITH = _only_with()
+"""To each key that not every run reads, the other keys and their values under which it has an effect. Elsewhere it is
+refused, and hidden in LLaMA Board."""
+
+
+def check_effect(key: str, values: Mapping[str, Any], explanation: str) -> None:
+    """Refuse a key that no chosen part reads.
+
+    Raises:
+        ValueError: naming the key, its value, what stands in its way and the remedy.
+    """
+    conditions = ONLY_WITH.get(key, {})
+    if applies(conditions, values):
+        return
+    broken = {
+        other: allowed for other, allowed in conditions.items() if other in values and values[other] not in allowed
+    }
+    there = ", ".join(f"`{other}: {shown(values[other])}`" for other in broken)
+    remedy = " and ".join(f"`{other}: {shown_condition(allowed)}`" for other, allowed in broken.items())
+    raise ValueError(
+        f"`{key}: {shown(values[key])}` would have no effect with {there}. Write {remedy}, or leave it out. "
+        f"{explanation}"
+    )
+
+
+def _scale_rules() -> Iterator[Rule]:
+    for name, estimator in ESTIMATORS.items():
+        yield Rule(
+            lambda v, name=name, scales=estimator.scales: (  # type: ignore[misc]
+                v.advantage_estimator == name and v.scale_rewards not in scales
+            ),
+            f"`scale_rewards: {{scale_rewards}}` cannot go with `advantage_estimator: {name}`: "
+            f"{estimator.why_no_other_scale}. Write `scale_rewards: {' or '.join(estimator.scales)}`, leave it out, "
+            "or write `advantage_estimator: grpo`.",
+        )
+
+
+def _loss_rules() -> Iterator[Rule]:
+    for name, loss in LOSS_TYPES.items():
+        for rule in loss.rules:
+            yield Rule(
+                lambda v, name=name, broken=rule.broken: v.loss_type == name and broken(v),  # type: ignore[misc]
+                rule.message,
+            )
+
+
+def _tokenwise_rules() -> Iterator[Rule]:
+    """What weighs tokens one by one has no place where each token's loss is that of the whole completion."""
+    whole = [("loss_type", name, loss.tokenwise_remedy) for name, loss in LOSS_TYPES.items() if loss.tokenwise_remedy]
+    whole.append(("importance_sampling_level", "sequence", "`importance_sampling_level: sequence_token`"))
+    for key, value, remedy in whole:
+        for term in TERMS:
+            if term.tokenwise_remedy is None:
+                continue
+            yield Rule(
+                lambda v, key=key, value=value, term=term: (  # type: ignore[misc]
+                    getattr(v, key) == value and getattr(v, term.key) in term.values
+                ),
+                f"`{term.key}: {{{term.key}}}` weighs tokens one by one, and with `{key}: {value}` the loss of each "
+                "token is that of its whole completion: a token that is left out would be learned with the rest. "
+                f"Write {remedy}, or {term.tokenwise_remedy}.",
+            )
+
+
+def _kl_in_reward_rules() -> Iterator[Rule]:
+    for name, estimator in ESTIMATORS.items():
+        if estimator.why_no_kl_in_reward:
+            yield Rule(
+                lambda v, name=name: v.kl_in_reward and v.advantage_estimator == name,  # type: ignore[misc]
+                f"`kl_in_reward: true` cannot go with `advantage_estimator: {name}`: {estimator.why_no_kl_in_reward}. "
+                "Leave `kl_in_reward` out to have the KL in the loss.",
+            )
+
+
+RULES = (
+    *_scale_rules(),
+    *_loss_rules(),
+    Rule(
+        lambda v: v.beta > 0 and v.kl_estimator == "k1" and not (v.kl_in_reward or v.use_bias_correction_kl),
+        "`kl_estimator: k1` does nothing in the loss: the mean of its gradient is 0, whatever the divergence. Write "
+        "`use_bias_correction_kl: true` or `kl_in_reward: true`, or `kl_estimator: k2` or `k3`.",
+    ),
+    *_kl_in_reward_rules(),
+    Rule(
+        lambda v: v.kl_in_reward and v.scale_rewards == "group",
+        "`kl_in_reward: true` cannot go with `scale_rewards: group` (the default of `advantage_estimator: "
+        "{advantage_estimator}`): where the rewards of a group are equal, what is left of them is the KL's noise, and "
+        "dividing by its deviation makes advantages of 1 out of it, whatever `beta` is. Write `scale_rewards: none` "
+        "or `batch`, or leave `kl_in_reward` out to have the KL in the loss.",
+    ),
+    Rule(
+        lambda v: v.entropy_target is not None and v.entropy_coef > v.entropy_coef_max,
+        "`entropy_coef: {entropy_coef}` is above `entropy_coef_max: {entropy_coef_max}`, which it may not pass where "
+        "`entropy_target` adapts it. Lower the one or raise the other.",
+    ),
+    Rule(
+        lambda v: v.clip_cov_min >= v.clip_cov_max,
+        "`clip_cov_min: {clip_cov_min}` must be below `clip_cov_max: {clip_cov_max}`: no covariance is between them. "
+        "The paper has 1 and 5.",
+    ),
+    Rule(
+        lambda v: v.covariance_control == "kl_cov" and v.num_iterations == v.steps_per_generation == 1,
+        "`covariance_control: kl_cov` has no effect where each rollout makes one step: no token has left the "
+        "log-probability that it is held to. Write for example `steps_per_generation: 4` or `num_iterations: 2`, or "
+        "`covariance_control: clip_cov`.",
+    ),
+    *_tokenwise_rules(),
+)
+
+
+def refuse_contradictions(values: Mapping[str, Any]) -> None:
+    """Refuse keys of the stage that cannot be right together.
+
+    Args:
+        values: every key of the stage, aliases as they were written.
+
+    Raises:
+        ValueError: naming a key, its value, the rule and the remedy.
+    """
+    refuse_broken(RULES, SimpleNamespace(**values))
