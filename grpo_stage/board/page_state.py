@@ -8,17 +8,14 @@ stage these handlers give back what was loaded, as long as the fields that they 
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 import wrapt
 from gradio.context import LocalContext
 
+from grpo_stage.board.training_process import TrainingProcess
 from grpo_stage.host.configuration_file import STAGE
-
-
-if TYPE_CHECKING:
-    from grpo_stage.board.process import TrainingProcess
 
 
 _KEPT_PAGES = 1000
@@ -32,7 +29,7 @@ class Page:
     """The values of the configuration that was loaded last, by element id."""
     stage: str = ""
     """The stage that is chosen."""
-    process: "TrainingProcess | None" = None
+    process: TrainingProcess | None = None
     """What the page has started, or was opened with, until it has shown its end."""
     seen: Any = None
     """What of the process the page shows."""
