@@ -23,6 +23,7 @@ from grpo_stage.records.run_files import MetricCurves
 
 
 _HIDDEN = gr.update(visible=False)
+_SHOWN_BYTES = 20_000
 
 
 class WatchedRunner(Runner):
@@ -158,4 +159,4 @@ def version_of_logs(output_dir: str) -> tuple[tuple[int, int], ...]:
 def running_log(output_dir: str) -> str:
     """The end of the host's log of a run, as Markdown; empty where there is none yet."""
     path = Path(output_dir) / RUNNING_LOG
-    return fenced(path.read_bytes()[-_KEPT_BYTES:].decode(errors="replace")) if path.is_file() else ""
+    return fenced(path.read_bytes()[-_SHOWN_BYTES:].decode(errors="replace")) if path.is_file() else ""
