@@ -98,6 +98,22 @@ class GRPOArguments:
         "The dataset column that holds the reference answer for the rewards, or a field of one by its path, such as "
         "`reward_model.ground_truth`. By default the last assistant turn is the reference.",
     )
+    min_p: float = _key(
+        0.0,
+        ROLLOUT,
+        "Sample from those tokens alone whose probability is at least this share of the most probable one's; 0 keeps "
+        "all. As with `top_p` and `top_k`, completions then come from another distribution than the policy's.",
+        min=0.0,
+        max=1.0,
+    )
+    structured_outputs: dict | str | None = _key(
+        None,
+        ROLLOUT,
+        "What every completion has to match, as a mapping (or a JSON string) with one of vLLM's forms: `regex`, "
+        '`choice` (a list of texts), `json` (a schema) or `grammar`, e.g. {"regex": "<think>.*</think> [0-9]+"}. '
+        "Tokens that cannot match are never sampled, so that completions come from another distribution than the "
+        "policy's; the reward `regex` scores a form without forcing it.",
+    )
     # Rewards
     reward_funcs: str | None = _key(
         None,
@@ -466,6 +482,8 @@ class GRPOArguments:
             self.reward_weights: list[float] | None = weights  # type: ignore[assignment]
         if isinstance(self.reward_kwargs, str):
             self.reward_kwargs = _mapping("reward_kwargs", self.reward_kwargs, '{"length": {"max_length": 512}}')
+        if isinstance(self.structured_outputs, str):
+            self.structured_outputs = _mapping("structured_outputs", self.structured_outputs, '{"regex": "[0-9]+"}')
         if isinstance(self.reward_columns, str):
             self.reward_columns = _mapping("reward_columns", self.reward_columns, REWARD_COLUMNS_EXAMPLE)
 

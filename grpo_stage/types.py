@@ -87,7 +87,12 @@ class SamplingSettings:
     top_p: float = 1.0
     top_k: int = 0
     """0 keeps all tokens."""
+    min_p: float = 0.0
+    """The least share of the most probable token's probability that another token needs to be kept."""
     repetition_penalty: float = 1.0
+    structured_outputs: Mapping[str, Any] | None = None
+    """What completions have to match, as vLLM's `StructuredOutputsParams`: one of `regex`, `json`, `choice`,
+    `grammar`."""
     stop_token_ids: tuple[int, ...] = ()
     """Each of these ends a completion: all EOS ids of the generation config, and the template's stop words."""
     seed: int = 0
@@ -96,7 +101,8 @@ class SamplingSettings:
     @property
     def is_neutral(self) -> bool:
         """True where only the temperature stands between the policy's logits and the sampled distribution."""
-        return self.top_p == 1.0 and self.top_k == 0 and self.repetition_penalty == 1.0
+        cuts = self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0 or self.structured_outputs is not None
+        return not cuts and self.repetition_penalty == 1.0
 
 
 @runtime_checkable

@@ -21,7 +21,7 @@ _OTHERS = (
         ("vllm",),
         reads=(
             *("vllm_base", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
-            *("vllm_enforce_eager", "vllm_config"),
+            *("vllm_enforce_eager", "vllm_config", "structured_outputs"),
         ),
     ),
     Part("log_completions", (True,), reads=("num_completions_to_print",)),

@@ -26,10 +26,9 @@ _MAY_NAME_CODE = (
 def warn(arguments: "RunArguments") -> None:
     """Say what is slow, biased or without effect, and which code of others runs here."""
     generating, training = arguments.generating, arguments.training
-    neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
-    skewed = [
-        f"`{key}: {getattr(generating, key)}`" for key, value in neutral.items() if getattr(generating, key) != value
-    ]
+    neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "min_p": 0.0, "structured_outputs": None}
+    sampling = vars(generating) | {key: getattr(arguments.finetuning, key) for key in ("min_p", "structured_outputs")}
+    skewed = [f"`{key}: {sampling[key]}`" for key, value in neutral.items() if sampling[key] != value]
     if skewed:
         logger.warning_rank0(
             f"{', '.join(skewed)}: completions are sampled from another distribution than the policy that is trained "

@@ -1,6 +1,7 @@
 """The keys that were written: read from YAML or flags, and answered where nobody knows them."""
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -24,6 +25,10 @@ def _of_bool(when_true: str, when_false: str) -> Callable[[Any], str]:
     return lambda value: when_true if str(value).lower() in ("true", "1") else when_false
 
 
+def _as_regex(value: Any) -> str:
+    return json.dumps({"regex": value})
+
+
 _SERVER = (
     "this version runs the engine in the training process and talks to no server; `rollout_backend: vllm` starts it"
 )
@@ -45,7 +50,6 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "model_init_kwargs": TRLKey(None, note="write the host's keys, such as `flash_attn` or `rope_scaling`"),
         "disable_dropout": TRLKey(None, note="dropout is always off"),
         "ds3_gather_for_generation": TRLKey(None, note="DeepSpeed is not supported by this version"),
-        "min_p": TRLKey(None, note="`temperature`, `top_p`, `top_k` and `repetition_penalty` set the sampling"),
         "generation_kwargs": TRLKey(None, note="write the keys themselves, such as `temperature` or `top_p`"),
         "use_transformers_paged": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),
         "cache_implementation": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),
@@ -57,7 +61,8 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "vllm_model_impl": TRLKey(None, note="vLLM's own options go into `vllm_config`, a mapping"),
         "vllm_tensor_parallel_size": TRLKey(None, note="the engine runs on the device that trains"),
         "vllm_enable_sleep_mode": TRLKey("vllm_sleep", _of_bool("1", "0")),
-        "vllm_guided_decoding_regex": TRLKey(None, note="the reward `regex` scores a form instead of forcing it"),
+        "vllm_guided_decoding_regex": TRLKey("structured_outputs", _as_regex),
+        "vllm_structured_outputs_regex": TRLKey("structured_outputs", _as_regex),
         "vllm_importance_sampling_correction": TRLKey("rollout_correction", _of_bool("token", "none")),
         "vllm_importance_sampling_cap": TRLKey("rollout_correction_max"),
         "vllm_importance_sampling_mode": TRLKey(

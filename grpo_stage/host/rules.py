@@ -70,7 +70,8 @@ def _needs_package(key: str, package: str) -> Rule:
 
 
 def _is_neutral(v: SimpleNamespace) -> bool:
-    return v.top_p == 1 and v.top_k <= 0 and v.repetition_penalty == 1
+    is_cut = v.top_p < 1 or v.top_k > 0 or v.min_p > 0 or bool(v.structured_outputs)
+    return not is_cut and v.repetition_penalty == 1
 
 
 def _loses_new_embeddings(v: SimpleNamespace) -> bool:
@@ -153,9 +154,9 @@ RULES = (
     Rule(
         lambda v: (v.rollout_correction != "none" or v.off_policy_mask_threshold is not None) and not _is_neutral(v),
         "`rollout_correction: {rollout_correction}` and `off_policy_mask_threshold: {off_policy_mask_threshold}` need "
-        "neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `repetition_penalty: "
-        "{repetition_penalty}`: tokens are then drawn from another distribution than the policy's, whose "
-        "probabilities the engine does not give, so that every weight would be wrong. Leave these three out, or the "
-        "correction.",
+        "neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `min_p: {min_p}`, "
+        "`repetition_penalty: {repetition_penalty}` and `structured_outputs: {structured_outputs}`: tokens are then "
+        "drawn from another distribution than the policy's, whose probabilities the engine does not give, so that "
+        "every weight would be wrong. Leave these out, or the correction.",
     ),
 )

@@ -1,6 +1,7 @@
 """How a run samples: the host's generation keys, and the tokens that end a completion."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,8 @@ def sampling_settings(
         temperature=generating.temperature,
         top_p=generating.top_p,
         top_k=max(generating.top_k, 0),
+        min_p=arguments.finetuning.min_p,
+        structured_outputs=cast(Mapping[str, Any] | None, arguments.finetuning.structured_outputs),
         repetition_penalty=generating.repetition_penalty,
         stop_token_ids=stop_token_ids(model, template, tokenizer),
         seed=arguments.training.seed,

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -200,8 +201,20 @@ def test_an_adapter_that_arrives_damaged_stops_the_run(recipe, run_exp, monkeypa
         run_exp(recipe(rollout_backend="vllm", learning_rate=2e-2, max_steps=4))
 
 
-def test_sampling_that_cuts_the_distribution_is_compared_before_the_cut(recipe, run_exp):
-    arguments = recipe(rollout_backend="vllm", temperature=0.8, top_p=0.9, learning_rate=1e-2, max_steps=2)
+@pytest.mark.parametrize(
+    "cut",
+    [
+        {"rollout_backend": "vllm", "temperature": 0.8, "top_p": 0.9, "min_p": 0.001},
+        {"rollout_backend": "hf", "temperature": 0.8, "top_p": 0.9, "min_p": 0.001},
+        {"rollout_backend": "vllm", "structured_outputs": {"regex": "[0-9]{1,3} is it"}},
+    ],
+    ids=["vllm", "hf", "structured"],
+)
+def test_sampling_that_cuts_the_distribution_is_compared_before_the_cut(recipe, run_exp, cut):
+    arguments = recipe(learning_rate=1e-2, max_steps=2, log_completions=True, **cut)
     run_exp(arguments)
     for line in trainer_log(arguments["output_dir"])[:2]:
         assert line["sampling/sampling_logp_difference/mean"] < 1e-4
+    if "structured_outputs" in cut:
+        for line in completions(arguments["output_dir"]):
+            assert re.fullmatch("[0-9]{1,3} is it", line["completion"]) or line["finish_reason"] == "length"

@@ -151,6 +151,11 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["sync_ref_model: true", "ref_model_quantization_bit: 4", "quantized"],
     ),
     ({"rollout_correction": "token", "top_p": 0.9}, ["rollout_correction: token", "top_p: 0.9", "neutral", "Leave"]),
+    ({"rollout_correction": "token", "min_p": 0.1}, ["rollout_correction: token", "min_p: 0.1", "neutral"]),
+    (VLLM | {"structured_outputs": {"regex": "a", "choice": ["b"]}}, ["structured_outputs", "one form", "regex"]),
+    (VLLM | {"structured_outputs": {"regexp": "a"}}, ["structured_outputs", "one form", "regex"]),
+    (VLLM | {"structured_outputs": {"choice": []}}, ["structured_outputs", "one form"]),
+    (VLLM | {"structured_outputs": "[0-9]+"}, ["structured_outputs", "JSON"]),
     ({"rollout_correction": "sequence", "top_k": 50}, ["rollout_correction: sequence", "top_k: 50", "neutral"]),
     (
         {"off_policy_mask_threshold": 0.1, "repetition_penalty": 1.1},

@@ -12,6 +12,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
+    MinPLogitsWarper,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -170,7 +171,7 @@ class _Sampler(LogitsProcessor):
         on_step: Callable[[], None] = lambda: None,
     ) -> None:
         self.logprobs: list[torch.Tensor] = []
-        """[B] for each step: the policy's own at the sampling temperature, before top-k, top-p and penalty."""
+        """[B] for each step: the policy's own at the sampling temperature, before top-k, top-p, min-p and penalty."""
         self._generators = [torch.Generator(device=prompt_mask.device).manual_seed(seed) for seed in seeds]
         self._is_greedy = sampling.temperature == 0
         self._temperature = float(sampling.temperature) or 1.0
@@ -186,6 +187,8 @@ class _Sampler(LogitsProcessor):
             self._warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1.0:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0.0:
+            self._warpers.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         self._on_step()

@@ -5,6 +5,7 @@ is a whole model, vLLM's own reload takes its weights. An engine does one or the
 """
 
 import contextlib
+import dataclasses
 import math
 import tempfile
 import weakref
@@ -49,8 +50,8 @@ class VLLMEngine:
         self.on_step: Callable[[], None] = lambda: None
 
         owns_process_group = not torch.distributed.is_initialized()
-        with vllm_process.process_unchanged():
-            self._llm: Any = vllm_process.start(_arguments(settings), settings.options)
+        with vllm_process.process_unchanged(), _tokenizer_arguments(tokenizer, settings.reads_text) as texts:
+            self._llm: Any = vllm_process.start(_arguments(settings) | texts, settings.options)
         self._release = weakref.finalize(self, vllm_process.release, self._llm, owns_process_group)
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
@@ -135,8 +136,9 @@ class VLLMEngine:
         if self._settings.logprob_temperature is None:
             if not sampling.is_neutral:
                 raise ValueError(
-                    "The engine was started for neutral sampling, and top_k, top_p or repetition_penalty is set: its "
-                    "log-probabilities would not be the policy's. Start it with logprob_temperature=1.0."
+                    "The engine was started for neutral sampling, and top_k, top_p, min_p, repetition_penalty or "
+                    "structured_outputs is set: its log-probabilities would not be the policy's. Start it with "
+                    "logprob_temperature=1.0."
                 )
             self.logprob_temperature = sampling.temperature or 1.0
         for prompt in prompts:
@@ -158,9 +160,24 @@ class VLLMEngine:
                 lora_request=self._lora,
                 use_tqdm=False,
             )
-        return [
+        groups = [
             self._group(prompt, outputs[i * group_size : (i + 1) * group_size], sampling)
             for i, prompt in enumerate(prompts)
+        ]
+        return groups if sampling.structured_outputs is None else self._with_own_logprobs(groups)
+
+    def _with_own_logprobs(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
+        """Under structured outputs vLLM gives those of what is left of the distribution, its raw ones included."""
+        scores = iter(self.score(groups))
+        return [
+            dataclasses.replace(
+                group,
+                completions=tuple(
+                    dataclasses.replace(each, sampling_logprobs=tuple(next(scores).tolist()))
+                    for each in group.completions
+                ),
+            )
+            for group in groups
         ]
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
@@ -250,12 +267,22 @@ class VLLMEngine:
         )
 
 
+@contextlib.contextmanager
+def _tokenizer_arguments(tokenizer: PreTrainedTokenizerBase, reads_text: bool) -> Iterator[dict[str, Any]]:
+    """Those by which vLLM knows the text of each token and the one that ends a completion, or that it need not."""
+    if not reads_text:
+        yield {"skip_tokenizer_init": True}
+        return
+    with tempfile.TemporaryDirectory(prefix="grpo-stage-tokenizer-") as folder:
+        tokenizer.save_pretrained(folder)
+        yield {"skip_tokenizer_init": False, "tokenizer": folder}
+
+
 def _arguments(settings: VLLMSettings) -> dict[str, Any]:
     """Those of `vllm.LLM`."""
     arguments: dict[str, Any] = {
         "model": settings.model_name_or_path,
         "revision": settings.model_revision,
-        "skip_tokenizer_init": True,
         "dtype": settings.dtype,
         "max_model_len": settings.max_model_len,
         "quantization": settings.quantization,
@@ -289,13 +316,17 @@ def _few(names: Sequence[str]) -> str:
 
 def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
     from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
 
+    structured = sampling.structured_outputs
     return SamplingParams(
         seed=seed,
         max_tokens=sampling.max_new_tokens,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        structured_outputs=None if structured is None else StructuredOutputsParams(**structured),
         repetition_penalty=sampling.repetition_penalty,
         stop_token_ids=list(sampling.stop_token_ids),
         ignore_eos=True,  # the end tokens are those above, and no other that vLLM finds in a checkpoint

@@ -99,10 +99,17 @@ VLLM_RULES = (
         "Write a number above 0 and at most 1, or leave it out for 0.3",
     ),
     _vllm(
-        lambda v: v.vllm_config is not None and not _is_mapping(v.vllm_config),
+        lambda v: v.vllm_config is not None and _as_mapping(v.vllm_config) is None,
         "`vllm_config: {vllm_config}` is not possible",
         "the engine's options are a mapping",
         'Write a YAML mapping, or one as JSON: `{{"max_num_seqs": 64}}`',
+    ),
+    _vllm(
+        lambda v: v.structured_outputs is not None and not _is_form(_as_mapping(v.structured_outputs)),
+        "`structured_outputs: {structured_outputs}` is not possible",
+        "completions are held to one form: `regex` (a text), `choice` (a list of texts), `json` (a schema) or "
+        "`grammar` (a text)",
+        'Write for example `structured_outputs: {{"regex": "[0-9]+"}}`, or leave it out',
     ),
 )
 
@@ -114,7 +121,7 @@ _MODEL_RULES = (
         f"how to dequantize. {USE_HF}, or train the unquantized model with `quantization_bit: 4`.",
     ),
     Rule(
-        lambda v: v.model_positions is not None and v.vllm_maxlen > v.model_positions,
+        lambda v: v.model_positions is not None and v.vllm_maxlen + bool(v.structured_outputs) > v.model_positions,
         "`vllm_maxlen: {vllm_maxlen}` is not possible: {model_name_or_path} knows {model_positions} positions. Leave "
         "it out for the {model_max_length} that `cutoff_len` and `max_new_tokens` make.",
     ),
@@ -129,6 +136,8 @@ def refuse_unfit(v: SimpleNamespace) -> None:
     """
     if v.vllm_config:
         refuse_options(v.vllm_config, on_cpu=v.device_type == "cpu")
+    if v.structured_outputs:
+        _refuse_unreadable_form(v.structured_outputs)
     refuse_broken(_MODEL_RULES, v)
 
 
@@ -146,10 +155,39 @@ def refuse_adapter(path: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def _is_mapping(value: Any) -> bool:
+def _refuse_unreadable_form(form: Mapping[str, Any]) -> None:
+    """By the library that vLLM reads it with."""
+    import xgrammar
+
+    ((kind, value),) = form.items()
+    read: dict[str, Callable[[Any], object]] = {
+        "regex": xgrammar.Grammar.from_regex,
+        "json": xgrammar.Grammar.from_json_schema,
+        "grammar": xgrammar.Grammar.from_ebnf,
+    }
+    try:
+        if kind in read:
+            read[kind](value)
+    except Exception as error:  # of the library's own types
+        raise ValueError(
+            f"`structured_outputs: {as_yaml(form)}` cannot be read as {kind}: {error}. Mend it, or leave it out."
+        ) from error
+
+
+def _is_form(form: dict[str, Any] | None) -> bool:
+    if form is None or len(form) != 1:
+        return False
+    ((kind, value),) = form.items()
+    if kind == "choice":
+        return isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
+    return bool(value) and isinstance(value, {"regex": str, "grammar": str, "json": str | dict}.get(kind, ()))
+
+
+def _as_mapping(value: Any) -> dict[str, Any] | None:
+    """A mapping, or one as JSON; None where it is neither."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except json.JSONDecodeError:
-            return False
-    return isinstance(value, dict)
+            return None
+    return value if isinstance(value, dict) else None

@@ -26,11 +26,13 @@ class VLLMSettings:
     """`auto` is the checkpoint's own, and float32 on a CPU."""
     logprob_temperature: float | None
     """None where sampling is neutral: log-probabilities are then those of the sampled distribution, and `generate`
-    sets the attribute to its temperature. 1.0 where top-k, top-p or a penalty cuts the distribution: they are then the
+    sets the attribute to its temperature. 1.0 where something cuts or bends the distribution: they are then the
     policy's own, at temperature 1."""
     sleep_level: int = 0
     """What `sleep` gives up: 0 nothing, 1 the KV cache and, into main memory, the weights, 2 both for good, which only
     whole weights bring back. Above 0 on a GPU alone."""
+    reads_text: bool = False
+    """Whether requests say what the text of a completion has to match, for which vLLM needs the tokenizer."""
     quantization: str | None = None
     """vLLM's name of what it quantizes the checkpoint with while it reads it."""
     model_revision: str | None = None

@@ -37,13 +37,15 @@ def start_vllm(request: EngineRequest) -> VLLMEngine:
         settings = VLLMSettings(
             model_name_or_path=path,
             adapter=is_lora,
-            max_model_len=keys.vllm_maxlen,
+            # To be scored, a whole completion needs room for one more token.
+            max_model_len=keys.vllm_maxlen + (request.sampling.structured_outputs is not None),
             max_lora_rank=max_lora_rank,
             gpu_memory_utilization=keys.vllm_gpu_util,
             enforce_eager=keys.vllm_enforce_eager,
             dtype=str(dtype).removeprefix("torch."),
             logprob_temperature=None if request.sampling.is_neutral else 1.0,
             sleep_level=sleep_level,
+            reads_text=request.sampling.structured_outputs is not None,
             quantization=quantization,
             model_revision=keys.model_revision,
             trust_remote_code=keys.trust_remote_code,
