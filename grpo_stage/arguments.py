@@ -355,6 +355,12 @@ class GRPOArguments:
         "Weight of the distance from the old log-probability in the loss of such a token.",
         above=0.0,
     )
+    cast_lm_head_to_fp32: bool = _key(
+        False,
+        OBJECTIVE,
+        "Compute the trainer's logits in float32 where the rest is in half precision: log-probabilities are then "
+        "rounded less, and so are ratios. A pass takes a float32 copy of the output layer.",
+    )
     num_iterations: int = _key(
         1,
         OBJECTIVE,

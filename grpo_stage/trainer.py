@@ -35,6 +35,7 @@ from .survival.resumable import ResumableTrainer
 from .survival.run_state import Part, RunState, Scope
 from .types import Prompt, RolloutEngine, SamplingSettings
 from .update.dropout import disable_dropout
+from .update.output_layer import compute_output_layer_in_float32
 from .update.reference import MovingReference, ReferencePolicy, ReferenceSync
 
 
@@ -76,6 +77,8 @@ class GRPOTrainer(ResumableTrainer):
         # `accelerator_config` can set it as well, and several of our steps would then make one optimizer step.
         assert self.args.gradient_accumulation_steps == 1, "accumulation is folded into the number of prompts"
         disable_dropout(model)
+        if grpo_args.cast_lm_head_to_fp32:
+            compute_output_layer_in_float32(model)
         engine.on_step = self.stop.check
         self.grpo_args = grpo_args
         self.reference = reference

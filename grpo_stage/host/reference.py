@@ -5,6 +5,7 @@ from typing import Any
 from grpo_stage.host import facade
 from grpo_stage.host.policy import to_device
 from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.update.output_layer import compute_output_layer_in_float32
 from grpo_stage.update.reference import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
 
 
@@ -15,7 +16,10 @@ def reference_policy(arguments: RunArguments, model: Any) -> ReferencePolicy | N
         return None
     if finetuning_args.ref_model is not None:
         model_args = facade.arguments_for(arguments.model, finetuning_args.ref_model)
-        other = ModelReference(to_device(facade.create_ref_model(model_args, finetuning_args), arguments))
+        ref_model = to_device(facade.create_ref_model(model_args, finetuning_args), arguments)
+        if finetuning_args.cast_lm_head_to_fp32:
+            compute_output_layer_in_float32(ref_model)
+        other = ModelReference(ref_model)
         other.match_precision(model)
         if finetuning_args.sync_ref_model:
             other.check_alike(model)
