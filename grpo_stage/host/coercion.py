@@ -9,6 +9,8 @@ from inspect import isclass
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from grpo_stage.algorithm.conditions import shown
+
 
 # Text that is split at commas. A YAML list means the same, and its items stay whole.
 _LISTS = frozenset(
@@ -218,7 +220,3 @@ def did_you_mean(name: Any, known: Iterable[str]) -> str:
 def as_plain(value: Any) -> Any:
     """The text of a choice, which the host's defaults have as a member of an enumeration."""
     return value.value if isinstance(value, Enum) else value
-
-
-def shown(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from grpo_stage.host.coercion import shown
+from grpo_stage.algorithm.conditions import shown
 from grpo_stage.host.configuration_file import RawArguments, resolved
 
 

@@ -1,7 +1,7 @@
 """A recipe that came from elsewhere, read with care: what is wrong with it is said with its line.
 
-YAML's events come one after another, however deep or large what they describe is; only a file that is small and flat
-by them is built.
+A guard before the reader of command lines, which has no limits: YAML's events come one after another, however deep or
+large what they describe is; only a file that is small and flat by them is built.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf.errors import OmegaConfBaseException
 
 from grpo_stage.host.configuration_file import read_command_line
 
@@ -31,10 +30,9 @@ def read_recipe(path: str) -> dict[str, Any]:
     try:
         _check(_text(Path(path)))
         recipe = read_command_line([path])
-        if not isinstance(recipe, dict):
-            raise ValueError("The name of a recipe ends with .yaml or .yml.")
-    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"`{name}` cannot be read: {_reason(error)} Mend the file, or choose another.") from error
+    assert isinstance(recipe, dict)
     return recipe
 
 

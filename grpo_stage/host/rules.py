@@ -1,4 +1,4 @@
-"""What `stage: grpo` refuses of keys together, of a machine, and of vLLM: each with the reason and a way out."""
+"""What `stage: grpo` refuses of keys together, and on this machine: each with the reason and a way out."""
 
 import re
 from importlib.util import find_spec
