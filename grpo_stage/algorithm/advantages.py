@@ -26,6 +26,9 @@ standard deviation (ddof=1)."""
 REWARD_TOLERANCE = 1e-9
 """Relative difference up to which two rewards are equal, as that of Python's `math.isclose`. It is relative to what
 the rewards were added up from: 1e-6 and 2e-6 differ as 1 and 2 do."""
+ENERGY_EPS = 1e-8
+"""Added to each token's energy, so that tokens of which the policy is certain have the group's mean for a baseline;
+verl adds it to the sum over the group, which makes the baseline 0 there."""
 
 
 def group_advantages(
@@ -208,6 +211,96 @@ def optimal_baseline_advantages(rewards: torch.Tensor, lengths: torch.Tensor) ->
     return _only_where_rewards_differ(rewards - baseline, rewards)
 
 
+def remax_advantages(
+    rewards: torch.Tensor, greedy_rewards: torch.Tensor, addends: torch.Tensor | None = None
+) -> torch.Tensor:
+    r"""ReMax: the baseline is the reward of the prompt's greedy completion.
+
+    .. math:: A_i = r_i - r_{greedy}
+
+    Li et al. (arXiv:2310.10505), one sampled completion a prompt; verl's `remax` has several. No completion is in its
+    own baseline, so that the gradient is unbiased. A group of equal rewards does have advantages, where the greedy
+    completion has another.
+
+    Args:
+        rewards: [P, G] total rewards, NaN where not applicable; G may be 1.
+        greedy_rewards: [P], NaN where not applicable.
+        addends: [P, G + 1], what these, the greedy one last, were added up from; see `settled`.
+
+    Returns:
+        [P, G]; exactly 0 where a reward is the greedy one's, and where either does not apply.
+
+    Raises:
+        ValueError: if the shapes do not go together.
+    """
+    if rewards.dim() != 2 or rewards.size(1) < 1 or greedy_rewards.shape != rewards.shape[:1]:
+        raise ValueError(
+            "rewards must be [prompts, completions] and the greedy ones [prompts], got shapes "
+            f"{tuple(rewards.shape)} and {tuple(greedy_rewards.shape)}."
+        )
+    both = settled(torch.cat([rewards, greedy_rewards.unsqueeze(1)], dim=1), addends)  # [P, G + 1]
+    return (both[:, :-1] - both[:, -1:]).nan_to_num(nan=0.0)
+
+
+def gradient_energies(logprobs: torch.Tensor, sum_squares: torch.Tensor) -> torch.Tensor:
+    r"""Squared length of the gradient of a token's log-probability by the logits.
+
+    .. math:: \| e_{o_t} - \pi \|^2 = 1 - 2 \pi(o_t) + \sum_v \pi(v)^2
+
+    The "logit-gradient proxy" of arXiv:2602.07078, which takes a forward pass alone.
+
+    Args:
+        logprobs: of the tokens, any shape.
+        sum_squares: the sum of the squared probabilities of the vocabulary at each, same shape:
+            exp(logsumexp(2 z) - 2 logsumexp(z)) of logits z at the sampling temperature; verl's `sum_pi_squared`.
+
+    Returns:
+        Same shape, from 0 to 2.
+    """
+    return (1 - 2 * logprobs.exp() + sum_squares).clamp(min=0)
+
+
+def optimal_token_advantages(rewards: torch.Tensor, energies: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    r"""The optimal token baseline: at each position the group's mean, in which a completion counts by its energy.
+
+    .. math:: A_{i, t} = r_i - \frac{\sum_j W_{j, t} r_j}{\sum_j W_{j, t}},\quad
+              W_{j, t} = \sum_{s \leq t} (\| \nabla \log \pi(o_{j, s}) \|^2 + 10^{-8})
+
+    Li et al. (arXiv:2602.07078): the baseline of least variance for each token, over the completions that reach it;
+    verl's `optimal_token_baseline`. A position that one completion alone reaches has nothing to be compared with.
+    There the baseline stays what it was at the last position of two; verl has 0, so that the end of the longest
+    completion is rewarded as it stands, even in a group of equal rewards.
+
+    Args:
+        rewards: [P, G] total rewards, NaN where not applicable.
+        energies: [P, G, T] of each token (`gradient_energies`), anything past the completion's end. Where
+            `rollout_correction` weighs tokens, times the weight's square.
+        lengths: [P, G] tokens of each completion, at most T.
+
+    Returns:
+        [P, G, T]; 0 past a completion's end; exactly 0 in a group of equal rewards.
+
+    Raises:
+        ValueError: if the energies are not one for each token, or as `group_advantages`.
+    """
+    rewards = _checked(rewards)
+    if energies.dim() != 3 or energies.shape[:2] != rewards.shape:
+        raise ValueError(
+            f"energies must be [prompts, completions, tokens], got shape {tuple(energies.shape)} beside rewards of "
+            f"{tuple(rewards.shape)}."
+        )
+    is_token = torch.arange(energies.size(2)) < lengths.unsqueeze(2)  # [P, G, T]
+    counts = is_token & ~rewards.isnan().unsqueeze(2)
+    spent = torch.where(is_token, energies + ENERGY_EPS, torch.zeros_like(energies)).cumsum(dim=2) * counts
+    totals = (spent * rewards.nan_to_num(nan=0.0).unsqueeze(2)).sum(dim=1)  # [P, T]
+    baselines = totals / spent.sum(dim=1).clamp(min=torch.finfo(spent.dtype).tiny)
+    num_compared = (counts.sum(dim=1) >= 2).sum(dim=1, keepdim=True)  # [P, 1] positions of two or more
+    places = torch.minimum(torch.arange(energies.size(2)), (num_compared - 1).clamp(min=0))  # [P, T]
+    advantages = rewards.unsqueeze(2) - baselines.gather(1, places).unsqueeze(1)
+    teaches = has_reward_variance(rewards).view(-1, 1, 1) & counts
+    return torch.where(teaches, advantages, torch.zeros_like(advantages))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardTable:
     """The rewards of one generation, over all ranks."""
@@ -220,6 +313,10 @@ class RewardTable:
     """[F]."""
     lengths: torch.Tensor
     """[P, G], tokens of each completion."""
+    greedy_parts: torch.Tensor | None = None
+    """[P, F], unweighted rewards of each prompt's greedy completion, NaN where a function does not apply (`remax`)."""
+    energies: torch.Tensor | None = None
+    """[P, G, T], `gradient_energies` of each token (`optimal_token_baseline`)."""
 
     def comparable(self) -> "RewardTable":
         """The table with S rows in the place of each, [P * S, G], one for each of the S sets of functions that applied
@@ -228,22 +325,33 @@ class RewardTable:
         sets, own = applies.flatten(0, 1).unique(dim=0, return_inverse=True)  # [S, F], [P * G]
         absent = own.view(-1, 1, self.totals.size(1)) != torch.arange(len(sets)).view(1, -1, 1)  # [P, S, G]
         absent = absent.flatten(0, 1)  # [P * S, G]
-        totals, parts, lengths = (
-            each.repeat_interleave(len(sets), dim=0) for each in (self.totals, self.parts, self.lengths)
+        totals, parts, lengths, greedy, energies = (
+            None if each is None else each.repeat_interleave(len(sets), dim=0)
+            for each in (self.totals, self.parts, self.lengths, self.greedy_parts, self.energies)
         )
+        assert totals is not None
+        assert parts is not None
+        assert lengths is not None
+        if greedy is not None:
+            theirs = sets.repeat(len(self.totals), 1)  # [P * S, F]
+            differs = ((~greedy.isnan() & (self.weights != 0)) != theirs).any(dim=1, keepdim=True)  # [P * S, 1]
+            greedy = greedy.masked_fill(differs, torch.nan)
         addends = (parts * self.weights).abs().nansum(dim=-1)  # [P * S, G]
         return RewardTable(
             totals=settled(totals.masked_fill(absent, torch.nan), addends),
             parts=parts.masked_fill(absent.unsqueeze(-1), torch.nan),
             weights=self.weights,
             lengths=lengths,
+            greedy_parts=greedy,
+            energies=energies,
         )
 
 
 def _compared(estimate: Callable[[RewardTable, str], torch.Tensor], table: RewardTable, scale: str) -> torch.Tensor:
-    """The advantages [P, G] of an estimator, each relative to the completions that the same functions applied to."""
-    num_prompts, num_generations = table.totals.shape
-    return estimate(table.comparable(), scale).view(num_prompts, -1, num_generations).sum(dim=1)
+    """The advantages [P, G] or [P, G, T] of an estimator, each relative to the completions that the same functions
+    applied to."""
+    advantages = estimate(table.comparable(), scale)
+    return advantages.view(len(table.totals), -1, *advantages.shape[1:]).sum(dim=1)
 
 
 def _compared_in_batch(
@@ -273,6 +381,27 @@ ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTable, str], torch.Tensor]] = {
 functions applied to; `catalog.ESTIMATORS` says which go together."""
 
 
+def _remax(table: RewardTable, _: str) -> torch.Tensor:
+    if table.greedy_parts is None:
+        raise ValueError("The baseline of `remax` is a greedy completion of each prompt, whose rewards are missing.")
+    weighted = torch.cat([table.parts, table.greedy_parts.unsqueeze(1)], dim=1) * table.weights  # [P, G + 1, F]
+    applies = ~table.greedy_parts.isnan() & (table.weights != 0)  # [P, F]
+    greedy_totals = weighted[:, -1].nansum(dim=-1).masked_fill(~applies.any(dim=-1), torch.nan)  # [P]
+    return remax_advantages(table.totals, greedy_totals, weighted.abs().nansum(dim=-1))
+
+
+def _optimal_token_baseline(table: RewardTable, _: str) -> torch.Tensor:
+    if table.energies is None:
+        raise ValueError("`optimal_token_baseline` needs the energies of the tokens.")
+    return optimal_token_advantages(table.totals, table.energies, table.lengths)
+
+
+remax = partial(_compared, _remax)
+"""Of a table with `greedy_parts`, [P, G]: each completion beside a greedy one that the same functions applied to."""
+optimal_token_baseline = partial(_compared, _optimal_token_baseline)
+"""Of a table with `energies`, [P, G, T]. It looks at no other group: a rank's own table is enough."""
+
+
 def settled(rewards: torch.Tensor, addends: torch.Tensor | None = None) -> torch.Tensor:
     """Rewards of which those are equal, bit by bit, that differ by rounding alone.
 
@@ -297,17 +426,38 @@ def settled(rewards: torch.Tensor, addends: torch.Tensor | None = None) -> torch
     return torch.empty_like(rewards).scatter(1, order, ordered.gather(1, first))
 
 
-def has_reward_variance(rewards: torch.Tensor) -> torch.Tensor:
-    """[P] bool: groups with at least two different rewards. The others teach nothing. `rewards` is [P, G]."""
+def has_reward_variance(rewards: torch.Tensor, min_range: float = 0.0) -> torch.Tensor:
+    """[P] bool: groups with at least two different rewards. The others teach nothing. `rewards` is [P, G].
+
+    With a `min_range`, two rewards have to be further apart than that, and not by rounding alone.
+    """
     rewards = settled(rewards)
     highest = rewards.nan_to_num(nan=-torch.inf).amax(dim=1)
     lowest = rewards.nan_to_num(nan=torch.inf).amin(dim=1)
-    return highest > lowest
+    rounding = REWARD_TOLERANCE * torch.maximum(highest.abs(), lowest.abs())
+    return highest - lowest > min_range + rounding
 
 
-def tells_apart(table: RewardTable) -> torch.Tensor:
-    """[P] bool: groups with at least two completions that the same functions applied to and rewarded differently."""
-    return has_reward_variance(table.comparable().totals).view(len(table.totals), -1).any(dim=1)
+def tells_apart(table: RewardTable, function: int | None = None, min_range: float = 0.0) -> torch.Tensor:
+    r"""Groups in which rewards of the same kind are far enough from each other.
+
+    .. math:: \max_i r_i - \min_i r_i > min\_range
+
+    DAPO (arXiv:2503.14476) leaves out groups of equal accuracy; verl's `filter_groups.metric` chooses what counts. A
+    bound above 0 leaves out near ties as well, of which a division by the group's deviation makes as much as of
+    others.
+
+    Args:
+        table: the rewards.
+        function: whose reward counts, unweighted, over the completions that it applies to; the total of completions
+            that the same functions applied to if None.
+        min_range: at least 0. A range that is above it by rounding alone is not (`REWARD_TOLERANCE`).
+
+    Returns:
+        [P] bool.
+    """
+    rewards = table.comparable().totals if function is None else table.parts[..., function]
+    return has_reward_variance(rewards, min_range).view(len(table.totals), -1).any(dim=1)
 
 
 def _checked(rewards: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,8 @@ other's is slightly off-policy, however fresh it is.
     B completions    T completion tokens, right-padded
 """
 
+import math
+
 import torch
 
 from grpo_stage.algorithm.ratios import bounded
@@ -54,6 +56,92 @@ def correction_weights(
     if mode == "truncate":
         return weights.clamp(lower, upper)
     return torch.where((weights >= lower) & (weights <= upper), weights, torch.zeros_like(weights))
+
+
+def weight_totals(weights: torch.Tensor, mask: torch.Tensor, level: str) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""What a micro-batch adds to the mean of the step's correction weights: their sum and their number.
+
+    .. math:: token:\ \sum_t w_t,\ \text{tokens};\quad sequence:\ \sum_i w_i,\ \text{completions}
+
+    Sums over all micro-batches and all ranks of the optimizer step make the mean that `normalized_weights` divides
+    by. verl's are over the micro-batch or, where it computes them before the update, the whole rollout.
+
+    Args:
+        weights: [B, T] of `correction_weights`, as they are used: truncated, or masked.
+        mask: [B, T], 1 on the tokens that the loss uses.
+        level: `token` or `sequence`, as in `correction_weights`.
+
+    Returns:
+        The sum and the count, of no dimension.
+
+    Raises:
+        ValueError: if `level` is unknown.
+    """
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level is {level!r}; it is one of token, sequence.")
+    counted = mask if level == "token" else mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    return (weights * counted).sum(), counted.sum()
+
+
+def normalized_weights(weights: torch.Tensor, total: float, count: float) -> torch.Tensor:
+    r"""Correction weights divided by their mean, so that they change the sizes of gradients relative to each other.
+
+    .. math:: w / (\frac{1}{N} \sum_{step} w)
+
+    verl's `rollout_is_batch_normalize`: after the truncation, and not where the mean is 1e-8 or less.
+
+    Args:
+        weights: any shape.
+        total: the sum over all micro-batches and ranks of the step, from `weight_totals`.
+        count: their number, likewise.
+
+    Returns:
+        Same shape.
+    """
+    mean = total / count if count > 0 else 0.0
+    return weights / mean if mean > 1e-8 else weights
+
+
+def rejection_mask(
+    old_logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    level: str,
+    lower: float,
+    upper: float,
+) -> torch.Tensor:
+    r"""Leaves out completions that the trainer finds far more, or far less, probable than the engine did.
+
+    .. math:: M = 1 \text{ where } lower \leq r \leq upper \text{, else } 0,\quad
+              sequence:\ r = \prod_t \frac{\pi_{old}(o_t)}{\pi_{sampling}(o_t)},\quad
+              geometric:\ r = \Big(\prod_t \frac{\pi_{old}(o_t)}{\pi_{sampling}(o_t)}\Big)^{1 / |o|}
+
+    verl's `rollout_rs`: `seq_sum_k1` is `sequence` and `seq_mean_k1` is `geometric`, which does not reject a
+    completion for its length. verl compares the reversed ratio, engine over trainer, with its bounds: the same where
+    they are each other's reciprocals. The completions that are kept weigh what they did.
+
+    Args:
+        old_logprobs: [B, T], the trainer's own at the start of the update, without gradient.
+        sampling_logprobs: [B, T], the engine's.
+        mask: [B, T], 1 on the tokens of a completion.
+        level: `sequence` or `geometric`.
+        lower: from 0 to 1.
+        upper: at least 1.
+
+    Returns:
+        [B, 1], 1 for the completions that are kept.
+
+    Raises:
+        ValueError: if `level` is unknown.
+    """
+    if level not in ("sequence", "geometric"):
+        raise ValueError(f"level is {level!r}; it is one of sequence, geometric.")
+    log_ratios = ((old_logprobs - sampling_logprobs) * mask).sum(dim=1, keepdim=True)  # [B, 1]
+    if level == "geometric":
+        log_ratios = log_ratios / mask.sum(dim=1, keepdim=True).clamp(min=1)
+    lowest = math.log(lower) if lower > 0 else -math.inf
+    return ((log_ratios >= lowest) & (log_ratios <= math.log(upper))).to(mask.dtype)
 
 
 def off_policy_mask(

@@ -1,4 +1,4 @@
-"""The surrogates, how token losses are averaged, and the table that makes a `loss_type` of the two.
+"""The surrogates, the ways to average token losses, and the table that makes a `loss_type` of one of each.
 
 A loss is `sum(weights * token_losses)` over every micro-batch of the optimizer step, on every rank. All averaging is
 in the weights, whose denominators are counted over the whole step, so the gradient cannot depend on how the same
@@ -8,7 +8,8 @@ completions are split over micro-batches, accumulation steps or ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -16,6 +17,10 @@ from grpo_stage.algorithm.ratios import bounded
 
 
 LEVELS = ("token", "sequence", "sequence_token")
+KL_EPS = 1e-8
+"""Added to the probability of all other tokens before its logarithm is taken; verl's and Stable-RL's constant."""
+SMALLEST_CORRECTION = 1e-8
+"""What a correction weight of 0 counts as where its logarithm is taken; TRL's and VESPO's constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +35,8 @@ class SurrogateOutput:
     """bool: the upper bound cut the gradient (positive advantage, ratio over 1 + epsilon_high)."""
     clipped_delta: torch.Tensor | None = None
     """bool: `delta` cut the gradient (negative advantage, ratio over delta); None without a delta."""
+    gates: torch.Tensor | None = None
+    """What a soft weight leaves of a token's gradient, 1 at ratio 1; None where the loss has none."""
 
 
 def importance_ratios(
@@ -93,7 +100,7 @@ def clipped_surrogate(
         policy_logprobs: [B, T], with gradient.
         old_logprobs: [B, T] of the policy at the start of the update, without gradient. On-policy it is
             `policy_logprobs.detach()`: the ratio is then exactly 1 and the gradient REINFORCE's.
-        advantages: [B].
+        advantages: [B], or [B, T] where each token has its own.
         epsilon: lower clip range.
         epsilon_high: upper clip range.
         delta: above 1 + epsilon_high; None for no bound.
@@ -101,7 +108,7 @@ def clipped_surrogate(
         level: whose ratio, see `importance_ratios`.
     """
     ratios = importance_ratios(policy_logprobs, old_logprobs, mask, level)  # [B, T]
-    advantages = advantages.unsqueeze(1)  # [B, 1]
+    advantages = _by_token(advantages)
     clipped = ratios.clamp(1 - epsilon, 1 + epsilon_high)
     bounded = ratios if delta is None else ratios.clamp(max=delta)
     return SurrogateOutput(
@@ -126,7 +133,7 @@ def cispo_surrogate(
     Args:
         policy_logprobs: [B, T], with gradient.
         old_logprobs: [B, T], without.
-        advantages: [B].
+        advantages: [B] or [B, T].
         epsilon_high: the bound is 1 + epsilon_high.
 
     Returns:
@@ -135,7 +142,7 @@ def cispo_surrogate(
     ratios = importance_ratios(policy_logprobs, old_logprobs).detach()  # [B, T]
     weights = ratios.clamp(max=1 + epsilon_high)
     return SurrogateOutput(
-        token_losses=-weights * advantages.unsqueeze(1) * policy_logprobs,
+        token_losses=-weights * _by_token(advantages) * policy_logprobs,
         ratios=ratios,
         clipped_low=torch.zeros_like(ratios, dtype=torch.bool),
         clipped_high=ratios > 1 + epsilon_high,
@@ -160,7 +167,7 @@ def sapo_surrogate(
     Args:
         policy_logprobs: [B, T], with gradient.
         old_logprobs: [B, T], without.
-        advantages: [B].
+        advantages: [B] or [B, T].
         temperature_pos: above 0.
         temperature_neg: above 0.
 
@@ -168,7 +175,7 @@ def sapo_surrogate(
         Nothing counts as clipped.
     """
     ratios = importance_ratios(policy_logprobs, old_logprobs)  # [B, T]
-    advantages = advantages.unsqueeze(1)  # [B, 1]
+    advantages = _by_token(advantages)
     temperatures = torch.full_like(advantages, temperature_neg).masked_fill(advantages > 0, temperature_pos)
     gates = 4 / temperatures * torch.sigmoid(temperatures * (ratios - 1))
     never = torch.zeros_like(ratios, dtype=torch.bool)
@@ -212,6 +219,208 @@ def gmpo_surrogate(
     )
 
 
+def vespo_surrogate(
+    policy_logprobs: torch.Tensor,
+    old_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    k_pos: float,
+    lambda_pos: float,
+    k_neg: float,
+    lambda_neg: float,
+    correction_weights: torch.Tensor | None = None,
+) -> SurrogateOutput:
+    r"""REINFORCE with a gate for the whole completion: both a large and a small ratio fade its gradient.
+
+    .. math:: -sg[\phi(W)]\ A \log \pi_\theta(o_t),\quad \phi(W) = W^k e^{\lambda (1 - W)},\quad
+              W = \prod_t \rho_t w_t
+
+    VESPO (arXiv:2602.10693), with k and lambda by the sign of A: 2 and 3 for A >= 0, 3 and 2 below, in the authors'
+    code and in TRL 1.x. The gate is 1 at W = 1 and highest at W = k / lambda. W is the product of the ratios, not
+    their geometric mean: long completions far from the policy fade altogether. As in both, the weights of
+    `rollout_correction` are factors of W and not of the loss. Both clamp log W to [-18.4, 20], and its terms to 20
+    in size; here the gate is computed from its logarithm, which needs no bound.
+
+    Args:
+        policy_logprobs: [B, T], with gradient.
+        old_logprobs: [B, T], without.
+        advantages: [B].
+        mask: [B, T], 1 on the tokens of a completion.
+        k_pos: at least 0, of completions with an advantage of 0 or more.
+        lambda_pos: above 0, of the same.
+        k_neg: at least 0, of the others.
+        lambda_neg: above 0, of the others.
+        correction_weights: [B, T] of each token, old policy over engine; a weight of 0 leaves out the completion.
+
+    Returns:
+        `ratios` are W and `gates` phi(W), the same for each token of a completion; nothing counts as clipped.
+    """
+    log_ratios = (policy_logprobs.detach() - old_logprobs) * mask  # [B, T]
+    if correction_weights is not None:
+        log_ratios = log_ratios + correction_weights.clamp(min=SMALLEST_CORRECTION).log() * mask
+    log_w = log_ratios.sum(dim=1, keepdim=True)  # [B, 1]
+    w = torch.exp(bounded(log_w))
+    advantages = advantages.unsqueeze(1)  # [B, 1]
+    k = torch.full_like(w, k_pos).masked_fill(advantages < 0, k_neg)
+    decay = torch.full_like(w, lambda_pos).masked_fill(advantages < 0, lambda_neg)
+    gates = torch.exp(decay + k * log_w - decay * w).expand_as(policy_logprobs)
+    never = torch.zeros_like(policy_logprobs, dtype=torch.bool)
+    return SurrogateOutput(
+        token_losses=-gates * advantages * policy_logprobs,
+        ratios=w.expand_as(policy_logprobs),
+        clipped_low=never,
+        clipped_high=never,
+        gates=gates,
+    )
+
+
+def total_variation(policy_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor) -> torch.Tensor:
+    r"""Total variation between two policies that tell the sampled token from all others, and no more.
+
+    .. math:: |\pi_\theta(o_t) - \mu(o_t)|
+
+    DPPO (arXiv:2602.04879), "Binary-TV": a lower bound of the total variation over the whole vocabulary.
+
+    Args:
+        policy_logprobs: any shape.
+        sampling_logprobs: same shape.
+
+    Returns:
+        Same shape, from 0 to 1.
+    """
+    return (policy_logprobs.exp() - sampling_logprobs.exp()).abs()
+
+
+def binary_kl(policy_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor) -> torch.Tensor:
+    r"""KL(sampling || policy) between two policies that tell the sampled token from all others, and no more.
+
+    .. math:: \mu \log \frac{\mu}{\pi_\theta} + (1 - \mu) \log \frac{1 - \mu}{1 - \pi_\theta}
+
+    DPPO (arXiv:2602.04879), "Binary-KL": a lower bound of the KL over the whole vocabulary. As in verl, 1e-8 is added
+    to the probabilities of the others.
+
+    Args:
+        policy_logprobs: any shape.
+        sampling_logprobs: same shape.
+
+    Returns:
+        Same shape, in nats.
+    """
+    others = [-torch.expm1(logprobs.clamp(max=0)) for logprobs in (policy_logprobs, sampling_logprobs)]
+    apart = torch.log((others[1] + KL_EPS) / (others[0] + KL_EPS))
+    return sampling_logprobs.exp() * (sampling_logprobs - policy_logprobs) + others[1] * apart
+
+
+def divergence_masked_surrogate(
+    policy_logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    epsilon: float,
+    epsilon_high: float,
+    *,
+    ratio_max: float,
+    divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> SurrogateOutput:
+    r"""REINFORCE with importance weights, without the tokens that would leave a trust region of a divergence.
+
+    .. math:: -sg[M_t \min(\frac{\pi_\theta}{\mu}, c)]\ A \log \pi_\theta(o_t),\quad
+              M_t = 0 \text{ where } A > 0,\ \pi_\theta > \mu,\ D > \epsilon_{high}
+              \text{ or } A < 0,\ \pi_\theta < \mu,\ D > \epsilon \text{, else } 1
+
+    DPPO (arXiv:2602.04879). A ratio clip stops rare tokens early and frequent ones late; a divergence does neither.
+    Both the trust region and the ratio are relative to the policy that sampled, mu, as in the authors' code
+    (Stable-RL), which needs no correction of the rollout beside it; verl's functions take the trainer's own
+    old log-probabilities. The bound c is 10 in Stable-RL; verl's functions fall back to 20, its configuration has 3
+    and its script for DPPO 10000.
+
+    Args:
+        policy_logprobs: [B, T], with gradient.
+        sampling_logprobs: [B, T], the engine's.
+        advantages: [B] or [B, T].
+        epsilon: bound of the divergence for tokens of negative advantage.
+        epsilon_high: the same for positive ones. The authors' script in verl has 0.15 for `total_variation` and
+            0.05 nats for `binary_kl`, on both sides.
+        ratio_max: c.
+        divergence: `total_variation` or `binary_kl`.
+
+    Returns:
+        `clipped_low` and `clipped_high` mark the tokens that are left out.
+    """
+    log_ratios = policy_logprobs.detach() - sampling_logprobs  # [B, T]
+    advantages = _by_token(advantages)
+    apart = divergence(policy_logprobs.detach(), sampling_logprobs)
+    too_low = (advantages < 0) & (log_ratios < 0) & (apart > epsilon)
+    too_high = (advantages > 0) & (log_ratios > 0) & (apart > epsilon_high)
+    ratios = torch.exp(bounded(log_ratios))
+    weights = ratios.clamp(max=ratio_max).masked_fill(too_low | too_high, 0.0)
+    return SurrogateOutput(
+        token_losses=-weights * advantages * policy_logprobs,
+        ratios=ratios,
+        clipped_low=too_low,
+        clipped_high=too_high,
+    )
+
+
+def policy_gradient(
+    policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor
+) -> SurrogateOutput:
+    r"""REINFORCE as it stands, without a ratio.
+
+    .. math:: -A \log \pi_\theta(o_t)
+
+    GPG (arXiv:2504.02546). Right on-policy alone: nothing tells that a sample is another policy's. The paper's
+    advantage is the reward minus the group's mean, undivided (`dr_grpo`), times alpha, all completions over those of
+    groups whose rewards differ: what `mask_zero_std_groups` and `dynamic_sampling` make of the denominator, counted
+    in tokens. verl's `gpg` counts rewards other than 0 for alpha instead.
+
+    Args:
+        policy_logprobs: [B, T], with gradient.
+        old_logprobs: [B, T], for the metrics.
+        advantages: [B] or [B, T].
+
+    Returns:
+        Nothing counts as clipped.
+    """
+    never = torch.zeros_like(policy_logprobs, dtype=torch.bool)
+    return SurrogateOutput(
+        token_losses=-_by_token(advantages) * policy_logprobs,
+        ratios=importance_ratios(policy_logprobs, old_logprobs).detach(),
+        clipped_low=never,
+        clipped_high=never,
+    )
+
+
+def dro_surrogate(
+    policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, beta: float
+) -> SurrogateOutput:
+    r"""REINFORCE with a spring that holds each token to its old log-probability.
+
+    .. math:: -A \log \pi_\theta(o_t) + \frac{\beta}{2} (\log \rho_t)^2
+
+    Direct Reward Optimization (arXiv:2405.19107) without its value network, for each token, as verl's `dro` and
+    Tinker's have it; Tinker's holds to the engine's log-probability. The gradient is 0 at log rho = A / beta: an
+    advantage that is divided by a deviation moves that optimum, so that undivided ones are meant.
+
+    Args:
+        policy_logprobs: [B, T], with gradient.
+        old_logprobs: [B, T], without.
+        advantages: [B] or [B, T].
+        beta: above 0.
+
+    Returns:
+        Nothing counts as clipped.
+    """
+    reinforce = policy_gradient(policy_logprobs, old_logprobs, advantages)
+    spring = 0.5 * beta * (policy_logprobs - old_logprobs).square()
+    return replace(reinforce, token_losses=reinforce.token_losses + spring)
+
+
+def _by_token(advantages: torch.Tensor) -> torch.Tensor:
+    """[B, 1] of completions, or [B, T] of tokens."""
+    return advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
+
+
 def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, 1] of [B, T]; 0 where a completion has no token (a dummy)."""
     return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -229,17 +438,36 @@ class StepTotals:
     """Completions of the step that the loss does not use: `dr_grpo` alone counts them."""
 
 
-def _over_completions(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
-    return 1.0 / (totals.num_completions * lengths)
-
-
-def _over_tokens(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
+def _token_mean(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
     return torch.full_like(lengths, 1.0 / totals.num_tokens)
 
 
-def _over_constant(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
+def _token_sum(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
+    return torch.ones_like(lengths)
+
+
+def _seq_mean_token_mean(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
+    return 1.0 / (totals.num_completions * lengths)
+
+
+def _seq_mean_token_sum(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
+    return torch.full_like(lengths, 1.0 / totals.num_completions)
+
+
+def _seq_mean_token_sum_norm(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
     num_sampled = totals.num_completions + totals.num_left_out
     return torch.full_like(lengths, 1.0 / (num_sampled * totals.max_completion_length))
+
+
+AVERAGES: dict[str, Callable[[torch.Tensor, StepTotals], torch.Tensor]] = {
+    "token_mean": _token_mean,
+    "token_sum": _token_sum,
+    "seq_mean_token_mean": _seq_mean_token_mean,
+    "seq_mean_token_sum": _seq_mean_token_sum,
+    "seq_mean_token_sum_norm": _seq_mean_token_sum_norm,
+}
+"""`loss_aggregation` to a function of lengths [B] and totals, which gives the weight of a token of each completion
+[B]. The names are those of verl's `loss_agg_mode`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,6 +480,12 @@ class LossSettings:
     importance_sampling_level: str = "token"
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    vespo_k_pos: float = 2.0
+    vespo_lambda_pos: float = 3.0
+    vespo_k_neg: float = 3.0
+    vespo_lambda_neg: float = 2.0
+    dppo_ratio_max: float = 20.0
+    dro_beta: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +496,10 @@ class TokenInputs:
     old_logprobs: torch.Tensor
     advantages: torch.Tensor
     mask: torch.Tensor
+    sampling_logprobs: torch.Tensor | None = None
+    """[B, T], the engine's: what `dppo_tv` and `dppo_kl` compare with."""
+    correction_weights: torch.Tensor | None = None
+    """[B, T] of `rollout_correction: token`, for the loss that takes them into its ratio (`vespo`)."""
 
 
 def _clipped(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
@@ -291,51 +529,109 @@ def _gmpo(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
     return gmpo_surrogate(x.policy_logprobs, x.old_logprobs, x.advantages, x.mask, *clip_range)
 
 
+def _luspo(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
+    """GSPO with each completion's loss times its length (arXiv:2602.05261): the sum over its tokens."""
+    return _clipped(x, replace(settings, importance_sampling_level="sequence"))
+
+
+def _vespo(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
+    return vespo_surrogate(
+        x.policy_logprobs,
+        x.old_logprobs,
+        x.advantages,
+        x.mask,
+        k_pos=settings.vespo_k_pos,
+        lambda_pos=settings.vespo_lambda_pos,
+        k_neg=settings.vespo_k_neg,
+        lambda_neg=settings.vespo_lambda_neg,
+        correction_weights=x.correction_weights,
+    )
+
+
+def _dppo(
+    x: TokenInputs, settings: LossSettings, divergence: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> SurrogateOutput:
+    if x.sampling_logprobs is None:
+        raise ValueError("A divergence from the policy that sampled needs `sampling_logprobs`.")
+    return divergence_masked_surrogate(
+        x.policy_logprobs,
+        x.sampling_logprobs,
+        x.advantages,
+        settings.epsilon,
+        settings.epsilon_high,
+        ratio_max=settings.dppo_ratio_max,
+        divergence=divergence,
+    )
+
+
+def _gpg(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
+    return policy_gradient(x.policy_logprobs, x.old_logprobs, x.advantages)
+
+
+def _dro(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
+    return dro_surrogate(x.policy_logprobs, x.old_logprobs, x.advantages, settings.dro_beta)
+
+
 @dataclass(frozen=True, slots=True)
 class Loss:
     """A `loss_type`; `catalog.LOSS_TYPES` has its other names, and the keys that it reads."""
 
     surrogate: Callable[[TokenInputs, LossSettings], SurrogateOutput]
-    average: Callable[[torch.Tensor, StepTotals], torch.Tensor]
-    """Lengths [B] and totals to the weight of a token of each completion [B]."""
+    average: str
+    """The average of its paper, a key of `AVERAGES`."""
 
 
 LOSSES: dict[str, Loss] = {
-    "grpo": Loss(_clipped, _over_completions),
-    "dr_grpo": Loss(_clipped, _over_constant),
-    "dapo": Loss(_clipped, _over_tokens),
-    "cispo": Loss(_cispo, _over_tokens),
-    "sapo": Loss(_sapo, _over_completions),
-    "gmpo": Loss(_gmpo, _over_completions),
+    "grpo": Loss(_clipped, "seq_mean_token_mean"),
+    "dr_grpo": Loss(_clipped, "seq_mean_token_sum_norm"),
+    "dapo": Loss(_clipped, "token_mean"),
+    "cispo": Loss(_cispo, "token_mean"),
+    "sapo": Loss(_sapo, "seq_mean_token_mean"),
+    "gmpo": Loss(_gmpo, "seq_mean_token_mean"),
+    "luspo": Loss(_luspo, "seq_mean_token_sum"),
+    "vespo": Loss(_vespo, "token_mean"),
+    "dppo_tv": Loss(partial(_dppo, divergence=total_variation), "token_mean"),
+    "dppo_kl": Loss(partial(_dppo, divergence=binary_kl), "token_mean"),
+    "gpg": Loss(_gpg, "token_mean"),
+    "dro": Loss(_dro, "token_mean"),
 }
 
 
-def token_weights(mask: torch.Tensor, totals: StepTotals, loss_type: str) -> torch.Tensor:
+def token_weights(mask: torch.Tensor, totals: StepTotals, loss_type: str, aggregation: str = "auto") -> torch.Tensor:
     r"""The weight of each token's loss in the step's loss.
 
-    ======================= ================================== ====================================================
-    grpo, sapo, gmpo        1 / (completions x own length)     mean over tokens, then completions (DeepSeekMath, eq. 3)
-    dapo, cispo             1 / tokens of the step             mean over all tokens (DAPO, eq. 8)
-    dr_grpo                 1 / (sampled x max_new_tokens)     a constant, so that length has no say (Dr. GRPO)
-    ======================= ================================== ====================================================
+    ======================= ============================== ========================================================
+    token_mean              1 / tokens of the step         mean over all tokens (DAPO, eq. 8)
+    token_sum               1                              sum over all tokens: it grows with the batch
+    seq_mean_token_mean     1 / (completions x own length) mean over tokens, then completions (DeepSeekMath, eq. 3)
+    seq_mean_token_sum      1 / completions                sum over tokens, mean over completions (LUSPO)
+    seq_mean_token_sum_norm 1 / (sampled x max_new_tokens) a constant, so that length has no say (Dr. GRPO)
+    ======================= ============================== ========================================================
+
+    verl's `loss_agg_mode` has the same five. Its `seq-mean-token-sum-norm` divides by the padded length of the
+    batch where no factor is given. TRL's bnpo averages over the local micro-batch; here it is dapo.
 
     Args:
         mask: [B, T], 1 on the tokens that the loss uses; a completion left out of the loss is a row of zeros and
-            counts in no denominator but that of "dr_grpo" (all completions that were sampled, as in TRL), which does
-            not depend on how many are left out.
+            counts in no denominator but that of "seq_mean_token_sum_norm" (all completions that were sampled, as in
+            TRL), which does not depend on how many are left out.
         totals: counts over the whole optimizer step.
         loss_type: a key of `LOSSES`.
+        aggregation: a key of `AVERAGES`, or "auto" for that of the loss.
 
     Returns:
-        [B, T]; except with "dr_grpo" the weights of a whole step sum to 1.
+        [B, T]; those of a whole step sum to 1 where the average is a mean alone.
 
     Raises:
-        ValueError: if `loss_type` is unknown.
+        ValueError: if `loss_type` or `aggregation` is unknown.
     """
     if loss_type not in LOSSES:
         raise ValueError(f"loss_type is {loss_type!r}; it is one of {', '.join(LOSSES)}.")
+    average = LOSSES[loss_type].average if aggregation == "auto" else aggregation
+    if average not in AVERAGES:
+        raise ValueError(f"loss_aggregation is {aggregation!r}; it is one of auto, {', '.join(AVERAGES)}.")
     if totals.num_tokens == 0:  # every completion was left out: nothing to weigh
         return torch.zeros_like(mask)
     mask = mask.to(torch.get_default_dtype()) if not mask.is_floating_point() else mask
     lengths = mask.sum(dim=1).clamp(min=1)  # [B]
-    return mask * LOSSES[loss_type].average(lengths, totals).unsqueeze(1)
+    return mask * AVERAGES[average](lengths, totals).unsqueeze(1)

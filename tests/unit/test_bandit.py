@@ -64,7 +64,8 @@ def learn(
         old = policy.log()[torch.arange(T), tokens]
         for _ in range(2):  # the second is off-policy
             logprobs = logits.log_softmax(-1)[torch.arange(T), tokens]
-            output = module.LOSSES[loss_type].surrogate(module.TokenInputs(logprobs, old, advantages, used), options)
+            inputs = module.TokenInputs(logprobs, old, advantages, used, sampling_logprobs=old)
+            output = module.LOSSES[loss_type].surrogate(inputs, options)
             loss = (module.token_weights(used, totals, loss_type) * output.token_losses).sum()
             optimizer.zero_grad()
             loss.backward()

@@ -420,8 +420,8 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "loss: magnitude of the advantage",
         losses,
-        "advantages = advantages.unsqueeze(1)  # [B, 1]\n    clipped",
-        "advantages = advantages.abs().unsqueeze(1)  # [B, 1]\n    clipped",
+        "advantages = _by_token(advantages)\n    clipped",
+        "advantages = _by_token(advantages.abs())\n    clipped",
     ),
     ("flag: low on any sign", losses, "(ratios < 1 - epsilon) & (advantages < 0)", "(ratios < 1 - epsilon)"),
     (
@@ -436,7 +436,7 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
         "(ratios > 1 + epsilon_high) & (advantages > 0)",
         "(ratios > 1 + epsilon) & (advantages > 0)",
     ),
-    ("weights: mask dropped", losses, "return mask * LOSSES", "return (mask * 0 + 1) * LOSSES"),
+    ("weights: mask dropped", losses, "return mask * AVERAGES", "return (mask * 0 + 1) * AVERAGES"),
     (
         "weights: lengths over the wrong axis",
         losses,
@@ -469,8 +469,8 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "loss types swapped",
         losses,
-        '"dapo": Loss(_clipped, _over_tokens)',
-        '"dapo": Loss(_clipped, _over_constant)',
+        '"dapo": Loss(_clipped, "token_mean")',
+        '"dapo": Loss(_clipped, "seq_mean_token_sum_norm")',
     ),
     # The other losses.
     ("sequence: product instead of mean", losses, "/ mask.sum(dim=1, keepdim=True).clamp(min=1)", "/ 1.0"),
@@ -487,7 +487,7 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     ("delta: a lower bound", losses, "ratios.clamp(max=delta)", "ratios.clamp(min=delta)"),
     ("delta: flag on any sign", losses, "(ratios > delta) & (advantages < 0)", "ratios > delta"),
     ("delta: not passed on", losses, "delta=settings.delta", "delta=None"),
-    ("cispo: sign", losses, "token_losses=-weights", "token_losses=weights"),
+    ("cispo: sign", losses, "token_losses=-weights * _by_token", "token_losses=weights * _by_token"),
     (
         "cispo: clipped from below",
         losses,
@@ -503,11 +503,11 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "cispo: gradient through the weight",
         losses,
-        "importance_ratios(policy_logprobs, old_logprobs).detach()",
+        "importance_ratios(policy_logprobs, old_logprobs).detach()  # [B, T]",
         "importance_ratios(policy_logprobs, old_logprobs)",
     ),
-    ("cispo: mean over completions", losses, "Loss(_cispo, _over_tokens)", "Loss(_cispo, _over_completions)"),
-    ("sapo: sign", losses, "token_losses=-gates", "token_losses=gates"),
+    ("cispo: mean over completions", losses, 'Loss(_cispo, "token_mean")', 'Loss(_cispo, "seq_mean_token_mean")'),
+    ("sapo: sign", losses, "token_losses=-gates * advantages, ", "token_losses=gates * advantages, "),
     ("sapo: one temperature", losses, ".masked_fill(advantages > 0, temperature_pos)", ""),
     ("sapo: temperatures swapped", losses, "masked_fill(advantages > 0", "masked_fill(advantages < 0"),
     ("sapo: gate not scaled", losses, "4 / temperatures * torch.sigmoid", "torch.sigmoid"),
@@ -606,13 +606,13 @@ MUTATIONS: list[tuple[str, ModuleType, str, str]] = [
     (
         "rollout: turned over",
         correction,
-        "(old_logprobs - sampling_logprobs) * mask",
+        "(old_logprobs - sampling_logprobs) * mask  # [B, T]",
         "(sampling_logprobs - old_logprobs) * mask",
     ),
     (
         "rollout: mask dropped",
         correction,
-        "(old_logprobs - sampling_logprobs) * mask",
+        "(old_logprobs - sampling_logprobs) * mask  # [B, T]",
         "(old_logprobs - sampling_logprobs)",
     ),
     (

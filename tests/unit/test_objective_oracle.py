@@ -229,7 +229,7 @@ def test_losses_are_the_papers() -> None:
 def surrogate_of(loss_type: str, ratios: list[float], advantage: float, **settings: Any) -> tuple[Any, list[float]]:
     old = torch.full((1, len(ratios)), -1.0).double()
     policy = (old + f64([ratios]).log()).requires_grad_()
-    inputs = losses.TokenInputs(policy, old, f64([advantage]), torch.ones_like(old))
+    inputs = losses.TokenInputs(policy, old, f64([advantage]), torch.ones_like(old), sampling_logprobs=old)
     settings |= canonical({"loss_type": loss_type})
     loss_type = settings.pop("loss_type", loss_type)
     output = losses.LOSSES[loss_type].surrogate(inputs, losses.LossSettings(**settings))

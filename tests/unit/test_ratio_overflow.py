@@ -20,7 +20,7 @@ from grpo_stage.update.objective import Objective
 
 
 LOG_RATIOS = (-1000.0, -100.0, -89.0, -2.0, 0.0, 0.1, 2.0, 60.0, 90.0, 100.0, 1000.0, 1e6)
-LOW, HIGH, POS, NEG = 0.2, 0.28, 0.8, 1.6
+LOW, HIGH, POS, NEG, BETA, MOST = 0.2, 0.28, 0.8, 1.6, 0.3, 20.0
 HUGE = 1e30
 """From here on a number need not be right, but of the right sign and as large: its square is infinite in float32."""
 
@@ -53,6 +53,18 @@ def surrogate(loss: str, x: float, policy: float, A: float, delta: float | None)
         is_cut = (A > 0 and x > HIGH) or (A < 0 and x < -LOW)
         kept = exp(min(x, HIGH) if A > 0 else max(x, -LOW))
         return -times(kept, A), 0.0 if is_cut else -times(r, A)
+    if loss == "vespo":
+        k, rate = (2.0, 3.0) if A >= 0 else (3.0, 2.0)
+        gate = exp(rate + k * x - rate * r)
+        return -gate * A * policy, -gate * A
+    if loss in ("dppo_tv", "dppo_kl"):
+        p, q = exp(policy), exp(policy - x)  # old stands for what sampled
+        apart = abs(p - q) if loss == "dppo_tv" else -q * x + (1 - q) * math.log((1 - q + 1e-8) / (1 - p + 1e-8))
+        weight = 0.0 if (A > 0 and p > q and apart > HIGH) or (A < 0 and p < q and apart > LOW) else min(r, MOST)
+        return -weight * A * policy, -weight * A
+    if loss in ("gpg", "dro"):
+        pull = BETA if loss == "dro" else 0.0
+        return -A * policy + pull / 2 * x**2, -A + pull * x
     bounded = r if delta is None else min(r, delta)
     is_cut = (A > 0 and r > 1 + HIGH) or (A < 0 and r < 1 - LOW) or (delta is not None and A < 0 and r > delta)
     return -min(times(bounded, A), clip(r, 1 - LOW, 1 + HIGH) * A), 0.0 if is_cut else -times(r, A)
@@ -79,9 +91,9 @@ def check_surrogates(module: ModuleType) -> None:
         mask = torch.tensor([[1.0, 0.0]])
         options = module.LossSettings(
             epsilon=LOW, epsilon_high=HIGH, delta=delta, importance_sampling_level=level,
-            sapo_temperature_pos=POS, sapo_temperature_neg=NEG,
+            sapo_temperature_pos=POS, sapo_temperature_neg=NEG, dppo_ratio_max=MOST, dro_beta=BETA,
         )  # fmt: skip
-        inputs = module.TokenInputs(policy, old, torch.tensor([A]), mask)
+        inputs = module.TokenInputs(policy, old, torch.tensor([A]), mask, sampling_logprobs=old)
         output = module.LOSSES[loss].surrogate(inputs, options)
         value = (mask * output.token_losses).sum()
         (gradient,) = torch.autograd.grad(value, policy)
