@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .algorithm.catalog import ESTIMATORS, LOSS_TYPES, canonical
 from .algorithm.combinations import check_effect, refuse_contradictions
 from .algorithm.conditions import broken_bound
-from .rewards.options import REWARD_COLUMNS_EXAMPLE, as_weight, check_rewards
+from .rewards.options import REWARD_COLUMNS_EXAMPLE, as_weight, check_filter, check_rewards
 
 
 if TYPE_CHECKING:
@@ -85,6 +85,19 @@ class GRPOArguments:
         "After them the step trains on the groups it has.",
         min=1,
         most=10_000,
+    )
+    filter_metric: str | None = _key(
+        None,
+        ROLLOUT,
+        "The reward function by which dynamic sampling tells whether the completions of a group differ, such as "
+        "`accuracy`; by default the total reward. A group whose totals are all equal is left out in any case.",
+    )
+    filter_min_range: float = _key(
+        0.0,
+        ROLLOUT,
+        "Dynamic sampling leaves out groups whose highest and lowest reward differ by no more than this: where they "
+        "nearly tie, dividing by the group's deviation makes large advantages of noise.",
+        min=0.0,
     )
     overlong_prompts: Literal["drop", "truncate"] = _key(
         "drop",
@@ -163,8 +176,46 @@ class GRPOArguments:
         "What a token's loss is, and how they are averaged. PPO's clip: `grpo` over each completion and then over "
         "completions, `dapo` over all tokens of the step, `dr_grpo` over completions x max_new_tokens; `bnpo` is "
         "`dapo` here, since denominators are counted over the whole optimizer step. `gspo` and `gspo_token` clip the "
-        "ratio of the whole completion. `cispo` bounds the importance weight and clips nothing, `sapo` fades where "
-        "others clip, `gmpo` takes the geometric mean over tokens.",
+        "ratio of the whole completion, and `luspo` weighs it by its length as well. `cispo` bounds the importance "
+        "weight and clips nothing, `sapo` fades where others clip, and so does `vespo`, by the whole completion; "
+        "`gmpo` takes the geometric mean over tokens. `dppo_tv` and `dppo_kl` leave out tokens by their divergence "
+        "from the engine's policy, `dro` holds each token back by a spring, `gpg` has no ratio at all.",
+    )
+    loss_aggregation: Literal[
+        "auto", "token_mean", "token_sum", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"
+    ] = _key(
+        "auto",
+        OBJECTIVE,
+        "How the losses of a step's tokens are averaged, counted over all devices: over all tokens (`token_mean`), "
+        "over each completion and then over completions (`seq_mean_token_mean`), summed over each completion and then "
+        "averaged (`seq_mean_token_sum`), or divided by completions x max_new_tokens (`seq_mean_token_sum_norm`). "
+        "`token_sum` divides by nothing, so that the gradient grows with the batch. `auto` is what the paper of "
+        "`loss_type` has.",
+    )
+    vespo_k_pos: float = _key(
+        2.0, OBJECTIVE, "Exponent of `vespo`'s gate where the advantage is not negative.", min=0.0, most=100.0
+    )
+    vespo_lambda_pos: float = _key(
+        3.0, OBJECTIVE, "Rate of `vespo`'s gate where the advantage is not negative.", above=0.0, most=100.0
+    )
+    vespo_k_neg: float = _key(
+        3.0, OBJECTIVE, "Exponent of `vespo`'s gate where the advantage is negative.", min=0.0, most=100.0
+    )
+    vespo_lambda_neg: float = _key(
+        2.0, OBJECTIVE, "Rate of `vespo`'s gate where the advantage is negative.", above=0.0, most=100.0
+    )
+    dppo_ratio_max: float = _key(
+        20.0,
+        OBJECTIVE,
+        "Upper bound of the ratio of trainer to engine that `dppo_tv` and `dppo_kl` weigh a token with.",
+        min=1.0,
+    )
+    dro_beta: float | None = _key(
+        None,
+        OBJECTIVE,
+        "How strongly `dro` holds each token to its old log-probability; undivided advantages are meant "
+        "(`scale_rewards: none`).",
+        above=0.0,
     )
     importance_sampling_level: Literal["token", "sequence", "sequence_token"] = _key(
         "token",
@@ -263,6 +314,12 @@ class GRPOArguments:
         "Weigh the policy's loss by how much more probable the trainer finds what the engine sampled: each `token`, "
         "or the whole `sequence` (the product over its tokens). Only where sampling is neutral.",
     )
+    rollout_correction_normalize: bool = _key(
+        False,
+        OBJECTIVE,
+        "Divide the weights of `rollout_correction` by their mean over the step, so that they change how much tokens "
+        "count beside one another, and not the size of the gradient. A step takes one more forward pass.",
+    )
     rollout_correction_mode: Literal["truncate", "mask"] = _key(
         "truncate",
         OBJECTIVE,
@@ -278,6 +335,23 @@ class GRPOArguments:
         0.0,
         OBJECTIVE,
         "Lower bound of the weight; 0 is none.",
+        min=0.0,
+        max=1.0,
+    )
+    rollout_rejection: Literal["none", "sequence", "geometric"] = _key(
+        "none",
+        OBJECTIVE,
+        "Leave completions out of the loss and its averages that the trainer finds far more, or far less, probable "
+        "than the engine that sampled them: by the product of their tokens' ratios (`sequence`) or its geometric mean "
+        "(`geometric`). Only where sampling is neutral. A step takes one more forward pass.",
+    )
+    rollout_rejection_max: float = _key(
+        2.0, OBJECTIVE, "A completion of a higher ratio of trainer to engine is left out.", min=1.0
+    )
+    rollout_rejection_min: float = _key(
+        0.5,
+        OBJECTIVE,
+        "A completion of a lower ratio of trainer to engine is left out; 0 is no bound.",
         min=0.0,
         max=1.0,
     )
@@ -519,6 +593,7 @@ class GRPOArguments:
 
         read: Any = self  # `__post_init__` has made lists and mappings of texts
         check_rewards(read.reward_funcs, read.reward_weights, read.reward_kwargs or {}, read.reward_columns or {})
+        check_filter(self.filter_metric, read.reward_funcs)
         refuse_contradictions(values)
 
 

@@ -21,7 +21,7 @@ from .distributed import all_gather
 from .monitors.canary import SlopeTest
 from .records.completions import CompletionsLog
 from .records.metrics import record_rollout
-from .rewards.errors import UnrewardedError
+from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
 from .rollout.epochs import Epochs, EpochsOfPrompts, EpochsOfSteps, PromptStream, steps_of_epoch
 from .rollout.filling import DynamicSampling, Filling, PlainSampling
 from .rollout.queue import RolloutQueue
@@ -36,10 +36,6 @@ from .update.reference import ReferencePolicy
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
 
-NO_REWARD_REMEDY = (
-    "Check that the references and columns of the data are of the kind that the functions expect; "
-    "`grpo-stage try-rewards` shows what each of them makes of the first rows."
-)
 UNREWARDED_ROLLOUTS, UNREWARDED_PROMPTS = 10, 100
 """A run ends when no reward function applied to the prompts of as many rollouts in a row, and to as many prompts."""
 
@@ -95,7 +91,7 @@ class Collector:
         """Groups of all ranks with a reward."""
         self._num_unrewarded = 0  # groups of all ranks without one, in a row
         self._policy = policy
-        self._args = grpo_args
+        self._grpo_args = grpo_args
         self._sampling = sampling
         self._prompts = prompts
         self._sampler = sampler
@@ -112,8 +108,11 @@ class Collector:
             grpo_args.mask_truncated_completions,
         )
         if grpo_args.dynamic_sampling:
+            metric = grpo_args.filter_metric
+            function = None if metric is None else sampler.rewards.names.index(metric)
+            fits = partial(self._credit.has_signal, function=function, min_range=grpo_args.filter_min_range)
             self.filling = DynamicSampling(
-                prompts, grpo_args.max_resample_times, self._credit.has_signal, args.process_index, args.world_size
+                prompts, grpo_args.max_resample_times, fits, args.process_index, args.world_size
             )
             self.epochs = EpochsOfPrompts(self.stream, self._is_everything_used, args)
         if tests_slope:
@@ -126,7 +125,7 @@ class Collector:
 
     def collect(self, state: TrainerState) -> None:
         """Sample, score and prepare one rollout: its optimizer steps join the queue in the order of use."""
-        count = self.prompts_per_step * self._args.steps_per_generation
+        count = self.prompts_per_step * self._grpo_args.steps_per_generation
         if self.epochs.is_end(state.global_step):
             self.stream.begin_epoch_if_due()
         filled = self.filling.fill(
@@ -138,12 +137,12 @@ class Collector:
         self.filling.report(filled, count, state.global_step + 1, self.epochs.may_roll_out, self._tracker)
 
         shares = self._shares_of_steps(filled.groups)
-        is_reused = len(shares) * self._args.num_iterations > 1
+        is_reused = len(shares) * self._grpo_args.num_iterations > 1
         with self._phases.timed("logprobs"):
             shares = [self._with_old_logprobs(share, is_reused) for share in shares]
             shares = self._with_ref_logprobs(shares)
         samples = self._with_advantages([group for share in shares for group in share], is_reused)
-        if self._args.log_completions:
+        if self._grpo_args.log_completions:
             dropped = map(self._credit.withhold, filled.dropped)
             self.completions_log.record(state.global_step + 1, [own for each in (*samples, *dropped) for own in each])
 
@@ -153,7 +152,7 @@ class Collector:
             of_groups = [(group, next(remaining)) for group in share]
             steps.append(tuple(sample for group, own in of_groups if self._is_kept(group) for sample in own))
         temperature = self._sampler.engine.logprob_temperature
-        for step in _with_fresh_first(steps, state.global_step) * self._args.num_iterations:
+        for step in _with_fresh_first(steps, state.global_step) * self._grpo_args.num_iterations:
             self.queue.append(Step(samples=step, logprob_temperature=temperature))
 
     def state_dict(self) -> dict[str, int]:
@@ -179,7 +178,9 @@ class Collector:
             self._sampler.sync(self._policy, version)
         indices = self.stream.take(count)
         with self._phases.phase("rollout") as clock:
-            groups = self._sampler.generate([self._prompts[i] for i in indices], self._sampling, version, version)
+            groups = self._sampler.generate(
+                [self._prompts[i] for i in indices], self._sampling, step=version, version=version
+            )
         with self._phases.phase("canary"):
             self._let_engine_sleep(groups, version)
         with self._phases.timed("reward"):
@@ -193,7 +194,7 @@ class Collector:
         """Free its memory for rewards and log-probabilities, and see whether it has followed the policy."""
         engine, answers = self._sampler.engine, []
         if self.slope_test is not None:
-            with self._phases.limited("canary", self._args.rollout_timeout, "rollout_timeout"):
+            with self._phases.limited("canary", self._grpo_args.rollout_timeout, "rollout_timeout"):
                 answers = self.slope_test.ask(engine, groups, version)
         engine.sleep()
         if self.slope_test is not None:
@@ -235,12 +236,12 @@ class Collector:
         return shares + [()] * (num_steps - len(shares))
 
     def _is_kept(self, group: ScoredGroup) -> bool:
-        return not self._args.mask_zero_std_groups or self._credit.has_signal(group)
+        return not self._grpo_args.mask_zero_std_groups or self._credit.has_signal(group)
 
     def _with_old_logprobs(self, share: Sequence[ScoredGroup], is_reused: bool) -> Sequence[ScoredGroup]:
         """With those of the policies that sampled it, unless they are the present one's and not needed."""
         has_waited = any(group.old_logprobs is not None for group in share)
-        if not (is_reused or has_waited or self._args.kl_in_reward):
+        if not (is_reused or has_waited or self._grpo_args.kl_in_reward):
             return share
         return self._with_logprobs(self._policy, share, "old_logprobs")
 
@@ -263,7 +264,7 @@ class Collector:
 
     def _with_advantages(self, groups: Sequence[ScoredGroup], is_reused: bool) -> list[tuple[Sample, ...]]:
         """The samples of each group. Statistics are taken over the whole batch, on all ranks."""
-        if not self._args.kl_in_reward:
+        if not self._grpo_args.kl_in_reward:
             return self._credit.assign(groups)
         old, ref = (
             [tokens for group in groups for tokens in getattr(group, name) or ()]
@@ -280,6 +281,7 @@ def _with_fresh_first(steps: Sequence[tuple[Sample, ...]], version: int) -> list
 
     So the first step that has a sample of `version` on any rank changes places to the front.
     """
-    is_fresh = [any(all_gather(any(sample.policy_version == version for sample in step))) for step in steps]
+    ranks = all_gather([any(sample.policy_version == version for sample in step) for step in steps])
+    is_fresh = [any(of_step) for of_step in zip(*ranks, strict=True)]
     first = is_fresh.index(True) if True in is_fresh else 0
     return [steps[first], *steps[:first], *steps[first + 1 :]]

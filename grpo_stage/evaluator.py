@@ -8,9 +8,9 @@ from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from .arguments import GRPOArguments
-from .collector import NO_REWARD_REMEDY
 from .records.evaluation import record_evaluation
 from .records.metrics import MetricTracker
+from .rewards.errors import NO_REWARD_REMEDY
 from .rollout.sampler import Sampler
 from .types import Prompt, SamplingSettings, TrainingProgress
 
@@ -55,7 +55,7 @@ class Evaluator:
         version, rewards = state.global_step, self._sampler.rewards
         with self._sampler.phases.phase("evaluation", is_timed=False):
             self._sampler.sync(self._policy, version)
-            groups = self._sampler.generate(mine, self._sampling, 0, version)
+            groups = self._sampler.generate(mine, self._sampling, step=0, version=version)
             self._sampler.engine.sleep()
         progress = TrainingProgress(global_step=version, max_steps=state.max_steps, epoch=float(state.epoch or 0))
         scored = self._sampler.score(groups, progress)

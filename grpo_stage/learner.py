@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -60,7 +61,7 @@ class Learner:
         pad_token_id: int,
         accelerator: Accelerator,
         phases: Phases,
-        gather: Callable[[bool], list[bool]],
+        gather: Callable[[Any], list[Any]],
     ) -> None:
         # Accelerate puts the policy's own forward in it, and no other model's.
         autocast: Callable[[], AbstractContextManager] = accelerator.autocast

@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from .arguments import GRPOArguments
-from .collector import NO_REWARD_REMEDY, Collector
+from .collector import Collector
 from .distributed import all_gather
 from .evaluator import Evaluator
 from .learner import NON_FINITE_REMEDY, Learner
 from .monitors.canary import LogprobDifference
 from .records.metrics import MetricTracker
-from .rewards.errors import UnrewardedError
+from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
 from .rewards.suite import RewardSuite
 from .rollout.epochs import prompts_of_step, steps_of_run
 from .rollout.sampler import Sampler
@@ -133,7 +133,7 @@ class GRPOTrainer(ResumableTrainer):
             "token_budget": Part(learner.budget, Scope.RANK),
         }
         if collector.slope_test is not None:
-            parts["slope_test"] = Part(collector.slope_test, Scope.RANK, is_undone=True)
+            parts["slope_test"] = Part(collector.slope_test, Scope.RANK, is_undone=True, is_optional=True)
         if self.grpo_args.sync_ref_model:
             parts["reference"] = Part(cast(MovingReference, self.reference), Scope.TENSORS)
         return parts

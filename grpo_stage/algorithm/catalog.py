@@ -28,6 +28,8 @@ class LossType:
     """The loss that this is another name of."""
     sets: Mapping[str, str] = field(default_factory=dict)
     """The values that an alias gives to keys of that loss."""
+    compares_with_engine: bool = False
+    """Its ratio is to the engine's log-probabilities, which have to be those of the distribution that is trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +69,9 @@ class Part:
 
 
 _OF_TIES = ("dynamic_sampling", "mask_zero_std_groups")
-_OF_NEGATIVE_ADVANTAGES = ("delta", "sapo_temperature_neg", "off_policy_mask_threshold")
+_OF_NEGATIVE_ADVANTAGES = (
+    *("delta", "sapo_temperature_neg", "vespo_k_neg", "vespo_lambda_neg", "off_policy_mask_threshold"),
+)
 
 _EPSILON_BELOW_1 = Rule(
     lambda v: v.epsilon >= 1.0,
@@ -97,6 +101,27 @@ _CISPO_NEEDS_ITS_BOUND = Rule(
     "`loss_type: cispo` needs `epsilon_high`: the importance weight is bounded by 1 + epsilon_high and by nothing "
     "else. Write for example `epsilon_high: 4.0`, which is TRL's 5.0.",
 )
+_DIVERGENCE_BELOW_1 = Rule(
+    lambda v: max(v.epsilon, v.epsilon_high or 0.0) >= 1.0,
+    "`epsilon: {epsilon}` and `epsilon_high: {epsilon_high}` must be below 1 with `loss_type: dppo_tv`: a total "
+    "variation is never above 1, so that the bound would never act. Write for example `epsilon: 0.15`.",
+)
+_NO_CORRECTION = Rule(
+    lambda v: v.rollout_correction != "none",
+    "`rollout_correction: {rollout_correction}` cannot go with `loss_type: {loss_type}`, whose own weight of a token "
+    "or completion already holds the ratio that it corrects. Leave it out.",
+)
+_GPG_IS_ON_POLICY = Rule(
+    lambda v: v.num_iterations * v.steps_per_generation > 1,
+    "`loss_type: gpg` has no ratio, and would take what an earlier policy sampled for the present one's: with "
+    "`num_iterations: {num_iterations}` and `steps_per_generation: {steps_per_generation}` a rollout is trained on "
+    "more than once. Write 1 for both, or `loss_type: dapo`.",
+)
+_DRO_NEEDS_ITS_BETA = Rule(
+    lambda v: v.dro_beta is None,
+    "`loss_type: dro` needs `dro_beta`: nothing else keeps a token near its old log-probability. Write for example "
+    "`dro_beta: 0.1`.",
+)
 _CLIPPED = LossType(
     reads=("importance_sampling_level", "epsilon", "epsilon_high", "delta"),
     rules=(_EPSILON_BELOW_1, _UPPER_RANGE_IS_WIDER, _DELTA_ABOVE_THE_CLIP),
@@ -125,6 +150,26 @@ LOSS_TYPES: Mapping[str, LossType] = MappingProxyType(
             rules=(_UPPER_RANGE_IS_WIDER,),
             tokenwise_remedy="another `loss_type`",
         ),
+        "luspo": replace(
+            _CLIPPED,
+            reads=tuple(key for key in _CLIPPED.reads if key != "importance_sampling_level"),
+            tokenwise_remedy="`loss_type: gspo_token`",
+        ),
+        "vespo": LossType(
+            reads=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), rules=(_NO_CORRECTION,)
+        ),
+        "dppo_tv": LossType(
+            reads=("epsilon", "epsilon_high", "dppo_ratio_max"),
+            rules=(_DIVERGENCE_BELOW_1, _UPPER_RANGE_IS_WIDER, _NO_CORRECTION),
+            compares_with_engine=True,
+        ),
+        "dppo_kl": LossType(
+            reads=("epsilon", "epsilon_high", "dppo_ratio_max"),
+            rules=(_UPPER_RANGE_IS_WIDER, _NO_CORRECTION),
+            compares_with_engine=True,
+        ),
+        "gpg": LossType(reads=(), rules=(_GPG_IS_ON_POLICY,)),
+        "dro": LossType(reads=("dro_beta",), rules=(_DRO_NEEDS_ITS_BETA,)),
     }
 )
 OFF_POLICY_KEYS = frozenset(key for loss in LOSS_TYPES.values() for key in loss.reads)
@@ -171,7 +216,9 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
     }
 )
 
-_CORRECTION = ("rollout_correction_mode", "rollout_correction_max", "rollout_correction_min")
+_CORRECTION = (
+    *("rollout_correction_mode", "rollout_correction_max", "rollout_correction_min", "rollout_correction_normalize"),
+)
 TERMS = (
     Part(
         "beta",
@@ -184,6 +231,7 @@ TERMS = (
     Part("sync_ref_model", (True,), reads=("ref_model_mixup_alpha", "ref_model_sync_steps")),
     Part("rollout_correction", ("token",), _CORRECTION, tokenwise_remedy="write `rollout_correction: sequence`"),
     Part("rollout_correction", ("sequence",), _CORRECTION),
+    Part("rollout_rejection", ("sequence", "geometric"), reads=("rollout_rejection_max", "rollout_rejection_min")),
     Part("top_entropy_quantile", Below(1), tokenwise_remedy="leave `top_entropy_quantile` out"),
     Part(
         "covariance_control",

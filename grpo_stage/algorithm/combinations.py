@@ -14,7 +14,7 @@ from grpo_stage.algorithm.conditions import Allowed, Given, Rule, applies, refus
 # Parts of a run beside the objective.
 _OTHERS = (
     Part("dynamic_sampling", (False,), reads=("kl_in_reward", "mask_zero_std_groups")),
-    Part("dynamic_sampling", (True,), reads=("max_resample_times",)),
+    Part("dynamic_sampling", (True,), reads=("max_resample_times", "filter_metric", "filter_min_range")),
     Part("mask_zero_std_groups", (False,), reads=("kl_in_reward",)),
     Part(
         "rollout_backend",

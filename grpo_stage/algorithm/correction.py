@@ -13,6 +13,33 @@ import torch
 from grpo_stage.algorithm.ratios import bounded
 
 
+def importance_weights(
+    old_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, mask: torch.Tensor, level: str
+) -> torch.Tensor:
+    r"""How much more probable the trainer finds what the engine sampled, before any bound.
+
+    .. math:: token:\ w_t = \pi_{old}(o_t) / \pi_{sampling}(o_t),\quad sequence:\ w = \prod_t w_t
+
+    Args:
+        old_logprobs: [B, T], the trainer's own at the start of the update, without gradient.
+        sampling_logprobs: [B, T], the engine's.
+        mask: [B, T], 1 on the tokens of a completion.
+        level: `token` or `sequence`.
+
+    Returns:
+        [B, T]; what stands outside of the mask is of no meaning.
+
+    Raises:
+        ValueError: if `level` is unknown.
+    """
+    if level not in ("token", "sequence"):
+        raise ValueError(f"level is {level!r}; it is one of token, sequence.")
+    log_ratios = (old_logprobs - sampling_logprobs) * mask  # [B, T]
+    if level == "sequence":
+        log_ratios = log_ratios.sum(dim=1, keepdim=True).expand_as(log_ratios)
+    return torch.exp(bounded(log_ratios))
+
+
 def correction_weights(
     old_logprobs: torch.Tensor,
     sampling_logprobs: torch.Tensor,
@@ -47,12 +74,9 @@ def correction_weights(
     Raises:
         ValueError: if `level` or `mode` is unknown.
     """
-    if level not in ("token", "sequence") or mode not in ("truncate", "mask"):
-        raise ValueError(f"level is {level!r}, one of token, sequence; mode is {mode!r}, one of truncate, mask.")
-    log_ratios = (old_logprobs - sampling_logprobs) * mask  # [B, T]
-    if level == "sequence":
-        log_ratios = log_ratios.sum(dim=1, keepdim=True).expand_as(log_ratios)
-    weights = torch.exp(bounded(log_ratios))
+    if mode not in ("truncate", "mask"):
+        raise ValueError(f"mode is {mode!r}; it is one of truncate, mask.")
+    weights = importance_weights(old_logprobs, sampling_logprobs, mask, level)
     if mode == "truncate":
         return weights.clamp(lower, upper)
     return torch.where((weights >= lower) & (weights <= upper), weights, torch.zeros_like(weights))

@@ -8,8 +8,9 @@ completions are split over micro-batches, accumulation steps or ranks.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,8 +20,6 @@ from grpo_stage.algorithm.ratios import bounded
 LEVELS = ("token", "sequence", "sequence_token")
 KL_EPS = 1e-8
 """Added to the probability of all other tokens before its logarithm is taken; verl's and Stable-RL's constant."""
-SMALLEST_CORRECTION = 1e-8
-"""What a correction weight of 0 counts as where its logarithm is taken; TRL's and VESPO's constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,17 +228,16 @@ def vespo_surrogate(
     lambda_pos: float,
     k_neg: float,
     lambda_neg: float,
-    correction_weights: torch.Tensor | None = None,
 ) -> SurrogateOutput:
     r"""REINFORCE with a gate for the whole completion: both a large and a small ratio fade its gradient.
 
     .. math:: -sg[\phi(W)]\ A \log \pi_\theta(o_t),\quad \phi(W) = W^k e^{\lambda (1 - W)},\quad
-              W = \prod_t \rho_t w_t
+              W = \prod_t \rho_t
 
     VESPO (arXiv:2602.10693), with k and lambda by the sign of A: 2 and 3 for A >= 0, 3 and 2 below, in the authors'
     code and in TRL 1.x. The gate is 1 at W = 1 and highest at W = k / lambda. W is the product of the ratios, not
-    their geometric mean: long completions far from the policy fade altogether. As in both, the weights of
-    `rollout_correction` are factors of W and not of the loss. Both clamp log W to [-18.4, 20], and its terms to 20
+    their geometric mean: long completions far from the policy fade altogether. Both multiply W with the weights of a
+    correction, which is refused here. Both clamp log W to [-18.4, 20], and its terms to 20
     in size; here the gate is computed from its logarithm, which needs no bound.
 
     Args:
@@ -251,14 +249,11 @@ def vespo_surrogate(
         lambda_pos: above 0, of the same.
         k_neg: at least 0, of the others.
         lambda_neg: above 0, of the others.
-        correction_weights: [B, T] of each token, old policy over engine; a weight of 0 leaves out the completion.
 
     Returns:
         `ratios` are W and `gates` phi(W), the same for each token of a completion; nothing counts as clipped.
     """
     log_ratios = (policy_logprobs.detach() - old_logprobs) * mask  # [B, T]
-    if correction_weights is not None:
-        log_ratios = log_ratios + correction_weights.clamp(min=SMALLEST_CORRECTION).log() * mask
     log_w = log_ratios.sum(dim=1, keepdim=True)  # [B, 1]
     w = torch.exp(bounded(log_w))
     advantages = advantages.unsqueeze(1)  # [B, 1]
@@ -487,6 +482,13 @@ class LossSettings:
     dppo_ratio_max: float = 20.0
     dro_beta: float = 0.0
 
+    @classmethod
+    def of(cls, args: Any) -> "LossSettings":
+        """Of arguments that have the fields by their names; an upper clip range that is None is the lower one."""
+        given = {field.name: getattr(args, field.name) for field in fields(cls)}
+        upper = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        return cls(**{**given, "epsilon_high": upper})
+
 
 @dataclass(frozen=True, slots=True)
 class TokenInputs:
@@ -498,8 +500,6 @@ class TokenInputs:
     mask: torch.Tensor
     sampling_logprobs: torch.Tensor | None = None
     """[B, T], the engine's: what `dppo_tv` and `dppo_kl` compare with."""
-    correction_weights: torch.Tensor | None = None
-    """[B, T] of `rollout_correction: token`, for the loss that takes them into its ratio (`vespo`)."""
 
 
 def _clipped(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
@@ -544,7 +544,6 @@ def _vespo(x: TokenInputs, settings: LossSettings) -> SurrogateOutput:
         lambda_pos=settings.vespo_lambda_pos,
         k_neg=settings.vespo_k_neg,
         lambda_neg=settings.vespo_lambda_neg,
-        correction_weights=x.correction_weights,
     )
 
 

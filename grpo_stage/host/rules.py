@@ -11,6 +11,7 @@ from transformers.utils import (
     is_torch_npu_available,
 )
 
+from grpo_stage.algorithm.catalog import LOSS_TYPES
 from grpo_stage.algorithm.conditions import Rule
 from grpo_stage.host.adapters import adapter_config, items
 from grpo_stage.host.coercion import as_plain
@@ -67,6 +68,13 @@ def _needs_package(key: str, package: str) -> Rule:
         f"`{key}: {{{key}}}` needs the package {package}, which is not installed. Install it (`pip install "
         f"{package.replace('_', '-')}`), or leave `{key}` out.",
     )
+
+
+def _compares_with_engine(v: SimpleNamespace) -> bool:
+    """Whether the objective takes the engine's log-probabilities for those of the policy that sampled."""
+    loss = LOSS_TYPES.get(v.loss_type)
+    corrects = v.rollout_correction != "none" or v.rollout_rejection != "none"
+    return corrects or v.off_policy_mask_threshold is not None or (loss is not None and loss.compares_with_engine)
 
 
 def _is_neutral(v: SimpleNamespace) -> bool:
@@ -152,8 +160,9 @@ RULES = (
         "(`llamafactory-cli export`).",
     ),
     Rule(
-        lambda v: (v.rollout_correction != "none" or v.off_policy_mask_threshold is not None) and not _is_neutral(v),
-        "`rollout_correction: {rollout_correction}` and `off_policy_mask_threshold: {off_policy_mask_threshold}` need "
+        lambda v: _compares_with_engine(v) and not _is_neutral(v),
+        "`rollout_correction: {rollout_correction}`, `rollout_rejection: {rollout_rejection}`, "
+        "`off_policy_mask_threshold: {off_policy_mask_threshold}` and `loss_type: dppo_tv` and `dppo_kl` need "
         "neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `min_p: {min_p}`, "
         "`repetition_penalty: {repetition_penalty}` and `structured_outputs: {structured_outputs}`: tokens are then "
         "drawn from another distribution than the policy's, whose probabilities the engine does not give, so that "

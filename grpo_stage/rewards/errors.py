@@ -1,5 +1,9 @@
 """The errors of rewards, which end a run."""
 
+NO_REWARD_REMEDY = (
+    "Check that the references and columns of the data are of the kind that the functions expect; "
+    "`grpo-stage try-rewards` shows what each of them makes of the first rows."
+)
 SHOWN_CHARACTERS = 2000
 SHOWN_TRACEBACK = 10_000
 

@@ -135,3 +135,17 @@ def _check_columns(columns: Mapping[str, Any]) -> None:
                 f"`reward_columns` sets {name!r}, an argument that every function can take. Choose another name"
                 f"{', or write `reference_column: ' + path + '`' if name == 'references' else ''}."
             )
+
+
+def check_filter(metric: str | None, names: Sequence[str]) -> None:
+    """Refuse a `filter_metric` that is no reward function of the run.
+
+    Raises:
+        ValueError: naming those that there are.
+    """
+    known = [display_name(name) for name in names]
+    if metric is not None and metric not in known:
+        raise ValueError(
+            f"`filter_metric: {metric}` is no function of `reward_funcs: {', '.join(names)}`. Name one of "
+            f"{', '.join(known)}, or leave it out to go by the total reward."
+        )

@@ -167,11 +167,11 @@ class EpochsOfPrompts:
         self._args = args
 
     def is_end(self, step: int) -> bool:
-        return self._is_everything_used() and self._stream.remaining() == 0
+        return self.is_cut
 
     @property
     def is_cut(self) -> bool:
-        return self.is_end(0)
+        return self._is_everything_used() and self._stream.remaining() == 0
 
     @property
     def may_roll_out(self) -> bool:

@@ -189,6 +189,15 @@ class DynamicSampling:
         """Exact, ready for JSON; of this rank."""
         return {"num_waiting": self.num_waiting, "waiting": [scored_state(each) for each in self._waiting]}
 
+    def undo(self) -> Callable[[], None]:
+        """A function that puts the groups that wait now back in their place."""
+        num_waiting, waiting = self.num_waiting, self._waiting
+
+        def put_back() -> None:
+            self.num_waiting, self._waiting = num_waiting, waiting
+
+        return put_back
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_waiting = state["num_waiting"]
         self._waiting = tuple(load_scored(each, self._prompts) for each in state["waiting"])

@@ -18,18 +18,18 @@ class Sampler:
         engine: samples completions.
         rewards: score them.
         phases: limits what takes too long.
-        args: the limits.
+        grpo_args: the limits.
     """
 
-    def __init__(self, engine: RolloutEngine, rewards: RewardSuite, phases: Phases, args: GRPOArguments) -> None:
+    def __init__(self, engine: RolloutEngine, rewards: RewardSuite, phases: Phases, grpo_args: GRPOArguments) -> None:
         self.engine = engine
         self.rewards = rewards
         self.phases = phases
-        self._args = args
+        self._grpo_args = grpo_args
 
     def sync(self, policy: nn.Module, version: int) -> None:
         """Have the engine sample from `policy` (unwrapped) from now on."""
-        with self.phases.limited("sync", self._args.sync_timeout, "sync_timeout"):
+        with self.phases.limited("sync", self._grpo_args.sync_timeout, "sync_timeout"):
             self.engine.sync(policy, version)
 
     def generate(
@@ -46,7 +46,7 @@ class Sampler:
         Raises:
             StaleRolloutError: if they come from another.
         """
-        with self.phases.limited("rollout", self._args.rollout_timeout, "rollout_timeout"):
+        with self.phases.limited("rollout", self._grpo_args.rollout_timeout, "rollout_timeout"):
             groups = self.engine.generate(prompts, sampling, step)
         check_versions(groups, version)
         return groups
@@ -54,7 +54,7 @@ class Sampler:
     def score(self, groups: Sequence[RolloutGroup], progress: TrainingProgress) -> list[ScoredGroup]:
         """The groups with their rewards. Every rank must call it, if with no groups."""
         # A function in a worker process has a limit of its own; this one is for those in this process, together.
-        limit = self._args.reward_timeout * (len(self.rewards.names) + 1)
+        limit = self._grpo_args.reward_timeout * (len(self.rewards.names) + 1)
         self.rewards.progress = progress
         with (
             self.phases.phase("reward", is_timed=False),

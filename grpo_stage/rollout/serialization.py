@@ -80,21 +80,22 @@ def _sample_state(sample: Sample) -> dict[str, Any]:
         "rewards": sample.rewards,
         "total_reward": sample.total_reward,
         "advantage": sample.advantage,
-        "loss_mask": sample.loss_mask,
+        "loss_mask": sample.loss_mask if len({*sample.loss_mask}) > 1 else sample.loss_mask[0],
         "old_logprobs": None if sample.old_logprobs is None else sample.old_logprobs.tolist(),
         "ref_logprobs": None if sample.ref_logprobs is None else sample.ref_logprobs.tolist(),
     }
 
 
 def _load_sample(state: dict[str, Any], prompts: Sequence[Prompt]) -> Sample:
+    completion, mask = _load_completion(state["completion"]), state["loss_mask"]
     return Sample(
         prompt=prompts[state["prompt"]],
-        completion=_load_completion(state["completion"]),
+        completion=completion,
         policy_version=state["policy_version"],
         rewards=tuple(state["rewards"]),
         total_reward=state["total_reward"],
         advantage=state["advantage"],
-        loss_mask=tuple(state["loss_mask"]),
+        loss_mask=tuple(mask) if isinstance(mask, list) else (mask,) * len(completion.token_ids),
         old_logprobs=None if state["old_logprobs"] is None else torch.tensor(state["old_logprobs"]),
         ref_logprobs=None if state["ref_logprobs"] is None else torch.tensor(state["ref_logprobs"]),
     )

@@ -44,31 +44,31 @@ class Evaluations:
     def __init__(self, ends_epoch: Callable[[], bool], step: Callable[[], int]) -> None:
         self._ends_epoch = ends_epoch
         self._step = step
-        self._is_begun = False
+        self._is_pending = False
         self._evaluated_step = -1
 
     @property
     def is_due(self) -> bool:
-        return self._is_begun or (self._ends_epoch() and self._evaluated_step != self._step())
+        return self._is_pending or (self._ends_epoch() and self._evaluated_step != self._step())
 
     @property
-    def is_begun(self) -> bool:
-        """Whether the run was interrupted before or in it."""
-        return self._is_begun
+    def is_pending(self) -> bool:
+        """Whether it was begun, or was due in the checkpoint that the run goes on from."""
+        return self._is_pending
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
         """The block in which it is done."""
-        self._is_begun = True
+        self._is_pending = True
         yield
-        self._is_begun = False
+        self._is_pending = False
         self._evaluated_step = self._step()
 
     def state_dict(self) -> dict[str, Any]:
         return {"is_due": self.is_due, "step": self._step()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._is_begun = state["is_due"]
+        self._is_pending = state["is_due"]
         self._evaluated_step = -1 if state["is_due"] else state["step"]
 
 
@@ -181,7 +181,7 @@ class ResumableTrainer(Trainer):
         Raises:
             TrainingEnded: if it stops the run.
         """
-        if not self.evaluations.is_begun:
+        if not self.evaluations.is_pending:
             return
         self._evaluate_late()
         if self.control.should_training_stop:
@@ -190,8 +190,8 @@ class ResumableTrainer(Trainer):
     def _evaluate_late(self) -> None:
         if self._determine_best_metric(self._evaluate(None, None), None):
             best = self._folder_of(self.state.global_step)
-            if best.is_dir():
-                self.state.best_model_checkpoint = str(best)
+            if os.path.isdir(best):
+                self.state.best_model_checkpoint = best
 
     # The end of a run
 
@@ -203,9 +203,9 @@ class ResumableTrainer(Trainer):
             self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
             self.state.is_local_process_zero = self.is_local_process_zero()
             self.state.is_world_process_zero = self.is_world_process_zero()
-            self._saved = (self.state.global_step, self.evaluations.is_begun)
+            self._saved = (self.state.global_step, self.evaluations.is_pending)
             self.control = self.callback_handler.on_train_begin(self.args, self.state, self.control)
-            if self.evaluations.is_begun:
+            if self.evaluations.is_pending:
                 self._evaluate_late()
         losses = [line["loss"] for line in self.state.log_history if "loss" in line]
         metrics = {"train_loss": sum(losses) / max(1, len(losses)), "total_flos": self.state.total_flos}
@@ -235,8 +235,8 @@ class ResumableTrainer(Trainer):
 
     # Checkpoints
 
-    def _folder_of(self, step: int | None) -> Path:
-        return Path(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    def _folder_of(self, step: int | None) -> str:
+        return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
     def save_progress(self) -> str | None:
         """The folder of a checkpoint of the last finished step, written if it is not yet; None before the first.
@@ -253,13 +253,13 @@ class ResumableTrainer(Trainer):
             self.args.save_only_model = False
             self._save_checkpoint(self.model, trial=None)
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
-        return str(self._folder_of(step))
+        return self._folder_of(step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As Trainer saves, but whole or not at all (`checkpoints.save`)."""
         self.store_flos()
         step = self.state.global_step
-        folder, best = self._folder_of(step), self._folder_of(self.state.best_global_step)
+        folder, best = Path(self._folder_of(step)), Path(self._folder_of(self.state.best_global_step))
         if best == folder or best.is_dir():
             self.state.best_model_checkpoint = str(best)
         parts: dict[str, checkpoints.Part] = {"the model": partial(self.save_model, _internal_call=True)}
@@ -284,8 +284,9 @@ class ResumableTrainer(Trainer):
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save_rank_state(self, folder: str) -> None:
-        file = Path(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
-        file.write_text(json.dumps(self.run_state.state_dict(Scope.RANK)), encoding="utf-8")
+        name = ROLLOUT_FILE.format(rank=self.args.process_index)
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(self.run_state.state_dict(Scope.RANK), file)
 
     def _save_trainer_state(self, folder: str) -> None:
         """What Trainer keeps in `trainer_state.json`, the states of the callbacks included."""

@@ -1,10 +1,11 @@
 """What a run is made of beside its weights: one table, from which saving, restoring and undoing follow."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 
 class Stateful(Protocol):
@@ -12,6 +13,14 @@ class Stateful(Protocol):
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
+
+
+@runtime_checkable
+class Undoable(Protocol):
+    """Knows a cheaper way back than through its state."""
+
+    def undo(self) -> Callable[[], None]:
+        """A function that puts back what it is now."""
 
 
 class Scope(StrEnum):
@@ -32,14 +41,16 @@ class Part:
     scope: Scope
     is_undone: bool = False
     """Whether a rollout that is left by an error puts it back: its prompts are then due again."""
+    is_optional: bool = False
+    """Whether a checkpoint of a run without this part can be gone on from."""
 
 
 class RunState:
-    """The parts by name. A part that a checkpoint holds nothing of is left as it is."""
+    """The parts by name."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
-        self._begun: dict[str, Any] | None = None
+        self._undo: list[Callable[[], None]] = []
 
     def names(self, scope: Scope) -> list[str]:
         return [name for name, part in self._parts.items() if part.scope is scope]
@@ -48,24 +59,32 @@ class RunState:
         return {name: part.owner.state_dict() for name, part in self._parts.items() if part.scope is scope}
 
     def load_state_dict(self, scope: Scope, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave; `state` may hold more."""
+        """Put back what `state_dict` gave; `state` may hold more.
+
+        Raises:
+            KeyError: if a part that is not optional is missing.
+        """
         for name, part in self._parts.items():
-            if part.scope is scope and state.get(name) is not None:
+            if part.scope is scope and (name in state or not part.is_optional):
                 part.owner.load_state_dict(state[name])
 
     @contextmanager
     def undone_unless_finished(self) -> Iterator[None]:
         """A block that is left by an error was never begun."""
-        self._begun = {name: part.owner.state_dict() for name, part in self._parts.items() if part.is_undone}
+        self._undo = [_undo_of(part.owner) for part in self._parts.values() if part.is_undone]
         try:
             yield
         except BaseException:
             self.undo()
             raise
         finally:
-            self._begun = None
+            self._undo = []
 
     def undo(self) -> None:
         """What such a block has changed so far; nothing outside of one."""
-        for name, state in (self._begun or {}).items():
-            self._parts[name].owner.load_state_dict(state)
+        for undo in self._undo:
+            undo()
+
+
+def _undo_of(owner: Stateful) -> Callable[[], None]:
+    return owner.undo() if isinstance(owner, Undoable) else partial(owner.load_state_dict, owner.state_dict())

@@ -73,6 +73,12 @@ class PaddedLayout:
         if chunk:
             yield chunk
 
+    def shape(self, sequences: Sequence[Sequenced]) -> tuple[int, int]:
+        """[B, L] of the sequences as one batch; that of a dummy where there are none."""
+        prompts = [len(each.prompt.token_ids) for each in sequences]
+        completions = [len(each.completion.token_ids) for each in sequences]
+        return max(1, len(sequences)), max(prompts, default=1) + max(completions, default=1)
+
     def tokens(self, sequences: Sequence[Sequenced]) -> TokenBatch:
         """The sequences as one batch."""
         prompt_length = max(len(each.prompt.token_ids) for each in sequences)
@@ -93,13 +99,16 @@ class PaddedLayout:
             completion_mask=completion_mask.to(self._device),
         )
 
-    def samples(self, samples: Sequence[Sample], totals: StepTotals, loss_type: str) -> SampleBatch:
+    def samples(
+        self, samples: Sequence[Sample], totals: StepTotals, loss_type: str, aggregation: str = "auto"
+    ) -> SampleBatch:
         """The samples as one batch.
 
         Args:
             samples: a part of this rank's share of the step; what one of them has not, none has.
             totals: denominators of the step over all ranks.
             loss_type: see `token_weights`.
+            aggregation: see `token_weights`.
         """
         tokens = self.tokens(samples)
 
@@ -121,7 +130,7 @@ class PaddedLayout:
             completion_ids=tokens.completion_ids,
             completion_mask=tokens.completion_mask,
             loss_mask=loss_mask,
-            loss_weights=token_weights(loss_mask, totals, loss_type),
+            loss_weights=token_weights(loss_mask, totals, loss_type, aggregation),
             advantages=torch.tensor([sample.advantage for sample in samples], device=self._device),
             sampling_logprobs=sampling,
             policy_versions=torch.tensor([sample.policy_version for sample in samples], device=self._device),

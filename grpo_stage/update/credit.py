@@ -39,7 +39,9 @@ class Credit:
             groups: this rank's share of one generation.
             penalties: taken off the total of each completion, prompt-major; it stays as it is in the record.
         """
-        flat = iter(penalties or [0.0] * sum(len(scored.total_rewards) for scored in groups))
+        num_completions = sum(len(scored.total_rewards) for scored in groups)
+        assert penalties is None or len(penalties) == num_completions, "one for each completion"
+        flat = iter(penalties or [0.0] * num_completions)
         rows = [
             ([total - next(flat) for total in totals], parts, lengths) for totals, parts, lengths in map(_row, groups)
         ]
@@ -56,10 +58,18 @@ class Credit:
         """The samples of a group that is not learned from: nothing is to be gained from it."""
         return self._samples(group, [0.0] * len(group.total_rewards))
 
-    def has_signal(self, group: ScoredGroup) -> bool:
-        """Whether its rewards differ, and the loss uses any of its completions."""
+    def has_signal(self, group: ScoredGroup, function: int | None = None, min_range: float = 0.0) -> bool:
+        """Whether its totals differ, and the loss uses any of its completions.
+
+        Args:
+            group: a group.
+            function: of the reward function whose rewards have to differ as well; None for the totals alone.
+            min_range: by how much at least.
+        """
         is_used = any(not self._is_left_out(completion.finish_reason) for completion in group.group.completions)
-        return is_used and has_reward_variance(group, self._weights)
+        if not is_used or not has_reward_variance(group, self._weights):
+            return False
+        return bool(tells_apart(_table([_row(group)], self._weights), function, min_range))
 
     def _is_left_out(self, finish_reason: FinishReason) -> bool:
         return self._mask_truncated and finish_reason is FinishReason.LENGTH

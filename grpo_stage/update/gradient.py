@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ class PolicyGradient:
         strategy: ReplicatedParameters,
         autocast: Callable[[], AbstractContextManager],
         device: torch.device,
-        gather: Callable[[bool], list[bool]],
+        gather: Callable[[Any], list[Any]],
     ) -> None:
         self._grpo_args = grpo_args
         self._objective = objective
@@ -83,12 +84,12 @@ class PolicyGradient:
             StaleRolloutError: if fresh completions do not come from `model` (the canary).
             RuntimeError: if not even a single completion fits into memory.
         """
-        totals = self._totals_of_all_ranks(step.samples)
         if self._objective.looks_at_step:
             policy = self._strategy.unwrap(model)
             logprobs, entropies = self._frozen.logprobs_and_entropies(policy, step.samples)
             key = f"{self._sampling.seed} {number}"
             step = dataclasses.replace(step, samples=self._objective.mark(step.samples, logprobs, entropies, key))
+        totals = self._totals_of_all_ranks(step.samples)
         outcome = None
         while outcome is None:
             outcome = self._try_to_accumulate(model, step, totals, number)
@@ -101,26 +102,30 @@ class PolicyGradient:
         """This rank's loss and gradient; None, and no gradient, where memory ran out on some rank."""
         metrics = MetricTracker()
         loss = torch.zeros((), device=self._device)
-        is_checked = False
+        is_checked = not any(sample.policy_version == number for sample in step.samples)
 
-        def run(batch: SampleBatch) -> bool:
+        def run(positions: Sequence[int]) -> bool:
             nonlocal loss
+            batch = self._batch([step.samples[position] for position in positions], totals)
             check = not is_checked and bool((batch.policy_versions == number).any())
             micro_loss = self._micro_batch_loss(model, batch, step, number if check else None, metrics)
             self._strategy.backward(micro_loss)
             loss += micro_loss.detach()
             return check
 
-        batches = self._micro_batches(step.samples, totals)
+        chunks = list(self._layout.split(step.samples, self._budget.max_tokens))
+        num_passes = self._strategy.num_passes(len(chunks), self._gather)
+        chunks += [[]] * (num_passes - len(chunks))
         with self._strategy.accumulating(model):
-            for i, batch in enumerate(batches):
-                outcome = self._budget.attempt(partial(run, batch))
+            for i, positions in enumerate(chunks):
+                outcome = self._budget.attempt(partial(run, positions))
                 # A rank can run out of memory in any. After the last one the step is done: no place to stop.
-                gather = self._gather if i + 1 < len(batches) else all_gather
+                gather = self._gather if i + 1 < num_passes else all_gather
                 if any(gather(isinstance(outcome, OutOfMemory))):
                     model.zero_grad()
                     if isinstance(outcome, OutOfMemory):
-                        self._budget.give_way(batch.input_ids.shape, outcome)
+                        shape = self._layout.shape([step.samples[position] for position in positions])
+                        self._budget.give_way(shape, outcome)
                     return None
                 is_checked = is_checked or outcome is True
         return loss, metrics
@@ -155,10 +160,8 @@ class PolicyGradient:
             num_left_out=sum(totals.num_left_out for totals in ranks),
         )
 
-    def _micro_batches(self, samples: Sequence[Sample], totals: StepTotals) -> list[SampleBatch]:
-        """This rank's micro-batches; every rank gets as many."""
-        batches = [
-            self._layout.samples([samples[position] for position in chunk], totals, self._grpo_args.loss_type)
-            for chunk in self._layout.split(samples, self._budget.max_tokens)
-        ]
-        return batches + [self._layout.dummy()] * (self._strategy.num_passes(len(batches)) - len(batches))
+    def _batch(self, samples: Sequence[Sample], totals: StepTotals) -> SampleBatch:
+        """A micro-batch; a dummy of no samples."""
+        if not samples:
+            return self._layout.dummy()
+        return self._layout.samples(samples, totals, self._grpo_args.loss_type, self._grpo_args.loss_aggregation)

@@ -34,14 +34,7 @@ class Objective:
         self.looks_at_step = any(term.looks_at_step for term in self.terms)
         """True where `mark` is to be asked before a step."""
         self._loss = LOSSES[args.loss_type]
-        self._settings = LossSettings(
-            epsilon=args.epsilon,
-            epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
-            delta=args.delta,
-            importance_sampling_level=args.importance_sampling_level,
-            sapo_temperature_pos=args.sapo_temperature_pos,
-            sapo_temperature_neg=args.sapo_temperature_neg,
-        )
+        self._settings = LossSettings.of(args)
 
     def token_losses(
         self, batch: SampleBatch, logprobs: torch.Tensor, entropy: torch.Tensor, metrics: MetricTracker
@@ -55,7 +48,7 @@ class Objective:
             metrics: where what was seen is counted.
         """
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
-        inputs = TokenInputs(logprobs, old_logprobs, batch.advantages, batch.completion_mask)
+        inputs = TokenInputs(logprobs, old_logprobs, batch.advantages, batch.completion_mask, batch.sampling_logprobs)
         surrogate = self._loss.surrogate(inputs, self._settings)
         x = TermInputs(batch, logprobs, entropy, old_logprobs)
         losses = surrogate.token_losses
@@ -80,9 +73,10 @@ class Objective:
         entropies: Sequence[torch.Tensor],
         key: str,
     ) -> tuple[Sample, ...]:
-        """The samples of this rank with `trained_mask` and `anchor_mask`; each rank calls this.
+        """The samples of this rank as the terms want them in this step; each rank calls this.
 
-        Which tokens are marked follows from statistics over all ranks.
+        Completions that a term leaves out lose their `loss_mask`, and tokens get a `trained_mask` and an
+        `anchor_mask`, by statistics over all ranks.
 
         Args:
             samples: this rank's share of a step.
@@ -92,34 +86,28 @@ class Objective:
                 on how many ranks share them.
         """
         masks = [torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples]
-        lengths = [int(mask.sum()) for mask in masks]
-        mine = [
-            torch.cat([torch.zeros(0), *each])
-            for each in (
-                [tokens[mask] for tokens, mask in zip(logprobs, masks, strict=True)],
-                [tokens[mask] for tokens, mask in zip(entropies, masks, strict=True)],
-                [torch.full((n,), sample.advantage) for n, sample in zip(lengths, samples, strict=True)],
-                [
-                    _draws(n, f"{key} {sample.prompt.index} {sample.completion.token_ids}")
-                    for n, sample in zip(lengths, samples, strict=True)
-                ],
-            )
-        ]
-        ranks = all_gather(mine)
-        tokens = StepTokens(*(torch.cat(each) for each in zip(*ranks, strict=True)))
+        tokens, own = _gathered(samples, masks, logprobs, entropies, key)
         everything = torch.ones_like(tokens.logprobs, dtype=torch.bool)
+        kept = reduce(and_, _given(term.kept(tokens) for term in self.terms), everything)
+        tokens, everything = tokens.only(kept), everything[kept]
+        for term in self.terms:
+            term.prepare(tokens)
         trained = reduce(and_, _given(term.trained(tokens) for term in self.terms), everything)
         anchored = reduce(or_, _given(term.anchored(tokens) for term in self.terms), ~everything)
-        first = sum(len(rank[0]) for rank in ranks[: process_index()])
-        own = slice(first, first + len(mine[0]))
-        marks = (each[own].float().split(lengths) for each in (trained, anchored))
+        nothing = torch.zeros_like(kept)
+        lengths = [int(mask.sum()) for mask in masks]
+        marks = (
+            each[own].float().split(lengths)
+            for each in (kept, nothing.masked_scatter(kept, trained), nothing.masked_scatter(kept, anchored))
+        )
         return tuple(
             dataclasses.replace(
                 sample,
+                loss_mask=sample.loss_mask if is_kept.all() else (0,) * len(mask),
                 trained_mask=torch.zeros(len(mask)).masked_scatter(mask, is_trained),
                 anchor_mask=torch.zeros(len(mask)).masked_scatter(mask, is_anchored),
             )
-            for sample, mask, is_trained, is_anchored in zip(samples, masks, *marks, strict=True)
+            for sample, mask, is_kept, is_trained, is_anchored in zip(samples, masks, *marks, strict=True)
         )
 
     def reward_penalties(
@@ -143,6 +131,42 @@ class Objective:
             term.load_state_dict(state)
 
 
+def _gathered(
+    samples: Sequence[Sample],
+    masks: Sequence[torch.Tensor],
+    logprobs: Sequence[torch.Tensor],
+    entropies: Sequence[torch.Tensor],
+    key: str,
+) -> tuple[StepTokens, slice]:
+    """The tokens of all ranks that the loss uses, and where this rank's are among them."""
+    lengths = [int(mask.sum()) for mask in masks]
+    old = [
+        own if sample.old_logprobs is None else sample.old_logprobs
+        for own, sample in zip(logprobs, samples, strict=True)
+    ]
+    mine = [
+        torch.cat([torch.zeros(0), *each])
+        for each in (
+            *([tokens[mask] for tokens, mask in zip(values, masks, strict=True)] for values in (logprobs, entropies)),
+            [torch.full((n,), sample.advantage) for n, sample in zip(lengths, samples, strict=True)],
+            [tokens[mask] for tokens, mask in zip(old, masks, strict=True)],
+            [torch.tensor(s.completion.sampling_logprobs)[mask] for s, mask in zip(samples, masks, strict=True)],
+            [
+                _draws(n, f"{key} {sample.prompt.index} {sample.completion.token_ids}")
+                for n, sample in zip(lengths, samples, strict=True)
+            ],
+        )
+    ]
+    ranks = all_gather((mine, lengths))
+    everyone = [torch.cat(each) for each in zip(*(tokens for tokens, _ in ranks), strict=True)]
+    first = sum(len(tokens[0]) for tokens, _ in ranks[: process_index()])
+    all_lengths = tuple(length for _, of_rank in ranks for length in of_rank)
+    logprob, entropy, advantage, old_logprob, sampling, draws = everyone
+    return StepTokens(logprob, entropy, advantage, old_logprob, sampling, draws, all_lengths), slice(
+        first, first + len(mine[0])
+    )
+
+
 def _given(values: Iterable[T | None]) -> list[T]:
     return [value for value in values if value is not None]
 
@@ -157,6 +181,7 @@ def _record_clipping(metrics: MetricTracker, x: TermInputs, surrogate: Surrogate
     """clip_ratio/low_mean, high_mean, delta_mean, region_mean (TRL's names).
 
     The share of the tokens that the loss uses whose gradient the lower bound, the upper, `delta`, any of them cut.
+    gate_mean: what a loss with a gate leaves of the gradient (TRL's vespo/phi_seq_mean).
     """
     clipped = {"low_mean": surrogate.clipped_low, "high_mean": surrogate.clipped_high}
     if surrogate.clipped_delta is not None:
@@ -164,3 +189,5 @@ def _record_clipping(metrics: MetricTracker, x: TermInputs, surrogate: Surrogate
     clipped["region_mean"] = torch.stack(list(clipped.values())).any(dim=0)
     for name, tokens in clipped.items():
         x.record_mean(metrics, f"clip_ratio/{name}", tokens)
+    if surrogate.gates is not None:
+        x.record_mean(metrics, "gate_mean", surrogate.gates)

@@ -3,6 +3,7 @@
 One process, or several under DDP, whose own averaging of gradients is never let run.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, cast
 
@@ -10,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from grpo_stage.distributed import all_gather, sum_gradients
+from grpo_stage.distributed import sum_gradients
 
 
 class ReplicatedParameters:
@@ -30,9 +31,9 @@ class ReplicatedParameters:
     def backward(self, loss: torch.Tensor) -> None:
         self._accelerator.backward(loss)
 
-    def num_passes(self, own: int) -> int:
+    def num_passes(self, own: int, gather: Callable[[Any], list[Any]]) -> int:
         """How many passes this process makes that has `own` micro-batches: every backward may be a collective."""
-        return max(1, *all_gather(own))
+        return max(1, *gather(own))
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Give every process the gradient of all samples."""

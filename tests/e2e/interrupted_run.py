@@ -66,9 +66,9 @@ class InterruptedTrainer(GRPOTrainer):
         return self.learn(*args)
 
     def _gather(self, value: Any) -> Any:
-        """Behind each micro-batch but the last."""
+        """Before the first micro-batch, and behind each but the last."""
         self.calls += 1
-        if POINT == "update" and self.is_due and self.calls == 1:
+        if POINT == "update" and self.is_due and self.calls == 2:
             strike()
         return self.gather(value)
 

@@ -203,6 +203,35 @@ def test_a_run_that_never_found_a_group_to_learn_from_is_no_success(tmp_path):
         trainer.train()
 
 
+class TwoRewards(LengthRewards):
+    """Group i: the first function gives 0 or i / 10, the second 0 or 1 the other way round; prompt 0 is a tie."""
+
+    names, weights = ("near", "far"), (1.0, 0.05)
+
+    def score(self, groups):
+        return [[[(i % 2) * g.prompt.index / 10, float(i % 2 == 0)] for i in range(4)] for g in groups]
+
+    def total(self, rewards):
+        return rewards[0] + 0.05 * rewards[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"filter_min_range": 0.2}, [3, 4, 5]),  # totals differ by |i / 10 - 0.05|
+        ({"filter_metric": "near"}, [1, 2, 3, 4, 5]),
+        ({"filter_metric": "near", "filter_min_range": 0.3}, [4, 5]),
+        ({"filter_metric": "far", "filter_min_range": 0.9}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_a_batch_may_be_chosen_by_one_reward_and_by_a_least_range(tmp_path, options, kept):
+    trainer = make(tmp_path, (), num_prompts=6, rewards=TwoRewards(), max_resample_times=9, **options)
+    batches = watch_batches(trainer)
+    trainer.train()
+    assert [index for _, groups in batches for index, _ in groups] == kept
+
+
 # Epochs are counted in prompts
 
 

@@ -12,10 +12,11 @@ from peft import LoraConfig, get_peft_model
 from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
 from grpo_stage.algorithm.catalog import ESTIMATORS, LOSS_TYPES, canonical
 from grpo_stage.algorithm.kl import KL_ESTIMATORS
-from grpo_stage.algorithm.losses import LEVELS, LOSSES
+from grpo_stage.algorithm.losses import AVERAGES, LEVELS, LOSSES
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import RolloutGroup, SampleBatch, ScoredGroup, Step
+from grpo_stage.update.batch import PaddedLayout
 from grpo_stage.update.credit import Credit
 from grpo_stage.update.objective import Objective
 from grpo_stage.update.reference import InitialWeightsReference, ModelReference
@@ -26,13 +27,22 @@ from .trainer_on_fakes import LengthRewards, collect, gradient_of, groups_of, ma
 
 
 # What a loss needs beside its name.
-NEEDS: dict[str, dict[str, Any]] = {"cispo": {"epsilon_high": 1.0}}
+NEEDS: dict[str, dict[str, Any]] = {
+    "cispo": {"epsilon_high": 1.0},
+    "dro": {"dro_beta": 0.1},
+    "gpg": {"num_iterations": 1},
+    "dppo_tv": {"epsilon": 0.99},  # the fake engine is far from the policy
+    "dppo_kl": {"epsilon": 50.0},
+}
+NEW_LOSSES = ("luspo", "vespo", "dppo_tv", "dppo_kl", "dro")
 OBJECTIVES: list[dict[str, Any]] = [
     *(
         {"loss_type": loss, "importance_sampling_level": level}
         for loss, level in itertools.product(("grpo", "bnpo", "dapo", "dr_grpo"), LEVELS)
     ),
     *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in ("cispo", "sapo", "gspo", "gspo_token", "gmpo")),
+    *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in NEW_LOSSES),
+    *({"loss_aggregation": each} for each in AVERAGES),
 ]
 FACTORS: list[dict[str, Any]] = [
     {"rollout_correction": "token", "rollout_correction_min": 0.5},
@@ -41,6 +51,12 @@ FACTORS: list[dict[str, Any]] = [
     {"top_entropy_quantile": 0.3},
     {"covariance_control": "kl_cov", "covariance_frac": 0.2, "kl_cov_coef": 0.5},
     {"entropy_coef": 0.05},
+]
+OF_THE_WHOLE_STEP: list[dict[str, Any]] = [
+    {"rollout_correction": "token", "rollout_correction_min": 0.5, "rollout_correction_normalize": True},
+    {"rollout_correction": "sequence", "rollout_correction_max": 1e6, "rollout_correction_normalize": True},
+    {"rollout_rejection": "geometric", "rollout_rejection_max": 1.5, "rollout_rejection_min": 0.2},
+    {"rollout_rejection": "sequence", "rollout_rejection_max": 1.5, "rollout_rejection_min": 0.01},
 ]
 CLIP_COV: dict[str, Any] = {
     "covariance_control": "clip_cov",
@@ -105,11 +121,27 @@ def test_no_loss_depends_on_the_split_or_the_order(tmp_path, options):
 
 @pytest.mark.parametrize(
     "options",
-    [*FACTORS, CLIP_COV | {"mask_truncated_completions": True}, *(kl for kl in KLS if "kl_target" not in kl)],
+    [
+        *FACTORS,
+        *OF_THE_WHOLE_STEP,
+        CLIP_COV | {"mask_truncated_completions": True},
+        *(kl for kl in KLS if "kl_target" not in kl),
+    ],
     ids=named,
 )
 def test_no_factor_depends_on_the_split_or_the_order(tmp_path, options):
     check_invariance(tmp_path, **{"beta": 0.0, **options})
+
+
+@pytest.mark.parametrize("options", [*OBJECTIVES, *FACTORS, *OF_THE_WHOLE_STEP, CLIP_COV, *KLS], ids=named)
+def test_a_dummy_micro_batch_adds_nothing(options):
+    """A rank goes through it where others have more micro-batches, or no rank has a completion."""
+    batch = PaddedLayout(0, torch.device("cpu")).dummy()
+    logprobs, metrics = torch.zeros(1, 1, requires_grad=True), MetricTracker()
+    losses = Objective(GRPOArguments(**options)).token_losses(batch, logprobs, torch.zeros(1, 1), metrics)
+    (batch.loss_weights * losses).sum().backward()
+    assert logprobs.grad.item() == 0
+    assert all(both == (0, 0) for both in metrics.state_dict()["means"].values())
 
 
 def test_the_tables_and_the_arguments_know_the_same_names():
@@ -178,6 +210,7 @@ class HalfOfThePrompts(LengthRewards):
         *({"loss_type": loss, **NEEDS.get(loss, {})} for loss in LOSS_TYPES),
         *CELLS,
         *LEVELS_AND_THE_REST,
+        *OF_THE_WHOLE_STEP,
         *WITH_EACH_KL,
         *SCALES_WITH_THE_KL_IN_THE_REWARD,
         *TARGETS,
@@ -232,7 +265,7 @@ def check_line(line, options):
     assert line["clip_ratio/region_mean"] == 0, "nothing has moved as far as that"
     if "rollout_correction" in options:
         assert 0 < line["rollout_correction/weight_mean"] <= options.get("rollout_correction_max", 2.0)
-        assert 0 < line["rollout_correction/bounded_frac"] < 1
+        assert 0 < line["rollout_correction/bounded_frac"] < 1 or options.get("rollout_correction_max") == 1e6
     if "off_policy_mask_threshold" in options:
         assert 0 < line["off_policy_masked_frac"] < 1
     if "top_entropy_quantile" in options:
@@ -311,6 +344,50 @@ def test_the_correction_weighs_the_policys_loss_and_not_the_kl():
         pytest.approx(k3(-1.0, -1.5) + k3(-2.0, -2.5) + k3(-1.0, -0.5), rel=1e-5),
         3,
     )
+
+
+@pytest.mark.parametrize("level", ["sequence", "geometric"])
+def test_a_rejected_completion_is_in_no_part_of_the_loss_and_in_no_average(tmp_path, level):
+    """The gradient is that of a step without it, KL and averages included."""
+    options = {"beta": 0.1, "reference": InitialWeightsReference, "num_iterations": 2, "loss_type": "grpo"}
+    bounds = {"rollout_rejection_min": 0.2, "rollout_rejection_max": 1.5}
+    trainer = make_trainer(tmp_path, rollout_rejection=level, **bounds, **options)
+    data = collect(trainer)[1]
+    moved(trainer)
+
+    def is_kept(sample):
+        log_ratios = sample.old_logprobs.double() - torch.tensor(sample.completion.sampling_logprobs).double()
+        ratio = (log_ratios.mean() if level == "geometric" else log_ratios.sum()).exp().item()
+        return 0.2 <= ratio <= 1.5
+
+    kept = tuple(sample for sample in data.samples if is_kept(sample))
+    assert 0 < len(kept) < len(data.samples)
+    rejecting = gradient_of(trainer, data)
+    assert trainer.tracker.take()["rollout_rejection/rejected_frac"] == 1 - len(kept) / len(data.samples)
+    plain = make_trainer(tmp_path, **options)
+    moved(plain)
+    assert relative(rejecting, gradient_of(plain, dataclasses.replace(data, samples=kept))) < 1e-5
+    assert relative(rejecting, gradient_of(plain, data)) > 0.1
+
+
+def test_normalized_weights_have_a_mean_of_1_over_the_step(tmp_path):
+    """The policy's gradient is that of plain weights, divided by their mean over the tokens of the step."""
+    options = {"rollout_correction": "token", "rollout_correction_max": 1e6, "num_iterations": 2}
+    plain, normalized = (
+        make_trainer(tmp_path, max_tokens_per_micro_batch=20, rollout_correction_normalize=normalize, **options)
+        for normalize in (False, True)
+    )
+    data = collect(plain)[1]
+    moved(plain), moved(normalized)
+    ratios = [
+        (sample.old_logprobs - torch.tensor(sample.completion.sampling_logprobs)).exp() for sample in data.samples
+    ]
+    mean = torch.cat(ratios).mean()
+    assert relative(gradient_of(normalized, data), gradient_of(plain, data) / mean) < 1e-5
+    logged = plain.tracker.take()
+    assert logged["sampling/importance_sampling_ratio/mean"] == pytest.approx(mean.item(), rel=1e-5)
+    assert logged["sampling/importance_sampling_ratio/max"] == pytest.approx(torch.cat(ratios).max().item(), rel=1e-5)
+    assert logged["sampling/importance_sampling_ratio/min"] == pytest.approx(torch.cat(ratios).min().item(), rel=1e-5)
 
 
 def test_the_off_policy_mask_leaves_the_kl():

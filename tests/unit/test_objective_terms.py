@@ -249,6 +249,10 @@ def expected_metrics(rows: list[Row], s: dict[str, Any]) -> dict[str, tuple[floa
             estimate("k3", p, r) for row in used for p, r in zip(row.policy, row.ref, strict=True)
         )
     if s["rollout_correction"] != "none":
+        unbounded = s | {"rollout_correction_min": 0.0, "rollout_correction_max": math.inf}
+        totals["sampling/importance_sampling_ratio/mean"] = math.fsum(
+            sum(correction(row, unbounded)[0]) for row in used
+        )
         totals["rollout_correction/weight_mean"] = math.fsum(sum(correction(row, s)[0]) for row in used)
         totals["rollout_correction/bounded_frac"] = sum(sum(correction(row, s)[1]) for row in used)
     if s.get("learned"):

@@ -45,7 +45,6 @@ class Case:
     old: list[float]
     sampling: list[float]
     advantage: float | list[float]
-    correction: list[float]
     used: bool = True
 
     def advantages(self) -> list[float]:
@@ -64,7 +63,7 @@ def binary_kl(q: float, p: float) -> float:
     return q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p))
 
 
-def oracle_tokens(c: Case, loss: str, corrected: bool) -> tuple[list[float], list[list[float]], list[int]]:
+def oracle_tokens(c: Case, loss: str) -> tuple[list[float], list[list[float]], list[int]]:
     """Objective of each token, to be maximized; its slope by each token's log-probability; 1 where a bound cut."""
     s, n = SETTINGS, len(c.policy)
     values, slopes, cut = [], [[0.0] * n for _ in range(n)], [0] * n
@@ -78,7 +77,6 @@ def oracle_tokens(c: Case, loss: str, corrected: bool) -> tuple[list[float], lis
                 slopes[t][u] = 0.0 if cut[t] else ratio * A / n
         elif loss == "vespo":
             weight = math.prod(p / o for p, o in zip(pi, pi_old, strict=True))
-            weight *= math.prod(c.correction) if corrected else 1.0
             k, rate = (
                 (s["vespo_k_pos"], s["vespo_lambda_pos"]) if A >= 0 else (s["vespo_k_neg"], s["vespo_lambda_neg"])
             )
@@ -115,12 +113,12 @@ def oracle_weight(c: Case, cases: list[Case], average: str) -> float:
     }[average]
 
 
-def oracle_step(cases: list[Case], loss: str, average: str, corrected: bool) -> tuple[float, list[list[float]], int]:
+def oracle_step(cases: list[Case], loss: str, average: str) -> tuple[float, list[list[float]], int]:
     total, gradient, num_cut = 0.0, [[0.0] * len(c.policy) for c in cases], 0
     for row, c in enumerate(cases):
         if not c.used:
             continue
-        values, slopes, cut = oracle_tokens(c, loss, corrected)
+        values, slopes, cut = oracle_tokens(c, loss)
         weight = oracle_weight(c, cases, average)
         num_cut += sum(cut)
         total -= weight * math.fsum(values)
@@ -133,7 +131,7 @@ def oracle_step(cases: list[Case], loss: str, average: str, corrected: bool) -> 
 
 
 def package_step(
-    module: ModuleType, cases: list[Case], loss: str, aggregation: str, corrected: bool, parts: list[list[int]]
+    module: ModuleType, cases: list[Case], loss: str, aggregation: str, parts: list[list[int]]
 ) -> tuple[float, list[list[float]], int]:
     filler = np.random.default_rng(7)  # what stands in the padding must not matter
     used = [c for c in cases if c.used]
@@ -162,7 +160,6 @@ def package_step(
             else f64([c.advantage for c in batch]),
             mask=mask,
             sampling_logprobs=padded([c.sampling for c in batch], -3, -0.1),
-            correction_weights=padded([c.correction for c in batch], 0, 3) if corrected else None,
         )
         output = module.LOSSES[loss].surrogate(inputs, module.LossSettings(**SETTINGS))
         in_loss = mask * f64([[float(c.used)] for c in batch])
@@ -192,7 +189,6 @@ def random_cases(rng: np.random.Generator, by_token: bool = False, count: int = 
                 old=old.tolist(),
                 sampling=sampling.tolist(),
                 advantage=rng.choice(values, length).tolist() if by_token else float(rng.choice(values)),
-                correction=rng.uniform(0.8, 1.3, length).tolist(),
                 used=bool(rng.random() > 0.25),
             )
         )
@@ -208,16 +204,16 @@ def splits(rng: np.random.Generator, count: int) -> list[list[list[int]]]:
 def check_losses(module: ModuleType) -> None:
     """`module` is `grpo_stage.algorithm.losses` or a mutant of it."""
     rng = np.random.default_rng(3)
-    for loss, by_token, corrected in itertools.product(LOSSES, (False, True), (False, True)):
-        if (corrected and loss != "vespo") or (by_token and loss in ("luspo", "vespo")):
+    for loss, by_token in itertools.product(LOSSES, (False, True)):
+        if by_token and loss in ("luspo", "vespo"):
             continue
         num_cut = 0
         for aggregation in ("auto", *AVERAGES):
             cases = random_cases(rng, by_token)
             average = OWN_AVERAGE.get(loss, "token_mean") if aggregation == "auto" else aggregation
-            expected = oracle_step(cases, loss, average, corrected)
+            expected = oracle_step(cases, loss, average)
             for parts in splits(rng, len(cases)):
-                actual = package_step(module, cases, loss, aggregation, corrected, parts)
+                actual = package_step(module, cases, loss, aggregation, parts)
                 assert actual[0] == pytest.approx(expected[0], rel=1e-8, abs=1e-12), loss
                 for actual_row, expected_row in zip(actual[1], expected[1], strict=True):
                     assert actual_row == pytest.approx(expected_row, rel=1e-8, abs=1e-12), loss
@@ -274,16 +270,6 @@ def test_vespo_by_hand(ratio: float, advantage: float, gate: float) -> None:
     assert output.gates[0].tolist() == pytest.approx([gate] * 2)
     assert output.ratios[0].tolist() == pytest.approx([ratio] * 2)
     assert gradient == pytest.approx([-gate * advantage] * 2)
-
-
-def test_vespo_takes_the_correction_into_its_ratio() -> None:
-    # 1/2 by the policy's change and 2 x 1 by the engine's difference: the completion as it was sampled.
-    output, _ = surrogate("vespo", [0.2, 0.25], [0.4, 0.25], 1.0, correction_weights=f64([[2.0, 1.0]]))
-    assert output.gates[0].tolist() == pytest.approx([1.0, 1.0])
-    # A token that `rollout_correction_mode: mask` leaves out, leaves out its completion.
-    output, gradient = surrogate("vespo", [0.2, 0.25], [0.4, 0.25], 1.0, correction_weights=f64([[0.0, 1.0]]))
-    assert output.gates[0].tolist() == pytest.approx([0.0, 0.0], abs=1e-12)
-    assert gradient == pytest.approx([0.0, 0.0], abs=1e-12)
 
 
 def test_dppo_compares_with_the_policy_that_sampled() -> None:

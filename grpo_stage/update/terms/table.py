@@ -9,11 +9,13 @@ from grpo_stage.update.terms.kl_cov import KLCov
 from grpo_stage.update.terms.kl_penalty import KLPenalty
 from grpo_stage.update.terms.off_policy_mask import OffPolicyMask
 from grpo_stage.update.terms.rollout_correction import RolloutCorrection
+from grpo_stage.update.terms.rollout_rejection import RolloutRejection
 from grpo_stage.update.terms.term import Term
 from grpo_stage.update.terms.top_entropy import TopEntropy
 
 
 TERMS: tuple[Callable[[GRPOArguments], Term | None], ...] = (
+    RolloutRejection.of,
     RolloutCorrection.of,
     OffPolicyMask.of,
     TopEntropy.of,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import SampleBatch
@@ -41,17 +42,52 @@ class StepTokens:
     """Of the present policy, in nats."""
     advantages: torch.Tensor
     """Each that of its completion."""
+    old_logprobs: torch.Tensor
+    """Of the policy at the start of the update."""
+    sampling_logprobs: torch.Tensor
+    """The engine's."""
     draws: torch.Tensor
     """float64, random numbers."""
+    lengths: tuple[int, ...]
+    """The tokens of each completion, 0 for one that the loss leaves out: completions follow one another."""
+
+    def by_completion(self, values: torch.Tensor) -> torch.Tensor:
+        """[C, T] of [N] values, 0 behind a completion's end; C completions."""
+        return pad_sequence(list(values.split(self.lengths)), batch_first=True)
+
+    def of_completions(self, values: torch.Tensor) -> torch.Tensor:
+        """[N] of [C] values, each for every token of its completion."""
+        return values.repeat_interleave(torch.tensor(self.lengths))
+
+    def only(self, kept: torch.Tensor) -> "StepTokens":
+        """Those of [N] bool; a completion is kept whole or not at all."""
+        is_whole = (self.by_completion(kept) == self.by_completion(torch.ones_like(kept))).all(dim=1).tolist()
+        lengths = tuple(n if whole else 0 for n, whole in zip(self.lengths, is_whole, strict=True))
+        return StepTokens(
+            self.logprobs[kept],
+            self.entropies[kept],
+            self.advantages[kept],
+            self.old_logprobs[kept],
+            self.sampling_logprobs[kept],
+            self.draws[kept],
+            lengths,
+        )
 
 
 class Term:
     """One term; what a kind of term does not do it leaves as it is here."""
 
     looks_at_step: ClassVar[bool] = False
-    """True where `trained` or `anchored` is to be asked before a step, which takes one more forward pass."""
+    """True where the next four are to be asked before a step, in this order, which takes one more forward pass."""
     entropy_gradient: ClassVar[bool] = False
     """True where the gradient flows through the entropy."""
+
+    def kept(self, tokens: StepTokens) -> torch.Tensor | None:
+        """[N] bool, the tokens of the completions that stay in the loss and its averages; None for all."""
+        return None
+
+    def prepare(self, tokens: StepTokens) -> None:
+        """Take what the step's factors and summands depend on from the tokens that were kept."""
 
     def trained(self, tokens: StepTokens) -> torch.Tensor | None:
         """[N] bool, the tokens that the policy's loss is taken of; None for all."""
