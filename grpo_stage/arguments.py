@@ -161,7 +161,9 @@ class GRPOArguments:
         "`dr_grpo` the same undivided, `rloo` the mean of the others of its group, `opo` the group's mean weighted by "
         "length, `passk` the best of the others (pass@k with k = num_generations), `reinforce_plus_plus` the mean of "
         "the batch, `reinforce_plus_plus_baseline` the group's mean, whitened over the batch, `gdpo` each reward "
-        "function on its own.",
+        "function on its own, `remax` the prompt's most probable completion, which is sampled and scored beside the "
+        "others, `optimal_token_baseline` the group's mean at each token, weighted by how much its completions have "
+        "to learn until there, for which a rollout takes one more forward pass.",
     )
     scale_rewards: Literal["auto", "group", "batch", "none"] = _key(
         "auto",

@@ -8,14 +8,16 @@ P prompts    G completions a prompt
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from .algorithm.catalog import ESTIMATORS
 from .arguments import GRPOArguments
 from .distributed import all_gather
 from .monitors.canary import SlopeTest
@@ -27,7 +29,7 @@ from .rollout.filling import DynamicSampling, Filling, PlainSampling
 from .rollout.queue import RolloutQueue
 from .rollout.sampler import Sampler
 from .types import Prompt, RolloutGroup, Sample, SamplingSettings, ScoredGroup, Step, TrainingProgress
-from .update.batch import rows_of
+from .update.batch import Row, rows_of
 from .update.credit import Credit
 from .update.logprobs import FrozenPass
 from .update.objective import Objective
@@ -101,6 +103,7 @@ class Collector:
         self._frozen = frozen
         self._objective = objective
         self._reference = reference
+        self._estimator = ESTIMATORS[grpo_args.advantage_estimator]
         self._credit = Credit(
             grpo_args.advantage_estimator,
             grpo_args.scale_rewards,
@@ -141,6 +144,8 @@ class Collector:
         with self._phases.timed("logprobs"):
             shares = [self._with_old_logprobs(share, is_reused) for share in shares]
             shares = self._with_ref_logprobs(shares)
+            if self._estimator.is_of_tokens:
+                shares = [self._with_tensors(share, "energies", self._frozen.energies) for share in shares]
         samples = self._with_advantages([group for share in shares for group in share], is_reused)
         if self._grpo_args.log_completions:
             dropped = map(self._credit.withhold, filled.dropped)
@@ -178,6 +183,7 @@ class Collector:
             self._sampler.sync(self._policy, version)
         indices = self.stream.take(count)
         with self._phases.phase("rollout") as clock:
+            greedy = self._greedy([self._prompts[i] for i in indices], version)
             groups = self._sampler.generate(
                 [self._prompts[i] for i in indices], self._sampling, step=version, version=version
             )
@@ -186,9 +192,26 @@ class Collector:
         with self._phases.timed("reward"):
             progress = TrainingProgress(global_step=version, max_steps=state.max_steps, epoch=float(state.epoch or 0))
             scored = self._sampler.score(groups, progress)
+            if self._estimator.needs_greedy:
+                scored = self._beside_greedy(scored, self._sampler.score(greedy, progress))
         self._record(scored, clock.seconds)
         self._count_rewarded(scored, version + 1, limit=max(UNREWARDED_PROMPTS, UNREWARDED_ROLLOUTS * count))
         return scored
+
+    def _greedy(self, prompts: Sequence[Prompt], version: int) -> list[RolloutGroup]:
+        """The most probable completion of each prompt, for the estimator that compares with it."""
+        if not self._estimator.needs_greedy:
+            return []
+        sampling = dataclasses.replace(self._sampling, temperature=0.0, num_generations=1)
+        return self._sampler.generate(prompts, sampling, step=version, version=version)
+
+    def _beside_greedy(self, scored: Sequence[ScoredGroup], greedy: Sequence[ScoredGroup]) -> list[ScoredGroup]:
+        totals = [each.total_rewards[0] for each in greedy if each.total_rewards[0] is not None]
+        self._tracker.add("greedy_reward", sum(totals), len(totals))
+        return [
+            dataclasses.replace(own, greedy_rewards=other.rewards[0])
+            for own, other in zip(scored, greedy, strict=True)
+        ]
 
     def _let_engine_sleep(self, groups: Sequence[RolloutGroup], version: int) -> None:
         """Free its memory for rewards and log-probabilities, and see whether it has followed the policy."""
@@ -243,19 +266,27 @@ class Collector:
         has_waited = any(group.old_logprobs is not None for group in share)
         if not (is_reused or has_waited or self._grpo_args.kl_in_reward):
             return share
-        return self._with_logprobs(self._policy, share, "old_logprobs")
+        return self._with_tensors(share, "old_logprobs", self._frozen.logprobs)
 
     def _with_ref_logprobs(self, shares: Sequence[Sequence[ScoredGroup]]) -> list[Sequence[ScoredGroup]]:
         if self._reference is None:
             return list(shares)
         with self._reference.activate(self._policy) as reference:
-            return [self._with_logprobs(reference, share, "ref_logprobs") for share in shares]
+            return [
+                self._with_tensors(share, "ref_logprobs", lambda _, rows: self._frozen.logprobs(reference, rows))
+                for share in shares
+            ]
 
-    def _with_logprobs(self, model: nn.Module, share: Sequence[ScoredGroup], name: str) -> list[ScoredGroup]:
-        """With `name` of each group that is kept and has none yet."""
+    def _with_tensors(
+        self,
+        share: Sequence[ScoredGroup],
+        name: str,
+        frozen: Callable[[nn.Module, Sequence[Row]], Sequence[torch.Tensor]],
+    ) -> list[ScoredGroup]:
+        """With `name` of each group that is kept and has none yet, as a pass over the policy gives it."""
         lacks = [self._is_kept(group) and getattr(group, name) is None for group in share]
         rows = rows_of([group.group for group, is_lacking in zip(share, lacks, strict=True) if is_lacking])
-        flat = iter(self._frozen.logprobs(model, rows))
+        flat = iter(frozen(self._policy, rows))
         result = []
         for group, is_lacking in zip(share, lacks, strict=True):
             values: Any = {name: tuple(next(flat) for _ in group.group.completions)} if is_lacking else {}

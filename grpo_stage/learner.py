@@ -115,7 +115,7 @@ class Learner:
         self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
         if is_finite:
             self.num_skipped = 0
-            self.num_learned += any(sample.is_used and sample.advantage != 0 for sample in step.samples)
+            self.num_learned += any(sample.teaches for sample in step.samples)
             self.objective.adapt(metrics)
             self._tracker.merge(metrics.state_dict())
             # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.

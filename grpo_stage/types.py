@@ -186,6 +186,10 @@ class ScoredGroup:
     one, whose log-probabilities are to be had at any time."""
     ref_logprobs: "tuple[torch.Tensor, ...] | None" = None
     """[G] of [T], of the reference."""
+    energies: "tuple[torch.Tensor, ...] | None" = None
+    """[G] of [T], `gradient_energies` of the tokens, for the estimator that weighs by them."""
+    greedy_rewards: tuple[float | None, ...] | None = None
+    """[F], unweighted, of the prompt's greedy completion, for the estimator that compares with it."""
 
     @property
     def has_reward(self) -> bool:
@@ -205,7 +209,7 @@ class Sample:
     """[F], unweighted."""
     total_reward: float | None
     advantage: float
-    """0 where there is no total."""
+    """0 where there is no total; the mean over tokens that have their own."""
     loss_mask: tuple[int, ...]
     """[T], 1 on the tokens that the loss uses: none of a completion that is left out."""
     old_logprobs: "torch.Tensor | None" = None
@@ -217,11 +221,19 @@ class Sample:
     """[T] float, 1 on the tokens that the policy's loss is taken of; None for all of `loss_mask`."""
     anchor_mask: "torch.Tensor | None" = None
     """[T] float, 1 on the tokens that are held to their old log-probability; None for none."""
+    token_advantages: "torch.Tensor | None" = None
+    """[T], under an estimator that gives each token its own."""
 
     @property
     def is_used(self) -> bool:
         """Whether the loss uses any of its tokens."""
         return any(self.loss_mask)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether the loss uses it, with an advantage other than 0."""
+        own = self.token_advantages
+        return self.is_used and (self.advantage != 0 if own is None else bool(own.any()))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -256,7 +268,7 @@ class SampleBatch(TokenBatch):
     loss_weights: "torch.Tensor"
     """[B, T] float: what each token's loss is multiplied with before summing; 0 outside `loss_mask`."""
     advantages: "torch.Tensor"
-    """[B]."""
+    """[B], or [B, T] where each token has its own."""
     sampling_logprobs: "torch.Tensor"
     """[B, T]."""
     policy_versions: "torch.Tensor"

@@ -376,12 +376,16 @@ ADVANTAGE_ESTIMATORS: dict[str, Callable[[RewardTable, str], torch.Tensor]] = {
     "gdpo": partial(_compared, lambda table, _: decoupled_advantages(table.parts, table.weights)),
     "passk": partial(_compared, lambda table, scale: best_of_group_advantages(table.totals, scale)),  # type: ignore[arg-type]
     "opo": partial(_compared, lambda table, _: optimal_baseline_advantages(table.totals, table.lengths)),
+    "remax": partial(_compared, lambda table, _: _remax(table)),
+    "optimal_token_baseline": partial(_compared, lambda table, _: _optimal_token_baseline(table)),
 }
-"""`advantage_estimator` to the advantages [P, G] under a `scale_rewards`, each among the completions that the same
-functions applied to; `catalog.ESTIMATORS` says which go together."""
+"""`advantage_estimator` to the advantages [P, G], of tokens [P, G, T], under a `scale_rewards`, each among the
+completions that the same functions applied to; `catalog.ESTIMATORS` says which go together. `remax` needs a table with
+`greedy_parts`, and `optimal_token_baseline` one with `energies`, which may be of one rank: it looks at no other group.
+"""
 
 
-def _remax(table: RewardTable, _: str) -> torch.Tensor:
+def _remax(table: RewardTable) -> torch.Tensor:
     if table.greedy_parts is None:
         raise ValueError("The baseline of `remax` is a greedy completion of each prompt, whose rewards are missing.")
     weighted = torch.cat([table.parts, table.greedy_parts.unsqueeze(1)], dim=1) * table.weights  # [P, G + 1, F]
@@ -390,16 +394,10 @@ def _remax(table: RewardTable, _: str) -> torch.Tensor:
     return remax_advantages(table.totals, greedy_totals, weighted.abs().nansum(dim=-1))
 
 
-def _optimal_token_baseline(table: RewardTable, _: str) -> torch.Tensor:
+def _optimal_token_baseline(table: RewardTable) -> torch.Tensor:
     if table.energies is None:
         raise ValueError("`optimal_token_baseline` needs the energies of the tokens.")
     return optimal_token_advantages(table.totals, table.energies, table.lengths)
-
-
-remax = partial(_compared, _remax)
-"""Of a table with `greedy_parts`, [P, G]: each completion beside a greedy one that the same functions applied to."""
-optimal_token_baseline = partial(_compared, _optimal_token_baseline)
-"""Of a table with `energies`, [P, G, T]. It looks at no other group: a rank's own table is enough."""
 
 
 def settled(rewards: torch.Tensor, addends: torch.Tensor | None = None) -> torch.Tensor:

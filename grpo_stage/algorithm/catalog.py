@@ -28,6 +28,8 @@ class LossType:
     """The loss that this is another name of."""
     sets: Mapping[str, str] = field(default_factory=dict)
     """The values that an alias gives to keys of that loss."""
+    is_of_completions: bool = False
+    """A completion has one advantage there, although its tokens may be weighed by themselves."""
     compares_with_engine: bool = False
     """Its ratio is to the engine's log-probabilities, which have to be those of the distribution that is trained."""
 
@@ -45,6 +47,10 @@ class Estimator:
     """It gives advantages below 0."""
     why_no_kl_in_reward: str = ""
     """Given where `kl_in_reward` cannot go with it."""
+    needs_greedy: bool = False
+    """It compares with the reward of one more completion of each prompt, the most probable one."""
+    is_of_tokens: bool = False
+    """It gives each token an advantage of its own."""
     alias_of: str | None = None
     """The estimator that this is another name of."""
     sets: Mapping[str, str] = field(default_factory=dict)
@@ -53,7 +59,9 @@ class Estimator:
     @property
     def reads(self) -> tuple[str, ...]:
         """The keys that have an effect on, or because of, advantages such as these."""
-        return (*(_OF_TIES if self.ties_are_zero else ()), *(_OF_NEGATIVE_ADVANTAGES if self.has_negative else ()))
+        of_completions = _OF_NEGATIVE_COMPLETIONS if self.has_negative and not self.is_of_tokens else ()
+        negative = _OF_NEGATIVE_ADVANTAGES if self.has_negative else ()
+        return (*(_OF_TIES if self.ties_are_zero else ()), *negative, *of_completions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +77,8 @@ class Part:
 
 
 _OF_TIES = ("dynamic_sampling", "mask_zero_std_groups")
-_OF_NEGATIVE_ADVANTAGES = (
-    *("delta", "sapo_temperature_neg", "vespo_k_neg", "vespo_lambda_neg", "off_policy_mask_threshold"),
-)
+_OF_NEGATIVE_ADVANTAGES = ("delta", "sapo_temperature_neg")
+_OF_NEGATIVE_COMPLETIONS = ("vespo_k_neg", "vespo_lambda_neg", "off_policy_mask_threshold")
 
 _EPSILON_BELOW_1 = Rule(
     lambda v: v.epsilon >= 1.0,
@@ -156,7 +163,9 @@ LOSS_TYPES: Mapping[str, LossType] = MappingProxyType(
             tokenwise_remedy="`loss_type: gspo_token`",
         ),
         "vespo": LossType(
-            reads=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"), rules=(_NO_CORRECTION,)
+            reads=("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg"),
+            rules=(_NO_CORRECTION,),
+            is_of_completions=True,
         ),
         "dppo_tv": LossType(
             reads=("epsilon", "epsilon_high", "dppo_ratio_max"),
@@ -212,6 +221,17 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
             scales=("none",),
             why_no_other_scale="its baseline is the best for rewards as they are",
             ties_are_zero=True,
+        ),
+        "remax": Estimator(
+            scales=("none",),
+            why_no_other_scale="its baseline is the reward of another completion, and no statistic of the group",
+            needs_greedy=True,
+            why_no_kl_in_reward="the greedy completion that it compares with is not trained on, and has no KL",
+        ),
+        "optimal_token_baseline": Estimator(
+            scales=("none",),
+            why_no_other_scale="its baseline is the best for rewards as they are",
+            is_of_tokens=True,
         ),
     }
 )

@@ -134,8 +134,33 @@ def _kl_in_reward_rules() -> Iterator[Rule]:
             )
 
 
+def _token_advantage_rules() -> Iterator[Rule]:
+    """An advantage for each token has no place where a completion has one loss, or one weight."""
+    whole = [
+        ("loss_type", name) for name, loss in LOSS_TYPES.items() if loss.tokenwise_remedy or loss.is_of_completions
+    ]
+    whole.append(("importance_sampling_level", "sequence"))
+    for name, estimator in ESTIMATORS.items():
+        if not estimator.is_of_tokens:
+            continue
+        for key, value in whole:
+            yield Rule(
+                lambda v, name=name, key=key, value=value: (  # type: ignore[misc]
+                    v.advantage_estimator == name and getattr(v, key) == value
+                ),
+                f"`advantage_estimator: {name}` gives each token its own advantage, and with `{key}: {value}` a "
+                "completion has one. Write `loss_type: dapo`, or another estimator.",
+            )
+        yield Rule(
+            lambda v, name=name: v.advantage_estimator == name and v.rollout_correction != "none",  # type: ignore[misc]
+            f"`rollout_correction: {{rollout_correction}}` cannot go with `advantage_estimator: {name}`, whose "
+            "baseline is the best without those weights. Leave it out, or write another estimator.",
+        )
+
+
 RULES = (
     *_scale_rules(),
+    *_token_advantage_rules(),
     *_loss_rules(),
     Rule(
         lambda v: v.beta > 0 and v.kl_estimator == "k1" and not (v.kl_in_reward or v.use_bias_correction_kl),

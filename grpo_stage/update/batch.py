@@ -131,7 +131,9 @@ class PaddedLayout:
             completion_mask=tokens.completion_mask,
             loss_mask=loss_mask,
             loss_weights=token_weights(loss_mask, totals, loss_type, aggregation),
-            advantages=torch.tensor([sample.advantage for sample in samples], device=self._device),
+            advantages=torch.tensor([sample.advantage for sample in samples], device=self._device)
+            if (of_tokens := padded(lambda s: s.token_advantages)) is None
+            else of_tokens,
             sampling_logprobs=sampling,
             policy_versions=torch.tensor([sample.policy_version for sample in samples], device=self._device),
             old_logprobs=padded(lambda s: s.old_logprobs),

@@ -1,17 +1,20 @@
 """Scored groups -> samples with their advantages, by the statistics of a batch over all ranks of the generation."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable, tells_apart
+from grpo_stage.algorithm.catalog import ESTIMATORS
 from grpo_stage.distributed import all_gather, process_index
 from grpo_stage.types import FinishReason, Sample, ScoredGroup
 
 
-Row = tuple[list[float], list[list[float]], list[int]]
-"""Totals [G], parts [G][F] and lengths [G] of a group."""
+Row = tuple[list[float], list[list[float]], list[int], list[float] | None]
+"""Totals [G], parts [G][F], lengths [G] and the greedy completion's parts [F] of a group."""
 
 
 class Credit:
@@ -25,7 +28,8 @@ class Credit:
     """
 
     def __init__(self, estimator: str, scale_rewards: str, weights: Sequence[float], mask_truncated: bool) -> None:
-        self._estimator = estimator
+        self._estimate = ADVANTAGE_ESTIMATORS[estimator]
+        self._is_of_tokens = ESTIMATORS[estimator].is_of_tokens
         self._scale_rewards = scale_rewards
         self._weights = weights
         self._mask_truncated = mask_truncated
@@ -42,17 +46,29 @@ class Credit:
         num_completions = sum(len(scored.total_rewards) for scored in groups)
         assert penalties is None or len(penalties) == num_completions, "one for each completion"
         flat = iter(penalties or [0.0] * num_completions)
-        rows = [
-            ([total - next(flat) for total in totals], parts, lengths) for totals, parts, lengths in map(_row, groups)
+        rows: list[Row] = [
+            ([total - next(flat) for total in totals], parts, lengths, greedy)
+            for totals, parts, lengths, greedy in map(_row, groups)
         ]
+        if self._is_of_tokens:
+            return [self._of_tokens(group, row) for group, row in zip(groups, rows, strict=True)]
         ranks = all_gather(rows)
         first = sum(len(rows_of_rank) for rows_of_rank in ranks[: process_index()])
         everyone = [row for rank in ranks for row in rank]
         if not everyone:
             return []
-        table = _table(everyone, self._weights)
-        advantages = ADVANTAGE_ESTIMATORS[self._estimator](table, self._scale_rewards)[first : first + len(groups)]
+        advantages = self._estimate(_table(everyone, self._weights), self._scale_rewards)[first : first + len(groups)]
         return [self._samples(*each) for each in zip(groups, advantages.tolist(), strict=True)]
+
+    def _of_tokens(self, group: ScoredGroup, row: Row) -> tuple[Sample, ...]:
+        """The estimator compares within the group alone."""
+        assert group.energies is not None
+        energies = pad_sequence([each.double() for each in group.energies], batch_first=True).unsqueeze(0)  # [1, G, T]
+        table = dataclasses.replace(_table([row], self._weights), energies=energies)
+        of_group = self._estimate(table, self._scale_rewards)[0]  # [G, T]
+        own = [values[:length].float() for values, length in zip(of_group, row[2], strict=True)]
+        samples = self._samples(group, [values.mean().item() for values in own])
+        return tuple(dataclasses.replace(s, token_advantages=values) for s, values in zip(samples, own, strict=True))
 
     def withhold(self, group: ScoredGroup) -> tuple[Sample, ...]:
         """The samples of a group that is not learned from: nothing is to be gained from it."""
@@ -115,16 +131,18 @@ def _row(scored: ScoredGroup) -> Row:
         [_number(total) for total in scored.total_rewards],
         [[_number(reward) for reward in row] for row in scored.rewards],
         [len(completion.token_ids) for completion in scored.group.completions],
+        None if scored.greedy_rewards is None else [_number(reward) for reward in scored.greedy_rewards],
     )
 
 
 def _table(rows: Sequence[Row], weights: Sequence[float]) -> RewardTable:
-    totals, parts, lengths = zip(*rows, strict=True)
+    totals, parts, lengths, greedy = zip(*rows, strict=True)
     return RewardTable(
         totals=torch.tensor(totals, dtype=torch.float64),
         parts=torch.tensor(parts, dtype=torch.float64),
         weights=torch.tensor(weights, dtype=torch.float64),
         lengths=torch.tensor(lengths),
+        greedy_parts=None if None in greedy else torch.tensor(greedy, dtype=torch.float64),
     )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from grpo_stage.algorithm.advantages import gradient_energies
 from grpo_stage.types import TokenBatch
 from grpo_stage.update.batch import PaddedLayout, Sequenced
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
@@ -44,18 +45,7 @@ def token_logprobs(
         [B, T] log-probabilities and [B, T] entropies in nats (None unless asked for), both float32 and 0 outside the
         completion mask.
     """
-    num_tokens = batch.completion_ids.size(1)
-    position_ids = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    kwargs = {"logits_to_keep": num_tokens + 1} if takes_logits_to_keep(model) else {}
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        **kwargs,
-    )
-    # The logits at a position are those of the next token.
-    logits = output.logits[:, -num_tokens - 1 : -1].float() / temperature  # [B, T, V]
+    logits = completion_logits(model, batch, temperature)  # [B, T, V]
     log_normalizer = logits.logsumexp(dim=-1)  # [B, T]
     logprobs = logits.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1) - log_normalizer  # [B, T]
     mask = batch.completion_mask.bool()
@@ -68,6 +58,30 @@ def token_logprobs(
             probabilities = (logits - log_normalizer.unsqueeze(-1)).exp_()
             entropy = (log_normalizer - probabilities.mul_(logits).sum(dim=-1)).masked_fill(~mask, 0.0)
     return logprobs.masked_fill(~mask, 0.0), entropy
+
+
+def completion_logits(model: nn.Module, batch: TokenBatch, temperature: float) -> torch.Tensor:
+    """[B, T, V] float32, each position's over the token that follows, divided by the temperature."""
+    num_tokens = batch.completion_ids.size(1)
+    position_ids = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    kwargs = {"logits_to_keep": num_tokens + 1} if takes_logits_to_keep(model) else {}
+    output = model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=position_ids,
+        use_cache=False,
+        **kwargs,
+    )
+    # The logits at a position are those of the next token.
+    return output.logits[:, -num_tokens - 1 : -1].float() / temperature
+
+
+def token_energies(model: nn.Module, batch: TokenBatch, temperature: float) -> torch.Tensor:
+    """[B, T], `gradient_energies` of each completion token under the policy that was sampled from."""
+    logits = completion_logits(model, batch, temperature)  # [B, T, V]
+    log_normalizer = logits.logsumexp(dim=-1)  # [B, T]
+    logprobs = logits.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1) - log_normalizer  # [B, T]
+    return gradient_energies(logprobs, ((2 * logits).logsumexp(dim=-1) - 2 * log_normalizer).exp())
 
 
 class FrozenPass:
@@ -97,37 +111,44 @@ class FrozenPass:
 
         At the sampling temperature, unless another is given.
         """
-        return self._run(model, sequences, temperature, with_entropy=False)[0]
+        temperature = self._temperature if temperature is None else temperature
+        return self._run(sequences, lambda batch: token_logprobs(model, batch, temperature)[:1])[0]
 
     def logprobs_and_entropies(self, model: nn.Module, sequences: Sequence[Sequenced]) -> tuple[Tensors, Tensors]:
         """[T] of each completion, twice, on the CPU, at the sampling temperature."""
-        return self._run(model, sequences, None, with_entropy=True)
+        logprobs, entropies = self._run(
+            sequences, lambda batch: token_logprobs(model, batch, self._temperature, with_entropy=True)
+        )
+        return logprobs, entropies
+
+    def energies(self, model: nn.Module, sequences: Sequence[Sequenced]) -> Tensors:
+        """[T] of each completion, on the CPU, at the sampling temperature; see `token_energies`."""
+        return self._run(sequences, lambda batch: (token_energies(model, batch, self._temperature),))[0]
 
     @torch.no_grad()
     def _run(
-        self, model: nn.Module, sequences: Sequence[Sequenced], temperature: float | None, with_entropy: bool
-    ) -> tuple[Tensors, Tensors]:
-        temperature = self._temperature if temperature is None else temperature
-        logprobs: dict[int, torch.Tensor] = {}
-        entropies: dict[int, torch.Tensor] = {}
+        self, sequences: Sequence[Sequenced], forward: Callable[[TokenBatch], Sequence[torch.Tensor | None]]
+    ) -> list[Tensors]:
+        """What `forward` gives, [B, T] each, by completion."""
+        found: dict[int, list[torch.Tensor]] = {}
 
-        def forward(batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        def run(batch: TokenBatch) -> Sequence[torch.Tensor | None]:
             with self._autocast():
-                return token_logprobs(model, batch, temperature, with_entropy=with_entropy)
+                return forward(batch)
 
-        while len(logprobs) < len(sequences):
+        while len(found) < len(sequences):
             for positions in self._layout.split(sequences, self._budget.max_tokens):
                 batch = self._layout.tokens([sequences[position] for position in positions])
-                outcome = self._budget.attempt(partial(forward, batch))
+                outcome = self._budget.attempt(partial(run, batch))
                 if isinstance(outcome, OutOfMemory):
                     self._budget.give_way(batch.input_ids.shape, outcome)
                     break
                 for row, position in enumerate(positions):
                     length = len(sequences[position].completion.token_ids)
-                    logprobs[position] = outcome[0][row, :length].cpu()
-                    if outcome[1] is not None:
-                        entropies[position] = outcome[1][row, :length].cpu()
-        return tuple(tuple(each[i] for i in range(len(each))) for each in (logprobs, entropies))  # type: ignore[return-value]
+                    found[position] = [each[row, :length].cpu() for each in outcome if each is not None]
+        if not found:
+            return [(), ()]
+        return [tuple(each) for each in zip(*(found[i] for i in range(len(found))), strict=True)]
 
 
 def takes_logits_to_keep(model: Any) -> bool:

@@ -148,7 +148,10 @@ def _gathered(
         torch.cat([torch.zeros(0), *each])
         for each in (
             *([tokens[mask] for tokens, mask in zip(values, masks, strict=True)] for values in (logprobs, entropies)),
-            [torch.full((n,), sample.advantage) for n, sample in zip(lengths, samples, strict=True)],
+            [
+                torch.full((len(mask),), s.advantage)[mask] if s.token_advantages is None else s.token_advantages[mask]
+                for s, mask in zip(samples, masks, strict=True)
+            ],
             [tokens[mask] for tokens, mask in zip(old, masks, strict=True)],
             [torch.tensor(s.completion.sampling_logprobs)[mask] for s, mask in zip(samples, masks, strict=True)],
             [

@@ -46,6 +46,12 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"covariance_control": "kl_cov", "covariance_frac": 0.2},
     {"covariance_control": "clip_cov", "covariance_frac": 0.2, "clip_cov_min": -1.0, "clip_cov_max": 9.0},
     {"entropy_coef": 0.1},
+    {"advantage_estimator": "remax"},
+    {"advantage_estimator": "optimal_token_baseline", "rollout_correction": "none"},
+    {"loss_type": "vespo", "rollout_correction": "none"},
+    {"loss_type": "dro", "dro_beta": 0.1, "loss_aggregation": "token_sum"},
+    {"rollout_correction_normalize": True},
+    {"rollout_rejection": "geometric", "rollout_rejection_max": 1.5, "rollout_rejection_min": 0.2},
 ]
 
 

@@ -14,6 +14,8 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "combinations.md"
 # What a value needs beside itself, as the page says in words.
 NEEDS: dict[str, dict[str, Any]] = {
     "loss_type: cispo": {"epsilon_high": 4.0},
+    "loss_type: dro": {"dro_beta": 0.1},
+    "loss_type: gpg": {"num_iterations": 1},
     "covariance_control: kl_cov": {"num_iterations": 2},
     "use_bias_correction_kl: true": {"beta": 0.1},
     "kl_in_reward: false": {"beta": 0.1},
@@ -36,7 +38,7 @@ def cells() -> list[tuple[str, str, str]]:
 def test_the_tables_are_read() -> None:
     verdicts = [cell for *_, cell in cells()]
     assert set(verdicts) == {"yes", "refused"}
-    assert len(verdicts) == 9 * 6 + 9 * 8 + 8 * 4 + 10 * 2 + 3 * 3
+    assert len(verdicts) == 15 * 6 + 15 * 9 + 10 * 4 + 12 * 2 + 3 * 3
 
 
 def options_of(row: str, column: str) -> dict[str, Any]:

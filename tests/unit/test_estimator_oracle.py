@@ -66,7 +66,7 @@ def check_remax(module: ModuleType) -> None:
             ]
             for group, own in zip(parts.tolist(), greedy.tolist(), strict=True)
         ]
-        actual = module.remax(table(module, parts, weights, greedy_parts=f64(greedy)), "none")
+        actual = module.ADVANTAGE_ESTIMATORS["remax"](table(module, parts, weights, greedy_parts=f64(greedy)), "none")
         torch.testing.assert_close(actual, f64(expected), rtol=1e-12, atol=1e-14)
 
 
@@ -91,7 +91,7 @@ def test_remax_of_a_reward_that_rounding_alone_tells_from_the_greedy_one_is_zero
     assert advantages.remax_advantages(f64([[0.1 + 0.2, 1.0]]), f64([0.3]))[0, 0] == 0
     # One sum by two ways, in which the weighted rewards stand: .3 beside .1 + .2.
     rewards = table(advantages, [[[1, 0, 0], [0, 1, 1]]], [0.3, 0.1, 0.2], greedy_parts=f64([[1, 0, 0]]))
-    assert advantages.remax(rewards, "none").tolist() == [[0.0, 0.0]]
+    assert advantages.ADVANTAGE_ESTIMATORS["remax"](rewards, "none").tolist() == [[0.0, 0.0]]
 
 
 def test_remax_does_not_change_with_a_shift_of_all_rewards() -> None:
@@ -109,7 +109,7 @@ def test_malformed_inputs_of_remax_are_refused(rewards: tuple[int, ...], greedy:
 
 def test_remax_without_a_greedy_completion_is_refused() -> None:
     with pytest.raises(ValueError, match="greedy"):
-        advantages.remax(table(advantages, [[[1.0], [0.0]]], [1.0]), "none")
+        advantages.ADVANTAGE_ESTIMATORS["remax"](table(advantages, [[[1.0], [0.0]]], [1.0]), "none")
 
 
 # The optimal token baseline
@@ -158,7 +158,7 @@ def check_token_baseline(module: ModuleType) -> None:
         width = int(lengths.max()) + 1
         given = torch.stack([padded(group, width, rng) for group in energies])
         rewards_table = table(module, parts, weights, lengths=torch.tensor(lengths), energies=given)
-        actual = module.optimal_token_baseline(rewards_table, "none")
+        actual = module.ADVANTAGE_ESTIMATORS["optimal_token_baseline"](rewards_table, "none")
         for p in range(num_prompts):
             for i in range(num_generations):
                 n = lengths[p][i]
@@ -227,7 +227,7 @@ def test_malformed_inputs_of_the_token_baseline_are_refused() -> None:
     with pytest.raises(ValueError, match="energies"):
         advantages.optimal_token_advantages(torch.zeros(1, 2), torch.zeros(1, 3, 4), torch.ones(1, 2))
     with pytest.raises(ValueError, match="energies"):
-        advantages.optimal_token_baseline(table(advantages, [[[1.0], [0.0]]], [1.0]), "none")
+        advantages.ADVANTAGE_ESTIMATORS["optimal_token_baseline"](table(advantages, [[[1.0], [0.0]]], [1.0]), "none")
 
 
 # The range

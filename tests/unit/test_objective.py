@@ -31,8 +31,6 @@ NEEDS: dict[str, dict[str, Any]] = {
     "cispo": {"epsilon_high": 1.0},
     "dro": {"dro_beta": 0.1},
     "gpg": {"num_iterations": 1},
-    "dppo_tv": {"epsilon": 0.99},  # the fake engine is far from the policy
-    "dppo_kl": {"epsilon": 50.0},
 }
 NEW_LOSSES = ("luspo", "vespo", "dppo_tv", "dppo_kl", "dro")
 OBJECTIVES: list[dict[str, Any]] = [
@@ -191,7 +189,7 @@ SCALES_WITH_THE_KL_IN_THE_REWARD = [
     {"advantage_estimator": estimator, "scale_rewards": scale, "beta": 0.1, "kl_in_reward": True, "kl_estimator": "k1"}
     for estimator, facts in ESTIMATORS.items()
     for scale in facts.scales
-    if estimator not in ("gdpo", "passk") and scale != "group"
+    if not facts.why_no_kl_in_reward and scale != "group"
 ]
 TARGETS = [{"entropy_target": target, "entropy_coef": 0.01} for target in (0.1, 9.0)]
 
@@ -262,7 +260,8 @@ def check_line(line, options):
     assert line["skipped_steps"] == 0
     assert ("kl" in line) == ("beta" in options)
     assert ("clip_ratio/delta_mean" in line) == ("delta" in options)
-    assert line["clip_ratio/region_mean"] == 0, "nothing has moved as far as that"
+    if not options.get("loss_type", "").startswith("dppo"):  # the fake engine is far from the policy
+        assert line["clip_ratio/region_mean"] == 0, "nothing has moved as far as that"
     if "rollout_correction" in options:
         assert 0 < line["rollout_correction/weight_mean"] <= options.get("rollout_correction_max", 2.0)
         assert 0 < line["rollout_correction/bounded_frac"] < 1 or options.get("rollout_correction_max") == 1e6
@@ -279,8 +278,9 @@ def check_line(line, options):
 
 def check_advantages(data, options):
     """Those of the first batch are the estimator's, divided as `scale_rewards` says, but where the KL is taken off."""
-    if options.get("kl_in_reward"):
-        return
+    estimator = options.get("advantage_estimator", "grpo")
+    if options.get("kl_in_reward") or ESTIMATORS[estimator].needs_greedy or ESTIMATORS[estimator].is_of_tokens:
+        return  # which have tests of their own
     groups = groups_of(data)
     totals = torch.tensor([[sample.total_reward for sample in group] for group in groups], dtype=torch.float64)
     estimator = options.get("advantage_estimator", "grpo")
@@ -436,7 +436,49 @@ def test_the_kl_in_the_reward_moves_the_advantages(tmp_path):
         assert max(map(abs, expected)) > 1e-3
 
 
-@pytest.mark.parametrize("estimator", ADVANTAGE_ESTIMATORS)
+def test_remax_compares_with_a_greedy_completion_of_the_same_policy(tmp_path):
+    """The fake engine's greedy completion of a prompt is its first sample."""
+    trainer = make_trainer(tmp_path, advantage_estimator="remax", num_prompts=2)
+    asked = []
+    generate = trainer.engine.generate
+    trainer.engine.generate = lambda prompts, sampling, step: (
+        asked.append((sampling.temperature, sampling.num_generations)) or generate(prompts, sampling, step)
+    )
+    (step,) = collect(trainer)
+    assert asked == [(0.0, 1), (1.0, 4)], "the greedy one first: what the engine says of itself is of the sampled ones"
+    for group in groups_of(step):
+        rewards = [sample.total_reward for sample in group]
+        assert [sample.advantage for sample in group] == pytest.approx([reward - rewards[0] for reward in rewards])
+    assert trainer.tracker.take()["greedy_reward"] == pytest.approx(
+        sum(group[0].total_reward for group in groups_of(step)) / 2
+    )
+
+
+def test_the_optimal_token_baseline_is_that_of_the_policys_own_energies(tmp_path):
+    trainer = make_trainer(tmp_path, advantage_estimator="optimal_token_baseline", num_prompts=2, temperature=0.7)
+    (step,) = collect(trainer)
+    for group in groups_of(step):
+        energies, rewards = [], [sample.total_reward for sample in group]
+        for sample in group:
+            prompt, completion = sample.prompt.token_ids, sample.completion.token_ids
+            with torch.no_grad():
+                logits = trainer.model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1] / 0.7
+            p = logits.double().softmax(-1)
+            energies.append((1 - 2 * p[range(len(completion)), completion] + p.square().sum(-1)).cumsum(0).tolist())
+        for sample, reward in zip(group, rewards, strict=True):
+            for t, advantage in enumerate(sample.token_advantages.tolist()):
+                reach = [i for i in range(4) if len(energies[i]) > t]
+                if len(reach) > 1:
+                    weights = [energies[i][t] for i in reach]
+                    baseline = sum(w * rewards[i] for w, i in zip(weights, reach, strict=True)) / sum(weights)
+                    assert advantage == pytest.approx(reward - baseline, abs=1e-5)
+            assert sample.advantage == pytest.approx(sample.token_advantages.mean().item())
+    assert gradient_of(trainer, step).norm() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "estimator", [name for name in ADVANTAGE_ESTIMATORS if name not in ("remax", "optimal_token_baseline")]
+)
 def test_an_estimator_sees_the_parts_the_weights_and_the_lengths(tmp_path, estimator):
     trainer = make_trainer(tmp_path, advantage_estimator=estimator, num_prompts=2)
     groups = groups_of(collect(trainer)[0])
