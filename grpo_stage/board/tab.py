@@ -88,12 +88,12 @@ def is_grpo(stage_name: str) -> bool:
     return TRAINING_STAGES.get(stage_name) == STAGE
 
 
-def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
+def _move_behind(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
     assert block.parent is not None
-    assert block.parent is neighbour.parent
+    assert block.parent is neighbor.parent
     siblings = block.parent.children
     siblings.remove(block)
-    siblings.insert(siblings.index(neighbour) + 1, block)
+    siblings.insert(siblings.index(neighbor) + 1, block)
 
 
 def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:

@@ -141,7 +141,7 @@ UNSUPPORTED = (
         "Leave it out; several devices run under torchrun (DDP).",
     ),
     Unsupported("hyper_parallel_args hyper_parallel_cp_size", "that backend has no GRPO", harmless=()),
-    # Optimisation
+    # Optimization
     Unsupported(
         "deepspeed fsdp fsdp_config parallelism_config",
         "sharded weights were not verified in this stage",

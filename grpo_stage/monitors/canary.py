@@ -78,7 +78,7 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
         "another policy than the one that is trained: an adapter that was not delivered, or not as it is, another "
         "precision, or another temperature. Training on them would teach the wrong thing, so the run is stopped. "
         "Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version. Raise the bound "
-        "only if you know why the two engines differ, for example a quantised engine."
+        "only if you know why the two engines differ, for example a quantized engine."
     )
 
 

@@ -219,7 +219,7 @@ def _is_completion(record: dict[str, Any]) -> bool:
 
 
 def _runs_of_steps(lines: bytes) -> Iterator[tuple[int, int, int]]:
-    """(step, begin, end) of neighbouring lines of one step; every line begins with its step."""
+    """(step, begin, end) of neighboring lines of one step; every line begins with its step."""
     begin, current = 0, None
     for match in _STEP.finditer(b"\n" + lines):
         step = int(match.group(1))

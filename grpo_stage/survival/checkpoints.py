@@ -64,7 +64,7 @@ def save(folder: Path, parts: Mapping[str, Part], state: Mapping[str, Any] | Non
     Args:
         folder: `<output_dir>/checkpoint-<step>`; one of that name is replaced.
         parts: what to write, in this order, under the names that an error lists.
-        state: for the state file, JSON-serialisable; None for a checkpoint that cannot be resumed.
+        state: for the state file, JSON-serializable; None for a checkpoint that cannot be resumed.
         is_saver: True on the rank that seals the folder; on several nodes without a common disk, on one rank of each.
 
     Raises:
