@@ -28,7 +28,7 @@ def token_logprobs(
     with_entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of each completion token, and the entropy of the distribution it was drawn from.
+    """Log-probability of each completion token, and the entropy of the distribution at its position.
 
     Logits are computed for completion tokens alone, and divided by the sampling temperature: the policy is the
     distribution that was sampled from.
@@ -38,7 +38,7 @@ def token_logprobs(
         batch: a micro-batch.
         temperature: the sampling temperature.
         with_entropy: also return the entropy.
-        entropy_gradient: let the gradient flow through the entropy, too.
+        entropy_gradient: let the gradient flow through the entropy as well.
 
     Returns:
         [B, T] log-probabilities and [B, T] entropies in nats (None unless asked for), both float32 and 0 outside the
@@ -77,7 +77,7 @@ class FrozenPass:
         layout: how completions become batches.
         budget: how many tokens go through a model at once.
         autocast: the precision of a forward pass.
-        temperature: of the policy's distribution.
+        temperature: the sampling temperature.
     """
 
     def __init__(
@@ -93,14 +93,11 @@ class FrozenPass:
         self._temperature = temperature
 
     def logprobs(self, model: nn.Module, sequences: Sequence[Sequenced], temperature: float | None = None) -> Tensors:
-        """[T] of each completion, on the CPU, under `model` as it is now.
-
-        At the sampling temperature, unless another is given.
-        """
+        """[T] of each completion, on the CPU, under `model`, at the sampling temperature or at `temperature`."""
         return self._run(model, sequences, temperature, with_entropy=False)[0]
 
     def logprobs_and_entropies(self, model: nn.Module, sequences: Sequence[Sequenced]) -> tuple[Tensors, Tensors]:
-        """[T] of each completion, twice, on the CPU, at the sampling temperature."""
+        """Log-probabilities and entropies, [T] of each completion, on the CPU, at the sampling temperature."""
         return self._run(model, sequences, None, with_entropy=True)
 
     @torch.no_grad()
@@ -131,7 +128,7 @@ class FrozenPass:
 
 
 def takes_logits_to_keep(model: Any) -> bool:
-    """Whether the model, wrapped or not, can be asked for the logits of the last tokens alone."""
+    """Whether the model, wrapped or not, can compute the logits of the last tokens alone."""
     while hasattr(model, "module"):  # DDP
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

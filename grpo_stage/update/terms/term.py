@@ -1,4 +1,4 @@
-"""What a term of the objective is, and what it is computed from.
+"""The base class of the objective's terms, and the inputs of a term.
 
 B completions in a micro-batch    T completion tokens    N tokens of the step that the loss uses, over all ranks
 """
@@ -21,7 +21,7 @@ class TermInputs:
     logprobs: torch.Tensor
     """[B, T] of the policy, with gradient."""
     entropy: torch.Tensor
-    """[B, T] of the policy in nats, with gradient where a term asks for it."""
+    """[B, T] of the policy in nats, with gradient if a term needs it."""
     old_logprobs: torch.Tensor
     """[B, T] of the policy at the start of the update."""
 
@@ -40,21 +40,21 @@ class StepTokens:
     entropies: torch.Tensor
     """Of the present policy, in nats."""
     advantages: torch.Tensor
-    """Each that of its completion."""
+    """The advantage of each token's completion."""
     draws: torch.Tensor
-    """float64, random numbers."""
+    """Random numbers in float64, for terms that draw tokens."""
 
 
 class Term:
-    """One term; what a kind of term does not do it leaves as it is here."""
+    """One term of the objective. A subclass overrides the methods that it needs; the others change nothing."""
 
     looks_at_step: ClassVar[bool] = False
-    """True where `trained` or `anchored` is to be asked before a step, which takes one more forward pass."""
+    """Whether `trained` or `anchored` has to be called before a step, which takes one more forward pass."""
     entropy_gradient: ClassVar[bool] = False
-    """True where the gradient flows through the entropy."""
+    """Whether the gradient flows through the entropy."""
 
     def trained(self, tokens: StepTokens) -> torch.Tensor | None:
-        """[N] bool, the tokens that the policy's loss is taken of; None for all."""
+        """[N] bool, the tokens that have a policy loss; None for all."""
         return None
 
     def anchored(self, tokens: StepTokens) -> torch.Tensor | None:
@@ -62,24 +62,24 @@ class Term:
         return None
 
     def factor(self, x: TermInputs, metrics: MetricTracker) -> torch.Tensor | None:
-        """[B, T] or [B, 1], what the policy's loss is multiplied with, without gradient."""
+        """[B, T] or [B, 1], a factor of the policy's loss, without gradient; None for 1."""
         return None
 
     def summand(self, x: TermInputs, metrics: MetricTracker) -> torch.Tensor | None:
-        """[B, T], what is added to the policy's loss."""
+        """[B, T], added to the policy's loss; None for 0."""
         return None
 
     def reward_penalties(
         self, old_logprobs: Sequence[torch.Tensor], ref_logprobs: Sequence[torch.Tensor]
     ) -> list[float] | None:
-        """What is taken off the reward of each completion, given its tokens' log-probabilities [T]."""
+        """The penalty on the reward of each completion, from the log-probabilities [T] of its tokens; None for 0."""
         return None
 
     def adapt(self, metrics: MetricTracker) -> None:
-        """Change what adapts by what a step has measured on all ranks, each of which calls this."""
+        """Adapt coefficients to the metrics of a step over all ranks. Every rank must call it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What adapts, ready for JSON."""
+        """The coefficients that adapt, ready for JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
