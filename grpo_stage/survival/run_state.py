@@ -1,4 +1,4 @@
-"""What a run is made of beside its weights: one table, from which saving, restoring and undoing follow."""
+"""The state of a run beside its weights, as one table: saving, restoring and undoing follow from it."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 
 class Stateful(Protocol):
-    """Has a state that is ready for JSON, exact, and shares nothing with it that changes."""
+    """An object whose state can be taken and restored. The state is exact, ready for JSON, and a copy."""
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
@@ -18,10 +18,10 @@ class Scope(StrEnum):
     """Whose state it is."""
 
     RUN = "run"
-    """The same on all ranks: kept once."""
+    """The same on all ranks: saved once."""
     RANK = "rank"
     TENSORS = "tensors"
-    """Tensors by name, the same on all ranks: kept once, in a file of the part's own."""
+    """Tensors by name, the same on all ranks: saved once, in a file of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +31,11 @@ class Part:
     owner: Stateful
     scope: Scope
     is_undone: bool = False
-    """Whether a rollout that is left by an error puts it back: its prompts are then due again."""
+    """Whether an error in a rollout restores the part, so that the rollout can be repeated."""
 
 
 class RunState:
-    """The parts by name. A part that a checkpoint holds nothing of is left as it is."""
+    """The parts by name. A part that is missing in a checkpoint keeps its state."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
@@ -48,14 +48,14 @@ class RunState:
         return {name: part.owner.state_dict() for name, part in self._parts.items() if part.scope is scope}
 
     def load_state_dict(self, scope: Scope, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave; `state` may hold more."""
+        """Restore the parts of `scope` from `state`, which may hold others as well."""
         for name, part in self._parts.items():
             if part.scope is scope and state.get(name) is not None:
                 part.owner.load_state_dict(state[name])
 
     @contextmanager
     def undone_unless_finished(self) -> Iterator[None]:
-        """A block that is left by an error was never begun."""
+        """If an error leaves the block, restore the state from before it."""
         self._begun = {name: part.owner.state_dict() for name, part in self._parts.items() if part.is_undone}
         try:
             yield
@@ -66,6 +66,6 @@ class RunState:
             self._begun = None
 
     def undo(self) -> None:
-        """What such a block has changed so far; nothing outside of one."""
+        """Restore the state from before the present `undone_unless_finished` block; outside of one, do nothing."""
         for name, state in (self._begun or {}).items():
             self._parts[name].owner.load_state_dict(state)
