@@ -1,4 +1,4 @@
-"""Prompts -> completions of the present policy, with their rewards: what training and evaluation share."""
+"""Prompts -> completions of the present policy -> their rewards, for training and evaluation."""
 
 from collections.abc import Sequence
 
@@ -16,9 +16,9 @@ class Sampler:
 
     Args:
         engine: samples completions.
-        rewards: score them.
-        phases: limits what takes too long.
-        args: the limits.
+        rewards: score completions.
+        phases: limits the time of each phase.
+        args: the recipe, which sets the limits.
     """
 
     def __init__(self, engine: RolloutEngine, rewards: RewardSuite, phases: Phases, args: GRPOArguments) -> None:
@@ -38,13 +38,13 @@ class Sampler:
         """The groups of the prompts, in order.
 
         Args:
-            prompts: this rank's.
+            prompts: those of this rank.
             sampling: how completions are drawn.
-            step: what their seeds depend on.
-            version: the policy that they have to come from.
+            step: the step that the seeds depend on.
+            version: the policy's version.
 
         Raises:
-            StaleRolloutError: if they come from another.
+            StaleRolloutError: if the completions come from another version.
         """
         with self.phases.limited("rollout", self._args.rollout_timeout, "rollout_timeout"):
             groups = self.engine.generate(prompts, sampling, step)
@@ -52,8 +52,8 @@ class Sampler:
         return groups
 
     def score(self, groups: Sequence[RolloutGroup], progress: TrainingProgress) -> list[ScoredGroup]:
-        """The groups with their rewards. Every rank must call it, if with no groups."""
-        # A function in a worker process has a limit of its own; this one is for those in this process, together.
+        """The groups with their rewards. Every rank must call it, even without groups."""
+        # A function in a worker process has a limit of its own; this limit is for all functions in this process.
         limit = self._args.reward_timeout * (len(self.rewards.names) + 1)
         self.rewards.progress = progress
         with (
