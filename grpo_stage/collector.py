@@ -39,11 +39,11 @@ from .update.reference import ReferencePolicy
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
 
 UNREWARDED_ROLLOUTS, UNREWARDED_PROMPTS = 10, 100
-"""A run ends when no reward function applied to the prompts of as many rollouts in a row, and to as many prompts."""
+"""A run ends when no reward function applied in this many rollouts in a row, with at least this many prompts."""
 
 
 class Collector:
-    """Collects rollouts into the queue of steps. Used by all ranks alike.
+    """Collects rollouts into the queue of steps. All ranks call it together.
 
     Args:
         policy: the unwrapped model.
@@ -55,9 +55,9 @@ class Collector:
         shuffle: whether each epoch has an order of its own.
         sampler: samples and scores.
         frozen: log-probabilities without gradient.
-        objective: says what `kl_in_reward` takes off a reward.
-        reference: what the KL is to; None without a KL.
-        tests_slope: whether the canary asks for the slope.
+        objective: computes what `kl_in_reward` takes off a reward.
+        reference: the policy that the KL is relative to; None without a KL term.
+        tests_slope: whether the canary tests the slope.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Collector:
     ) -> None:
         self.prompts_per_step = prompts_per_step
         self.steps_per_epoch = steps_of_epoch(len(prompts), prompts_per_step, grpo_args.num_iterations)
-        """With dynamic sampling, at most."""
+        """An upper bound with dynamic sampling."""
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.queue = RolloutQueue(prompts)
         self.filling: Filling = PlainSampling()
@@ -90,8 +90,8 @@ class Collector:
         self.num_tokens = 0
         """Prompt and completion tokens that were sampled so far, over all ranks."""
         self.num_rewarded = 0
-        """Groups of all ranks with a reward."""
-        self._num_unrewarded = 0  # groups of all ranks without one, in a row
+        """Groups with a reward so far, over all ranks."""
+        self._num_unrewarded = 0  # groups without a reward in a row, over all ranks
         self._policy = policy
         self._grpo_args = grpo_args
         self._sampling = sampling
@@ -161,7 +161,7 @@ class Collector:
             self.queue.append(Step(samples=step, logprob_temperature=temperature))
 
     def state_dict(self) -> dict[str, int]:
-        """What is counted, ready for JSON."""
+        """The counters, ready for JSON."""
         return {
             "num_tokens": self.num_tokens,
             "num_rewarded": self.num_rewarded,
@@ -214,7 +214,7 @@ class Collector:
         ]
 
     def _let_engine_sleep(self, groups: Sequence[RolloutGroup], version: int) -> None:
-        """Free its memory for rewards and log-probabilities, and see whether it has followed the policy."""
+        """Free the engine's memory for rewards and log-probabilities, and test whether it has followed the policy."""
         engine, answers = self._sampler.engine, []
         if self.slope_test is not None:
             with self._phases.limited("canary", self._grpo_args.rollout_timeout, "rollout_timeout"):
@@ -234,7 +234,7 @@ class Collector:
         self.num_tokens += sum(all_gather(tokens + prompt_tokens))
 
     def _count_rewarded(self, scored: Sequence[ScoredGroup], step: int, limit: int) -> None:
-        """Say which rollouts have no reward, and end the run when `limit` groups in a row have none."""
+        """Warn of a rollout without a reward, and end the run when `limit` groups in a row have none."""
         ranks = all_gather((sum(each.has_reward for each in scored), len(scored)))
         num_rewarded, num_groups = (sum(column) for column in zip(*ranks, strict=True))
         self.num_rewarded += num_rewarded
@@ -252,7 +252,7 @@ class Collector:
             logger.warning(f"{problem}: nothing is learned from them.")
 
     def _shares_of_steps(self, groups: Sequence[ScoredGroup]) -> list[Sequence[ScoredGroup]]:
-        """This rank's groups of each step; as many steps on all ranks, since the last prompts may not reach each."""
+        """This rank's groups of each step. All ranks have the same number of steps; some may lack the last prompts."""
         size = self.prompts_per_step // self.stream.world_size
         shares = [groups[start : start + size] for start in range(0, len(groups), size)]
         num_steps = max(1, *all_gather(len(shares)))
@@ -262,7 +262,10 @@ class Collector:
         return not self._grpo_args.mask_zero_std_groups or self._credit.has_signal(group)
 
     def _with_old_logprobs(self, share: Sequence[ScoredGroup], is_reused: bool) -> Sequence[ScoredGroup]:
-        """With those of the policies that sampled it, unless they are the present one's and not needed."""
+        """The share with the log-probabilities of the policies that sampled it.
+
+        They are left out where the present policy sampled the share and no use of it needs them.
+        """
         has_waited = any(group.old_logprobs is not None for group in share)
         if not (is_reused or has_waited or self._grpo_args.kl_in_reward):
             return share
@@ -302,15 +305,16 @@ class Collector:
             for name in ("old_logprobs", "ref_logprobs")
         )
         penalties = self._objective.reward_penalties(old, ref)
-        if not is_reused:  # what is used once is used on-policy
+        if not is_reused:  # a rollout with one use is on-policy: its ratio is 1
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
         return self._credit.assign(groups, penalties)
 
 
 def _with_fresh_first(steps: Sequence[tuple[Sample, ...]], version: int) -> list[tuple[Sample, ...]]:
-    """The canary looks at the first step, which may have lost its groups, or be made of such as have waited.
+    """The steps, with the first one that has a fresh sample (of `version`) on any rank moved to the front.
 
-    So the first step that has a sample of `version` on any rank changes places to the front.
+    The canary checks the first step after a rollout, and needs fresh samples there. Without this the first step may
+    be empty, or hold only groups that waited for it.
     """
     ranks = all_gather([any(sample.policy_version == version for sample in step) for step in steps])
     is_fresh = [any(of_step) for of_step in zip(*ranks, strict=True)]

@@ -1,4 +1,4 @@
-"""What the ranks of a run tell one another; all of it works in a single process, too."""
+"""Communication between the ranks of a run. Everything here also works in a single process."""
 
 import gc
 from typing import TypeVar
@@ -20,15 +20,15 @@ def all_gather(value: T) -> list[T]:
 
 
 def process_index() -> int:
-    """Where this rank's value stands in `all_gather`."""
+    """The position of this rank's value in `all_gather`."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def sum_gradients(model: torch.nn.Module) -> None:
-    """Give every rank the sum of all ranks' gradients, in which one that a rank lacks is 0.
+    """Give every rank the sum of all ranks' gradients; a gradient that a rank lacks counts as 0.
 
-    A rank lacks the gradients of what its completions never reach, such as an expert of a mixture. A parameter for
-    which no rank has one keeps none, so that the optimizer passes it by.
+    A rank lacks the gradients of parameters that its completions never reach, such as an expert of a mixture. If no
+    rank has a gradient for a parameter, it keeps none, and the optimizer ignores it.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return
@@ -45,10 +45,10 @@ def sum_gradients(model: torch.nn.Module) -> None:
 
 
 def leave_process_group() -> None:
-    """Destroy the process group, at the end of a run that nothing refers to any more.
+    """Destroy the process group, at the end of a run to which no reference is left.
 
-    gloo's threads end with the last reference to the group. DDP has one, in a trainer that is garbage in cycles. A
-    thread that still lets go of a tensor while the interpreter exits aborts the process (SIGABRT).
+    gloo's threads end with the last reference to the group. DDP holds one, in a trainer that only garbage collection
+    frees. A thread that releases a tensor while the interpreter exits aborts the process (SIGABRT).
     """
     if dist.is_available() and dist.is_initialized():
         gc.collect()

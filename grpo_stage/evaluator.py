@@ -19,13 +19,13 @@ logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host
 
 
 class Evaluator:
-    """Measures the policy on evaluation prompts. Used by all ranks alike.
+    """Measures the policy on evaluation prompts. All ranks call it together.
 
     Args:
         policy: the unwrapped model.
         args: Trainer's.
         grpo_args: the recipe.
-        sampling: training's.
+        sampling: how training draws completions.
         sampler: samples and scores.
     """
 
@@ -40,7 +40,7 @@ class Evaluator:
         self._policy = policy
         self._args = args
         self._sampler = sampler
-        # Another seed than training's, and the same at every evaluation: the curve then shows the policy alone.
+        # The seed is not training's, and is the same at every evaluation: the curve then shows the policy alone.
         temperature = grpo_args.eval_temperature
         self._sampling = dataclasses.replace(
             sampling,

@@ -34,11 +34,11 @@ NON_FINITE_REMEDY = (
     "from before the first such step can be continued with `resume_from_checkpoint`."
 )
 FP16_SCALES = 16
-"""How often fp16's loss scale can be halved before it is hopeless; every time costs a step."""
+"""How often fp16's loss scale may be halved; each halving skips a step. Past that the run is hopeless."""
 
 
 class Learner:
-    """Learns from steps. Used by all ranks alike.
+    """Learns from steps. All ranks call it together.
 
     Args:
         args: Trainer's.
@@ -63,7 +63,7 @@ class Learner:
         phases: Phases,
         gather: Callable[[Any], list[Any]],
     ) -> None:
-        # Accelerate puts the policy's own forward in it, and no other model's.
+        # Accelerate wraps the forward of the policy alone in autocast; the reference needs it as well.
         autocast: Callable[[], AbstractContextManager] = accelerator.autocast
         layout = PaddedLayout(pad_token_id, accelerator.device)
         self.strategy = ReplicatedParameters(accelerator)
@@ -84,7 +84,7 @@ class Learner:
             gather=gather,
         )
         self.num_learned = 0
-        """Steps that had something to learn from and were not skipped."""
+        """Steps that had a completion with an advantage, and were not skipped."""
         self.num_skipped = 0
         """Steps in a row that were skipped."""
         self._args = args
@@ -94,11 +94,11 @@ class Learner:
         self._tracker = phases.tracker
 
     def learn(self, model: nn.Module, step: Step, global_step: int) -> torch.Tensor:
-        """Leave the gradient of a step in the parameters; none where it is skipped. The loss is the mean over ranks.
+        """Leave the gradient of a step in the parameters, or none if the step is skipped. Returns the loss.
 
         Args:
             model: the policy, wrapped (DDP) or not.
-            step: this rank's share of it.
+            step: this rank's share of the step.
             global_step: optimizer steps that are done.
 
         Raises:
@@ -110,7 +110,7 @@ class Learner:
             is_finite = all(all_gather(bool(torch.isfinite(loss)) and self.strategy.has_finite_gradient(model)))
             is_used = any(sample.is_used for sample in step.samples)
             if not self._scales_loss and not any(all_gather(is_used)):
-                model.zero_grad()  # gradients of 0 would move the weights, by momentum and by decay
+                model.zero_grad()  # with gradients of 0, momentum and weight decay would move the weights
         loss = loss * self._args.world_size
         self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
         if is_finite:
@@ -118,24 +118,24 @@ class Learner:
             self.num_learned += any(sample.teaches for sample in step.samples)
             self.objective.adapt(metrics)
             self._tracker.merge(metrics.state_dict())
-            # Trainer's own mean forgets, when it resumes, the steps of a line that is not yet written.
+            # A resume makes Trainer's own mean forget the steps since the last log line.
             self._tracker.add("loss", loss)
         else:
             self._skip(model, step, loss, global_step + 1)
         return loss
 
     def state_dict(self) -> dict[str, int]:
-        """What is counted, ready for JSON."""
+        """The counters, ready for JSON."""
         return {"num_skipped": self.num_skipped, "num_learned": self.num_learned}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.num_skipped, self.num_learned = state["num_skipped"], state["num_learned"]
 
     def _skip(self, model: nn.Module, step: Step, loss: torch.Tensor, number: int) -> None:
-        """Leave the weights as they are: optimizers pass by a parameter without a gradient."""
+        """Leave the weights as they are: optimizers ignore a parameter without a gradient."""
         limit = self._grpo_args.max_skipped_steps
         if self._scales_loss:
-            limit += FP16_SCALES  # the scaler skips the step by itself, and lowers its scale
+            limit += FP16_SCALES  # an infinite gradient has the scaler skip the step and lower its scale
             next(p.grad for p in model.parameters() if p.grad is not None).fill_(math.inf)
         else:
             model.zero_grad()
@@ -146,7 +146,7 @@ class Learner:
             os.makedirs(self._args.output_dir, exist_ok=True)
             with open(file, "w", encoding="utf-8") as kept:
                 json.dump({"step": number, "loss": str(loss.item()), **step_state(step)}, kept)
-        except OSError as error:  # a look at it is not worth the run
+        except OSError as error:  # the file is a convenience: the run goes on without it
             where = f"The batch could not be written to {file}: {error}."
         problem = f"The loss or its gradient in step {number} is not finite"
         if self.num_skipped > limit:

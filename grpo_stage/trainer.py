@@ -74,7 +74,7 @@ class GRPOTrainer(ResumableTrainer):
         super().__init__(
             model=model, args=_own(args), train_dataset=prompts, eval_dataset=eval_prompts or None, **kwargs
         )
-        # `accelerator_config` can set it as well, and several of our steps would then make one optimizer step.
+        # `accelerator_config` can set it as well; one optimizer step would then take several steps of this trainer.
         assert self.args.gradient_accumulation_steps == 1, "accumulation is folded into the number of prompts"
         disable_dropout(model)
         if grpo_args.cast_lm_head_to_fp32:
@@ -119,7 +119,7 @@ class GRPOTrainer(ResumableTrainer):
         self._prepare_scheduler = prepare_scheduler
 
     def _stateful_parts(self) -> dict[str, Part]:
-        """All that a run goes on from, under the names that checkpoints have."""
+        """Everything that a resume restores, under its name in checkpoints."""
         collector, learner = self.collector, self.learner
         parts = {
             "prompts": Part(collector.stream, Scope.RUN, is_undone=True),
@@ -184,7 +184,7 @@ class GRPOTrainer(ResumableTrainer):
                 self.collector.completions_log.print_table()
         super().log(logs, start_time)
 
-    # What ResumableTrainer asks
+    # The questions that ResumableTrainer asks
 
     @property
     def is_end_of_epoch(self) -> bool:
@@ -197,7 +197,7 @@ class GRPOTrainer(ResumableTrainer):
 
     def prepare_from(self, step: int) -> None:
         if self.grpo_args.log_completions:
-            # A rollout that waits for its first use is not sampled again, and was logged as of the next step.
+            # A rollout that waits for its first use was logged under the next step, and is not sampled again.
             self.collector.completions_log.drop_after(step + 1 if self.collector.queue else step)
 
     def check_learned(self, num_steps: int) -> None:
@@ -223,10 +223,10 @@ class GRPOTrainer(ResumableTrainer):
             f"nothing was learned. {NON_FINITE_REMEDY}"
         )
 
-    # What Trainer asks
+    # Hooks of Trainer
 
     def get_train_dataloader(self) -> DataLoader:
-        """One empty slot an optimizer step: the prompts come from the collector, whatever a step needs of them."""
+        """One empty slot for each optimizer step: the collector takes as many prompts as a step needs."""
         slots: Any = [{} for _ in range(self.collector.steps_per_epoch)]
         return DataLoader(slots, batch_size=1, collate_fn=lambda batch: batch[0])
 
@@ -235,7 +235,7 @@ class GRPOTrainer(ResumableTrainer):
         return self.collector.epochs.most(num_train_epochs), *others
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        num_epochs, num_slots = super()._init_training_state(*args)  # which restores the step
+        num_epochs, num_slots = super()._init_training_state(*args)  # restores `state.global_step`
         return self.collector.epochs.resumed_at(self.state.global_step, num_epochs, num_slots)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -243,7 +243,7 @@ class GRPOTrainer(ResumableTrainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """An evaluation to whose completions the function never applied has not measured the metric: no best one."""
+        """An evaluation without this metric, since its function never applied, cannot be the best one."""
         name = self.args.metric_for_best_model
         if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
             return False
@@ -266,17 +266,18 @@ class GRPOTrainer(ResumableTrainer):
 
 
 def _own(args: TrainingArguments) -> TrainingArguments:
-    """A copy for Trainer, whose own accumulation is 1."""
+    """A copy of the arguments for Trainer, with accumulation 1."""
     args = copy.copy(args)
-    vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles them beside the weights
+    vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles the arguments beside the weights
     args.gradient_accumulation_steps = 1
-    # A rank that runs out of memory in its first pass would broadcast once more than the others. All are alike.
+    # A rank that runs out of memory in its first pass would broadcast its buffers once more than the others do.
+    # The buffers are the same on all ranks, so nothing has to be broadcast.
     args.ddp_broadcast_buffers = False
     return args
 
 
 def _without_token(args: TrainingArguments, protocol: int) -> tuple[Any, ...]:
-    """How the arguments are pickled, into `training_args.bin`: without the token that writes to the hub."""
+    """The pickle of the arguments, for `training_args.bin`, without the token that may write to the hub."""
     reduced = object.__reduce_ex__(args, protocol)
     assert isinstance(reduced, tuple)
     constructor, arguments, state = reduced[:3]

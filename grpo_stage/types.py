@@ -1,4 +1,4 @@
-"""Records that flow through a step, and the two seams (rollout engine, reward) as Protocols.
+"""The records that flow through a step, and the Protocols of a rollout engine and of a reward.
 
 Shapes are written with one letter an axis, here and in the whole package:
 
@@ -64,7 +64,7 @@ class Completion:
     """The engine's log-probability of each token, at `RolloutEngine.logprob_temperature`."""
     finish_reason: FinishReason
     text: str
-    """What rewards see: see `rollout.decoding.completion_text`."""
+    """What rewards see: see `rollout.engines.decoding.completion_text`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +74,7 @@ class RolloutGroup:
     prompt: Prompt
     completions: tuple[Completion, ...]
     policy_version: int
-    """Read back from what the engine had loaded when it sampled, not from what it was asked to load."""
+    """The version that the engine had really loaded when it sampled, not the one that it was asked to load."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +96,11 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...] = ()
     """Each of these ends a completion: all EOS ids of the generation config, and the template's stop words."""
     seed: int = 0
-    """The run seed; see `rollout.seeds.sample_seed`."""
+    """The run seed; see `rollout.engines.seeds.sample_seed`."""
 
     @property
     def is_neutral(self) -> bool:
-        """True where only the temperature stands between the policy's logits and the sampled distribution."""
+        """Whether completions come from the policy's own distribution, with nothing but the temperature applied."""
         cuts = self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0 or self.structured_outputs is not None
         return not cuts and self.repetition_penalty == 1.0
 
@@ -112,10 +112,10 @@ class RolloutEngine(Protocol):
     logprob_temperature: float
     """The temperature of the distribution that `Completion.sampling_logprobs` refer to."""
     on_step: Callable[[], None]
-    """Called in `generate` for each token position or so; what it raises ends the rollout."""
+    """Called in `generate` about once for each token position; an exception from it ends the rollout."""
 
     def sync(self, policy: "torch.nn.Module", version: int) -> None:
-        """Make `policy`'s present weights the ones sampled from, under `version` (an optimizer step; increases)."""
+        """Sample from `policy`'s present weights from now on. `version` is their optimizer step, and increases."""
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         """Sample exactly `sampling.num_generations` completions for each prompt, in order.
@@ -130,8 +130,8 @@ class RolloutEngine(Protocol):
     def score(self, groups: Sequence[RolloutGroup]) -> "list[torch.Tensor]":
         """Log-probabilities of given completions at temperature 1: one [T] each, prompt-major.
 
-        A prompt and its completion leave room for one more token. Neither the global random state nor the policy's
-        training mode is changed.
+        A prompt and its completion must leave room for one more token. Neither the global random state nor the
+        policy's training mode is changed.
 
         Raises:
             RuntimeError: if `sync` was never called.
@@ -146,12 +146,12 @@ class RolloutEngine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingProgress:
-    """Where a run is: what a reward function gets as `trainer_state`, with the names that transformers has."""
+    """How far a run is: what a reward function gets as `trainer_state`, with transformers' names."""
 
     global_step: int = 0
     """Optimizer steps that are done."""
     max_steps: int = 1
-    """Optimizer steps of the whole run; the most that there can be with `dynamic_sampling`."""
+    """Optimizer steps of the whole run; an upper bound with `dynamic_sampling`."""
     epoch: float = 0.0
     """Epochs that are done, the fraction of the present one included."""
 
@@ -160,7 +160,7 @@ class TrainingProgress:
 
 
 class Reward(Protocol):
-    """A reward that is no function of a batch's lists."""
+    """A reward that scores groups, rather than the lists that a reward function gets."""
 
     name: str
 
@@ -168,13 +168,13 @@ class Reward(Protocol):
         """Score [P][G]; None means that the function does not apply to that completion.
 
         Raises:
-            RewardError: on anything that is not a score.
+            RewardError: if anything but a score comes out.
         """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ScoredGroup:
-    """A rollout group with its rewards, until the batch that its advantages are relative to is complete."""
+    """A rollout group with its rewards and no advantages yet: these need the whole batch."""
 
     group: RolloutGroup
     rewards: tuple[tuple[float | None, ...], ...]
@@ -182,8 +182,8 @@ class ScoredGroup:
     total_rewards: tuple[float | None, ...]
     """[G], the weighted sum over the functions that applied; None where none did."""
     old_logprobs: "tuple[torch.Tensor, ...] | None" = None
-    """[G] of [T], of the policy that sampled the group, where that is an earlier one; None where it is the present
-    one, whose log-probabilities are to be had at any time."""
+    """[G] of [T], of the policy that sampled the group, if that is an earlier one. None if it is the present policy,
+    whose log-probabilities can be computed at any time."""
     ref_logprobs: "tuple[torch.Tensor, ...] | None" = None
     """[G] of [T], of the reference."""
     energies: "tuple[torch.Tensor, ...] | None" = None
@@ -204,21 +204,21 @@ class Sample:
     prompt: Prompt
     completion: Completion
     policy_version: int
-    """The optimizer step whose policy sampled it. In that very step it is fresh: the ratio is 1."""
+    """The optimizer step whose policy sampled it. In that step the sample is fresh: its ratio is 1."""
     rewards: tuple[float | None, ...]
     """[F], unweighted."""
     total_reward: float | None
     advantage: float
     """0 where there is no total; the mean over tokens that have their own."""
     loss_mask: tuple[int, ...]
-    """[T], 1 on the tokens that the loss uses: none of a completion that is left out."""
+    """[T], 1 on the tokens that the loss uses; all 0 for a completion that is left out."""
     old_logprobs: "torch.Tensor | None" = None
-    """[T] of the policy that sampled it, by the trainer itself. None where that is the policy of the step that trains
+    """[T] of the policy that sampled it, computed by the trainer. None if that is the policy of the step that trains
     on it: the ratio is then 1 by definition."""
     ref_logprobs: "torch.Tensor | None" = None
     """[T] of the reference; None without a KL term."""
     trained_mask: "torch.Tensor | None" = None
-    """[T] float, 1 on the tokens that the policy's loss is taken of; None for all of `loss_mask`."""
+    """[T] float, 1 on the tokens that have a policy loss; None for all of `loss_mask`."""
     anchor_mask: "torch.Tensor | None" = None
     """[T] float, 1 on the tokens that are held to their old log-probability; None for none."""
     token_advantages: "torch.Tensor | None" = None
@@ -266,15 +266,15 @@ class SampleBatch(TokenBatch):
     loss_mask: "torch.Tensor"
     """[B, T] float, 1 on the tokens that the loss uses."""
     loss_weights: "torch.Tensor"
-    """[B, T] float: what each token's loss is multiplied with before summing; 0 outside `loss_mask`."""
+    """[B, T] float: the weight of each token's loss in the sum; 0 outside `loss_mask`."""
     advantages: "torch.Tensor"
     """[B], or [B, T] where each token has its own."""
     sampling_logprobs: "torch.Tensor"
     """[B, T]."""
     policy_versions: "torch.Tensor"
-    """[B] int, of the policies that sampled; -1 for a dummy."""
+    """[B] int, the version of the policy that sampled each; -1 for a dummy."""
     old_logprobs: "torch.Tensor | None" = None
-    """[B, T]; this and the next three are None where the samples have none."""
+    """[B, T]; this and the next three are None if the samples have none."""
     ref_logprobs: "torch.Tensor | None" = None
     trained_mask: "torch.Tensor | None" = None
     anchor_mask: "torch.Tensor | None" = None

@@ -33,7 +33,7 @@ def run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
     """Train with GRPO as the arguments say, and save what the host's chat and export load.
 
     Raises:
-        ValueError: for what can only be told from the data or the model's files, before the weights are loaded.
+        ValueError: if the data or the model's files show an error; raised before the weights are loaded.
     """
     with errors_masked(*(vars(part) for part in (arguments.model, arguments.training, arguments.finetuning))):
         _run_grpo(arguments, callbacks)
@@ -96,7 +96,7 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
 
 
 def _check_resume(arguments: RunArguments, record: Mapping[str, Any], num_prompts: int) -> None:
-    """Refuse to go on from a checkpoint that other rows or code made, or that has nothing left to do."""
+    """Refuse to resume from a checkpoint of other rows or code, or of a run that is finished."""
     training_args, finetuning_args = arguments.training, arguments.finetuning
     checkpoint = Path(training_args.resume_from_checkpoint)
     check_same_training(checkpoint, record, finetuning_args.resume_with_changes)

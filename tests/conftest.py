@@ -68,7 +68,7 @@ def smollm2_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(smollm2_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A randomly initialised two-layer Llama in float32 with SmolLM2's tokenizer: an ordinary checkpoint of 13 MB."""
+    """A randomly initialized two-layer Llama in float32 with SmolLM2's tokenizer: an ordinary checkpoint of 13 MB."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 

@@ -40,7 +40,7 @@ def group_advantages(
 
     The mean is always the group's. `scale_rewards` says whose standard deviation divides: the group's (DeepSeekMath,
     arXiv:2402.03300, outcome supervision), that of all rewards given (`batch`), or nothing (`none`: Dr. GRPO,
-    arXiv:2503.20783, which argues that dividing by the group's favours questions that are too easy or too hard).
+    arXiv:2503.20783, which argues that dividing by the group's favors questions that are too easy or too hard).
 
     A reward of NaN means "no reward function applied": it takes no part in any mean or deviation and its advantage is
     0. A group whose rewards are all equal, or that has fewer than two rewards, has advantages of exactly 0.
@@ -105,7 +105,7 @@ def whitened_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def whitened_group_advantages(rewards: torch.Tensor) -> torch.Tensor:
-    r"""REINFORCE++ with the group's baseline: centred in the group, divided by the batch's deviation of the result.
+    r"""REINFORCE++ with the group's baseline: centered in the group, divided by the batch's deviation of the result.
 
     .. math:: A = (r - mean_{group}(r)) / (std_{batch}(r - mean_{group}(r)) + 1e-4)
 
@@ -126,7 +126,7 @@ def whitened_group_advantages(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def decoupled_advantages(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    r"""GDPO: each reward function is normalised within the group on its own, so that none drowns another.
+    r"""GDPO: each reward function is normalized within the group on its own, so that none drowns another.
 
     .. math:: A = \sum_f w_f \frac{r_f - mean_{group}(r_f)}{std_{group}(r_f) + 1e-4},\quad
               \hat A = A / (std_{batch}(A) + 1e-4)

@@ -12,7 +12,7 @@ from grpo_stage.host.configuration_file import STAGE
 
 @wrapt.decorator
 def keep_false(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """What the host runs: it leaves out False and empty text as well, in this stage only `null` is left out."""
+    """The arguments that the host runs. The host drops False and empty text as well; in this stage only `null`."""
     arguments: dict[str, Any] = args[0] if args else kwargs["args"]
     if arguments.get("stage") != STAGE:
         return wrapped(*args, **kwargs)
@@ -21,7 +21,7 @@ def keep_false(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> dict[str,
 
 @wrapt.decorator
 def quote(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> str:
-    """The command as Markdown; pasted in a shell it runs what the Board would."""
+    """The command as Markdown; pasted into a shell it starts the same run as the Board."""
     arguments: dict[str, Any] = args[0] if args else kwargs["args"]
     if arguments.get("stage") != STAGE:
         return wrapped(*args, **kwargs)
@@ -33,9 +33,9 @@ def quote(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> str:
 def _flag(key: str, value: Any) -> str:
     if isinstance(value, list | tuple) and (len(value) != 1 or "," not in str(value[0])):
         return f"--{key} {shlex.join(map(str, value))}"
-    if isinstance(value, dict | list | tuple):  # a single item would be split at its commas
+    if isinstance(value, dict | list | tuple):  # text would be split at its commas
         text = json.dumps(value, ensure_ascii=False)
     else:
         text = str(value).lower() if isinstance(value, bool) else str(value)
-    # What looks like a flag would be taken for one.
+    # A value that looks like a flag would be read as one.
     return f"--{key}={shlex.quote(text)}" if text.startswith("--") else f"--{key} {shlex.quote(text)}"

@@ -1,7 +1,7 @@
-"""The fields of the GRPO panel: which there are, the widget of each, and its value as an argument and back.
+"""The fields of the GRPO panel: the list of them, their widgets, and the conversion of values to arguments and back.
 
-A field comes from the stage's own arguments, so that a key that is added there appears in the panel by itself, or from
-`HOST_FIELDS`, which names the host's keys that matter to this stage and that the Board has no field for.
+Fields come from the stage's own arguments, so that a new key appears in the panel by itself, and from `HOST_FIELDS`:
+keys of the host that matter to this stage and have no field in the Board.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ Kind = Literal["choice", "flag", "whole", "number", "text", "list", "mapping"]
 
 GROUPS = tuple(dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(GRPOArguments)))
 _INITIAL_VALUES = MappingProxyType({"log_completions": True})
-"""Where the form starts with another value than the run: the run view shows what `log_completions` writes."""
+"""Values of the form that differ from the defaults of a run: the run view needs `log_completions`."""
 _LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, REWARD_MODEL)})
-"""Comma-separated keys that the form shows as a multi-select, and what it offers."""
+"""Comma-separated keys that the form shows as a multi-select, with its choices."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class FormField:
     group: str
     kind: Kind
     default: Any = None
-    """What the run takes where the key is not written."""
+    """The value of the key if it is not written."""
     choices: tuple[Any, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
@@ -46,17 +46,17 @@ class FormField:
 
     @property
     def only_with(self) -> Mapping[str, Allowed]:
-        """Other keys and their values under which this one has an effect; elsewhere the field is hidden."""
+        """The values of other keys with which this key has an effect; under other values the field is hidden."""
         return ONLY_WITH.get(self.key, {})
 
     @property
     def element(self) -> str:
-        """The name of the widget in the Board's train tab, and of its texts."""
+        """The name of the widget and of its texts in the Board's train tab."""
         return PREFIX + self.key
 
     @property
     def initial(self) -> Any:
-        """What the form starts with, as the widget holds it."""
+        """The widget's value in a new form."""
         return self.to_widget(_INITIAL_VALUES.get(self.key, self.default))
 
     def widget(self) -> gr.components.Component:
@@ -70,8 +70,8 @@ class FormField:
             return gr.Dropdown(choices=list(self.choices), multiselect=True, allow_custom_value=True, **shared)
         if self.kind == "text" or self.kind == "mapping":
             return gr.Textbox(**shared)
-        # Without precision and bounds of the widget's own: it would round in silence, and answer a value beyond them
-        # with an error that does not name its field. The stage's own check does.
+        # Without the widget's own precision and bounds: it would round silently, and its error on a value beyond
+        # them does not name the field. The stage's own check does.
         return gr.Number(
             step=1 if self.kind == "whole" else 0.01,
             placeholder="–",  # noqa: RUF001 (a blank number shows 0 otherwise)
@@ -79,10 +79,10 @@ class FormField:
         )
 
     def to_argument(self, value: Any) -> Any:
-        """The widget's value as the recipe has it; None where there is nothing in the widget.
+        """The widget's value as in a recipe; None if the widget is empty.
 
         Raises:
-            ValueError: if the text of a mapping is none.
+            ValueError: if the text for a mapping is no mapping.
         """
         if value is None or (isinstance(value, str) and not value.strip()) or value == []:
             return None
@@ -93,7 +93,7 @@ class FormField:
         return value
 
     def to_widget(self, argument: Any) -> Any:
-        """The value that the widget shows for what a recipe has."""
+        """The widget's value for an argument of a recipe."""
         if self.kind == "list":
             items = argument.split(",") if isinstance(argument, str) else argument or []
             return [str(item).strip() for item in items]
@@ -104,7 +104,7 @@ class FormField:
         return argument
 
     def takes(self, argument: Any) -> bool:
-        """Whether the widget can hold what a recipe has, in its type and bounds."""
+        """Whether the widget can hold an argument of a recipe, in its type and bounds."""
         if argument is None:
             return self.default is None
         if self.kind == "choice":
@@ -137,7 +137,7 @@ def _as_text(argument: Any) -> str:
     return ",".join(map(str, argument)) if isinstance(argument, list | tuple) else str(argument)
 
 
-# Defaults as this stage has them: the host's generation defaults sample from another distribution than the policy.
+# With this stage's defaults: the host's generation defaults sample from another distribution than the policy.
 HOST_FIELDS: tuple[FormField, ...] = (
     FormField(key="max_new_tokens", group=ROLLOUT, kind="whole", default=1024, minimum=1),
     FormField(key="temperature", group=ROLLOUT, kind="number", default=1.0, minimum=0),
@@ -197,19 +197,19 @@ def _own_fields() -> Iterable[FormField]:
 FORM_FIELDS: tuple[FormField, ...] = tuple(
     sorted((*_own_fields(), *HOST_FIELDS), key=lambda field: GROUPS.index(field.group))
 )
-"""All fields, by group; within a group the stage's own first."""
+"""All fields, by group; in each group the stage's own come first."""
 
 
 def effective(values: Mapping[str, Any], eval_strategy: str) -> dict[str, Any]:
-    """What all fields come to, by key: one that has no effect beside the others is at its default.
+    """The effective values of all fields, by key: a field without effect beside the others has its default.
 
     Args:
-        values: arguments by key; a field that is not among them is at its default.
-        eval_strategy: the run's, which conditions name and no field has.
+        values: arguments by key; fields that are missing have their defaults.
+        eval_strategy: that of the run; conditions depend on it, and it has no field.
     """
     given = {field.key: values.get(field.key, field.default) for field in FORM_FIELDS}
     current = {**given, "eval_strategy": eval_strategy}
-    while True:  # a condition may name a key that has a condition itself
+    while True:  # a condition may depend on a key that has a condition itself
         settled = {
             field.key: given[field.key] if applies(field.only_with, current) else field.default
             for field in FORM_FIELDS

@@ -1,7 +1,7 @@
-"""Code of a recipe that was imported into LLaMA Board: shown, and run only once the person has confirmed it.
+"""Code of a recipe that was imported into LLaMA Board: it is shown, and runs only once the user has confirmed it.
 
-A page keeps what its recipe brought in a field of its own, and the confirmation names the hash of each file: after a
-change it has to be given again. What a person types into the form needs none.
+A page keeps the imported code of its recipe in a field of its own. A confirmation names the hash of each file, so it
+has to be repeated after a change. Code that the user types into the form needs no confirmation.
 """
 
 import json
@@ -22,16 +22,16 @@ _TRUSTED = "trust_remote_code"
 
 
 def of_recipe(recipe: Mapping[str, Any]) -> str:
-    """What of a recipe that came from elsewhere runs code, as the page keeps it."""
+    """The parts of an imported recipe that run code, in the form that the page keeps."""
     trusted = [_TRUSTED] if recipe.get(_TRUSTED) else []
     return json.dumps([*filter(is_code, _names(recipe)), *trusted])
 
 
 def to_confirm(arguments: Mapping[str, Any], imported: str) -> dict[str, str]:
-    """The imported code that a run of these arguments would run: what a confirmation names -> what is shown.
+    """The imported code that these arguments would run: from the text of a confirmation to the text that is shown.
 
     Raises:
-        ValueError: if a function cannot be one.
+        ValueError: if a function cannot be a reward function.
     """
     from_elsewhere = json.loads(imported or "[]")
     names = [name for name in _names(arguments) if name in from_elsewhere]
@@ -48,10 +48,10 @@ def _names(arguments: Mapping[str, Any]) -> list[str]:
 def refuse_unconfirmed(
     arguments: Mapping[str, Any], imported: str, confirmed: Sequence[str] | None, language: str
 ) -> None:
-    """Refuse to run code of an imported recipe that was not confirmed, or has changed since.
+    """Refuse to run imported code that is not confirmed, or has changed since.
 
     Raises:
-        ValueError: naming it.
+        ValueError: naming the code.
     """
     missing = [shown for name, shown in to_confirm(arguments, imported).items() if name not in (confirmed or ())]
     if missing:
@@ -59,7 +59,7 @@ def refuse_unconfirmed(
 
 
 class ImportedCode:
-    """The list in which a person confirms the code of an imported recipe; hidden where there is none."""
+    """The list in which a user confirms the code of an imported recipe; hidden if there is no such code."""
 
     def __init__(self) -> None:
         self.imported = gr.Textbox("[]", visible=False)
@@ -72,7 +72,7 @@ class ImportedCode:
     def choices(
         self, arguments: Mapping[str, Any], imported: str | None = None, confirmed: Sequence[str] | None = None
     ) -> gr.CheckboxGroup:
-        """The list for these arguments, whose own code all came from elsewhere where `imported` is None."""
+        """The list for these arguments; if `imported` is None, all their code is imported."""
         try:
             found = to_confirm(arguments, of_recipe(arguments) if imported is None else imported)
         except ValueError:  # which the start and the try say
@@ -81,7 +81,7 @@ class ImportedCode:
         return gr.CheckboxGroup([(shown, name) for name, shown in found.items()], value=kept, visible=bool(found))
 
     def connect(self, runner: Any, buttons: Sequence[gr.Button], inputs: set[Component]) -> None:
-        """Show the files as they are now whenever one of the buttons is about to run them."""
+        """Update the list from the present files whenever one of the buttons is about to run them."""
 
         def renew(data: dict[Component, Any]) -> Any:
             try:

@@ -1,7 +1,7 @@
-"""The texts of our elements in LLaMA Board, in its five languages: one file a language under `translations/`.
+"""The texts of our elements in LLaMA Board, in its five languages: one file for each under `translations/`.
 
-A file maps an element's name to what its widget shows (`label`, `info`, `value`, ...), under `elements`, and names to
-the sentences that we write ourselves, under `messages`. What an English field says is its key's own help text.
+A file maps, under `elements`, an element's name to the texts of its widget (`label`, `info`, `value`, ...), and under
+`messages`, names to our own sentences. The English text of a field is the help text of its key.
 """
 
 import dataclasses
@@ -16,25 +16,25 @@ from grpo_stage.arguments import GRPOArguments
 
 LANGUAGES = ("en", "ru", "zh", "ko", "ja")
 PREFIX = "grpo_"
-"""Of the names of our elements, which share one table with the host's."""
+"""Begins the names of our elements, which share one table with the host's."""
 _FOLDER = Path(__file__).with_name("translations")
 
 
 def add_texts(host_texts: dict[str, Any]) -> dict[str, Any]:
-    """The host's table with ours: element -> language -> what its widget shows."""
+    """The host's table with our texts: element -> language -> texts of its widget."""
     names = texts("en")["elements"]
     ours = {name: {language: texts(language)["elements"][name] for language in LANGUAGES} for name in names}
     return {**host_texts, **ours}
 
 
 def message(name: str, language: str, **values: Any) -> str:
-    """A sentence of ours; `values` fill its braces."""
+    """One of our own sentences; `values` fill its braces."""
     return texts(language)["messages"][name].format(**values)
 
 
 @cache
 def texts(language: str) -> dict[str, Any]:
-    """A language's file."""
+    """The content of a language's file."""
     content = yaml.safe_load((_FOLDER / f"{language}.yaml").read_text(encoding="utf-8"))
     if language == "en":
         for spec in dataclasses.fields(GRPOArguments):

@@ -1,8 +1,8 @@
-"""The Board's pages: one Board serves several (a browser's tabs, several people), and what is loaded is one page's.
+"""The state of each of the Board's pages: one Board serves several tabs and users, each with its own configuration.
 
-A field that a load changes fires the same events as one that a person changes, and the host then puts the default
-template, no adapters and no datasets in place of those that were loaded a moment ago. For a configuration of this
-stage these handlers give back what was loaded, as long as the fields that they follow from are the loaded ones.
+A field that is changed by loading fires the same events as one that the user changes. The host then replaces the
+values that were just loaded by the default template, no adapters and no datasets. For a configuration of this stage
+the handlers below return the loaded values, as long as the fields that they follow from have their loaded values, too.
 """
 
 from collections import OrderedDict
@@ -28,11 +28,11 @@ class Page:
     loaded: dict[str, Any] = field(default_factory=dict)
     """The values of the configuration that was loaded last, by element id."""
     stage: str = ""
-    """The stage that is chosen."""
+    """The chosen stage."""
     process: TrainingProcess | None = None
-    """What the page has started, or was opened with, until it has shown its end."""
+    """The process that the page has started, or was opened with, until the page has shown its end."""
     seen: Any = None
-    """What of the process the page shows."""
+    """The state of the process that the page shows."""
 
 
 _pages: OrderedDict[str, Page] = OrderedDict()
@@ -50,12 +50,12 @@ def this_page() -> Page:
 
 
 def remember(values: Mapping[str, Any]) -> None:
-    """Keep the values, by element id, of the configuration that this page has loaded last."""
+    """Keep the values, by element id, of the configuration that this page has just loaded."""
     this_page().loaded = dict(values)
 
 
 def _recall(element_id: str, **conditions: Any) -> Any:
-    """A loaded value, or None where another model, method or stage has been chosen since."""
+    """A loaded value, or None if the user has chosen another model, method or stage since."""
     loaded = this_page().loaded
     is_current = all(loaded.get(f"top.{name}") == value for name, value in conditions.items())
     return loaded.get(element_id) if is_current else None
@@ -85,12 +85,12 @@ def keep_checkpoints(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> gr.
 
 @wrapt.decorator
 def keep_dataset(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """Datasets and packing: into this stage and out of it, the event of a person's own choice sees to the datasets."""
+    """Datasets and packing. If the stage changes to or from GRPO, `tab` handles the datasets."""
     from llamafactory.extras.constants import TRAINING_STAGES
 
     datasets, packing = wrapped(*args, **kwargs)
     page = this_page()
     stages = page.stage, TRAINING_STAGES[args[0] if args else kwargs["training_stage"]]
     page.stage = stages[1]
-    # The event also comes twice for one choice: the second time nothing has changed.
+    # The event comes twice for one choice; the second time the stage has not changed.
     return (gr.skip(), packing) if STAGE in stages or stages[0] == stages[1] else (datasets, packing)

@@ -1,4 +1,4 @@
-"""Any number of pages: browser tabs, and people, that look at one Board."""
+"""Support for any number of pages (browser tabs, users) of one Board."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def serve_many_pages(engine: "Engine", train: Mapping[str, Any]) -> None:
-    """Let any number of pages start a run, open the Board while one lasts, and watch it."""
+    """Let any number of pages start a run, open the Board during a run, and watch it."""
     runner = engine.runner
     assert isinstance(runner, GRPORunner)
     _remember_what_is_resumed(engine, runner)
@@ -32,7 +32,7 @@ def _remember_what_is_resumed(engine: "Engine", runner: GRPORunner) -> None:
         runner.remember_running()
         confirmed = engine.manager.get_elem_by_id(imported_code.CONFIRMED)
         for update in host_resume():
-            # What another page has confirmed is confirmed there alone.
+            # A confirmation on another page counts there alone.
             yield {element: value for element, value in update.items() if element is not confirmed}
 
     engine.resume = resume
@@ -48,7 +48,7 @@ def _watch_by_a_timer(runner: GRPORunner, train: Mapping[str, Any]) -> None:
 
 
 def _start_at_once(runner: GRPORunner) -> None:
-    """The host lets a second page's start wait for the end of the first's, and would then train without a word."""
+    """Run a start at once: the host lets a second page's start wait for the first run, and then trains silently."""
     context = get_blocks_context()
     assert context is not None
     for event in context.fns.values():
@@ -57,9 +57,9 @@ def _start_at_once(runner: GRPORunner) -> None:
 
 
 def _hold_no_connection() -> None:
-    """Gradio's pages hold a connection to say that they are there, and a browser has six: the sixth tab freezes all.
+    """Stop Gradio's pages from holding a connection to the server: a browser has six, and the sixth tab froze all.
 
-    Without it, what a closed page had in `gr.State` is dropped when there are very many pages.
+    Without these connections, the `gr.State` of a closed page is dropped only when there are very many pages.
     """
     blocks = Context.root_block
     assert blocks is not None

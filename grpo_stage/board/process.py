@@ -1,4 +1,4 @@
-"""The Board's training process on every page that looks on: how it starts, what is shown of it, how it is stopped."""
+"""The Board's training process on every page: starting it, showing it, and its end."""
 
 import os
 import threading
@@ -27,22 +27,22 @@ _SHOWN_BYTES = 20_000
 
 
 class WatchedRunner(Runner):
-    """The Board's runner, whose process any number of pages may start and watch; other stages' as the host has it."""
+    """The Board's runner for any number of pages that start and watch a process; other stages use the host's code."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.started: set[str] = set()
-        """The output folders of the runs that were started here."""
+        """The output folders of the runs that this Board has started."""
         self._process: TrainingProcess | None = None
         self._lock = threading.RLock()
-        """Held while a process begins or ends, and while the host draws its plot, which it does in one place."""
+        """Held while a process begins or ends, and while the host draws its plot in global state."""
 
     def _is_grpo(self, data: Mapping[Component, Any]) -> bool:
-        """Whether a form is this stage's."""
+        """Whether a form has chosen this stage."""
         raise NotImplementedError
 
     def remember_running(self) -> None:
-        """A page that is opened while a run lasts gets the run's form from the host."""
+        """Note the running process for a page that is opened during a run; the host gives it the run's form."""
         data: Any = self.running_data
         if self.running and data is not None and self._is_grpo(data):
             page_state.remember({self.manager.get_id_by_elem(element): value for element, value in data.items()})
@@ -55,7 +55,7 @@ class WatchedRunner(Runner):
 
     def _launch(self, data: dict[Component, Any], do_train: bool) -> Generator[dict[Component, Any], None, None]:
         launch = super()._launch(data, do_train)
-        with self._lock:  # two pages may start at once: the second finds the first's process
+        with self._lock:  # two pages may start at once: the second one finds the process of the first
             first = next(launch)
         yield first
         yield from launch
@@ -66,9 +66,9 @@ class WatchedRunner(Runner):
         super().set_abort()
 
     def monitor(self) -> Generator[dict[Component, Any], None, None]:
-        """Begin to show a process on this page; `watched` goes on with it.
+        """Begin to show a process on this page; `watched` continues.
 
-        The host's would hold a connection as long as the process runs, and a browser has six to one server.
+        The host's `monitor` holds a connection as long as the process runs; a browser has six for one server.
         """
         with self._lock:
             data: Any = self.running_data
@@ -76,7 +76,7 @@ class WatchedRunner(Runner):
             if is_ours:
                 page = page_state.this_page()
                 page.process, page.seen = self._process or self._followed(), None
-        if data is None:  # it has ended while the page was on its way here
+        if data is None:  # the process has ended before the page came here
             return
         if not is_ours:
             yield from super().monitor()
@@ -84,7 +84,7 @@ class WatchedRunner(Runner):
         yield self.watched()
 
     def watched(self) -> Any:
-        """What this page shows of the process that it has started or was opened with, by element; each page by itself.
+        """The updates, by element, for the process that this page has started or was opened with.
 
         The elements are the host's output box, progress bar, loss viewer and SwanLab link.
         """
@@ -107,7 +107,7 @@ class WatchedRunner(Runner):
             with self._lock:
                 log, progress, info = get_trainer_info(lang, folder, do_train=True)
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
-            # The host reads every line again, the one that is being written too. The run view says what is damaged.
+            # The host reads all lines, even a half-written one. The run view reports damaged lines.
             return {get("train.output_box"): running_log(folder)}
         shown = {get(f"train.{name}"): value for name, value in info.items()}
         return {get("train.output_box"): log, get("train.progress_bar"): progress, **shown}
@@ -121,14 +121,14 @@ class WatchedRunner(Runner):
         return self._process
 
     def _release(self) -> None:
-        """The process has ended: another may be started."""
+        """Note that the process has ended, so that another can be started."""
         with self._lock:
             self.trainer, self.running_data, self._process = None, None, None
             self.running, self.aborted = False, False
         torch_gc()
 
     def _end(self, process: TrainingProcess, lang: str, folder: str) -> str:
-        """How the process ended, and what it left to read, as Markdown."""
+        """How the process ended, and its last messages, as Markdown."""
         code = process.returncode
         curves = MetricCurves(Path(folder))
         curves.update()
@@ -150,13 +150,13 @@ class WatchedRunner(Runner):
 
 
 def version_of_logs(output_dir: str) -> tuple[tuple[int, int], ...]:
-    """Another one whenever the host would show something else of a run."""
+    """A value that changes whenever the host would show something else of a run."""
     files = [os.path.join(output_dir, name) for name in (RUNNING_LOG, TRAINER_LOG, SWANLAB_CONFIG)]
     statuses = [os.stat(file) for file in files if os.path.isfile(file)]
     return tuple((status.st_size, status.st_mtime_ns) for status in statuses)
 
 
 def running_log(output_dir: str) -> str:
-    """The end of the host's log of a run, as Markdown; empty where there is none yet."""
+    """The end of the host's log of a run, as Markdown; empty if there is none yet."""
     path = Path(output_dir) / RUNNING_LOG
     return fenced(path.read_bytes()[-_SHOWN_BYTES:].decode(errors="replace")) if path.is_file() else ""

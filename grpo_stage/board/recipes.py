@@ -1,7 +1,7 @@
-"""Recipes in and out of LLaMA Board: a YAML file becomes the form's values, and the form a YAML file.
+"""Import and export of recipes in LLaMA Board: from a YAML file to the form's values, and back.
 
-Nothing of a file is lost on the way: what the form has no field for, and what a field cannot hold, goes into the
-"extra arguments", and a value that the form would add by itself is taken back there with `null`.
+An import loses nothing: keys without a field, and values that a field cannot hold, go into the "extra arguments".
+There `null` removes a value that the form would add by itself.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
 from grpo_stage.records.redaction import mask
 
 
-# The host's fields that hold a key as it is: key -> element, where their names differ.
+# Keys that a field of the host holds as they are, but under another name: key -> element.
 _RENAMED = {
     "per_device_train_batch_size": "train.batch_size",
     "neftune_noise_alpha": "train.neftune_alpha",
@@ -38,7 +38,7 @@ _RENAMED = {
     "quantization_method": "top.quantization_method",
 }
 _NO_FIELD = frozenset({"image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "output_dir"})
-"""Keys of which the host's field of that name holds another form."""
+"""Keys whose value has another form in the host's field of that name."""
 _SECTIONS = (
     ("model", ModelArguments),
     ("dataset", DataArguments),
@@ -51,7 +51,7 @@ def import_recipe(runner: GRPORunner, recipe: Mapping[str, Any]) -> dict[Compone
     """The form's values for a recipe, by element.
 
     Raises:
-        ValueError: if the recipe is another stage's, or has a key that nobody knows or a value of another type.
+        ValueError: if the recipe is one of another stage, or has an unknown key or a value of another type.
     """
     if recipe.get("stage") != STAGE:
         raise ValueError(
@@ -59,7 +59,7 @@ def import_recipe(runner: GRPORunner, recipe: Mapping[str, Any]) -> dict[Compone
             "another file, or load that stage's configuration by its own means."
         )
     wanted = {key: value for key, value in typed(dict(recipe)).items() if value is not None}
-    # The form holds `${oc.env:NAME}` as it is written: what the variable holds is none of a file's business.
+    # The form keeps `${oc.env:NAME}` as it is written, so that no file gets the variable's value.
     texts = {key for key, value in wanted.items() if isinstance(value, str | dict | list)}
     wanted |= {key: value for key, value in recipe.items() if key in texts and interpolates(value)}
     effective = {**effective_defaults(), "lora_alpha": 2 * wanted.get("lora_rank", 8), **wanted}
@@ -71,7 +71,7 @@ def import_recipe(runner: GRPORunner, recipe: Mapping[str, Any]) -> dict[Compone
 
 
 def _form_values(runner: GRPORunner, wanted: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
-    """Every input element's value, by id: the recipe's where the element can hold it, else what it starts with."""
+    """The value of every input element, by id: the recipe's if the element can hold it, else the initial one."""
     elements = {
         element_id: element
         for element_id, element in runner.manager._id_to_elem.items()
@@ -110,7 +110,7 @@ def _is_input(element: Any) -> bool:
 
 
 def _as_held(element: Any, value: Any) -> Any:
-    """A key's value as the host's element holds it, or None where it cannot."""
+    """A key's value in the form of the host's element, or None if the element cannot hold it."""
     if isinstance(element, gr.Slider):
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         return value if is_number and element.minimum <= value <= element.maximum else None
@@ -119,14 +119,14 @@ def _as_held(element: Any, value: Any) -> Any:
     if isinstance(element, gr.Textbox):
         return None if isinstance(value, dict | list) or value is None else str(value)
     if isinstance(element, gr.Dropdown) and not element.multiselect:
-        value = getattr(value, "value", value)  # an enum's
+        value = getattr(value, "value", value)  # of an enum member
         choices = [choice for _, choice in element.choices]
         return value if isinstance(value, str) and (value in choices or element.allow_custom_value) else None
     return None
 
 
 def _arguments_of(runner: GRPORunner, form: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run would get from these values of the form."""
+    """The arguments that a run would get from these values of the form."""
     data = dict.fromkeys(runner.manager.get_elem_list())
     data |= {runner.manager.get_elem_by_id(element_id): value for element_id, value in form.items()}
     if not form["top.model_name"]:
@@ -135,7 +135,7 @@ def _arguments_of(runner: GRPORunner, form: Mapping[str, Any]) -> dict[str, Any]
 
 
 def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any], effective: Mapping[str, Any]) -> dict[str, Any]:
-    """What the extra arguments have to add: the recipe's own values, and null for what is not its."""
+    """The extra arguments that are needed: the recipe's own values, and null for keys that the recipe lacks."""
     typed_made = typed(dict(made))
     needless = {key: value for key, value in effective_defaults().items() if key not in DERIVED_KEYS}
     own = {
@@ -156,12 +156,12 @@ def _booster(effective: Mapping[str, Any]) -> str:
 
 
 def _model_name(path: str) -> str:
-    """The host's name for a model, or its name for any other."""
+    """The host's name for a model, or its name for an unknown model."""
     return next((name for name, paths in SUPPORTED_MODELS.items() if path in paths.values()), "Custom")
 
 
 def _as_path(path: str) -> str:
-    """A path that the host takes as it is: one without a separator it looks for in its own folder."""
+    """The path with a separator: the host looks for a path without one in its own folder."""
     return path if os.path.sep in path else os.path.join(".", path)
 
 
@@ -170,7 +170,7 @@ def _items(value: Any) -> list[str]:
 
 
 def export_recipe(arguments: Mapping[str, Any]) -> str:
-    """A run's arguments as a YAML file to pass on, in the sections that the host's examples have, without secrets."""
+    """A run's arguments as a YAML file to share, without secrets, in the sections of the host's examples."""
     arguments = mask(arguments)
     groups = {field.key: field.group.lower() for field in FORM_FIELDS}
     for name, owner in _SECTIONS:

@@ -1,4 +1,4 @@
-"""The Board's view of a run, while it trains and when it is opened again: curves, and completions by step."""
+"""The Board's view of a run, during training and later: curves, and completions by step."""
 
 import math
 import os
@@ -22,7 +22,7 @@ from grpo_stage.records.run_files import LOG_FILE, CompletionPages, MetricCurves
 
 @dataclass(frozen=True, slots=True)
 class Plot:
-    """One plot: the metrics that it draws together, since they have one unit."""
+    """One plot of metrics that have the same unit."""
 
     name: str
     patterns: tuple[str, ...]
@@ -49,7 +49,7 @@ PAGE_SIZE = 8
 ORDERS = ("best", "worst", "sampled")
 TICK_S = 2
 _KEPT_RUNS = 32
-"""Runs whose files are kept as read; one beyond them is read again."""
+"""How many runs keep their files in memory; older ones are read again."""
 _COLORS = (
     "#4c78a8",
     "#f58518",
@@ -63,7 +63,7 @@ _COLORS = (
     "#bab0ac",
 )
 _UNSEEN = " "
-"""A curve that only makes room."""
+"""The name of an invisible curve that only sets the range of an axis."""
 _ANY = 10**9
 _LARGEST = 1.7e308
 _COLUMNS = ("step", "value", "metric")
@@ -71,7 +71,7 @@ _COLUMNS = ("step", "value", "metric")
 
 @dataclass
 class _Run:
-    """A run's files, read as far as somebody has looked."""
+    """The files of a run, as far as they were read."""
 
     curves: MetricCurves
     completions: CompletionPages
@@ -83,12 +83,12 @@ class _Run:
 
     @property
     def version(self) -> Any:
-        """Follows from the files alone, so that it is the same for a run that is read again from the beginning."""
+        """A version that depends on the files alone, so that reading a run again gives the same one."""
         return self.curves.version, self.completions.version
 
 
 class RunView:
-    """The elements, and what they show. One for a Board: several pages may look at the same run."""
+    """The elements of the view, and their content. One object for a Board: several pages may show the same run."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, _Run] = OrderedDict()
@@ -111,7 +111,7 @@ class RunView:
                             show_fullscreen_button=True,
                         )
             with gr.Row():
-                # Without bounds of the widgets' own, which answer a value beyond them with an error.
+                # Without the widgets' own bounds, since a value beyond them would give an error.
                 self._step = gr.Number(value=None, step=1, placeholder="–", elem_id="grpo_run_step")  # noqa: RUF001
                 self._order = gr.Dropdown(choices=list(ORDERS), value=ORDERS[0])
                 self._page = gr.Number(value=1, step=1, elem_id="grpo_run_page")
@@ -133,7 +133,7 @@ class RunView:
         }
 
     def connect(self, engine: Any, train: Mapping[str, Any]) -> None:
-        """Wire the events, once the host's elements are there."""
+        """Connect the events, once the host's elements exist."""
         assert isinstance(engine.runner, GRPORunner)
         top = engine.manager.get_elem_by_id
         place = [top("top.lang"), top("top.model_name"), top("top.finetuning_type"), train["output_dir"]]
@@ -158,7 +158,7 @@ class RunView:
             **quietly,
         )
         train["output_dir"].input(lambda typed: typed, [train["output_dir"]], [self._typed], **quietly)
-        # To type what stands there already is no input, but its Enter is a key.
+        # Typing the value that is already there fires no input event; its Enter fires a key event.
         train["output_dir"].key_up(_if_entered, [train["output_dir"]], [self._typed], **quietly)
         gr.on([self._step.input, self._order.input], lambda: 1, None, [self._page], **quietly)
         self._previous.click(lambda page: max(1, _bounded(page, _ANY) - 1), [self._page], [self._page], **quietly)
@@ -175,14 +175,14 @@ class RunView:
             plots: list[Any] = [gr.skip()] * len(PLOTS)
             if before is None or (before[:3], before[6]) != (now[:3], now[6]):
                 points, drawn = zip(*(_drawn(run, plot) for plot in PLOTS), strict=True)
-                # A plot that is told its frame is made anew, which takes a browser 50 times as long as new points do.
+                # A plot with a new frame is built anew, which takes a browser 50 times as long as new points.
                 changed = [
                     {name: value for name, value in frame.items() if old.get(name) != value}
                     for frame, old in zip(drawn, frames, strict=True)
                 ]
                 plots = [gr.update(value=value, **frame) for value, frame in zip(points, changed, strict=True)]
                 frames = list(drawn)
-            place, completions, page_shown = _completions(run, lang, step, order, page)  # counts damaged lines, too
+            place, completions, page_shown = _completions(run, lang, step, order, page)  # also counts damaged lines
             said = [_progress(run, lang), *_faults(run, lang), place] if is_own else [message("foreign_folder", lang)]
         return [" ".join(filter(None, said)), *plots, completions, page_shown, (now, frames)]
 
@@ -202,14 +202,14 @@ def _if_entered(folder: str, pressed: gr.KeyUpData) -> Any:
 
 
 def _folder(model_name: str | None, finetuning_type: str, output_dir: str | None) -> str:
-    """Where the host has the run of this form; empty where it has none."""
-    if not output_dir or os.path.sep in output_dir:  # the host takes such a path as it is, and warns of it each time
+    """The folder of the run of this form; empty if there is none."""
+    if not output_dir or os.path.sep in output_dir:  # the host uses such a path as it is, and warns each time
         return output_dir or ""
     return str(get_save_dir(model_name, finetuning_type, output_dir)) if model_name else ""
 
 
 def _is_saved(folder: str) -> bool:
-    """Whether the folder is one of those below the host's own, as its name says; links of the owner's are followed."""
+    """Whether the folder is below the host's own, by its name; links in it are the owner's and are followed."""
     below = Path(os.path.relpath(os.path.abspath(folder), os.path.abspath(DEFAULT_SAVE_DIR))).parts
     return not folder or (bool(below) and ".." not in (*below, *Path(folder).parts))
 
@@ -222,7 +222,7 @@ def _progress(run: _Run, lang: str) -> str:
 
 
 def _faults(run: _Run, lang: str) -> list[str]:
-    """What of the run's files is not shown, and why."""
+    """The parts of the run's files that are not shown, and why."""
     files: dict[str, MetricCurves | CompletionPages] = {LOG_FILE: run.curves, COMPLETIONS_FILE: run.completions}
     unreadable = [
         message("unreadable", lang, file=name, error=file.error) for name, file in files.items() if file.error
@@ -236,14 +236,14 @@ def _faults(run: _Run, lang: str) -> list[str]:
 
 
 def _drawn(run: _Run, plot: Plot) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A plot's points, and its frame: what else of its element depends on them."""
+    """A plot's points, and its frame: the other properties of its element that depend on them."""
     curves = {_legend(name): curve for name, curve in run.curves.matching(plot.patterns, MAX_POINTS).items()}
     values = [value for curve in curves.values() for _, value in curve]
     last = max((step for curve in curves.values() for step, _ in curve), default=1)
     points = [(step, value, name) for name, curve in curves.items() for step, value in _visible(curve, last / 100)]
-    # Colors are given name by name, so that a metric that comes later gets its own.
+    # Each name has its own color, so that a metric that comes later gets one as well.
     colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(curves)}
-    # Not by `x_lim` and `y_lim`: with either, a page of Gradio 5.50 updates itself without end.
+    # Not by `x_lim` and `y_lim`: with either of them, a page of Gradio 5.50 updates itself for ever.
     if values and (ends := _ends_around(min(values), max(values))) is not None:
         points += [(last, end, _UNSEEN) for end in ends]
         colors[_UNSEEN] = "transparent"
@@ -251,7 +251,7 @@ def _drawn(run: _Run, plot: Plot) -> tuple[pd.DataFrame, dict[str, Any]]:
 
 
 def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
-    """A line of one point draws nothing: it becomes a dash."""
+    """The curve, with a single point drawn as a dash: a line of one point is invisible."""
     if len(curve) != 1:
         return list(curve)
     step, value = curve[0]
@@ -259,15 +259,15 @@ def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
 
 
 def _ends_around(low: float, high: float) -> tuple[float, float] | None:
-    """The ends of an axis around a constant, which has no labels of its own; None around anything else."""
-    if high / 2 - low / 2 > 1e-6 * max(abs(low), abs(high)):  # the whole may be more than a float can be
+    """The ends of an axis around a constant curve, which would have no labels; None around any other curve."""
+    if high / 2 - low / 2 > 1e-6 * max(abs(low), abs(high)):  # halved, since the difference may exceed a float's range
         return None
     reach = abs(low) / 2 or 1.0
     return max(low - reach, -_LARGEST), min(high + reach, _LARGEST)
 
 
 def _legend(metric: str) -> str:
-    """What tells a metric from the others of its plot, short enough for the legend."""
+    """A short name of a metric for the legend: the part that differs from the others of its plot."""
     first, _, rest = metric.partition("/")
     if first == "rewards":
         return rest.rpartition("/")[0]
@@ -275,7 +275,7 @@ def _legend(metric: str) -> str:
 
 
 def _completions(run: _Run, lang: str, step: Any, order: Any, page: Any) -> tuple[str, dict[str, Any], Any]:
-    """Where in the run the shown completions stand, their table, and the page where it was out of range."""
+    """The position of the shown completions in the run, their table, and a new page if it was out of range."""
     steps = run.completions.steps
     if not steps:
         said = "" if run.completions.error else message("no_completions", lang)
@@ -324,5 +324,5 @@ def _is_number(value: Any) -> bool:
 
 
 def _bounded(value: Any, last: int) -> int:
-    """What was typed as a page, as one between 1 and `last`."""
+    """The typed page, brought into the range from 1 to `last`."""
     return int(max(1, min(value, last))) if _is_number(value) else 1

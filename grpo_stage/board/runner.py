@@ -1,7 +1,7 @@
-"""LLaMA Board's runner, knowing the stage: from the form to a run's arguments, and to and from saved configurations.
+"""LLaMA Board's runner for this stage: from the form to a run's arguments, and to and from saved configurations.
 
-A saved configuration holds the values of the host's elements alone, so that it opens without this package as well; the
-panel's stand among the host's own "extra arguments", under the names that they have in a recipe.
+A saved configuration has the values of the host's elements alone, so that it also opens without this package. The
+panel's values are in the host's own "extra arguments", under their names in a recipe.
 """
 
 import json
@@ -44,7 +44,7 @@ _READERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "train.max_samples": (int, "a whole number"),
     "top.quantization_bit": (lambda text: text == "none" or int(text), "a whole number"),
 }
-"""The host's fields of text that it reads numbers from, without a word of the field where it cannot."""
+"""The host's text fields that contain numbers; the host's error on a wrong number does not name the field."""
 _PIXELS = tuple(f"train.{kind}_{bound}_pixels" for kind in ("image", "video") for bound in ("max", "min"))
 
 
@@ -55,7 +55,7 @@ def grpo_runner(host_runner: type[Runner]) -> type[Runner]:
 
 
 class GRPORunner(WatchedRunner):
-    """Runs the form's training; refuses what the stage refuses before a process is started."""
+    """Runs the training of the form. What the stage refuses is refused before a process starts."""
 
     def _initialize(self, data: dict[Component, Any], do_train: bool, from_preview: bool) -> str:
         error = super()._initialize(data, do_train, from_preview)
@@ -66,7 +66,7 @@ class GRPORunner(WatchedRunner):
             with errors_masked(arguments):
                 check(arguments)
             if not from_preview:
-                refuse_used(arguments["output_dir"])  # before the host writes its form into it
+                refuse_used(arguments["output_dir"])  # before the host writes its form into the folder
                 self._refuse_unconfirmed(arguments, data)
         except ValueError as refusal:
             return harmless(str(refusal))
@@ -102,7 +102,7 @@ class GRPORunner(WatchedRunner):
     def _launch(self, data: dict[Component, Any], do_train: bool) -> Generator[dict[Component, Any], None, None]:
         for update in super()._launch(data, do_train):
             process = page_state.this_page().process
-            if process is not None and process.data is data:  # it was started, and may have ended already
+            if process is not None and process.data is data:  # the process was started, and may have ended already
                 arguments = self._parse_train_args(data)
                 folder = Path(arguments["output_dir"])
                 _keep_private(arguments, folder / LLAMABOARD_CONFIG, folder / TRAINING_ARGS)
@@ -127,7 +127,7 @@ class GRPORunner(WatchedRunner):
         folder = get_save_dir(model_name, finetuning_type, output_dir) if model_name and output_dir else ""
         path = os.path.join(folder, LLAMABOARD_CONFIG)
         if folder and os.path.isdir(folder) and not os.path.isfile(path):
-            # A run of the command line: there is something to see, and no form to fill in.
+            # A run of the command line: it can be shown, but it has no form to fill in.
             return {self.manager.get_elem_by_id("train.output_box"): ALERTS["warn_output_dir_exists"][lang]}
         if folder and os.path.isfile(path) and not self._is_configuration(path):
             return self._broken(lang, path)
@@ -149,7 +149,7 @@ class GRPORunner(WatchedRunner):
         return {self.manager.get_elem_by_id("train.output_box"): said}
 
     def restored(self, loaded: dict[Component, Any]) -> dict[Component, Any]:
-        """What the host loaded, with the panel's values out of the extra arguments; one not there has its default."""
+        """The values that the host loaded, with the panel's values from the extra arguments, or their defaults."""
         by_id = {self.manager.get_id_by_elem(element): value for element, value in loaded.items()}
         if by_id.get("train.training_stage") != STAGE_NAME:
             return loaded
@@ -165,7 +165,7 @@ class GRPORunner(WatchedRunner):
         """The arguments that a try of the rewards needs, whether or not a model is chosen.
 
         Raises:
-            ValueError: if no dataset is chosen, or a field holds what it cannot.
+            ValueError: if no dataset is chosen, or the value of a field is wrong.
         """
         if not self._value(data, "train.dataset"):
             raise ValueError(ALERTS["err_no_dataset"][self._value(data, "top.lang")])
@@ -180,10 +180,10 @@ class GRPORunner(WatchedRunner):
         """The arguments of a form in which no model may be chosen yet, with a made-up `output_dir`.
 
         Raises:
-            ValueError: if a field holds what it cannot.
+            ValueError: if the value of a field is wrong.
         """
         get = self.manager.get_elem_by_id
-        model_name = self._value(data, "top.model_name") or "Custom"  # the host joins it into a path
+        model_name = self._value(data, "top.model_name") or "Custom"  # the host makes it a part of a path
         return self._parse_train_args({**data, get("top.model_name"): model_name, get("train.output_dir"): "trial"})
 
     def _refuse_unconfirmed(self, arguments: Mapping[str, Any], data: Mapping[Component, Any]) -> None:
@@ -195,7 +195,7 @@ class GRPORunner(WatchedRunner):
 
 
 def _keep_private(arguments: Mapping[str, Any], *files: Path) -> None:
-    """Files from which the Board runs a recipe hold its secrets, as they must: they are for their owner alone."""
+    """Make files readable for their owner alone if they hold secrets: the Board runs a recipe from such files."""
     if secrets_in(arguments):
         for file in filter(os.path.isfile, files):
             os.chmod(file, 0o600)
@@ -210,7 +210,7 @@ def _refuse_unless(read: Callable[[str], Any], wanted: str, element_id: str, tex
 
 
 def _extra_arguments(text: str) -> Any:
-    """The "extra arguments", whose keys stand once: JSON alone would take the last of several."""
+    """The "extra arguments". A key may occur only once: JSON alone would take the last of several."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, count in Counter(key for key, _ in pairs).items():
@@ -222,27 +222,27 @@ def _extra_arguments(text: str) -> Any:
 
 
 def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], extra: Any) -> dict[str, Any]:
-    """The run's arguments, each once; what equals its default is left out where the form could not say otherwise.
+    """The run's arguments. A default is left out if the form cannot tell it from a choice.
 
     Args:
-        arguments: what the host makes of its own fields and of the extra arguments.
-        values: what the panel's widgets hold, by key.
-        extra: the "extra arguments", which come last: they are the person's own words, and null takes a key back.
+        arguments: the host's arguments, from its own fields and the extra arguments.
+        values: the values of the panel's widgets, by key.
+        extra: the "extra arguments", which the user wrote. They win over fields, and null removes a key.
 
     Raises:
-        ValueError: if a value is not what its field takes, or stands in the panel and in the extra arguments.
+        ValueError: if a value does not fit its field, or a key is both in the panel and in the extra arguments.
     """
     if not isinstance(extra, dict):
         raise ValueError(f"The extra arguments are {extra!r}: write a mapping in braces.")
     if arguments["stage"] != STAGE:
         raise ValueError(f"The extra arguments have `stage: {arguments['stage']}`: choose the stage in its list.")
     default = effective_defaults()
-    # The host's form writes False and empty text where nothing was chosen.
+    # The host's form writes False and empty text if nothing was chosen.
     is_choice = {key: value is not None and value is not False and value != "" for key, value in arguments.items()}
     shown = {key: value for key, value in arguments.items() if is_choice[key] or (value is False and default.get(key))}
-    shown.pop("per_device_eval_batch_size", None)  # an evaluation samples all of its prompts at once
+    shown.pop("per_device_eval_batch_size", None)  # an evaluation samples all its prompts at once
     panel = panel_arguments(values, shown)
-    if "eval_dataset" in panel:  # as the host does where there is a `val_size`
+    if "eval_dataset" in panel:  # as the host does with a `val_size`
         shown |= {"eval_strategy": "steps", "eval_steps": shown["save_steps"]}
     for key in panel.keys() & extra.keys():
         if panel[key] != extra[key]:
@@ -254,10 +254,10 @@ def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], ext
 
 
 def panel_arguments(values: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What the panel adds to the host's arguments: its fields that apply and are not at their default.
+    """The panel's arguments: the fields that have an effect and differ from their defaults.
 
     Raises:
-        ValueError: if a value is not what its field takes.
+        ValueError: if a value does not fit its field.
     """
     panel = {field.key: field.to_argument(values[field.key]) for field in FORM_FIELDS}
     evaluates = bool(panel["eval_dataset"] or arguments.get("val_size"))

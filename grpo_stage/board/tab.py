@@ -1,7 +1,7 @@
-"""GRPO in LLaMA Board's train tab: the panel behind the host's RLHF panel, and the view of a run at the end.
+"""GRPO in LLaMA Board's train tab: the panel after the host's RLHF panel, and the view of a run at the end.
 
-The host builds its tab from one set of input elements and hands their values to the runner. Ours join that set before
-the host fills it, so that they take part in all that it does with its own: preview, start, save, load, languages.
+The host builds its tab from one set of input elements and passes their values to the runner. Our elements join that
+set before the host fills it, so that preview, start, save, load and languages work for them as well.
 """
 
 import tempfile
@@ -38,8 +38,7 @@ if TYPE_CHECKING:
 
 FIELDS_IN_A_ROW = 4
 OPEN_GROUPS = ("Rollout", "Rewards")
-# What a person who chooses the stage starts with, in the host's own fields. Ten times the rate for adapters:
-# docs/configuration.md.
+# The learning rate that choosing the stage sets in the host's own field. For adapters it is ten times as high.
 LEARNING_RATES: Mapping[str, str] = {"lora": "1e-5", "oft": "1e-5", "full": "1e-6", "freeze": "1e-6"}
 SANE_VALUES: Mapping[str, Any] = {
     "lr_scheduler_type": "constant_with_warmup",
@@ -84,26 +83,26 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
 
 
 def is_grpo(stage_name: str) -> bool:
-    """Whether this entry of the Board's stage list is ours."""
+    """Whether this entry of the Board's stage list is GRPO."""
     return TRAINING_STAGES.get(stage_name) == STAGE
 
 
-def _move_behind(block: gr.blocks.Block, neighbour: gr.blocks.Block) -> None:
+def _move_behind(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
     assert block.parent is not None
-    assert block.parent is neighbour.parent
+    assert block.parent is neighbor.parent
     siblings = block.parent.children
     siblings.remove(block)
-    siblings.insert(siblings.index(neighbour) + 1, block)
+    siblings.insert(siblings.index(neighbor) + 1, block)
 
 
 def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
-    """Those that the stage can train on, and those that the folder does not know."""
+    """The datasets that the stage can train on, and those that the folder does not describe."""
     info, wants_pairs = load_dataset_info(folder), TRAINING_STAGES[stage_name] in STAGES_USE_PAIR_DATA
     return [name for name in datasets if name not in info or info[name].get("ranking", False) == wants_pairs]
 
 
 class Panel:
-    """The form of the stage's keys, with what can be done before a run: recipes in and out, a try of the rewards."""
+    """The form of the stage's keys, with import and export of recipes and a trial of the rewards."""
 
     def __init__(self) -> None:
         self.fields: dict[str, Component] = {}
@@ -131,7 +130,7 @@ class Panel:
 
     @property
     def inputs(self) -> set[Component]:
-        """Whose values reach the runner."""
+        """The elements whose values the runner gets."""
         return {*self.fields.values(), *self.code.elements.values()}
 
     def _add_rows(self, fields: list[FormField]) -> None:
@@ -158,7 +157,7 @@ class Panel:
         }
 
     def connect(self, engine: "Engine", train: Mapping[str, Any], inputs: set[Component]) -> None:
-        """Wire the events, once the host's elements are there."""
+        """Connect the events, once the host's elements exist."""
         assert isinstance(engine.runner, GRPORunner)
         self._show_what_applies(train)
         self._set_sane_values(engine, train)
@@ -169,7 +168,7 @@ class Panel:
                 recipe = read_recipe(data[self._import])
                 form = import_recipe(engine.runner, recipe)
             except ValueError as refusal:
-                gr.Warning(harmless(str(refusal)), duration=None)  # until it is closed
+                gr.Warning(harmless(str(refusal)), duration=None)  # until the user closes it
                 return {output_box: literal(str(refusal))}
             values = {element: value for element, value in form.items() if element in inputs}
             said = {output_box: message("imported", data[lang]), self.code.confirmed: self.code.choices(recipe)}
@@ -207,7 +206,7 @@ class Panel:
         train["stop_btn"].click(
             stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False
         )
-        # What was tried and exported is another form's once one is loaded.
+        # After another form is loaded, the results of a trial and an export no longer belong to it.
         gr.on([train["arg_load_btn"].click, train["output_dir"].input], hidden, None, results, cancels=[trial])
         self.code.connect(engine.runner, [self._try, train["start_btn"]], inputs)
         dataset_lists = [train["dataset_dir"], train["training_stage"]]
@@ -234,7 +233,7 @@ class Panel:
                 yield [notes, gr.update(value=scores, visible=True), False]
 
     def _show_what_applies(self, train: Mapping[str, Any]) -> None:
-        """Hide the fields that have no effect beside the others' values."""
+        """Hide the fields that have no effect beside the values of the others."""
         conditional = [field for field in FORM_FIELDS if field.only_with]
         conditions = {key for field in conditional for key in field.only_with} - {"eval_strategy"}
         watched = {key: self.fields[key] for key in sorted(conditions | {"eval_dataset"})}
@@ -257,7 +256,7 @@ class Panel:
             self.fields[field.key].visible = is_visible
 
     def _set_sane_values(self, engine: "Engine", train: Mapping[str, Any]) -> None:
-        """A person who chooses the stage gets values for it, and one who leaves it the earlier ones back."""
+        """Choosing the stage sets suitable values; leaving it restores the earlier ones."""
         finetuning_type = engine.manager.get_elem_by_id("top.finetuning_type")
         names = ["learning_rate", "compute_type", *SANE_VALUES]
         shared = [train[name] for name in names]

@@ -1,17 +1,17 @@
-"""How the Board shows texts that it did not write: all of a text, as it is, never as HTML or Markdown."""
+"""Tables and blocks for foreign texts in the Board: a text is shown whole, and never as HTML or Markdown."""
 
 import re
 from collections.abc import Sequence
 from html import escape
 
 
-# A long text scrolls in its cell; `dir` keeps one that runs from right to left from reordering its neighbors.
+# A long text scrolls in its cell; `dir` keeps right-to-left text from reordering its neighbors.
 _CELL = '<td style="vertical-align: top; padding: 4px 6px"><div dir="auto" style="{style}">{text}</div></td>'
 _TEXT_STYLE = "white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20em; overflow: auto"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], shares: Sequence[float]) -> str:
-    """An HTML table whose columns share its width in these proportions."""
+    """An HTML table; `shares` are the proportions of its columns."""
     head = "".join(
         f'<th style="width: {100 * share / sum(shares):.1f}%; padding: 4px 6px; overflow-wrap: anywhere">'
         f"{escape(header)}</th>"
@@ -31,16 +31,16 @@ def number(value: float | None) -> str:
 
 
 def fenced(text: str, language: str = "") -> str:
-    """Text as a block of Markdown's."""
+    """Text as a code block of Markdown."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text}\n{fence}"
 
 
 def literal(text: str) -> str:
-    """Text as Markdown that shows it as it is, without a block."""
+    """Text escaped for Markdown, which then shows it as it is, without a block."""
     return re.sub(r"([!-/:-@\[-`{-~])", r"\\\1", text)
 
 
 def harmless(text: str) -> str:
-    """Text for a message of the host, which is HTML in one place and Markdown in another: it brings no element."""
+    """Text escaped for a message of the host, which may be HTML or Markdown: it adds no element."""
     return text.replace("<", "&lt;").replace("![", "!&#91;")

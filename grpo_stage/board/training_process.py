@@ -1,8 +1,8 @@
 """The Board's training process.
 
-LLaMA Board trains in one process at a time. The host lets each page read the process's errors and wait for its end by
-itself, so that two pages take them from each other, and a page that is closed leaves them unread: the process then
-waits until somebody reads. Here one thread does both, and the pages ask it.
+LLaMA Board trains in one process at a time. In the host, each page reads the process's errors and waits for its end.
+Then two pages take the errors from each other, and after a page is closed nobody reads them: the process waits for a
+reader. Here one thread reads and waits, and all pages ask it.
 """
 
 import threading
@@ -17,13 +17,13 @@ _LAST_WORDS_S = 2.0
 
 
 class TrainingProcess:
-    """A process that was started, and the form that it was started from."""
+    """A training process, and the form that it was started from."""
 
     def __init__(self, process: "Popen[str]", data: Mapping[Any, Any], at_end: Callable[[], None]) -> None:
         """Follow a process.
 
         Args:
-            process: one whose standard error is a pipe.
+            process: a process whose standard error is a pipe.
             data: the form's values, by element.
             at_end: called once the process has ended, before the pages are told.
         """
@@ -39,7 +39,7 @@ class TrainingProcess:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has, and its last words are read."""
+        """Whether the process has ended and all its errors are read."""
         return self._ended.is_set()
 
     @property
@@ -49,7 +49,7 @@ class TrainingProcess:
 
     @property
     def errors(self) -> str:
-        """The last of what the process wrote to its standard error."""
+        """The end of the process's standard error."""
         return self._errors.decode(errors="replace")
 
     def _read_errors(self) -> None:
@@ -60,7 +60,7 @@ class TrainingProcess:
 
     def _follow(self) -> None:
         self._process.wait()
-        self._reader.join(_LAST_WORDS_S)  # a child of its own may hold the pipe open for longer
+        self._reader.join(_LAST_WORDS_S)  # a child process may hold the pipe open for longer
         if self._process.returncode != 0 and not self.was_aborted:
             print(self.errors)
         self._at_end()

@@ -1,6 +1,6 @@
-"""The Board's "try the rewards": `grpo-stage try-rewards` in a process of its own, and its answer as a table.
+"""The Board's "try the rewards": `grpo-stage try-rewards` in a process of its own, and its result as a table.
 
-In a process of its own, since a function of the person's is loaded anew at every try, may hang, and may take memory.
+In its own process a user's function is loaded anew at each trial, can be ended if it hangs, and frees its memory.
 """
 
 import json
@@ -24,7 +24,7 @@ POLL_INTERVAL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """How far a trial is: the seconds that it has taken, and at its end either a table or an error."""
+    """The state of a trial: its seconds so far, and at its end either a table or an error."""
 
     elapsed_s: float
     headers: Sequence[str] = ()
@@ -52,12 +52,12 @@ def try_rewards(arguments: Mapping[str, Any], num_rows: int, source: Source) -> 
                 time.sleep(POLL_INTERVAL_S)
         finally:
             if process.poll() is None:
-                process.terminate()  # its reward workers end with it
+                process.terminate()  # its reward workers end with the process
                 process.wait()
         elapsed_s = time.monotonic() - started
         if process.returncode != 0:
             said = errors.read_text(encoding="utf-8", errors="replace").strip()
-            said = said.rpartition("grpo-stage: ")[2]  # what the host warned of stands before it
+            said = said.rpartition("grpo-stage: ")[2]  # the host's warnings come before it
             yield Trial(elapsed_s, error=said or f"Exit code {process.returncode}", is_done=True)
             return
         found = json.loads(answer.read_text(encoding="utf-8"))

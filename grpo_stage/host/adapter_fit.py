@@ -1,4 +1,4 @@
-"""Whether a LoRA adapter was trained on a model of the layers that it is put on, told from its files alone."""
+"""Whether a LoRA adapter fits the layers of its model, by the adapter's files alone."""
 
 import re
 from collections.abc import Mapping
@@ -21,13 +21,13 @@ _LORA_WEIGHT = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.lora_(?P<part
 
 @dataclass(frozen=True, slots=True)
 class AdapterOnModel:
-    """An adapter and the model that it is put on, as the keys name them."""
+    """An adapter and its model, as the keys name them."""
 
     key: str
     adapter: str
-    """Its folder. What is on a hub is not looked at."""
+    """Its folder; an adapter on a hub is not checked."""
     subfolder: str | None
-    """Where it is in that folder."""
+    """The adapter's subfolder of that folder."""
     base_key: str
     base: str
 
@@ -40,12 +40,12 @@ class AdapterOnModel:
 
 
 def refuse_misfit(adapter: AdapterOnModel, model: nn.Module, is_resized: bool) -> None:
-    """Refuse an adapter that was trained on a model of other layers, and warn of one that names another model.
+    """Refuse an adapter whose layers do not fit its model, and warn of one that names another model.
 
     Args:
         adapter: the adapter.
-        model: the model that it is put on; its weights may be on the meta device.
-        is_resized: the run adds tokens, so that the output layer of the model that is loaded may have more rows.
+        model: its model; the weights may be on the meta device.
+        is_resized: whether the run adds tokens, so that the output layer of the loaded model may have more rows.
 
     Raises:
         ValueError: naming the adapter, the layer, both shapes, and the remedy.
@@ -76,7 +76,7 @@ def refuse_misfit(adapter: AdapterOnModel, model: nn.Module, is_resized: bool) -
             f"{missing[0]}: they are left out. {remedy}"
         )
     elif not may_be_same_model(trained_on, adapter.base) and adapter.base_key != "reward_model":
-        # Of a reward model's adapters `other_model_checks` warns.
+        # `other_model_checks` warns of a reward model's adapters.
         logger.warning_rank0(
             f"{adapter} was trained on {trained_on} (`base_model_name_or_path` of its adapter_config.json), and is "
             f"put on {adapter.shown_base}: unless they are the same model in two places, it is noise there. Name the "
@@ -116,7 +116,7 @@ def _refuse_other_shapes(
 
 
 def _lora_shapes(file: Path, adapter: AdapterOnModel) -> Mapping[tuple[str, str], list[int]]:
-    """By layer and matrix, the shape: from the file's header alone."""
+    """The shape of each matrix, by layer and matrix, from the file's header alone."""
     if not file.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What can be told of a LoRA adapter from its folder."""
+"""What the folder of a LoRA adapter says about it."""
 
 import json
 import os
@@ -21,17 +21,17 @@ def lora_rank(values: Any) -> int:
 
 
 def adapter_config(adapter: str, subfolder: str | None, key: str = "adapter_name_or_path") -> dict[str, Any] | None:
-    """What its adapter_config.json says; None where there is none.
+    """The content of its adapter_config.json; None if there is no such file.
 
     Raises:
-        ValueError: if that file is damaged.
+        ValueError: if the file is damaged.
     """
     file = adapter_folder(adapter, subfolder) / "adapter_config.json"
     if not file.is_file():
         return None
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(
             f"`{key}: {adapter}` cannot be read: {file} is damaged ({error}). Copy it anew, or name another one."
         ) from error
@@ -42,12 +42,12 @@ def adapter_folder(adapter: str, subfolder: str | None) -> Path:
 
 
 def may_be_hub_id(name: str) -> bool:
-    """`owner/name`, where no such path is here."""
+    """Whether the name has the form `owner/name` and no such path exists."""
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not os.path.exists(name)
 
 
 def is_adapter_on_hub(name: str) -> bool:
-    """Whether it may be a hub's: where a folder `owner` is here, it may be a mistyped path, and the hub is asked."""
+    """Whether the adapter may be on a hub. Asks the hub if a folder `owner` exists: it may be a mistyped path."""
     if not may_be_hub_id(name) or not os.path.isdir(name.split("/")[0]):
         return may_be_hub_id(name)
     try:

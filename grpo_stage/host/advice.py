@@ -1,4 +1,4 @@
-"""What is allowed and seldom meant: the run is told of it, and goes on."""
+"""Warnings of settings that are allowed and seldom meant: the run goes on."""
 
 import os
 from pathlib import Path
@@ -20,11 +20,11 @@ _MAY_NAME_CODE = (
     *("config.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
     *("generation_config.json", "video_preprocessor_config.json"),
 )
-"""Files of a model in which `auto_map` names the code that its repository brings."""
+"""Files of a model whose `auto_map` may name code of its repository."""
 
 
 def warn(arguments: "RunArguments") -> None:
-    """Say what is slow, biased or without effect, and which code of others runs here."""
+    """Warn of what is slow, biased or without effect, and name foreign code that runs here."""
     generating, training = arguments.generating, arguments.training
     neutral = {"top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "min_p": 0.0, "structured_outputs": None}
     sampling = vars(generating) | {key: getattr(arguments.finetuning, key) for key in ("min_p", "structured_outputs")}
@@ -40,7 +40,7 @@ def warn(arguments: "RunArguments") -> None:
         for model in dict.fromkeys(filter(None, (arguments.model.model_name_or_path, *others))):
             _say_remote_code(model)
     uses = finetuning.num_iterations * finetuning.steps_per_generation
-    is_off_policy = uses > 1 or finetuning.dynamic_sampling  # whose groups may wait for a later step
+    is_off_policy = uses > 1 or finetuning.dynamic_sampling  # dynamic sampling: groups may wait for a later step
     if not is_off_policy and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
         logger.warning_rank0(
             f"{', '.join(f'`{key}: {getattr(finetuning, key)}`' for key in idle)}: without effect, since this run "

@@ -1,6 +1,6 @@
-"""The bounds of the host's numbers, as `arguments.py` has those of the stage's own: one table, for every reader.
+"""The bounds of the host's numbers, as one table; `arguments.py` has those of the stage's own keys.
 
-An upper bound far from any use is there for slips of the pen. What is unusual and means something is within bounds:
+An upper bound far beyond any use catches typing errors. Unusual values that have a meaning are within bounds:
 Prodigy's `learning_rate: 1.0`, `max_grad_norm: 0` for no clipping.
 """
 
@@ -18,16 +18,16 @@ class Bound:
     """What a number of the host may be, and why."""
 
     limits: Mapping[str, float]
-    """`min` and `max` are inclusive, `above` and `below` are not."""
+    """`min` and `max` are inclusive, `above` and `below` exclusive."""
     reason: str
     remedy: str
     also: tuple[float, ...] = ()
-    """Values beyond the limits that mean something of their own."""
+    """Values beyond the limits that have a meaning of their own."""
     is_share_or_count: bool = False
-    """Below 1 it is a share, and from 1 on a whole number."""
+    """Whether a value below 1 is a share, and one from 1 on a whole number."""
 
     def broken(self, value: Any) -> str | None:
-        """What the value would have to be, in words; None if it is."""
+        """The rule that the value breaks, in words; None if it breaks none."""
         if value in self.also:
             return None
         rule = broken_bound(value, self.limits)
@@ -206,7 +206,7 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
 
 
 def refuse_out_of_bounds(values: Mapping[str, Any]) -> None:
-    """Refuse a number of the host that cannot be meant.
+    """Refuse numbers of the host that are out of bounds.
 
     Args:
         values: every key of the host, defaults included.

@@ -1,7 +1,7 @@
-"""What a run is refused for before a model is loaded: all the tables of rules, and what takes a look at files.
+"""Refusals before a model is loaded: all tables of rules, and checks that read files.
 
-`refuse_impossible` works on the keys alone, before the host parses them, so that nothing of the host's has run yet;
-`refuse_unfit` on the parsed arguments, with the model's config and a checkpoint's state file read from disk.
+`refuse_impossible` checks the keys alone, before the host parses them. `refuse_unfit` checks the parsed arguments, and
+reads the model's config and a checkpoint's state file.
 """
 
 import math
@@ -46,11 +46,11 @@ _KNOWN_NAMES = MappingProxyType(
 
 
 def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
-    """Refuse what can be told from the keys and from small local files.
+    """Refuse errors that the keys and small local files show.
 
     Args:
-        values: every key of the host and of this stage, defaults included; as written, lists still comma-separated.
-            A `vllm_*` key that the user did not write is None.
+        values: every key of the host and of this stage, defaults included, as written: lists may be comma-separated
+            text. A `vllm_*` key that the user did not write is None.
         given: the keys that the user wrote.
 
     Raises:
@@ -77,7 +77,7 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
 
     adapters = items(values.adapter_name_or_path)
     for i, adapter in enumerate(adapters):
-        # The host trains the last one, and merges the others into the model.
+        # The host trains the last adapter and merges the others into the model.
         is_trained = i == len(adapters) - 1 and not values.create_new_adapter
         config = _checked_adapter(adapter, values.adapter_folder)
         if is_trained and config is not None:
@@ -91,7 +91,7 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
 
 
 def refuse_unfit(arguments: RunArguments) -> None:
-    """Refuse what takes the parsed arguments to tell, and say what is allowed but slow or biased.
+    """Refuse errors that only the parsed arguments show, and warn of what is allowed but slow or biased.
 
     Raises:
         ValueError: naming the value, the rule, the reason and the remedy.
@@ -100,14 +100,14 @@ def refuse_unfit(arguments: RunArguments) -> None:
     check_reward_model_config(arguments)
     if arguments.finetuning.ref_model is not None:
         config_of("ref_model", arguments_for(arguments.model, arguments.finetuning.ref_model))
-    if arguments.training.should_save:  # other nodes need not see its disk
+    if arguments.training.should_save:  # other nodes may not see its disk
         check_output_folder(arguments.training.output_dir)
     check_resume(arguments)
     warn(arguments)
 
 
 def _checked_adapter(adapter: str, subfolder: str | None) -> dict[str, Any] | None:
-    """What its adapter_config.json says; None where it is on a hub."""
+    """The content of its adapter_config.json; None for an adapter on a hub."""
     config = adapter_config(adapter, subfolder)
     if config is None and not is_adapter_on_hub(adapter):
         raise ValueError(
@@ -119,7 +119,7 @@ def _checked_adapter(adapter: str, subfolder: str | None) -> dict[str, Any] | No
 
 
 def _check_names(values: SimpleNamespace) -> None:
-    """Names that the host, or transformers, looks up after the model is loaded, or answers without a remedy."""
+    """Check names that the host or transformers look up only after the model is loaded, or refuse without a remedy."""
     for key, known in _KNOWN_NAMES.items():
         name = getattr(values, key)
         if name is not None and name not in known:

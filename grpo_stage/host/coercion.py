@@ -1,4 +1,4 @@
-"""Values in the types of their keys: the host's `parse_dict` checks none."""
+"""Values converted to the types of their keys, since the host's `parse_dict` checks no types."""
 
 import difflib
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from grpo_stage.algorithm.conditions import shown
 
 
-# Text that is split at commas. A YAML list means the same, and its items stay whole.
+# Keys whose text is split at commas. A YAML list means the same, and its items are not split.
 _LISTS = frozenset(
     (
         *("dataset", "eval_dataset", "interleave_probs"),
@@ -20,7 +20,7 @@ _LISTS = frozenset(
         *("galore_target", "apollo_target", "reward_funcs", "reward_weights"),
     )
 )
-# Of these the host takes no list, so that an item with a comma cannot be written.
+# The host takes no list for these keys, so an item cannot contain a comma.
 _TEXT_ALONE = frozenset(
     (
         *("adapter_name_or_path", "ref_model_adapters", "reward_model_adapters"),
@@ -28,13 +28,13 @@ _TEXT_ALONE = frozenset(
     )
 )
 _COMMA_LISTS = _LISTS | _TEXT_ALONE
-# What the host and transformers accept beyond their own type hints.
+# Types that the host and transformers accept beyond their own type hints.
 _ALSO_ACCEPTED: Mapping[str, type] = MappingProxyType({"resume_from_checkpoint": bool, "dataset_dir": dict})
 _CONVERTED_VALUES = MappingProxyType({("scale_rewards", "true"): "group", ("scale_rewards", "false"): "none"})
 
 
 def as_hinted(key: str, value: Any, hint: Any) -> Any:
-    """The value in its key's type, as argparse would read it from the same text."""
+    """The value in its key's type, as argparse would read it from text."""
     is_union = get_origin(hint) in (Union, UnionType)
     members = list(get_args(hint) if is_union else (hint,))
     if value is None:
@@ -61,7 +61,7 @@ def as_hinted(key: str, value: Any, hint: Any) -> Any:
 
 
 def _as_list(key: str, value: Any) -> Any:
-    """A list that was written as JSON, as a command line and LLaMA Board's preview have it; else the value."""
+    """The value, or the list that it is as JSON: a command line and LLaMA Board's preview write lists so."""
     if key not in _LISTS or not isinstance(value, str) or not value.lstrip().startswith("["):
         return value
     try:
@@ -71,7 +71,7 @@ def _as_list(key: str, value: Any) -> Any:
 
 
 def _as_written(key: str, items: list[str]) -> str | list[str]:
-    """The items as text, which is the same in every form of a recipe; as a list where one of them has a comma."""
+    """The items as comma-separated text, which every form of a recipe can hold; as a list if an item has a comma."""
     torn = [item for item in items if "," in item]
     if torn and key in _TEXT_ALONE:
         raise ValueError(
@@ -102,7 +102,7 @@ def _first_that_fits(key: str, value: Any, members: list[Any]) -> Any:
         plain = get_origin(member) or member
         if member is Any or (isclass(plain) and type(value) is plain and plain is not float):
             return value
-    if dict in [get_origin(member) or member for member in members]:  # then text is a path or JSON, and no number
+    if dict in [get_origin(member) or member for member in members]:  # then text is a path or JSON, not a number
         members = [member for member in members if member is not str]
     for member in members:
         try:
@@ -115,7 +115,7 @@ def _first_that_fits(key: str, value: Any, members: list[Any]) -> Any:
 def _convert(key: str, value: Any, member: Any, members: list[Any]) -> Any:
     plain = get_origin(member) or member
     converter = _CONVERTERS.get(plain)
-    if converter is None:  # a class of its own, such as a path: the host's to check
+    if converter is None:  # a special class, such as a path: the host checks it
         return value
     try:
         return converter(value)
@@ -156,7 +156,7 @@ def _whole(value: float) -> int:
 def _to_float(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError(value)
-    number = value if isinstance(value, int) else _number(value)  # an int may mean a count, as in `val_size: 1`
+    number = value if isinstance(value, int) else _number(value)  # an int may be a count, as in `val_size: 1`
     if not math.isfinite(number):
         raise ValueError(value)
     return number
@@ -211,12 +211,12 @@ def _expected(members: list[Any]) -> str:
 
 
 def did_you_mean(name: Any, known: Iterable[str]) -> str:
-    """A sentence with the nearest name and a space behind it, or nothing."""
+    """A sentence with the nearest name and a trailing space, or an empty text."""
     by_lower = {one.lower(): one for one in known}
     near = difflib.get_close_matches(str(name).lower(), by_lower, n=1)
     return f"Did you mean `{by_lower[near[0]]}`? " if near else ""
 
 
 def as_plain(value: Any) -> Any:
-    """The text of a choice, which the host's defaults have as a member of an enumeration."""
+    """The text of a choice; in the host's defaults a choice may be a member of an enumeration."""
     return value.value if isinstance(value, Enum) else value

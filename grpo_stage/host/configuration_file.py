@@ -1,6 +1,6 @@
 """A recipe on the command line: a YAML or JSON file with `key=value` behind it, read as the host reads it.
 
-What cannot be read is refused with the file, the place in it, and what to write. Nothing of the host is imported.
+Errors name the file, the place in it, and what to write. Nothing of the host is imported.
 """
 
 import inspect
@@ -44,7 +44,7 @@ _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 
 
 def stage_of(arguments: RawArguments) -> str | None:
-    """Read the stage from arguments that are not parsed yet."""
+    """The stage in arguments that are not parsed yet."""
     if isinstance(arguments, dict):
         return arguments.get("stage")
     stage = None
@@ -57,7 +57,7 @@ def stage_of(arguments: RawArguments) -> str | None:
 
 
 def read_command_line(arguments: list[str]) -> RawArguments:
-    """Read arguments as the host does: a YAML or JSON file with overrides behind it, or flags.
+    """Read arguments as the host does: a YAML or JSON file followed by overrides, or flags.
 
     Raises:
         ValueError: if they are neither, or the file cannot be read.
@@ -108,7 +108,7 @@ def read_configuration(path: str, overrides: list[str]) -> dict[str, Any]:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Refuse words behind a configuration file that are no `key=value`, which the host takes for keys without a value.
+    """Refuse words after a configuration file that are no `key=value`: the host takes them for keys without a value.
 
     Raises:
         ValueError: naming the word and what to write.
@@ -147,12 +147,12 @@ def check_first_word(arguments: list[str]) -> None:
 def resolved(values: dict[str, Any]) -> dict[str, Any]:
     r"""The values with OmegaConf's `${key}` and `${oc.env:NAME}` replaced; `\${` stands for the text itself.
 
-    The host leaves them as they are, so that a folder is called `${oc.env:HOME}`. A recipe alone must not send what
-    the environment holds to anyone, so that `oc.env` counts only where a value stays on this machine, or is a secret
-    by its key. What is read so, and is a secret, is kept out of what is said.
+    The host does not replace them, so that a folder would be called `${oc.env:HOME}`. A recipe must not be able to
+    send environment variables elsewhere, so `oc.env` is accepted only if the value stays on this machine, or if its
+    key is that of a secret. Secrets from the environment are masked in messages.
 
     Raises:
-        ValueError: naming the key, the value, and what is undefined, or must not read the environment.
+        ValueError: naming the key, the value, and the part that is undefined or may not read the environment.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -200,7 +200,7 @@ def _resolved(key: str, values: dict[str, Any]) -> Any:
 
 @contextmanager
 def _environment_read() -> Iterator[dict[str, str]]:
-    """The variables that `oc.env` reads meanwhile, whichever way a value gets there, and what they hold."""
+    """The variables that `oc.env` reads in this block, with their values."""
     from omegaconf import OmegaConf
     from omegaconf.resolvers import oc
 
@@ -222,7 +222,7 @@ def _environment_read() -> Iterator[dict[str, str]]:
 
 
 def _may_read(key: str, raw: str, text: str, secrets: set[str]) -> bool:
-    """Whether the environment may be in the value of `key` that was written `raw` and has become `text`."""
+    """Whether the value of `key`, written `raw` and resolved to `text`, may contain an environment variable."""
     if key == "reward_kwargs" or key.endswith(("_token", "_api_key")) or _NUMBER.fullmatch(text):
         return True
     if key == "reward_model" and _ONE_VARIABLE.fullmatch(raw):
@@ -230,13 +230,13 @@ def _may_read(key: str, raw: str, text: str, secrets: set[str]) -> bool:
     if any(secret in text for secret in secrets):
         return False
     paths = [part.strip() for part in text.split(",")]
-    # A colon begins an address, or a place such as `REMOTE:owner/name` and `hf::`.
+    # A colon is part of an address, or of a place such as `REMOTE:owner/name` and `hf::`.
     is_here = key in _FOLDERS or (key in _MODELS and all(path.startswith(("/", "./", "../")) for path in paths))
     return is_here and ":" not in text
 
 
 def _texts(raw: Any, found: Any) -> Iterator[tuple[str, str]]:
-    """The texts in a value that interpolate, each with what it became."""
+    """The texts in a value that interpolate, each with its resolved text."""
     if isinstance(raw, dict):
         for each, became in zip(raw.values(), found.values(), strict=True):
             yield from _texts(each, became)
@@ -248,7 +248,7 @@ def _texts(raw: Any, found: Any) -> Iterator[tuple[str, str]]:
 
 
 def interpolates(value: Any) -> bool:
-    """Whether a value refers to others or to the environment, at any depth."""
+    """Whether a value, at any depth, refers to other keys or to the environment."""
     if isinstance(value, dict):
         return any(map(interpolates, value.values()))
     if isinstance(value, list | tuple):
@@ -290,7 +290,7 @@ def _place(error: Exception) -> str:
 
 
 def _problem(error: Exception) -> str:
-    """What an exception of a library says, on one line."""
+    """The message of a library's exception, on one line."""
     if isinstance(error, json.JSONDecodeError):
         return error.msg
     text = getattr(error, "problem", None) or str(error).splitlines()[0]

@@ -1,6 +1,6 @@
-"""The datasets of a run as files: what `dataset_info.json` says of them, and where a file is broken.
+"""The datasets of a run as files: their descriptions in `dataset_info.json`, and the places where a file is broken.
 
-The host and `datasets` name neither the key, nor the file, nor the line.
+The host and `datasets` name neither the key, nor the file, nor the line of an error.
 """
 
 import difflib
@@ -27,17 +27,17 @@ _MEDIA = ("images", "videos", "audios")
 
 
 def check_descriptions(named: Iterable[tuple[str, str]], dataset_dir: Any) -> None:
-    """Refuse datasets that are not described, or that this stage cannot train on.
+    """Refuse datasets that have no description, or that this stage cannot train on.
 
     Args:
-        named: the key that names a dataset, and the dataset.
-        dataset_dir: as the host takes it: a folder with a dataset_info.json, or its content.
+        named: pairs of a key and the dataset that it names.
+        dataset_dir: the host's key: a folder with a dataset_info.json, or the content of such a file.
 
     Raises:
         ValueError: naming the key, the dataset, the file, the reason and the remedy.
     """
     if dataset_dir == "ONLINE" or str(dataset_dir).startswith("REMOTE:"):
-        return  # described on a hub, or not at all: the loader's to check
+        return  # described on a hub, or not at all: the loader checks it
     named = list(named)
     file = "`dataset_dir`" if isinstance(dataset_dir, dict) else str(Path(dataset_dir) / DATA_CONFIG)
     descriptions = dataset_dir if isinstance(dataset_dir, dict) else _read_descriptions(dataset_dir)
@@ -62,7 +62,7 @@ def check_descriptions(named: Iterable[tuple[str, str]], dataset_dir: Any) -> No
 
 
 def check_files(named: Iterable[tuple[str, str]], dataset_dir: Any) -> None:
-    """Refuse local datasets whose files are not there, are empty, or of an ending that the host does not read.
+    """Refuse local datasets with files that are missing, empty, or of a type that the host does not read.
 
     Raises:
         ValueError: naming the key, the dataset, the file and the remedy.
@@ -73,7 +73,7 @@ def check_files(named: Iterable[tuple[str, str]], dataset_dir: Any) -> None:
 
 
 def defect_of(key: str, name: str, dataset_dir: Any) -> str | None:
-    """What is wrong in a dataset's local files, with the place; None if nothing is seen."""
+    """The first defect in a dataset's local files, with its place; None if there is none."""
     path = _local_path(name, dataset_dir)
     for file in () if path is None else _files(path):
         if file.suffix in (".json", ".jsonl") and (defect := _json_defect(file)) is not None:
@@ -177,7 +177,7 @@ def _json_defect(file: Path) -> str | None:
 
 
 def _mixed_types(place: str, row: Mapping[str, Any], types: dict[str, tuple[str, str]]) -> str | None:
-    """How a row's columns differ from the rows before, whose types and places are kept in `types`."""
+    """How the types of a row's columns differ from earlier rows; `types` has the types so far and their places."""
     for column, value in row.items():
         if value is None:
             continue
@@ -189,7 +189,7 @@ def _mixed_types(place: str, row: Mapping[str, Any], types: dict[str, tuple[str,
 
 
 def _rows(text: str) -> Iterator[tuple[str, Any]]:
-    """Each row with its place. Rows may stand in one line, or have several, as `datasets` takes them."""
+    """Each row with its place. As in `datasets`, a line may have several rows, and a row several lines."""
     if text.lstrip().startswith("["):
         for number, row in enumerate(json.loads(text), start=1):
             yield f"row {number}", row
@@ -202,7 +202,7 @@ def _rows(text: str) -> Iterator[tuple[str, Any]]:
             row, end = decoder.raw_decode(text, start)
         except json.JSONDecodeError:
             begins, ends = text.rfind("\n", 0, start) + 1, text.find("\n", start)
-            try:  # a row is mostly one line, and one that ends too soon is broken there, not in the next
+            try:  # most rows are one line; a line that ends too soon is broken itself, not the next one
                 decoder.raw_decode(text[begins : ends if ends >= 0 else None], start - begins)
             except json.JSONDecodeError as error:
                 error.lineno = line

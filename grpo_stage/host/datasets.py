@@ -1,8 +1,8 @@
-"""The host's dataset loader, made to give prompts with whole references and every column of the row.
+"""The host's dataset loader, extended to give prompts with whole references and every column of the row.
 
-`get_dataset(stage="ppo")` does the loading, mixing, sampling and splitting. While it runs, the functions that it
-looks up are replaced: the converter, which alone sees the raw row, the processor, which encodes, and the split.
-Between them, and in what comes out, a row is one JSON string, so that datasets of any columns can be mixed.
+`get_dataset(stage="ppo")` loads, mixes, samples and splits. While it runs, three of its functions are replaced: the
+converter, which alone sees the raw row; the processor, which encodes; and the split. Between them, and in the result,
+a row is one JSON string, so that datasets with different columns can be mixed.
 """
 
 import copy
@@ -44,13 +44,13 @@ ROW = "_grpo_row"
 """The one column of a converted and of a processed dataset."""
 MEDIA_FIELDS = ("images", "videos", "audios")
 SHOWN_FIELDS = 6
-"""Of a value that is no reference."""
+"""How many fields a message names of a value that is no reference."""
 COLUMN_FIELDS = {
     "alpaca": ("prompt", "query", "response", "history"),
     "sharegpt": ("messages",),
     "openai": ("messages",),
 }
-"""The fields of `DatasetAttr` that name a column, beside the ones that all formats share."""
+"""The fields of `DatasetAttr` that name a column, beside those that all formats share."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class PromptData:
 
     train: list[Prompt]
     evaluation: list[Prompt]
-    """Empty where the run has no `val_size` and no `eval_dataset`."""
+    """Empty if the run has neither `val_size` nor `eval_dataset`."""
 
 
 def load_prompts(
@@ -71,7 +71,7 @@ def load_prompts(
     training_args: "Seq2SeqTrainingArguments",
     finetuning_args: "GRPOArguments",
 ) -> PromptData:
-    """Load the run's datasets as the host would, and encode their prompts with its template.
+    """Load the run's datasets as the host does, and encode their prompts with its template.
 
     Raises:
         ValueError: if there is no dataset, a row cannot be a prompt, or no row is left.
@@ -80,7 +80,7 @@ def load_prompts(
         raise ValueError("No prompts to train on: name a dataset of dataset_info.json in `dataset`.")
     check_files(_named(data_args), data_args.dataset_dir)
     data_args = copy.copy(data_args)
-    data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt cannot tell its dataset
+    data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt's dataset is unknown
     reward_columns = cast(dict[str, str], finetuning_args.reward_columns or {})
     with _prompt_pipeline(finetuning_args.reference_column, reward_columns):
         try:
@@ -101,7 +101,7 @@ def load_prompts(
             ) from error
 
     held_out = datasets.get("eval_dataset") or {}
-    if not isinstance(held_out, dict):  # what `val_size` splits off
+    if not isinstance(held_out, dict):  # the prompts that `val_size` splits off
         held_out = {None: held_out}
     cutoff_len, overlong = data_args.cutoff_len, finetuning_args.overlong_prompts
     train = build_prompts(datasets["train_dataset"][ROW], cutoff_len, overlong)
@@ -116,7 +116,7 @@ def load_prompts(
 
 
 def _defect(data_args: "DataArguments") -> str | None:
-    """What is wrong in the files of the run's datasets, as far as it is seen."""
+    """The first defect in the files of the run's datasets; None if there is none."""
     defects = (defect_of(key, name, data_args.dataset_dir) for key, name in _named(data_args))
     return next(filter(None, defects), None)
 
@@ -126,7 +126,7 @@ def _named(data_args: "DataArguments") -> list[tuple[str, str]]:
 
 
 def _check_split(dataset: Any, val_size: float) -> None:
-    """`datasets` names the share and the rows of a split that leaves nothing, and no key."""
+    """Refuse a split that leaves no rows: the error of `datasets` names no key."""
     num_rows = len(dataset)
     num_held_out = int(val_size) if val_size >= 1 else math.ceil(val_size * num_rows)
     if num_held_out >= num_rows:
@@ -157,7 +157,7 @@ def _prompt_pipeline(reference_column: str | None, reward_columns: Mapping[str, 
         return PromptProcessor(template, tokenizer, processor, data_args, reference_column, dict(reward_columns))
 
     def split(dataset: Any, eval_dataset: Any, data_args: "DataArguments", seed: int) -> Any:
-        if dataset is not None and data_args.val_size > 1e-6:  # the host's bound
+        if dataset is not None and data_args.val_size > 1e-6:  # as the host does
             _check_split(dataset, data_args.val_size)
         return host_split(dataset, eval_dataset, data_args, seed)
 
@@ -172,14 +172,14 @@ def _prompt_pipeline(reference_column: str | None, reward_columns: Mapping[str, 
 
 @dataclass
 class PromptConverter:
-    """A host converter that keeps the raw row, and takes rows that have a prompt and no answer.
+    """A converter of the host that keeps the raw row, and accepts rows with a prompt and no answer.
 
     Dates and decimals of the raw row become strings; what JSON cannot hold (bytes, decoded media) becomes None.
     """
 
     host: DatasetConverter
     version: str = field(default=__version__)
-    """Part of the datasets cache's key, which sees a callable's attributes but not its code."""
+    """Part of the key in the cache of `datasets`, which depends on a callable's attributes but not on its code."""
 
     def __call__(self, example: dict[str, Any]) -> dict[str, str]:
         row = dict(example)
@@ -202,7 +202,7 @@ class PromptConverter:
         fields = (*COLUMN_FIELDS.get(attr.formatting, ()), "system", "tools", *MEDIA_FIELDS)
         named = {name: getattr(attr, name) for name in fields if getattr(attr, name) is not None}
         for name, column in named.items():
-            # Alpaca's `input` and `output` are looked for unasked: a row of a prompt alone has neither.
+            # Alpaca's `input` and `output` are default columns: a row with a prompt alone has neither.
             if column not in row and not (name in ("query", "response") and column == getattr(DatasetAttr, name)):
                 raise ValueError(
                     f"Dataset {attr} has no column `{column}` (its {name}): it has {_names(row)}. "
@@ -217,12 +217,12 @@ class PromptConverter:
                 )
 
     def _with_answer(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row as the host's converter takes it, with an empty answer where it has none."""
+        """The row for the host's converter, with an empty answer if it has none."""
         attr = self.host.dataset_attr
         if attr.formatting == "alpaca":
             row = {attr.query: None, attr.response: None, **row}
             if not isinstance(row[attr.response], list | dict):
-                row[attr.response] = _as_text(row[attr.response])  # the host takes no answer that is a number for one
+                row[attr.response] = _as_text(row[attr.response])  # the host ignores an answer that is a number
             for column in (attr.prompt, attr.query):
                 if column is not None and not isinstance(row[column], str | None):
                     raise ValueError(
@@ -245,7 +245,7 @@ class PromptConverter:
         return row
 
     def _structured_answer(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        """An answer that is no text, which the host takes for none; whether it is needed is seen later."""
+        """An answer that is no text, which the host ignores; a later check shows whether it is needed."""
         attr = self.host.dataset_attr
         answer = row.get(attr.response) if attr.formatting == "alpaca" else None
         return [{"role": Role.ASSISTANT.value, "content": answer}] if isinstance(answer, list | dict) else []
@@ -253,10 +253,10 @@ class PromptConverter:
 
 @dataclass
 class PromptProcessor(DatasetProcessor):
-    """Encodes prompts as the host's unsupervised processor does, uncut, and with an empty answer.
+    """Encodes prompts as the host's unsupervised processor does, but uncut and with an empty answer.
 
-    Under a reasoning template that does not think, the host's prompt depends on whether the *answer* holds a thought.
-    A prompt is sampled from without an answer, so none may shape it: this is how the host's chat encodes, too.
+    Under a reasoning template with thinking off, the host's prompt depends on whether the *answer* contains a thought.
+    Sampling starts without an answer, so the prompt must not depend on it. The host's chat encodes in the same way.
     """
 
     reference_column: str | None
@@ -278,7 +278,7 @@ class PromptProcessor(DatasetProcessor):
 
     def _record(self, row: dict[str, Any]) -> dict[str, Any] | None:
         prompt, system = row["prompt"], row["system"]
-        if len(prompt) % 2 != 1:  # turns that do not alternate: the host has warned
+        if len(prompt) % 2 != 1:  # turns that do not alternate: the host has warned of them
             return None
         for message in prompt:
             if not isinstance(message["content"], str):
@@ -308,10 +308,10 @@ class PromptProcessor(DatasetProcessor):
         return token_ids
 
     def _reference(self, row: dict[str, Any]) -> str | None:
-        """The row's answer as text; an empty one is none."""
+        """The row's answer as text; None if it is empty."""
         columns = row["columns"]
         if self.reference_column is None:
-            # A rated (KTO) row has an empty turn first where its answer is a bad one.
+            # A rated (KTO) row whose answer is bad begins with an empty turn.
             answer = row["response"][0]["content"] if row["response"] else None
             if isinstance(answer, list | dict):
                 raise ValueError(
@@ -337,7 +337,7 @@ class PromptProcessor(DatasetProcessor):
         return _as_text(value) or None
 
     def _reward_columns(self, columns: dict[str, Any]) -> dict[str, Any]:
-        """The fields that `reward_columns` names, as columns; one whose column this dataset lacks is left out."""
+        """The fields that `reward_columns` names, as columns, without those whose column this dataset lacks."""
         found = {}
         for name, path in self.reward_columns.items():
             if path not in columns and path.partition(".")[0] not in columns:
@@ -352,10 +352,10 @@ class PromptProcessor(DatasetProcessor):
 
 
 def _at(columns: dict[str, Any], path: str) -> Any:
-    """The value at a dotted path such as `reward_model.ground_truth` or `answers.0`; a column of that name wins.
+    """The value at a dotted path such as `reward_model.ground_truth` or `answers.0`; a column with that name wins.
 
     Raises:
-        LookupError: saying what is there instead.
+        LookupError: naming the fields that exist.
     """
     if path in columns:
         return columns[path]
@@ -395,7 +395,7 @@ def _kind(value: Any) -> str:
 
 
 def _fields(path: str, value: Any) -> str:
-    """The first paths below `path` that lead to one value, for a message."""
+    """The first paths below `path` that lead to a single value, for a message."""
 
     def walk(path: str, value: Any) -> Iterator[str]:
         if isinstance(value, list | dict):
@@ -408,7 +408,7 @@ def _fields(path: str, value: Any) -> str:
 
 
 def _report_rows(prompt_set: PromptSet, split: str, cutoff_len: int, overlong_prompts: str) -> None:
-    """Say which rows gave no prompt or a shorter one, and refuse to go on with none."""
+    """Log how many rows gave no prompt or a shortened one, and refuse to go on without prompts."""
     num_rows, num_overlong, num_unreadable = prompt_set.num_rows, prompt_set.num_overlong, prompt_set.num_unreadable
     longer = f"{num_overlong} of {num_rows} {split} prompts: longer than `cutoff_len` ({cutoff_len} tokens)"
     broken = f"{num_unreadable} of {num_rows} {split} rows: turns that do not alternate, the user's first"
@@ -424,7 +424,7 @@ def _report_rows(prompt_set: PromptSet, split: str, cutoff_len: int, overlong_pr
 
 
 def _as_text(value: Any) -> str | None:
-    """A dataset's value as text: lists and mappings (of tools) as JSON, numbers as Python writes them."""
+    """A value of a dataset as text: lists and mappings (of tools) as JSON, numbers as Python writes them."""
     if value is None or isinstance(value, str):
         return value
     return _to_json(value) if isinstance(value, list | dict) else str(value)

@@ -39,13 +39,13 @@ def start_engine(
 
 
 def changes_to_files(arguments: RunArguments, model: Any) -> tuple[str, ...]:
-    """What the host did to the model after, or while, reading `model_name_or_path`."""
+    """How the loaded model differs from the files of `model_name_or_path`."""
     model_args = arguments.model
     adapters = model_args.adapter_name_or_path or []
     changes = {
         "quantized": getattr(model, "quantization_method", None) is not None,
         "with merged adapters": len(adapters) > 1 or (adapters and arguments.finetuning.create_new_adapter),
-        # PiSSA and its like take the adapter's first value out of the base.
+        # PiSSA and similar methods subtract the adapter's initial value from the base.
         "less the adapter's initial value": any(
             isinstance(getattr(config, "init_lora_weights", None), str)
             for config in getattr(model, "peft_config", {}).values()

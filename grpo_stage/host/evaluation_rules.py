@@ -1,4 +1,4 @@
-"""What an evaluation needs, and what compares evaluations: refused where a run has no prompts, or never evaluates."""
+"""Rules of evaluations: what needs evaluation prompts, and what compares evaluations of a run."""
 
 import difflib
 from types import SimpleNamespace
@@ -10,7 +10,7 @@ from grpo_stage.records.evaluation import rewarding_metrics
 
 
 def _wants_best(v: SimpleNamespace) -> bool:
-    """True where the run compares its evaluations."""
+    """Whether the run compares its evaluations."""
     keys = ("load_best_model_at_end", "early_stopping_steps", "metric_for_best_model")
     return any(getattr(v, key) for key in keys) or v.save_strategy == "best"
 
@@ -82,10 +82,10 @@ EVALUATION_RULES = (
 
 
 def check_best_metric(values: SimpleNamespace) -> None:
-    """Refuse a measure of the best model that is no reward of this run's evaluations.
+    """Refuse a `metric_for_best_model` that is no reward of this run's evaluations.
 
     Raises:
-        ValueError: naming the measure, and those that there are.
+        ValueError: naming the metric, and those that exist.
     """
     if not _wants_best(values):
         return
@@ -119,4 +119,4 @@ def _is_negative(weight: Any) -> bool:
     try:
         return float(weight) < 0
     except (TypeError, ValueError):
-        return False  # no number: refused with the other weights
+        return False  # not a number: another check refuses it

@@ -1,4 +1,4 @@
-"""The host symbols that a run uses, each once; `contract.py` checks them before a run.
+"""The host symbols that a run uses, each imported once; `plugin.contract` checks them before a run.
 
 Importing this module imports the host.
 """
@@ -61,11 +61,11 @@ __all__ = [
 
 
 def closing_tokens(template: Any, tokenizer: Any) -> tuple[int, ...]:
-    """What the host's `stage: rm` puts behind an answer: the end token, and in many templates a line break."""
+    """The tokens that the host's `stage: rm` puts after an answer: the end token, often with a line break."""
     slots, content = template.format_assistant.slots, "a"
     position = next(i for i, slot in enumerate(slots) if isinstance(slot, str) and "{{content}}" in slot)
     before, _, _ = slots[position].partition("{{content}}")
-    # Encoded with some content, as in training: there are tokenizers that encode the start of a text otherwise.
+    # Encoded with some content, as in training: some tokenizers encode the start of a text differently.
     opening = template._convert_elements_to_ids(tokenizer, [*slots[:position], before + content])
     answer = template._convert_elements_to_ids(tokenizer, template.format_assistant.apply(content=content))
     closing = answer[len(opening) :]
@@ -76,26 +76,26 @@ class MetricsLogCallback(LogCallback):
     """The host's LogCallback, which writes a fixed set of keys to trainer_log.jsonl, with every metric added.
 
     LLaMA Board reads that file, so the host's own keys stay as they are and win over a metric of the same name. A
-    resumed run takes the file up at its checkpoint's step, and estimates its end from its own steps.
+    resumed run continues the file at its checkpoint's step, and estimates the remaining time from its own steps.
     """
 
     def __init__(self) -> None:
         before = signal.getsignal(signal.SIGABRT)
         super().__init__()
         if before is not None and signal.getsignal(signal.SIGABRT) is not before:
-            signal.signal(signal.SIGABRT, before)  # the host's stops nothing before the first step
+            signal.signal(signal.SIGABRT, before)  # the host's handler stops nothing before the first step
         self._metrics: deque[dict[str, Any]] = deque()
         self._first_step = 0
         self._log: LineLog | None = None
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The host deletes the log where the folder may be overwritten, in a resumed run too."""
+        """Keep the log of a resumed run: with `overwrite_output_dir` the host deletes it."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._first_step = state.global_step
         if args.should_save:
             self._log = LineLog(os.path.join(args.output_dir, TRAINER_LOG))
-            # From the start, even the evaluation before the first step is done again, and so is the end of the run.
+            # A run from the start repeats the evaluation before the first step, and every run repeats its end.
             self._log.keep(lambda line: 0 < self._first_step >= line["current_steps"] and "train_loss" not in line)
         super().on_train_begin(args, state, control, **kwargs)
 
@@ -106,11 +106,11 @@ class MetricsLogCallback(LogCallback):
         self.remaining_time = str(timedelta(seconds=int((self.max_steps - cur_steps) * seconds_per_step)))
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save and self.thread_pool is not None:  # then the host writes exactly one line
+        if args.should_save and self.thread_pool is not None:  # the host then writes exactly one line
             self._metrics.append({k: v for k, v in state.log_history[-1].items() if k != "step"})
         super().on_log(args, state, control, **kwargs)
         if self.thread_pool is not None:
-            self.thread_pool.submit(int).result()  # the line is written before a checkpoint of its step is
+            self.thread_pool.submit(int).result()  # waits: the line has to be on disk before its step's checkpoint
 
     def _write_log(self, output_dir: str, logs: dict[str, Any]) -> None:
         log = self._log or LineLog(os.path.join(output_dir, TRAINER_LOG))
@@ -118,7 +118,7 @@ class MetricsLogCallback(LogCallback):
 
 
 class PissaCallback(PissaConvertCallback):
-    """The host's conversion, relative to the adapter that the run began with, which a resume must not replace."""
+    """The host's conversion, relative to the initial adapter of the run; a resume must not replace that adapter."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         initial = os.path.join(args.output_dir, "pissa_init")

@@ -1,4 +1,4 @@
-"""Keys of the host that nothing in the run looks at. `combinations.ONLY_WITH` has which, this has the words for it."""
+"""Messages for keys of the host that have no effect in a run; `combinations.ONLY_WITH` says which keys these are."""
 
 from types import MappingProxyType, SimpleNamespace
 
@@ -8,11 +8,11 @@ from grpo_stage.arguments import grpo_field_names
 
 
 _NEUTRAL = MappingProxyType({"reward_model_type": "lora"})
-"""Values that ask for nothing, beside those that are empty."""
+"""Values without any effect, beside those that are empty."""
 
 
 def _idle(other: str, message: str) -> Rule:
-    """Refuse the host's keys that are read under some values of `other` alone, under another one."""
+    """A rule that refuses keys of the host under values of `other` with which they have no effect."""
     allowed = {key: conditions[other] for key, conditions in ONLY_WITH.items() if other in conditions}
     keys = sorted(allowed.keys() - grpo_field_names())
 

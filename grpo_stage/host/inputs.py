@@ -1,4 +1,4 @@
-"""What a run reads before its model: the tokenizer, the template and the prompts, each refused where it cannot be."""
+"""What a run reads before its model: the tokenizer, the template and the prompts, each with its checks."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,20 +14,20 @@ from grpo_stage.host.run_arguments import RunArguments
 
 @dataclass(frozen=True)
 class RunInputs:
-    """All that a run is made of beside models."""
+    """Everything that a run needs beside its models."""
 
     tokenizer: PreTrainedTokenizerBase
     processor: Any
-    """None for a model of text alone."""
+    """None for a text-only model."""
     template: Any
     prompts: PromptData
 
 
 def load_inputs(arguments: RunArguments) -> RunInputs:
-    """Read them, and refuse what would fail once a model is loaded.
+    """Read the inputs, and refuse those that would fail once a model is loaded.
 
     Raises:
-        ValueError: for what can only be told from the data or the models' files.
+        ValueError: for errors that only the data or the models' files show.
     """
     module = facade.load_tokenizer(arguments.model)
     tokenizer, processor = module["tokenizer"], module["processor"]

@@ -1,4 +1,4 @@
-"""The keys that were written: read from YAML or flags, and answered where nobody knows them."""
+"""The keys that the user wrote: read from YAML or flags, and refused if they are unknown."""
 
 import difflib
 import json
@@ -13,10 +13,10 @@ from grpo_stage.host.configuration_file import RawArguments, resolved
 
 @dataclass(frozen=True, slots=True)
 class TRLKey:
-    """What a key of TRL's GRPOConfig, or of its trainer, is here."""
+    """The counterpart of a key of TRL's GRPOConfig or GRPOTrainer."""
 
     ours: str | None
-    """None where the stage has no counterpart."""
+    """The key of this stage; None if there is no counterpart."""
     convert: Callable[[Any], Any] = lambda value: value
     note: str = ""
 
@@ -87,18 +87,18 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
 
 
 def read(raw: RawArguments) -> dict[str, Any]:
-    """What `as_written` gives, with what refers to other keys and to the environment replaced.
+    """The mapping of `as_written`, with references to other keys and to the environment resolved.
 
     Raises:
-        ValueError: as `configuration_file.resolved`.
+        ValueError: see `configuration_file.resolved`.
     """
     return resolved(as_written(raw))
 
 
 def as_written(raw: RawArguments) -> dict[str, Any]:
-    """The mapping that YAML gives; flags become one. `--key` alone is True, and several values are a list.
+    """The arguments as a mapping. Of flags, `--key` alone is True, and several values are a list.
 
-    Where a value ends with a comma, the shell has split a text at its spaces: `--reward_funcs accuracy, format`.
+    If a value ends with a comma, the shell has split a text at its spaces: `--reward_funcs accuracy, format`.
     """
     if isinstance(raw, Mapping):
         return dict(raw)
@@ -121,10 +121,10 @@ def _of_flag(items: list[str]) -> Any:
 
 
 def known_keys(values: Mapping[str, Any], hints: Mapping[str, Any], allow_others: bool) -> dict[str, Any]:
-    """The values under keys that `hints` has.
+    """The values whose keys are in `hints`.
 
     Raises:
-        ValueError: for a key of TRL's, naming ours; and for another, naming the nearest, unless `allow_others`.
+        ValueError: for a key of TRL, naming ours; for another unknown key, naming the nearest, unless `allow_others`.
     """
     checked: dict[str, Any] = {}
     for key, value in values.items():
@@ -132,7 +132,7 @@ def known_keys(values: Mapping[str, Any], hints: Mapping[str, Any], allow_others
             raise ValueError(f"`{key}: {shown(value)}` has {key!r} for a key, which is no text. Write a key's name.")
         if key in hints:
             checked[key] = value
-        elif key.startswith("no_") and hints.get(key[3:]) is bool:  # argparse's complement of a flag
+        elif key.startswith("no_") and hints.get(key[3:]) is bool:  # argparse's negation of a flag
             checked[key[3:]] = False
         elif key in TRL_KEYS:
             raise ValueError(_trl_answer(key, value))

@@ -1,4 +1,4 @@
-"""What a run is refused for by its tokenizer, its prompts and the models' small files, before weights are loaded."""
+"""Refusals by the tokenizer, the prompts and the models' small files, before weights are loaded."""
 
 import re
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ _NEVER_LISTED = ("azure_ml", "flyte")
 
 
 def refuse_unloadable(arguments: RunArguments) -> None:
-    """Refuse what would otherwise fail once the model is loaded: packages, schedules, layers, adapters.
+    """Refuse packages, schedules, layers and adapters that would fail once the model is loaded.
 
     Raises:
         ValueError: naming the key, its value, the reason and the remedy.
@@ -66,7 +66,7 @@ def refuse_unloadable(arguments: RunArguments) -> None:
 
 def _refuse_unknown_layers(arguments: RunArguments, model: nn.Module) -> None:
     finetuning = arguments.finetuning
-    # Those without a weight of their own only hold others: PEFT adapts none, and trains some whole.
+    # Layers without a weight only contain other layers: PEFT adapts none of them, and trains some whole.
     layers = [name for name, layer in model.named_modules() if "weight" in layer._parameters]
     if finetuning.finetuning_type == "freeze":
         in_blocks, others = _layers_of_parameters(model)
@@ -88,7 +88,7 @@ def _refuse_unknown_layers(arguments: RunArguments, model: nn.Module) -> None:
 
 
 def _layers_of_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
-    """The names that `freeze_trainable_modules` and `freeze_extra_modules` may have, as the host finds them."""
+    """The names that `freeze_trainable_modules` and `freeze_extra_modules` may contain, as the host finds them."""
     in_blocks: set[str] = set()
     others: set[str] = set()
     for name, _ in model.named_parameters():
@@ -100,7 +100,7 @@ def _layers_of_parameters(model: nn.Module) -> tuple[set[str], set[str]]:
 
 
 def _check_layers(key: str, names: Iterable[str], layers: Iterable[str]) -> None:
-    """PEFT leaves out, without a word, a name that no layer has where another name has some."""
+    """Refuse names without a layer: PEFT ignores such a name silently if another name has layers."""
     names, layers = list(names), list(layers)
     last_names = sorted({name for layer in layers if not (name := layer.rpartition(".")[2]).isdecimal()})
     known = [name for name in names if name == "all" or any(_ends_with(layer, name) for layer in layers)]
@@ -117,7 +117,7 @@ def _check_layers(key: str, names: Iterable[str], layers: Iterable[str]) -> None
 
 
 def _is_one_slip(written: str, meant: str) -> bool:
-    """One letter too many, too few or another, or two neighbors exchanged."""
+    """Whether the words differ by one letter that is added, missing or changed, or by two neighbors exchanged."""
     if len(written) == len(meant):
         wrong = [place for place, (a, b) in enumerate(zip(written, meant, strict=True)) if a != b]
         swapped = len(wrong) == 2 and wrong[1] == wrong[0] + 1
@@ -141,7 +141,7 @@ def adapter_source(arguments: RunArguments) -> str:
 
 
 def refuse_tied_adapters(arguments: RunArguments) -> None:
-    """Refuse adapters on a weight that two layers of their model share, as far as config files tell of it.
+    """Refuse adapters on a weight that two layers of their model share, as far as config files show it.
 
     Raises:
         ValueError: naming the adapter, the layers, the reason and the remedy.
@@ -156,18 +156,18 @@ def refuse_tied_adapters(arguments: RunArguments) -> None:
     adapters = [
         ("adapter_name_or_path", path, model.model_name_or_path, own) for path in items(model.adapter_name_or_path)
     ]
-    if finetuning.ref_model_quantization_bit is None:  # which keeps its adapter beside it
+    if finetuning.ref_model_quantization_bit is None:  # a quantized model keeps its adapter beside it, unmerged
         adapters += [
             ("ref_model_adapters", path, finetuning.ref_model, {}) for path in items(finetuning.ref_model_adapters)
         ]
-    # Not those of a reward model: its score is read before the output layer.
+    # Not adapters of a reward model: its score is read before the output layer.
     for key, path, base, where in adapters:
         adapter = PeftConfig.from_pretrained(path, **hub, **where)
         refuse_planned(adapter, facade.load_config(facade.arguments_for(model, base)), f"`{key}: {path}`")
 
 
 def num_embeddings(config: PretrainedConfig) -> int | None:
-    """How many tokens a model has an embedding for, as its config says: its tokenizer may know fewer, or more."""
+    """How many embeddings a model has by its config; its tokenizer may know fewer tokens, or more."""
     return getattr(config.get_text_config(), "vocab_size", None)
 
 
@@ -177,13 +177,13 @@ def refuse_unknown_tokens(
     prompts: Iterable[Prompt],
     closing: Iterable[int] = (),
 ) -> None:
-    """Refuse tokens that the model has no embedding for: it would stop at the first of them, in the middle of a step.
+    """Refuse tokens without an embedding: the model would fail at the first of them, in the middle of a step.
 
     Args:
-        arguments: the run's.
-        tokenizer: as the template has extended it.
-        prompts: all that the run samples from.
-        closing: what is written behind an answer for a reward model on the policy's base.
+        arguments: those of the run.
+        tokenizer: the tokenizer, extended by the template.
+        prompts: all prompts of the run.
+        closing: the tokens after an answer, for a reward model on the policy's base.
 
     Raises:
         ValueError: naming the tokens, the model's number of embeddings, and the remedy.

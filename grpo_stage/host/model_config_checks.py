@@ -1,4 +1,4 @@
-"""What the config.json of a model tells about it: how it is quantized, and how many positions it knows."""
+"""Checks of a model's config.json: its quantization, and its number of positions."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +10,7 @@ from grpo_stage.rollout.engines.table import ENGINES
 
 
 def check_model_config(arguments: RunArguments) -> None:
-    """Refuse a model that is quantized in another way than the run can do with, or too short for its texts.
+    """Refuse a model with a quantization that the run does not support, or with too few positions for its texts.
 
     Raises:
         ValueError: naming the model, the reason and the remedy.
@@ -40,7 +40,7 @@ def check_model_config(arguments: RunArguments) -> None:
 
 
 def check_reward_model_config(arguments: RunArguments) -> None:
-    """Refuse a reward model that is too short for the texts that it has to score.
+    """Refuse a reward model with too few positions for the texts that it has to score.
 
     Raises:
         ValueError: naming the model, the reason and the remedy.
@@ -59,7 +59,7 @@ def check_reward_model_config(arguments: RunArguments) -> None:
 
 
 def _positions(config: Any) -> int | None:
-    """How many tokens a model was made for, as far as its config says."""
+    """How many positions a model has, as far as its config says."""
     text_config = config.get_text_config()
     limit = getattr(text_config, "max_position_embeddings", None)
     rope = getattr(text_config, "rope_parameters", None) or {}

@@ -1,4 +1,4 @@
-"""What a model's folder or hub repository says of it before its weights are loaded: its config and its layers."""
+"""A model's config and layers, from its folder or hub repository, before its weights are loaded."""
 
 import os
 import re
@@ -18,7 +18,7 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
     """The config of the model that `key` names.
 
     Raises:
-        ValueError: if there is none, naming the key, the path, the reason and the remedy.
+        ValueError: if there is no config, naming the key, the path, the reason and the remedy.
     """
     path = model_args.model_name_or_path
     folder = Path(path)
@@ -34,7 +34,7 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
         )
     if folder.is_file():
         raise ValueError(f"`{key}: {path}` is a file. Give the folder that holds the model's files.")
-    is_name = "/" not in path and not path.startswith(("~", "."))  # such as gpt2, which has no owner
+    is_name = "/" not in path and not path.startswith(("~", "."))  # such as gpt2: a hub name without an owner
     if not folder.exists() and not is_name and not may_be_hub_id(path):
         home = " `~` stands for no folder here: write the whole path." if path.startswith("~") else ""
         raise ValueError(
@@ -63,9 +63,9 @@ def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
 
 
 def refuse_incomplete(key: str, path: str, needs_weights: bool) -> None:
-    """Refuse a folder that lacks the files of a tokenizer, or of weights.
+    """Refuse a folder without the files of a tokenizer, or of weights.
 
-    transformers makes a tokenizer of a few tokens where there is none, and every prompt is then the unknown token.
+    Without tokenizer files transformers makes a tokenizer of a few tokens, and encodes every prompt as unknown tokens.
 
     Raises:
         ValueError: naming the key, the path, what is missing and the remedy.
@@ -92,7 +92,7 @@ _ADAPTER_KEYS = {
 
 
 def skeleton(config: PretrainedConfig) -> nn.Module | None:
-    """The model without weights, as the host would load it; None where transformers does not know its class."""
+    """The model without weights, as the host would load it; None if transformers does not know its class."""
     for loader in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in loader._model_mapping:
             with torch.device("meta"):

@@ -1,5 +1,4 @@
-"""The optimizer and its schedule, made once for nothing: what their libraries refuse is refused before a model "
-"loads."""
+"""A trial construction of the optimizer and its schedule, so that errors come before a model is loaded."""
 
 import inspect
 from typing import TYPE_CHECKING
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 _NEED_A_MODEL = ("galore", "apollo", "lomo")
 _WITHOUT_SETTINGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
-"""`get_scheduler` hands them none."""
+"""`get_scheduler` passes no settings to these."""
 _OF_THE_RUN = frozenset(("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"))
 
 

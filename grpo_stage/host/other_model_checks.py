@@ -1,4 +1,4 @@
-"""What a run is refused for by its reference and its reward model, before one is loaded."""
+"""Refusals by the reference and the reward model, before one of them is loaded."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from grpo_stage.rewards.models.refusals import refuse_head, refuse_other_base, w
 
 
 def check_other_models(arguments: RunArguments, template: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-    """What can be told of a reference and of a reward model before one is loaded."""
+    """Refuse a reference or a reward model whose files show that it does not fit."""
     finetuning_args, model_args = arguments.finetuning, arguments.model
     if finetuning_args.ref_model is not None:
         _check_vocabulary("ref_model", finetuning_args.ref_model, model_args, template, tokenizer)
@@ -33,21 +33,21 @@ def check_other_models(arguments: RunArguments, template: Any, tokenizer: PreTra
         _check_vocabulary("reward_model", path, model_args, template, tokenizer)
         base = facade.arguments_for(model_args, path)
         for adapter in items(finetuning_args.reward_model_adapters):
-            key, holder = "reward_model_adapters", adapter  # the last one has the head
+            key, holder = "reward_model_adapters", adapter  # the last adapter has the value head
             stands_on = PeftConfig.from_pretrained(adapter, **hub).base_model_name_or_path
             warn_of_other_base(stands_on, adapter, path)
     config = facade.load_config(base).get_text_config()
-    hidden_size = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT's last layer projects
+    hidden_size = getattr(config, "word_embed_proj_dim", config.hidden_size)  # OPT projects its last hidden states
     refuse_head(facade.load_valuehead_params(holder, model_args), key, holder, hidden_size)
 
 
 def _check_vocabulary(key: str, path: str, model_args: Any, template: Any, tokenizer: PreTrainedTokenizerBase) -> None:
     other = facade.arguments_for(model_args, path)
     own_tokenizer = facade.load_tokenizer(other)["tokenizer"]
-    template.fix_special_tokens(own_tokenizer)  # as it did with the policy's
+    template.fix_special_tokens(own_tokenizer)  # as for the policy's tokenizer
     vocabulary = own_tokenizer.get_vocab()
     needed, size = len(tokenizer), num_embeddings(facade.load_config(other))
-    if not model_args.resize_vocab:  # a template's stop words may be beyond what the policy itself can read
+    if not model_args.resize_vocab:  # the policy itself may have no embedding for a template's stop words
         needed = min(needed, num_embeddings(facade.load_config(model_args)) or needed)
     differing = [
         token for token, index in tokenizer.get_vocab().items() if index < needed and vocabulary.get(token) != index

@@ -1,4 +1,4 @@
-"""What cannot be right about the reference model and the reward model, as far as keys and folders show."""
+"""Rules on the reference model and the reward model, by keys and folders."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from grpo_stage.rollout.engines.lora import asks_for_new_tokens
 
 
 def _stands_on_another_base(v: SimpleNamespace) -> bool:
-    """The policy without its adapter is not what `model_name_or_path` holds."""
+    """Whether the policy's base differs from the files of `model_name_or_path`."""
     adapters = items(v.adapter_name_or_path)
     is_merged = len(adapters) > 1 or (bool(adapters) and v.create_new_adapter)
     return is_merged or v.pissa_init or v.use_llama_pro or v.train_from_scratch or asks_for_new_tokens(v)
@@ -75,7 +75,7 @@ OTHER_MODEL_RULES = (
 
 
 def check_reward_adapter(values: SimpleNamespace) -> None:
-    """Refuse a `reward_model` that is to be an adapter and is none, or one that is no plain LoRA.
+    """Refuse a `reward_model` that should be an adapter and is none, or is no plain LoRA.
 
     Raises:
         ValueError: naming the folder, the reason and the remedy.

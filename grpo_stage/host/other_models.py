@@ -1,11 +1,11 @@
-"""A run's models beside the policy, `ref_model` and `reward_model`: whose arguments they are loaded with."""
+"""The arguments for loading `ref_model` and `reward_model`, derived from the policy's."""
 
 from typing import Any
 
 from llamafactory.hparams.model_args import ModelArguments
 
 
-# What these keys ask for is the policy's alone. Beside that, the host's copy cannot take its new tokens twice.
+# These keys concern the policy alone. Also, the host cannot add its new tokens twice.
 _OF_THE_POLICY = {
     "train_from_scratch": False,
     "resize_vocab": False,
@@ -21,7 +21,7 @@ _OF_THE_POLICY = {
 def arguments_for(model_args: ModelArguments, path: str) -> ModelArguments:
     """The policy's arguments for the model at `path`, without an adapter and not quantized.
 
-    A revision is one of the repository that `model_name_or_path` names, and no other's.
+    A revision belongs to the repository of `model_name_or_path` alone.
     """
     changes: dict[str, Any] = dict(_OF_THE_POLICY)
     if path != model_args.model_name_or_path:

@@ -1,4 +1,4 @@
-"""The folder that a run writes to: whether it can, and which checkpoint in it the run goes on from."""
+"""The output folder of a run: whether it is writable, and which checkpoint in it the run resumes from."""
 
 import os
 import tempfile
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def check_output_folder(output_dir: str) -> None:
-    """A folder that files can be written to, or that can be made; nothing of it is left."""
+    """Refuse a folder that cannot be made or written to. The check leaves no files behind."""
     path = Path(output_dir).absolute()
     nearest = next(folder for folder in (path, *path.parents) if folder.exists())
     if not nearest.is_dir():
@@ -34,14 +34,14 @@ def check_output_folder(output_dir: str) -> None:
 
 
 def check_resume(arguments: "RunArguments") -> None:
-    """Settle which checkpoint the run goes on from, and refuse one that is not this recipe's.
+    """Decide which checkpoint the run resumes from, and refuse one of another recipe.
 
     Raises:
         ValueError: naming the folder, the reason and the remedy.
     """
     training = arguments.training
-    if training.should_save:  # the rank that will own it
-        refuse_used(training.output_dir)  # whose checkpoints may come and go while they are looked at
+    if training.should_save:  # the rank that will own the folder
+        refuse_used(training.output_dir)  # another run may add and delete checkpoints during the check
     if training.resume_from_checkpoint is True:
         training.resume_from_checkpoint = (
             get_last_checkpoint(training.output_dir) if os.path.isdir(training.output_dir) else None
@@ -64,7 +64,7 @@ def check_resume(arguments: "RunArguments") -> None:
 
 
 def _check_fresh_start(arguments: "RunArguments") -> None:
-    """A run that starts afresh deletes an earlier run's checkpoints in its folder: only where that is wanted."""
+    """Refuse a fresh run that would delete an earlier run's checkpoints, unless that is wanted."""
     model, finetuning, output_dir = arguments.model, arguments.finetuning, arguments.training.output_dir
     last = get_last_checkpoint(output_dir) if os.path.isdir(output_dir) else None
     if last is None:

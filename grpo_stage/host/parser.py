@@ -1,7 +1,7 @@
-"""Our arguments joined to the host's, and the one parse of a GRPO run.
+"""The parser of a GRPO run, for our keys and the host's together.
 
-Flags are read into the same mapping that a YAML file gives, so there is one route: keys, types, refusals, the stage's
-defaults, and then the host's own parser.
+Flags become the same mapping as a YAML file, so there is one route: keys, types, refusals, the stage's defaults, and
+then the host's own parser.
 """
 
 import dataclasses
@@ -33,14 +33,14 @@ from grpo_stage.rollout.engines.vllm_options import rank_with_room
 
 ARGUMENT_CLASSES = (ModelArguments, DataArguments, TrainingArguments, GRPOFinetuningArguments, GeneratingArguments)
 
-# Where the user wrote nothing. The host's sampling defaults draw from another distribution than the policy, and its
-# logging interval of 500 steps would hide the run.
+# Defaults for keys that the user did not write. The host's sampling defaults draw from another distribution than the
+# policy, and its logging interval of 500 steps would hide the run.
 STAGE_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0, "logging_steps": 1}
 )
 DEFAULT_VLLM_GPU_UTIL = 0.3
 DERIVED_KEYS = ("vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank")
-"""Those that the stage sets from others where they are not written; the host's default for them counts for nothing."""
+"""Keys that the stage derives from others unless they are written; the host's defaults for them do not count."""
 
 
 def refuse_grpo_keys(raw: RawArguments) -> None:
@@ -62,7 +62,7 @@ def parse(raw: RawArguments) -> RunArguments:
     """Parse the arguments of a GRPO run, from a YAML mapping or from command-line flags.
 
     Raises:
-        ValueError: for whatever can be told to be wrong before a model is loaded.
+        ValueError: for every error that shows before a model is loaded.
     """
     if isinstance(raw, list) and {"-h", "--help"} & set(raw):
         host.get_train_args(raw)  # prints the help and exits
@@ -87,15 +87,15 @@ def _parse(raw: RawArguments) -> RunArguments:
 
 
 def check(raw: RawArguments) -> dict[str, Any]:
-    """The keys that were written, their values in their types: all that `parse` does before the host's own parser.
+    """The keys that were written, their values in their types. This is `parse` up to the host's own parser.
 
     Raises:
-        ValueError: for what the keys alone, or small local files, show to be wrong.
+        ValueError: for errors that the keys alone or small local files show.
     """
     written = typed(raw)
     if written.get("reward_funcs") is None and written.get("reward_model") is not None:
-        written["reward_funcs"] = REWARD_MODEL  # alone
-    if not written.get("output_dir", True):  # left out, it is transformers' own
+        written["reward_funcs"] = REWARD_MODEL  # the only reward
+    if not written.get("output_dir", True):  # if it is left out, transformers has a default
         raise ValueError(
             f"`output_dir: {written['output_dir'] or 'null'}` names no folder: checkpoints, logs and the trained "
             "model go there. Write for example `output_dir: saves/my-run`."
@@ -111,7 +111,7 @@ def typed(raw: RawArguments) -> dict[str, Any]:
     """The keys that were written, their values in their types.
 
     Raises:
-        ValueError: for a key that nobody knows, and for a value of another type.
+        ValueError: for an unknown key, and for a value of another type.
     """
     hints = _hints()
     written = known_keys(read(raw), hints, allow_others=is_env_enabled("ALLOW_EXTRA_ARGS"))
@@ -119,10 +119,10 @@ def typed(raw: RawArguments) -> dict[str, Any]:
 
 
 def _derive(arguments: RunArguments) -> None:
-    """Set what follows from other keys, unless the user wrote it."""
+    """Set the keys that follow from others, unless the user wrote them."""
     model, training, generating = arguments.model, arguments.training, arguments.generating
     total_length = arguments.data.cutoff_len + generating.max_new_tokens
-    model.model_max_length = total_length  # the host's is `cutoff_len`, and drives rope scaling
+    model.model_max_length = total_length  # the host's value is `cutoff_len`; it drives rope scaling
     generating.top_k = max(generating.top_k, 0)  # -1 keeps all tokens as well
     training.include_num_input_tokens_seen = "no"  # Trainer would count slots; the stage counts tokens itself
     if "vllm_maxlen" not in arguments.given:
@@ -144,7 +144,7 @@ def _hints() -> Mapping[str, Any]:
 
 
 def effective_defaults() -> dict[str, Any]:
-    """What a run of this stage takes where a key is not written, less what is derived from others."""
+    """The values of keys that are not written, except keys that are derived from others."""
     host_defaults = {
         spec.name: spec.default_factory() if callable(spec.default_factory) else spec.default
         for cls in ARGUMENT_CLASSES

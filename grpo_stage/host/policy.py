@@ -15,7 +15,7 @@ logger = facade.get_logger(__name__)
 
 
 def load_policy(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The model, on the device where it is trained, as is whatever is copied from it.
+    """The model, on the device where it is trained, so that copies of it are there as well.
 
     Raises:
         ValueError: if its adapter changes a weight that two layers share.
@@ -29,14 +29,14 @@ def load_policy(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def to_device(model: Any, arguments: RunArguments) -> Any:
-    """The host loads onto the device only with `low_cpu_mem_usage`, or quantized; Trainer comes later."""
+    """Move the model to its device: the host does so only with `low_cpu_mem_usage` or quantization, Trainer later."""
     if getattr(model, "quantization_method", None) is not None:
         return model
     return model.to(arguments.training.device)
 
 
 def _warn_of_parted_layers(model: Any) -> None:
-    """The host's export leaves `tie_word_embeddings` in the config of a model whose two weights now differ."""
+    """Warn of tied layers that training separates: the host's export keeps `tie_word_embeddings` in their config."""
     if layers := layers_parted(model):
         logger.warning_rank0(
             f"{' and '.join(layers)} share one weight in the model's files, and here each is trained with its own. "

@@ -1,4 +1,4 @@
-"""The precision that a run computes in, and how exactly its engine can agree with it."""
+"""The precision of a run, and how closely its engine can agree with its trainer."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ logger = get_logger(__name__)
 
 
 def autocast_dtype(arguments: RunArguments) -> torch.dtype | None:
-    """The precision of mixed-precision passes; None where the model computes in its own."""
+    """The precision of mixed-precision passes; None if the model computes in its own precision."""
     if arguments.training.bf16:
         return torch.bfloat16
     return torch.float16 if arguments.training.fp16 else None
@@ -25,7 +25,7 @@ def compute_dtype(arguments: RunArguments, model: Any) -> torch.dtype:
 
 
 def canary_bound(arguments: RunArguments, model: Any) -> float:
-    """That of half precision where float32 is rounded too: activations of 8 bits, tf32, vLLM's attention on a GPU."""
+    """The canary's bound: that of half precision if float32 is rounded (8-bit activations, tf32, vLLM on a GPU)."""
     on_gpu = model.device.type == "cuda"
     in_tf32 = on_gpu and (arguments.training.tf32 or ENGINES[arguments.finetuning.rollout_backend].rounds_on_gpu)
     rounds = in_tf32 or getattr(model, "is_loaded_in_8bit", False)

@@ -1,4 +1,4 @@
-"""What a run trains, as one record: a checkpoint is resumed only by the recipe, rows and code that wrote it."""
+"""The record of what a run trains: only the recipe, rows and code that wrote a checkpoint may resume it."""
 
 import dataclasses
 import hashlib
@@ -27,9 +27,9 @@ from grpo_stage.types import Prompt
 logger = facade.get_logger(__name__)
 
 BUILT_IN = "grpo-stage "
-"""How the code of a built-in reward function begins in `RewardSuite.code`: its version follows."""
+"""The code of a built-in reward function in `RewardSuite.code` begins with this; the version follows."""
 NUM_BLOCKS = 64
-"""Into which prompts are hashed, so that a difference can be told roughly by its place."""
+"""Prompts are hashed in this many blocks, so that a message can say roughly where they differ."""
 
 _MODEL = """
     model_name_or_path model_revision adapter_name_or_path adapter_folder train_from_scratch rope_scaling resize_vocab
@@ -52,17 +52,17 @@ _FINETUNING = """
 """
 _GENERATING = "max_new_tokens temperature top_p top_k repetition_penalty"
 _TUNING_METHODS = (FreezeArguments, LoraArguments, OFTArguments, GaloreArguments, ApolloArguments)
-# Under these the learning rate of a step does not depend on how many steps follow, so a finished run may be extended.
+# Under these the learning rate of a step does not depend on the number of steps, so a finished run may be extended.
 _OPEN_ENDED_SCHEDULES = ("constant", "constant_with_warmup", "inverse_sqrt")
 
 
 def recipe_of(arguments: RunArguments) -> dict[str, Any]:
     """Everything that decides what is trained, as plain JSON values.
 
-    Taken from the arguments as `parse` returns them, before the workflow changes any. Left out is what only decides
-    where the run writes, how often, what it logs, and how much memory it takes. The run's length belongs to the
-    recipe only where the learning rate schedule depends on it. Secrets are masked: no file gets one, and a key that
-    was renewed is no other recipe.
+    Taken from the arguments as `parse` returns them, before the workflow changes any. It leaves out keys that only
+    decide where the run writes, how often, what it logs, and how much memory it takes. The run's length is part of
+    the recipe only if the learning rate schedule depends on it. Secrets are masked: no file contains one, and a
+    renewed secret does not change the recipe.
     """
     training = arguments.training
     schedule = training.lr_scheduler_type
@@ -71,7 +71,7 @@ def recipe_of(arguments: RunArguments) -> dict[str, Any]:
     stage = [
         f.name
         for f in dataclasses.fields(GRPOArguments)
-        # Another engine samples from the same policy: the canary's own advice is to try one.
+        # Another engine samples from the same policy; the canary's message even advises to try one.
         if f.metadata["group"] not in (EVALUATION, LIMITS, MEMORY, MONITORING) and f.name != "rollout_backend"
     ]
     parts = (
@@ -89,12 +89,12 @@ def recipe_of(arguments: RunArguments) -> dict[str, Any]:
 def training_record(
     prompts: Sequence[Prompt], evaluation: Sequence[Prompt], eval_dataset: Any, reward_code: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What a checkpoint's state file holds about the rows and the code that it was trained with.
+    """The record of rows and reward code in a checkpoint's state file.
 
     Args:
-        prompts: those of the training, in their order.
-        evaluation: those of the evaluation.
-        eval_dataset: as the recipe names it. It may change from run to run, and its rows are then other ones.
+        prompts: the training prompts, in their order.
+        evaluation: the evaluation prompts.
+        eval_dataset: as the recipe names it. If it changes between runs, its rows are not compared.
         reward_code: `RewardSuite.code`.
     """
     return {
@@ -105,12 +105,12 @@ def training_record(
 
 
 def check_same_training(folder: Path, record: Mapping[str, Any], allows_changes: bool) -> None:
-    """Refuse to go on from `folder` with other rows or other reward code than it was trained with.
+    """Refuse to resume from `folder` with other rows or other reward code than it was trained with.
 
     Args:
         folder: a checkpoint that `check_checkpoint` accepts.
         record: `training_record` of this run.
-        allows_changes: `resume_with_changes`: the changes are only said.
+        allows_changes: `resume_with_changes`: only warn of changes.
 
     Raises:
         ValueError: naming what differs.
@@ -140,7 +140,7 @@ def check_same_training(folder: Path, record: Mapping[str, Any], allows_changes:
 
 
 def _changes(stored: Mapping[str, Any], record: Mapping[str, Any]) -> list[str]:
-    """What differs between a checkpoint's record and a run's, in words."""
+    """The differences between a checkpoint's record and a run's, in words."""
     if "reward_code" not in stored:
         return ["an earlier version saved it, which did not record rows and code"]
     changes = [_changed_rows("dataset", stored["rows"], record["rows"])]
@@ -191,8 +191,8 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
     """Refuse to resume from `folder` unless `recipe` wrote it and it is whole.
 
     Raises:
-        DamagedCheckpointError: if a file of it is missing or has changed.
-        ValueError: if the checkpoint is another stage's or another recipe's.
+        DamagedCheckpointError: if one of its files is missing or has changed.
+        ValueError: if the checkpoint is that of another stage or another recipe.
     """
     remedy = (
         "Choose another `output_dir`, or write `overwrite_output_dir: true` to start afresh"
@@ -221,7 +221,7 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def _number(text: str) -> float:
-    """1.0 and 1 are the same setting."""
+    """Read 1.0 and 1 as the same setting."""
     number = float(text)
     return int(number) if number.is_integer() else number
 

@@ -1,4 +1,4 @@
-"""A recipe that came from elsewhere, read with care: what is wrong with it is said with its line.
+"""A safe reader of recipes that come from elsewhere; its errors name the line.
 
 A guard before the reader of command lines, which has no limits: YAML's events come one after another, however deep or
 large what they describe is; only a file that is small and flat by them is built.
@@ -17,14 +17,14 @@ from grpo_stage.host.configuration_file import read_command_line
 MAX_BYTES = 1_000_000
 MAX_DEPTH = 20
 MAX_VALUES = 10_000
-"""After every alias was replaced with what it stands for."""
+"""Counted with each alias replaced by its content."""
 
 
 def read_recipe(path: str) -> dict[str, Any]:
     """The keys of a recipe.
 
     Raises:
-        ValueError: naming the line and the reason, where the file is not a YAML mapping of ordinary size.
+        ValueError: naming the line and the reason, if the file is not a YAML mapping of ordinary size.
     """
     name = Path(path).name
     try:
@@ -51,7 +51,7 @@ def _text(path: Path) -> str:
 
 @dataclass(slots=True)
 class _Collection:
-    """A mapping or a list whose end has not come yet."""
+    """A mapping or a list whose end event has not come yet."""
 
     is_mapping: bool
     anchor: str | None = None
@@ -66,7 +66,7 @@ class _Collection:
 
 
 def _check(text: str) -> None:
-    """Refuse what would not be a mapping of ordinary size."""
+    """Refuse a document that is not a mapping of ordinary size."""
     open_collections = [_Collection(is_mapping=False)]
     sizes: dict[str, int] = {}
     for event, line in _events(text):

@@ -10,7 +10,7 @@ from grpo_stage.update.reference import AdapterOffReference, InitialWeightsRefer
 
 
 def reference_policy(arguments: RunArguments, model: Any) -> ReferencePolicy | None:
-    """What the KL term holds the policy to: the policy as it is before the first step, or `ref_model`."""
+    """The reference: the policy before the first step, or `ref_model`; None without a KL term."""
     finetuning_args = arguments.finetuning
     if finetuning_args.beta == 0.0:
         return None

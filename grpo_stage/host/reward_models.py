@@ -1,4 +1,4 @@
-"""The reward model of a run, of each kind (`reward_model_type`)."""
+"""The reward model of a run, for each `reward_model_type`."""
 
 import contextlib
 from collections.abc import Callable, Sequence

@@ -83,7 +83,7 @@ def _is_neutral(v: SimpleNamespace) -> bool:
 
 
 def _loses_new_embeddings(v: SimpleNamespace) -> bool:
-    """The host trains and saves new embeddings beside a new adapter, and not beside one that goes on."""
+    """Whether new embeddings would be lost: the host trains and saves them beside a new adapter alone."""
     if not (continues_adapter(v) and asks_for_new_tokens(v)):
         return False
     config = adapter_config(items(v.adapter_name_or_path)[-1], v.adapter_folder)

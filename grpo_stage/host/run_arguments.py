@@ -1,4 +1,4 @@
-"""What a run is made from: the host's five parts of its arguments, ours among them."""
+"""The arguments of a run: the host's five parts, with our keys among them."""
 
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
 
 @dataclass(frozen=True)
 class RunArguments:
-    """What a run is made from."""
+    """The arguments of a run."""
 
     model: ModelArguments
     data: DataArguments
@@ -21,9 +21,9 @@ class RunArguments:
     finetuning: GRPOFinetuningArguments
     generating: GeneratingArguments
     given: frozenset[str]
-    """The keys that the user wrote, since afterwards a default cannot be told from a choice."""
+    """The keys that the user wrote: the values do not show whether a default was chosen."""
 
     def values(self) -> SimpleNamespace:
-        """Every key of the run, by its name."""
+        """The value of every key of the run, by its name."""
         parts = (self.model, self.data, self.training, self.finetuning, self.generating)
         return SimpleNamespace(**{key: value for part in parts for key, value in vars(part).items()})

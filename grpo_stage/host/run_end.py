@@ -1,4 +1,4 @@
-"""What a run does once its training is done: the model is saved, evaluated and described."""
+"""The end of a run: the model is saved, evaluated and described."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ PLOTTED_METRICS = ("loss", "reward", "completions/mean_length", "entropy", "kl",
 
 
 def finish(trainer: GRPOTrainer, arguments: RunArguments, train_metrics: dict[str, float] | None) -> None:
-    """Save and evaluate what was trained; of a run that was interrupted in its end, only what is left of that."""
+    """Save and evaluate the model. If the end of the run was interrupted before, do only what is left."""
     parts: dict[str, Callable[[], None]] = {}
     if train_metrics is not None:
         parts[checkpoints.RESULTS] = partial(_save_results, trainer, train_metrics, arguments.finetuning.plot_loss)
@@ -62,14 +62,14 @@ def _save_results(trainer: GRPOTrainer, metrics: dict[str, float], plots: bool) 
 
 @contextlib.contextmanager
 def _words_for_failure(trainer: GRPOTrainer) -> Iterator[None]:
-    """In this block files are written at the end of a run: a full disk is to be named, and what is done is kept.
+    """A block that writes files at the end of a run. An error names a full disk; parts that are done stay done.
 
     Raises:
         RuntimeError: naming what failed, and how the run goes on.
     """
     try:
         yield
-    except Exception as error:  # a full disk is an OSError, and another type in safetensors
+    except Exception as error:  # a full disk is an OSError, or another error in safetensors
         checkpoint = trainer.save_progress() if trainer.args.world_size == 1 else None
         raise RuntimeError(
             f"Training is done, and what is written at its end to {trainer.args.output_dir} failed: {error!r}. Free "

@@ -30,8 +30,8 @@ def sampling_settings(
 def stop_token_ids(model: Any, template: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Every token that ends a completion: the model's own EOS ids, the tokenizer's, and the template's stop words.
 
-    The id of a stop word that the tokenizer lacks is that of its unknown token, which ends nothing. GPT-2 and its
-    like have one token for unknown and EOS: as EOS it ends a completion.
+    A stop word that the tokenizer lacks has the id of the unknown token, which ends nothing. In GPT-2 and similar
+    models the unknown token is also EOS; then it does end a completion.
     """
     configured = model.generation_config.eos_token_id
     own = configured if isinstance(configured, list) else [configured]

@@ -1,8 +1,8 @@
 """An adapter on a weight that two layers share, as the embedding and the output layer of most small models do.
 
-While it is trained, LoRA acts on its own layer alone. Merged into the shared weight, as by the host's export, it acts
-on both layers: the model is then another policy than the one trained. A layer that is trained whole beside LoRA
-(`additional_target`) has a weight of its own from the start, and merges as it was trained.
+During training, LoRA acts on its own layer alone. If the host's export merges it into the shared weight, it acts on
+both layers: the merged model is another policy than the trained one. A layer that is trained whole beside LoRA
+(`additional_target`) has its own weight from the start, and merges correctly.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ def refuse_planned(adapter: PeftConfig, config: PretrainedConfig, source: str) -
         source: the key and value that name the adapter, for the message.
 
     Raises:
-        ValueError: if the adapter changes a weight that two layers share, as far as transformers knows these layers.
+        ValueError: if the adapter changes a weight that two layers share, as far as transformers shows it.
     """
     tied = _tied_layers(config)
     saved = tuple(getattr(adapter, "modules_to_save", None) or ())
@@ -46,7 +46,7 @@ def refuse_built(model: nn.Module, source: str) -> None:
 
 
 def layers_parted(model: nn.Module) -> list[str]:
-    """Names of the layers that share a weight in the model's files and not in training: one or both train whole."""
+    """Names of the layers that share a weight in the model's files but not in training: one or both train whole."""
     return [name for layers in _layers_that_share(model) if _trained_whole(layers) for name in layers]
 
 
@@ -55,12 +55,12 @@ def _tied_layers(config: PretrainedConfig) -> list[str]:
         return []
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     keys = getattr(model_class, "_tied_weights_keys", None) or {}
-    sources = keys.values() if isinstance(keys, dict) else ()  # transformers 4 names the output layer alone
+    sources = keys.values() if isinstance(keys, dict) else ()  # in transformers 4 it lists the output layer alone
     return [key.removesuffix(".weight") for key in (*keys, *sources)]
 
 
 def _layers_that_share(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """By weight that several layers share, the layers: those of PEFT where it wraps them."""
+    """For each weight that several layers share, these layers; if PEFT wraps a layer, the wrapper."""
     layers: defaultdict[int, dict[str, nn.Module]] = defaultdict(dict)
     for path, module in model.named_modules():
         parent, _, last = path.rpartition(".")
@@ -75,7 +75,7 @@ def _trained_whole(layers: dict[str, nn.Module]) -> bool:
 
 
 def _is_adapted(layer: nn.Module) -> bool:
-    return isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)  # which PEFT ties
+    return isinstance(layer, BaseTunerLayer) and not isinstance(layer, TrainableTokensLayer)  # PEFT ties these itself
 
 
 def _refuse(adapted: Iterable[str], tied: Iterable[str], source: str) -> None:

@@ -1,4 +1,4 @@
-"""Keys of the host that have no place in `stage: grpo`, whatever the others are: with the reason and a way out."""
+"""Keys of the host that `stage: grpo` never supports, each with reason and remedy."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,16 +6,16 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Unsupported:
-    """Keys that have no place in this stage, whatever the others are."""
+    """Keys that this stage never supports, whatever the other keys are."""
 
     keys: str
     reason: str
     remedy: str = "Leave it out."
     harmless: tuple[Any, ...] = (False,)
-    """Values that ask for nothing; `null` is always one."""
+    """Values without any effect, which are allowed; `null` always is."""
 
 
-# The first group are objectives and loops of other stages. Some keys exist on the host's main alone.
+# The first group has objectives and loops of other stages. Some keys exist only on the host's main.
 UNSUPPORTED = (
     Unsupported(
         "pref_beta pref_ftx pref_bco_weight pref_loss dpo_label_smoothing kto_chosen_weight kto_rejected_weight "
@@ -141,7 +141,7 @@ UNSUPPORTED = (
         "Leave it out; several devices run under torchrun (DDP).",
     ),
     Unsupported("hyper_parallel_args hyper_parallel_cp_size", "that backend has no GRPO", harmless=()),
-    # Optimisation
+    # Optimization
     Unsupported(
         "deepspeed fsdp fsdp_config parallelism_config",
         "sharded weights were not verified in this stage",

@@ -1,1 +1,1 @@
-"""What watches a run, one file a monitor."""
+"""Monitors of a run, one file each."""

@@ -1,4 +1,4 @@
-"""The canary: is what the engine sampled from really the trainer's policy?
+"""The canary: does the engine really sample from the trainer's policy?
 
 The largest class of silent failures in this field is rollouts from another model than the one that trains: an adapter
 never delivered, delivered twice, scaled wrongly, answered from a stale cache. Two tests look for them:
@@ -27,22 +27,22 @@ from grpo_stage.types import Completion, Prompt, RolloutEngine, RolloutGroup, Sa
 # float32, measured with vLLM 0.23 on the CPU: a sound engine differs from the trainer by 5e-6 nats a token on average
 # (SmolLM2-135M; 2e-6 on a tiny model), a base model that answers in place of the adapter by 2e-3 after one update, and
 # each fault injected in tests/engines by 0.4 and more.
-# Half precision: no more than a limit against nonsense, since sound engines differ by up to 0.06 (docs/metrics.md),
-# and the slope is what tells.
+# Half precision: sound engines differ by up to 0.06 (docs/metrics.md), so this bound catches only gross faults. The
+# slope finds the others.
 TIGHT_BOUND = 2e-4
 DEFAULT_BOUNDS = {torch.float32: TIGHT_BOUND, torch.float16: 0.5, torch.bfloat16: 0.5}
 
 _START_SEQUENCES, _PREVIOUS_SEQUENCES = 16, 8
 _TOKENS_A_SEQUENCE = 32
 _TOKENS_A_BLOCK = 8
-"""Rounding errors of neighboring tokens may depend on each other; those of different blocks are taken not to."""
+"""Rounding errors of neighboring tokens may depend on each other; errors of different blocks count as independent."""
 
 _MARGIN, _LEAST_ERROR = 0.1, 0.01
 """What a slope may be off for other reasons than noise: another rounding of the adapter, or noise that is not of quite
 equal size in two versions. Such a bias does not shrink as a standard error does over a long run."""
 
 _FALSE_ALARMS = 1e-7
-"""The probability of an alarm in a sound run, each time that a slope is looked at."""
+"""The probability of an alarm in a sound run, at each test of a slope."""
 
 _MEMORY_SYNCS = 16
 
@@ -70,7 +70,7 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
         bound: `max_sampling_logprob_diff`.
         backend: the engine's name, for the message.
     """
-    if mean <= bound:  # a NaN is not
+    if mean <= bound:  # False for NaN
         return
     raise StaleRolloutError(
         f"The log-probabilities of the sampled tokens differ by {mean:.2g} nats on average between the {backend} "
@@ -78,7 +78,7 @@ def check_difference(mean: float, bound: float, backend: str) -> None:
         "another policy than the one that is trained: an adapter that was not delivered, or not as it is, another "
         "precision, or another temperature. Training on them would teach the wrong thing, so the run is stopped. "
         "Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM version. Raise the bound "
-        "only if you know why the two engines differ, for example a quantised engine."
+        "only if you know why the two engines differ, for example a quantized engine."
     )
 
 
@@ -92,13 +92,13 @@ class LogprobDifference:
     """The engine's name, for the message."""
 
     def check(self, logprobs: torch.Tensor, batch: SampleBatch, version: int, metrics: MetricTracker) -> None:
-        """Look at the samples of a micro-batch that the policy of `version` has sampled.
+        """Check the fresh samples of a micro-batch: those that the policy of `version` has sampled.
 
         Args:
-            logprobs: [B, T] of that policy by the trainer, at the temperature of `batch.sampling_logprobs`.
-            batch: holds a sample of `version`.
-            version: the present one.
-            metrics: where the difference is counted.
+            logprobs: [B, T] of that policy, computed by the trainer at the temperature of `batch.sampling_logprobs`.
+            batch: holds at least one such sample.
+            version: the present version.
+            metrics: gets the difference.
 
         Raises:
             StaleRolloutError: if the mean difference is above the bound.
@@ -111,34 +111,36 @@ class LogprobDifference:
 
 
 Scores = Sequence[torch.Tensor]
-"""One [T] a completion, prompt-major."""
+"""One [T] for each completion, prompt-major."""
 
 
 @dataclass(slots=True)
 class Slope:
-    """By how much of the policy's move the engine has moved, over tokens that both have scored.
+    """How much of the policy's change the engine has followed, over tokens that both have scored.
 
-    With b the trainer's log-probability of a token under an earlier version, p under the present one, and e the
-    engine's, it is the slope of e - b on p - b through the origin:
+    Let b be the trainer's log-probability of a token under an earlier version, p that under the present version, and
+    e the engine's. The slope is that of e - b on p - b through the origin:
 
         slope = sum (p - b)(e - b) / sum (p - b)^2
 
-    1 is sound, 0 an engine that answers with the earlier version, 0.5 with half of what came since, 2 with twice that.
+    It is 1 for a sound engine, 0 for one that answers with the earlier version, 0.5 for one with half of the change,
+    and 2 for one with twice the change.
 
-    The error is the standard error that allows for any dependence within a cluster (the sandwich estimator), and is
-    about noise / sqrt(sum (p - b)^2): it says by itself when it is too early to tell. A cluster is a block of
-    neighboring tokens of all completions of a prompt, whose beginnings are often the same. Where few clusters hold
-    most of the sum, they are what counts: `num_clusters` is the effective number, sum(xx)^2 / sum(xx^2).
+    The error is the standard error that allows for any dependence within a cluster (the sandwich estimator). It is
+    about noise / sqrt(sum (p - b)^2): while it is large, it is too early to tell. A cluster is a block of neighboring
+    tokens of all completions of a prompt, since these often begin in the same way. If few clusters hold most of the
+    sum, only these count: `num_clusters` is the effective number, sum(xx)^2 / sum(xx^2).
 
-    **Noise in p draws the slope towards 0.5.** A pass in half precision has an error n, and p - b holds n_p - n_b.
-    With errors of equal size that an update makes independent, sum (p - b)(e - p) is -sum n_p^2 on average, and so
+    **Noise in p draws the slope toward 0.5.** A pass in half precision has an error n, and p - b contains n_p - n_b.
+    If the errors have equal size and an update makes them independent, sum (p - b)(e - p) is -sum n_p^2 on average.
+    Hence
 
         1 - slope  =  sum n_p^2 / sum (p - b)^2  <=  min(1/2, 2 residual / sum (p - b)^2)
 
     for a sound engine: never below 0.5, however large the noise is. (The residual of the regression holds at least
-    half of sum n_p^2.) An engine that answers with the earlier version is above 0 by as much, and never above 0.5. So
-    the bound that `is_sound` compares with is 0.5 where the noise is large, and goes to 1 where it is small, each less
-    a margin.
+    half of sum n_p^2.) The slope of an engine that answers with the earlier version is as far above 0, and never
+    above 0.5. So the lower bound of `is_sound` is 0.5 if the noise is large and goes to 1 if it is small, each less a
+    margin.
     """
 
     xx: float = 0.0
@@ -146,14 +148,14 @@ class Slope:
     yy: float = 0.0
     """sum (e - b)^2."""
     square_xx: float = 0.0
-    """The sum over clusters of a cluster's xx^2; the next two are alike."""
+    """The sum of xx^2 over clusters; the next two are sums over clusters as well."""
     product: float = 0.0
     square_xy: float = 0.0
 
     def add(self, before: Scores, policy: Scores, engine: Scores) -> None:
-        """Count the completions of one prompt in: of each the b, p and e above, [T] in nats.
+        """Add the completions of one prompt: the b, p and e of each, [T] in nats.
 
-        What the trainer has no finite number for is left out, and is the loss's affair.
+        Tokens without a finite log-probability of the trainer are left out: the loss deals with them.
         """
         clusters: dict[int, list[float]] = {}
         for b, p, e in zip(before, policy, engine, strict=True):
@@ -174,7 +176,7 @@ class Slope:
             self.square_xy += xy * xy
 
     def forget(self, factor: float) -> None:
-        """Let what was counted so far weigh `factor` as much as what follows."""
+        """Multiply the weight of everything that was added so far by `factor`."""
         for name in ("xx", "xy", "yy"):
             setattr(self, name, getattr(self, name) * factor)
         for name in ("square_xx", "product", "square_xy"):
@@ -186,7 +188,7 @@ class Slope:
 
     @property
     def is_defined(self) -> bool:
-        """Whether more than one cluster has moved."""
+        """Whether there is more than one cluster whose tokens have changed."""
         return self.num_clusters > 1.5
 
     @property
@@ -201,7 +203,7 @@ class Slope:
 
     @property
     def is_sound(self) -> bool:
-        """False where noise alone would give such a slope once in 10 million looks."""
+        """False if noise alone would give such a slope at most once in 10 million tests."""
         from scipy.special import stdtrit
 
         quantile = -float(stdtrit(self.num_clusters - 1, _FALSE_ALARMS))  # Student's t
@@ -212,13 +214,13 @@ class Slope:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """Tokens that engine and trainer score, and what the trainer said of them before."""
+    """Tokens that engine and trainer score, and the trainer's earlier scores of them."""
 
     groups: tuple[RolloutGroup, ...]
     before: Scores
 
     def add_to(self, slopes: Sequence[Slope], policy: Iterator[torch.Tensor], engine: Iterator[torch.Tensor]) -> None:
-        """Count its tokens in; takes its completions' scores off both."""
+        """Add the probe's tokens to the slopes; takes the scores of its completions from both iterators."""
         before = iter(self.before)
         for group in self.groups:
             count = len(group.completions)
@@ -231,12 +233,13 @@ class _Probe:
 class SlopeTest:
     """Whether the engine follows the policy, sync by sync: two slopes at each new version.
 
-    *start*: a fixed probe, tokens of the first rollout, against the adapter switched off (LoRA) or the version of the
-    first rollout (other tuning). It finds what never arrives, arrives scaled, or twice.
+    *start*: a fixed probe, tokens of the first rollout. Its b comes from the model with the adapter off (LoRA), or
+    from the version of the first rollout (other tuning). It finds weights that never arrive, arrive scaled, or arrive
+    twice.
 
-    *previous*: a probe of the rollout before, against the version that sampled it. It finds an engine that is one sync
-    behind. Each sync says little where updates are small, so evidence adds up: over the whole run, and over the last
-    syncs for a fault that begins late. Where updates are large, the present sync alone tells.
+    *previous*: a probe from the previous rollout. Its b comes from the version that sampled it. It finds an engine
+    that is one sync behind. If updates are small, one sync says little, so evidence adds up: over the whole run, and
+    over the last syncs, for a fault that begins late. If updates are large, the present sync alone is enough.
 
     `ask` comes first, while the engine is awake, then `check`.
     """
@@ -246,7 +249,7 @@ class SlopeTest:
     score: Callable[[Sequence[RolloutGroup]], Scores]
     """The trainer's log-probabilities at temperature 1."""
     adapter_off: Callable[[], AbstractContextManager[Any]] | None
-    """In it `score` is that of the model without its adapter; None where there is no adapter."""
+    """In this context `score` is that of the model without its adapter; None if there is no adapter."""
     prompts: Sequence[Prompt]
     """The dataset."""
     _start: _Probe | None = None
@@ -259,9 +262,9 @@ class SlopeTest:
         """The engine's scores of the probes, for `check`; none where there is nothing to compare.
 
         Args:
-            engine: holds `version`.
-            groups: what it has just sampled.
-            version: of the policy.
+            engine: the engine, with the weights of `version`.
+            groups: the groups that it has just sampled.
+            version: the policy's version.
         """
         if self._start is None and (chosen := _choose(groups, _START_SEQUENCES)):
             self._start = _Probe(chosen, ())
@@ -273,12 +276,12 @@ class SlopeTest:
         """Compare the engine's answers with the trainer's, and prepare the next comparison.
 
         Args:
-            answers: what `ask` gave.
-            groups: as there.
-            version: as there.
+            answers: the result of `ask`.
+            groups: the same as in `ask`.
+            version: the same as in `ask`.
 
         Returns:
-            The slopes and their standard errors, by metric name; what cannot be told yet is left out.
+            The slopes and their standard errors, by metric name; those that are not defined yet are left out.
 
         Raises:
             StaleRolloutError: if a slope is not sound.
@@ -322,7 +325,7 @@ class SlopeTest:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what `state_dict` gave, unless it is of another engine."""
+        """Restore the state, unless it belongs to another engine."""
         if state["backend"] != self.backend:
             return
         self._start, self._previous = (probe and self._load_probe(*probe) for probe in state["probes"])
@@ -349,7 +352,7 @@ class SlopeTest:
 
 
 def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[RolloutGroup, ...]:
-    """The beginnings of `count` completions, of as many prompts as there are, the shortest first."""
+    """The beginnings of `count` completions, from as many different prompts as possible, the shortest first."""
     groups = sorted(groups, key=lambda group: len(group.prompt.token_ids))
     per_group = -(-count // max(1, len(groups)))
     chosen = []
@@ -362,7 +365,7 @@ def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[RolloutGroup, .
 
 
 def _beginning(completion: Completion) -> Completion:
-    """Without its last token: the engine wants room for one more, and there may be none."""
+    """The first tokens, without the completion's last one: the engine needs room for one more token."""
     count = min(_TOKENS_A_SEQUENCE, len(completion.token_ids) - 1)
     return dataclasses.replace(
         completion, token_ids=completion.token_ids[:count], sampling_logprobs=completion.sampling_logprobs[:count]

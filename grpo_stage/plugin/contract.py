@@ -1,4 +1,4 @@
-"""The host's symbols that the stage is built on, and the check that they still are what they were."""
+"""The host's symbols that the stage is built on, and the check that they exist and are called as expected."""
 
 import importlib
 import inspect
@@ -11,7 +11,7 @@ SUPPORTED_HOST = ">=0.9.5,<0.9.7"
 
 
 class UnsupportedHostError(RuntimeError):
-    """The stage cannot run on this host, or not in this mode of it."""
+    """The stage cannot run on this host, or not in this mode."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +21,10 @@ class HostSymbol:
     module: str
     name: str
     parameters: tuple[str, ...] | None = None
-    """Names of the leading parameters; what the host adds behind them needs a default. None: not a callable."""
+    """Names of the leading parameters; further ones need a default. None: the symbol is not a callable."""
 
     def defect(self) -> str | None:
-        """Say what is wrong with it in the host that is installed, or None."""
+        """What is wrong with the symbol in the installed host, or None."""
         try:
             module = importlib.import_module(self.module)
         except ImportError as error:

@@ -1,7 +1,7 @@
-"""The host's fine-tuning arguments with ours: what registration puts in their place.
+"""The host's fine-tuning arguments with ours, which registration puts in place of the host's own.
 
-Registration imports this while the host's parser is being imported. So nothing of ours is imported here but what
-imports none of the host, and whoever else wants the class imports `llamafactory.hparams` first.
+Registration imports this module while the host's parser is being imported. So it may import only modules of ours that
+import nothing of the host, and other modules have to import `llamafactory.hparams` before they import this one.
 """
 
 import copy
@@ -29,7 +29,7 @@ class GRPOFinetuningArguments(GRPOArguments, FinetuningArguments):
         GRPOArguments.__post_init__(self)
 
     def to_dict(self) -> dict[str, Any]:
-        r"""As the host's, which trackers get; other stages do not see this stage's keys."""
+        r"""The host's mapping, which trackers get; in other stages without this stage's keys."""
         values = {**super().to_dict(), **self.as_written}
         return (
             mask(values) if self.stage == "grpo" else {k: v for k, v in values.items() if k not in grpo_field_names()}
@@ -37,7 +37,7 @@ class GRPOFinetuningArguments(GRPOArguments, FinetuningArguments):
 
 
 def _keep_help_only(fields: dict[str, "dataclasses.Field[Any]"]) -> None:
-    """HfArgumentParser rewrites a field's type and hands argparse all metadata, which knows `help` alone of ours."""
+    """HfArgumentParser gives all metadata of a field to argparse, which knows nothing of ours but `help`."""
     for name in grpo_field_names():
         fields[name] = copy.copy(fields[name])
         fields[name].metadata = MappingProxyType({"help": fields[name].metadata["help"]})

@@ -22,10 +22,10 @@ def run(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
 
     Raises:
         ValueError: if another run is in `output_dir`.
-        SystemExit: with the exit code of a process that the signal ended, where the run was stopped by one.
+        SystemExit: if a signal stopped the run, with the exit code of a process that the signal ended.
     """
     training = arguments.training
-    training.output_dir = os.path.abspath(training.output_dir)  # wherever a reward function changes to
+    training.output_dir = os.path.abspath(training.output_dir)  # a reward function may change the working directory
     try:
         with owned(training.output_dir) if training.should_save else contextlib.nullcontext():
             run_grpo(arguments, callbacks + stage_callbacks(arguments))
@@ -42,7 +42,7 @@ def _how_to_go_on(checkpoint: str | None, command_line: list[str]) -> str:
         rest = [word for word in command_line if not word.startswith("resume_from_checkpoint=")]
         command = [*rest, f"resume_from_checkpoint={checkpoint}"]
     elif "--stage" in command_line or any(word.startswith("--stage=") for word in command_line):
-        command = [*command_line, "--resume_from_checkpoint", checkpoint]  # the last of two counts
+        command = [*command_line, "--resume_from_checkpoint", checkpoint]  # the last of two equal flags counts
     else:  # not started by the command line
         return f"Go on with `resume_from_checkpoint: {checkpoint}`."
     return f"Everything so far is in {checkpoint}. Go on with:\n\n    llamafactory-cli train {shlex.join(command)}\n"

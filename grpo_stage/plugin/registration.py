@@ -1,8 +1,8 @@
-"""Every change that is made to the host, as one table: `ROWS`.
+"""Every change to the host, as one table: `ROWS`.
 
-A row is applied right after its module is executed (`_autoload` sees to that), or by `install()` where the module is
-there already, and `uninstall()` takes all of them back. On a host that the stage was not made for only the guards are
-applied: they refuse `stage: grpo` with the reason, and all other stages are left alone.
+`_autoload` applies a row right after its module is executed; `install()` applies it to a module that is imported
+already; `uninstall()` takes all rows back. On a host that the stage was not made for only the guards are applied: they
+refuse `stage: grpo` with the reason, and change nothing for other stages.
 """
 
 import importlib
@@ -34,7 +34,7 @@ MEGATRON = {"USE_MCA": "Megatron-Core's trainers", "USE_MEGATRON_BRIDGE": "Megat
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One change to the host. A list or a mapping is changed in place, since others may hold it by name."""
+    """One change to the host. A list or a mapping is changed in place, since other modules may have imported it."""
 
     module: str
     attribute: str
@@ -42,12 +42,12 @@ class Row:
     """From the host's own value to ours."""
     why: str
     is_guard: bool = False
-    """Guards only refuse, and are wanted on every host."""
+    """A guard only refuses, and is applied on every host."""
 
 
 @dataclass(frozen=True, slots=True)
 class Applied:
-    """What stands at a row's place now, and what the host had there."""
+    """The present value at a row's place, and the host's own value."""
 
     module: ModuleType
     current: Any
@@ -66,7 +66,7 @@ def uninstall() -> None:
     """Give the host its own values back.
 
     Raises:
-        RuntimeError: if somebody else has changed one of them since, which would be undone as well.
+        RuntimeError: if other code has changed one of them since: its change would be undone as well.
     """
     for row, applied in _applied.items():
         if getattr(applied.module, row.attribute) is not applied.current:
@@ -84,10 +84,10 @@ def uninstall() -> None:
 
 
 def on_import(module: ModuleType) -> None:
-    """Apply the rows of a module that was just executed, and so holds the host's own values."""
+    """Apply the rows of a module that was just executed and still has the host's own values."""
     is_supported = is_supported_version()
     for row in ROWS:
-        # What is not there cannot be changed: the guards name it, through the contract.
+        # A missing attribute cannot be changed; the contract check in the guards names it.
         if row.module != module.__name__ or not (row.is_guard or is_supported) or not hasattr(module, row.attribute):
             continue
         original = getattr(module, row.attribute)
@@ -101,7 +101,7 @@ def on_import(module: ModuleType) -> None:
 
 
 def _fill(container: Any, content: Any) -> None:
-    """Give a list or a mapping another content."""
+    """Replace the content of a list or a mapping."""
     container.clear()
     if isinstance(container, dict):
         container.update(content)
@@ -132,14 +132,14 @@ def _read_json_from_paths(module: ModuleType) -> SimpleNamespace:
 
 
 def _add_grpo_to_stages(stages: dict[str, str]) -> dict[str, str]:
-    """In the Board's list, right behind PPO."""
+    """The Board's list of stages with GRPO after PPO."""
     names = list(stages)
     names.insert(names.index("PPO") + 1 if "PPO" in names else len(names), "GRPO")
     return {name: stages.get(name, STAGE) for name in names}
 
 
 def _run_torchrun(module: ModuleType) -> SimpleNamespace:
-    """The host's launcher joins its arguments with spaces, splits the whole at spaces, and leaves before torchrun."""
+    """A `subprocess` for the host's launcher, which splits arguments at spaces and may end before torchrun."""
 
     def run(command: list[str], **kwargs: Any) -> Any:
         arguments = sys.argv[1:]
@@ -152,7 +152,7 @@ def _run_torchrun(module: ModuleType) -> SimpleNamespace:
 
 
 def _by(module: str, function: str) -> Callable[[Any], Any]:
-    """What `function` makes of the host's value; the module is imported once a Board is."""
+    """Replace the host's value by the result of `function`; its module is imported together with the Board."""
     return lambda original: getattr(importlib.import_module(f"grpo_stage.board.{module}"), function)(original)
 
 
@@ -182,7 +182,7 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     stopped = None
     try:
         run(parser.parse(config["args"]), config["callbacks"])
-    except SystemExit as stop:  # all ranks leave; its frames refer to the trainer, and so to the process group
+    except SystemExit as stop:  # all ranks end; the error's frames refer to the trainer, and so to the group
         stopped = SystemExit(stop.code)
     _leave_process_group()
     if stopped is not None:
@@ -222,7 +222,7 @@ def _wrong_mode(switch: str, trainers: str) -> UnsupportedHostError:
 
 
 def _leave_process_group() -> None:
-    """End the run as the host ends its own stages."""
+    """Leave the process group at the end of the run, as the host does for its own stages."""
     from grpo_stage.distributed import leave_process_group
     from grpo_stage.host.log import get_logger
 
@@ -231,7 +231,7 @@ def _leave_process_group() -> None:
         return  # Ray destroys the group itself
     try:
         leave_process_group()
-    except RuntimeError as error:  # the model is saved by now: not worth an exit code
+    except RuntimeError as error:  # the model is saved by now, so the exit code stays 0
         get_logger(__name__).warning(f"Failed to destroy process group: {error}.")
 
 

@@ -1,4 +1,4 @@
-"""What the policy wrote and what it got for it: a table for the eye, a JSONL file for everything else."""
+"""Completions and their rewards: a table in the console, and all of them in a JSONL file."""
 
 import json
 import os
@@ -18,7 +18,7 @@ COMPLETIONS_FILE = "completions.jsonl"
 
 
 class CompletionsLog:
-    """Written on one rank, with the completions of all."""
+    """A log that one rank writes, with the completions of all ranks."""
 
     def __init__(self, output_dir: str, reward_names: Sequence[str], num_to_print: int, is_writer: bool) -> None:
         self._log = LineLog(os.path.join(output_dir, COMPLETIONS_FILE))
@@ -28,16 +28,16 @@ class CompletionsLog:
         self._latest: list[dict[str, Any]] = []
 
     def drop_after(self, step: int) -> None:
-        """Forget lines past `step`: a resumed run replays those steps, and a fresh run (step 0) has none yet."""
+        """Delete the lines of later steps than `step`: a resumed run replays them, a fresh run (step 0) has none."""
         if self._is_writer:
             self._log.keep(lambda record: record["step"] <= step)
 
     def record(self, step: int, samples: Sequence[Sample]) -> None:
-        """Append a line a sample of any rank, each of which calls this.
+        """Append a line for each sample of all ranks. Every rank must call it.
 
         Args:
             step: the optimizer step that trains on them first.
-            samples: this rank's.
+            samples: those of this rank.
         """
         ranks = all_gather([self._line(step, sample) for sample in samples])
         if self._is_writer:
@@ -72,7 +72,7 @@ class CompletionsLog:
             table.add_column(name, justify="right")
         table.add_column("advantage", justify="right")
         for record in best_first[: min(self._num_to_print, len(ranked))]:
-            # Text, not str: a completion may hold what rich would take for markup.
+            # Text, not str: rich could take parts of a completion for markup.
             table.add_row(
                 Text(_shortened(record["prompt"])),
                 Text(_shortened(record["completion"])),

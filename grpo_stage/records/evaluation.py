@@ -36,15 +36,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
 
 
 def maj_at_k(answers: Sequence[str | None], passed: Sequence[bool]) -> float:
-    """The probability that the most frequent answer passes; of several that are as frequent, one is drawn.
+    """The probability that the most frequent answer passes; of several equally frequent ones, one is drawn.
 
     Args:
         answers: [k] what each completion answers; None votes for nothing.
-        passed: [k] whether it passes. Where completions of one answer differ in that, one of them is drawn.
+        passed: [k] whether it passes. If completions of one answer differ in passing, one of them is drawn.
     """
     votes = Counter(answer for answer in answers if answer is not None)
     most = max(votes.values(), default=0)
-    # The leading answers have as many votes each, so a mean over their completions is the mean over the answers.
+    # The leading answers have the same number of votes, so a mean over their completions is one over the answers.
     elected = [ok for answer, ok in zip(answers, passed, strict=True) if answer is not None and votes[answer] == most]
     return sum(elected) / len(elected) if elected else 0.0
 
@@ -68,14 +68,14 @@ def record_evaluation(
     {dataset}_reward, {dataset}_rewards/..  the same over the prompts of one dataset; only with several of them
     ======================================  ==========================================================================
 
-    pass@k and maj@n leave out prompts to whose completions the function never applied. The reward model, whose scores
-    have a scale of their own, has neither.
+    pass@k and maj@n leave out prompts if the function applied to none of their completions. The reward model has
+    neither, since its scores have a scale of their own.
 
     Args:
-        tracker: where they are added.
+        tracker: gets the metrics.
         groups: [P] this rank's groups, of n completions each.
         reward_names: [F].
-        by_dataset: the prompts come from several datasets.
+        by_dataset: whether the prompts come from several datasets.
     """
     for scored in groups:
         completions = scored.group.completions
@@ -90,10 +90,10 @@ def record_evaluation(
 
 
 def rewarding_metrics(reward_names: Sequence[str], num_generations: int, datasets: Sequence[str]) -> list[str]:
-    """The names, `eval_` included, of those metrics of an evaluation of which more is better.
+    """The names, with `eval_`, of those metrics of an evaluation that are better when they are higher.
 
     Args:
-        reward_names: what metrics call the functions.
+        reward_names: the functions' names in metrics.
         num_generations: n.
         datasets: the evaluation datasets; empty where prompts are split off by `val_size`.
     """
@@ -121,7 +121,7 @@ def _measure(
     if not applied:
         return
     yield f"mean@{n}", sum(applied), len(applied)
-    if name == REWARD_MODEL:  # its scale knows no 1 that is passed
+    if name == REWARD_MODEL:  # on its scale 1 means nothing
         return
     passed = [score is not None and score >= 1.0 for score in scores]
     for k in _ks(n):

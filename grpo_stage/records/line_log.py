@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any
 
 
-logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's, whose handlers show it
+logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's logger, whose handlers show the messages
 
 WARNING_INTERVAL_S = 600.0
 MAX_WAITING_BYTES = 2**28
-"""Of lines that the disk does not take. The oldest are given up where there are more."""
+"""Most bytes of lines that wait for the disk. Beyond that the oldest lines are dropped."""
 
 
 class LineLog:
-    """Holds whole lines, whatever happens to the disk: what it does not take waits for the next time."""
+    """A file of whole lines. Lines that the disk does not take wait for the next attempt."""
 
     def __init__(self, path: str | Path) -> None:
-        self._path = os.path.abspath(path)  # from here on: a reward function may change the working directory
+        self._path = os.path.abspath(path)  # fixed now: a reward function may change the working directory
         self._waiting: list[bytes] = []
         self._warned_at = -math.inf
 
     def append(self, lines: Iterable[str]) -> None:
-        """Add lines, and those that wait. A disk that does not take them is a warning: training can go on."""
+        """Write lines, and those that wait. If the disk does not take them, warn: training can go on."""
         self._waiting += [f"{line}\n".encode() for line in lines]
         try:
             os.makedirs(os.path.dirname(self._path), exist_ok=True)
@@ -47,10 +47,10 @@ class LineLog:
             logger.warning(f"{len(self._waiting)} lines are lost that {self._path} could not be given.")
 
     def keep(self, keeps: Callable[[dict[str, Any]], bool]) -> None:
-        """Rewrite the log with the lines that `keeps` accepts, all at once; one torn by a kill is dropped, too.
+        """Replace the log by the lines that `keeps` accepts, at once; a line that a kill cut off is dropped, too.
 
         Raises:
-            OSError: if that fails; the log is then as it was.
+            OSError: if that fails; the log then stays as it is.
         """
         if not os.path.exists(self._path):
             return
@@ -97,7 +97,7 @@ def _append_all(path: str, content: bytes) -> None:
 
 
 def _record(line: bytes) -> dict[str, Any] | None:
-    """None for what is left of a line that was being written when its process was killed."""
+    """The object of a line; None if a kill cut the line off."""
     try:
         return json.loads(line) if line.endswith(b"\n") else None
     except ValueError:

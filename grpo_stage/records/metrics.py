@@ -1,6 +1,6 @@
-"""What is logged: each metric's definition, as sums and counts that are reduced over ranks before dividing.
+"""The definitions of the metrics, as sums and counts that are added up over ranks before dividing.
 
-A mean of ranks' means would weigh a rank with two completions like one with twenty.
+A mean of the ranks' means would weigh a rank with two completions as much as one with twenty.
 """
 
 from collections.abc import Sequence
@@ -49,13 +49,13 @@ class MetricTracker:
         return {**averages, **merged._sums, **merged._minima, **merged._maxima}
 
     def mean_over_ranks(self, name: str) -> float | None:
-        """What `take` would give of a mean, which goes on being collected; None where no rank has counted anything."""
+        """The value of a mean so far, over all ranks, without resetting it; None if no rank has counted anything."""
         measured = all_gather(self._means.get(name, (0.0, 0.0)))
         count = sum(count for _, count in measured)
         return sum(total for total, _ in measured) / count if count > 0 else None
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Add what another tracker collected, its `state_dict`."""
+        """Add the metrics of another tracker, given as its `state_dict`."""
         for name, (total, count) in state["means"].items():
             self.add(name, total, count)
         for name, number in state["sums"].items():
@@ -66,7 +66,7 @@ class MetricTracker:
             self.highest(name, value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was collected since the last `take`, ready for JSON."""
+        """The metrics since the last `take`, ready for JSON."""
         return {
             "means": dict(self._means),
             "sums": dict(self._sums),
@@ -75,7 +75,7 @@ class MetricTracker:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put `state` in the place of what was collected."""
+        """Replace the collected metrics by `state`."""
         self._means, self._sums, self._minima, self._maxima = {}, {}, {}, {}
         if state:
             self.merge(state)
@@ -84,19 +84,19 @@ class MetricTracker:
 def record_rollout(
     tracker: MetricTracker, groups: Sequence[ScoredGroup], reward_names: Sequence[str], weights: Sequence[float]
 ) -> None:
-    """Metrics of a rollout, under TRL's names. Every rank must call it, if with no groups.
+    """Metrics of a rollout, under TRL's names. Every rank must call it, even without groups.
 
     ======================================  ==========================================================================
     reward                                  mean over completions of the weighted total
     reward_std                              mean over groups of the total's sample standard deviation
-    frac_reward_zero_std                    share of groups whose totals are all equal: they teach nothing
-    frac_reward_none                        share of groups to no completion of which a function applied
+    frac_reward_zero_std                    share of groups whose totals are all equal
+    frac_reward_none                        share of groups in which no function applied
     rewards/{function}/mean                 mean over the completions that the function applied to
     rewards/{function}/std                  mean over rollouts of the sample standard deviation over the same, on all
                                             ranks
     rewards/{function}/frac_not_applicable  share of completions for which the function returned None
     completions/mean_length (min, max)      tokens, the end token included
-    completions/mean_terminated_length      of those that ended by themselves (min and max as well)
+    completions/mean_terminated_length      the same over those that ended by themselves (min, max)
     completions/clipped_ratio               share that reached `max_new_tokens`
     ======================================  ==========================================================================
     """

@@ -1,8 +1,8 @@
-"""Secrets kept out of what is written and said: keys, tokens and passwords that a recipe holds.
+"""Masking of secrets (keys, tokens, passwords) of a recipe in files, logs and messages.
 
 A value is a secret by its name (`api_key`, `password`, ...), by its own form (`sk-...`, `hf_...`), or by its place in
-a URL. Only who wrote it knows for sure, so that these are rules of thumb: under a name like `key` or `token`, only
-what looks random is one, and no word, special token of a template, path or number.
+a URL. These are rules of thumb: under a name like `key` or `token` a value counts only if it looks random; a word, a
+special token of a template, a path or a number does not.
 """
 
 import json
@@ -16,7 +16,7 @@ from urllib.parse import quote
 MASK = "***"
 _remembered: set[str] = set()
 _MIN_REPLACED = 4
-"""Shorter secrets are masked where they stand, but not looked for in texts, of which they would mask too much."""
+"""Shorter secrets are masked at their own place alone: in other texts they would match too much."""
 
 _PASSWORDS = r"password|passwd|passphrase|pwd|secret|credentials?|authorization|bearer|cookie"
 _OWNERS = (
@@ -28,9 +28,9 @@ _MAYBE_SECRET = re.compile(r"(?:keys?|token|auth)$")
 _RANDOM = re.compile(r"(?=\S*\d)(?=\S*[A-Za-z])[^\s<>\[\]]{12,}")
 _WORD = r"(?:[A-Za-z]?[a-z]{2,}\d{0,2}[a-z]?|[A-Z]{2,}\d{0,2}|[vV]?\d{1,4})"
 _PLAIN = re.compile(rf"\.{{0,2}}/.*|{_WORD}(?:[_.:/-]?{_WORD})*")
-"""What has letters and digits, and is a name or a path all the same."""
+"""A text with letters and digits that still is a name or a path."""
 _REFERENCE = re.compile(r"\$\{[^}]*\}")
-"""What stands for a value that is elsewhere, such as `${oc.env:NAME}`."""
+"""A reference to another value, such as `${oc.env:NAME}`."""
 
 _TOKEN = re.compile(
     r"\b(?:"
@@ -54,12 +54,12 @@ _PAIR = re.compile(
     r"(?P<secret>[^\"'\n]+)",
     re.IGNORECASE,
 )
-"""As JSON and Python write mappings."""
+"""A name and its value, as JSON and Python write mappings."""
 _FORMS = (_AUTHORIZATION, _PAIR, _TOKEN, _PRIVATE_KEY, _HEADER, _USER_INFO, _QUERY)
 
 
 def remember(secrets: Collection[str]) -> None:
-    """Mask these from now on, wherever they stand: what a variable of the environment holds has no name of its own."""
+    """Mask these values everywhere from now on: the value of an environment variable has no name to go by."""
     _remembered.update(secrets)
 
 
@@ -67,8 +67,8 @@ def mask(value: Any, name: str = "") -> Any:
     """`value` with its secrets replaced by `MASK`, mappings and lists to any depth.
 
     Args:
-        value: anything; what is no text, number, mapping or list is returned as it is.
-        name: the key that it stands under.
+        value: anything; only texts, numbers, mappings and lists are masked.
+        name: the key of the value.
     """
     if isinstance(value, Mapping):
         return {key: mask(item, name if _is_secret_name(name) else str(key)) for key, item in value.items()}
@@ -100,7 +100,7 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def mask_text(text: str, secrets: Collection[str] = ()) -> str:
-    """`text` without these secrets, also as they look quoted, and without what looks like one."""
+    """`text` without these secrets, quoted or not, and without texts that look like a secret."""
     for secret in sorted({*secrets, *_remembered}, key=len, reverse=True):
         if len(secret) >= _MIN_REPLACED:
             for form in (secret, repr(secret)[1:-1], json.dumps(secret)[1:-1], quote(secret, safe="")):
@@ -112,19 +112,19 @@ def mask_text(text: str, secrets: Collection[str] = ()) -> str:
 
 @contextmanager
 def errors_masked(*recipe: Any) -> Iterator[None]:
-    """What is raised within, and what it comes from, says none of the secrets of `recipe`, a recipe's values."""
+    """Mask the secrets of `recipe` (a recipe's values) in errors that the block raises, and in their causes."""
     try:
         yield
     except Exception as error:
         secrets = {secret for part in recipe for secret in secrets_in(part)}
         mask_error(error, secrets)
-        if (text := mask_text(str(error), secrets)) != str(error):  # it is not made of what can be masked
+        if (text := mask_text(str(error), secrets)) != str(error):  # masking its arguments did not mask its text
             raise RuntimeError(f"{type(error).__name__}: {text}") from None
         raise
 
 
 def mask_error(error: BaseException | None, secrets: Collection[str]) -> None:
-    """Mask the texts of an exception, in place, and of those that it comes from."""
+    """Mask the texts of an exception and of its causes, in place."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
@@ -135,13 +135,13 @@ def mask_error(error: BaseException | None, secrets: Collection[str]) -> None:
         origin = error.__cause__ or error.__context__
         if origin is not None and mask_text(str(origin), secrets) != str(origin):
             mask_error(origin, secrets)
-            if mask_text(str(origin), secrets) != str(origin):  # its text is not made of what can be masked
+            if mask_text(str(origin), secrets) != str(origin):  # masking its arguments did not mask its text
                 error.__cause__, error.__context__ = None, None
         error = origin
 
 
 def is_secret(name: str, value: Any) -> bool:
-    """Whether a single value that stands under `name` is one, by the name or by its own form."""
+    """Whether a single value is a secret, by its name or by its own form."""
     if isinstance(value, bool) or not isinstance(value, str | int | float) or value in ("", MASK):
         return False
     normal = _normal(name)

@@ -1,7 +1,7 @@
-"""What a run leaves in its folder, for whoever looks at it: curves and completions, read as they grow.
+"""The logs of a run as curves and completions, read while they grow.
 
-Reading again costs what was added since. A file that was replaced (a resumed run takes its logs up where its
-checkpoint stands) is read from its beginning. A damaged line is left out and counted.
+A further read costs only the new lines. A file that was replaced (a resumed run cuts its logs off at its checkpoint)
+is read from its beginning. A damaged line is left out and counted.
 """
 
 import json
@@ -27,13 +27,13 @@ Point = tuple[int, float]
 
 
 class _GrowingFile:
-    """Whole lines of a file, handed out once each."""
+    """The whole lines of a file, each returned once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._identity: tuple[int, int] | None = None
         self.position = 0
-        """Bytes that were handed out."""
+        """How many bytes were returned so far."""
         self.error = ""
         """Why the file cannot be read; empty where it can, or where there is none."""
 
@@ -43,11 +43,11 @@ class _GrowingFile:
         return self._identity, self.position, self.error
 
     def read_new(self) -> tuple[bytes, bool]:
-        """The whole lines added since, and whether they are the file's first: then forget the earlier ones."""
+        """The new whole lines, and whether they are the first of the file: then the earlier ones no longer count."""
         before = self.version
         self.error = ""
         try:
-            if not stat.S_ISREG(self._path.stat().st_mode):  # to open a pipe would wait for its writer
+            if not stat.S_ISREG(self._path.stat().st_mode):  # opening a pipe would wait for its writer
                 raise OSError("not an ordinary file")
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
@@ -86,7 +86,7 @@ class MetricCurves:
         return self._file.version
 
     def update(self) -> bool:
-        """Read what is new; False where nothing is."""
+        """Read the new lines. Returns False if there are none."""
         added, is_new = self._file.read_new()
         if is_new:
             self._points, self.progress, self.num_damaged_lines = {}, {}, 0
@@ -112,7 +112,7 @@ class MetricCurves:
 
 
 def thinned(points: Sequence[Point], max_points: int) -> list[Point]:
-    """At most `max_points` points, 4 or more, in place of more: of equal parts the lowest and the highest value."""
+    """At most `max_points` (4 or more) of the points: the lowest and the highest value of each of equal parts."""
     if len(points) <= max_points:
         return list(points)
     first, *inner, last = points
@@ -133,13 +133,13 @@ class CompletionPages:
         self._path = folder / COMPLETIONS_FILE
         self._file = _GrowingFile(self._path)
         self._spans: dict[int, list[tuple[int, int]]] = {}
-        """Bytes of the file that hold each step's lines."""
+        """Where in the file the lines of each step are, in bytes."""
         self._num_damaged: dict[int | None, int] = {}
-        """Damaged lines by the step that they stand in, known once it was read; under None before all steps."""
+        """Damaged lines of each step, counted when the step is read; those before the first step under None."""
 
     @property
     def num_damaged_lines(self) -> int:
-        """Lines that were left out of what was read so far."""
+        """Damaged lines in the part that was read so far."""
         return sum(self._num_damaged.values())
 
     @property
@@ -153,7 +153,7 @@ class CompletionPages:
         return self._file.version
 
     def update(self) -> bool:
-        """Find what is new; False where nothing is."""
+        """Find the new lines. Returns False if there are none."""
         start = self._file.position
         added, is_new = self._file.read_new()
         if is_new:
@@ -171,7 +171,7 @@ class CompletionPages:
         return sorted(self._spans)
 
     def at_step(self, step: int, order: Order) -> list[dict[str, Any]]:
-        """The records of a step; by reward, those without one last, or as they were sampled.
+        """The records of a step, as they were sampled or by reward; records without a reward come last.
 
         Raises:
             KeyError: if the step has no completions.
@@ -193,7 +193,7 @@ def _lines_of(file: BinaryIO, begin: int, end: int) -> list[bytes]:
 
 
 def _record(line: bytes) -> dict[str, Any]:
-    """A line's object; an empty one where the line is damaged."""
+    """The object of a line; an empty one if the line is damaged."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
@@ -202,10 +202,10 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that can be drawn."""
+    """Whether the value is a number that can be drawn."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    except OverflowError:  # a whole number beyond all floats
+    except OverflowError:  # a whole number that no float can hold
         return False
 
 
@@ -219,7 +219,7 @@ def _is_completion(record: dict[str, Any]) -> bool:
 
 
 def _runs_of_steps(lines: bytes) -> Iterator[tuple[int, int, int]]:
-    """(step, begin, end) of neighbouring lines of one step; every line begins with its step."""
+    """(step, begin, end) of neighboring lines of one step; every line begins with its step."""
     begin, current = 0, None
     for match in _STEP.finditer(b"\n" + lines):
         step = int(match.group(1))

@@ -1,4 +1,4 @@
-"""The order in which prompts are sampled from, and when an epoch and a run are over."""
+"""The order in which prompts are sampled, and when an epoch or a run is over."""
 
 import math
 import random
@@ -50,7 +50,7 @@ class PromptStream:
         return dealt[self.rank :: self.world_size]
 
     def begin_epoch_if_due(self) -> None:
-        """Go on to the next epoch where no prompt of this one is left."""
+        """Go on to the next epoch if no prompt of this one is left."""
         if self.remaining() == 0:
             self.epoch += 1
             self._cursor = 0
@@ -66,14 +66,14 @@ class PromptStream:
         return self.epoch * self.num_prompts + self._cursor
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, ready for JSON."""
+        """The position in the stream, ready for JSON."""
         return {"epoch": self.epoch, "cursor": self._cursor, **self._identity()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
 
         Raises:
-            ValueError: if it was taken from other prompts or another order of them.
+            ValueError: if `state` was taken from other prompts or another order of them.
         """
         for name, value in self._identity().items():
             if state[name] != value:
@@ -105,11 +105,11 @@ class Epochs(Protocol):
     """How a run's epochs are counted."""
 
     def is_end(self, step: int) -> bool:
-        """Whether nothing of an epoch is left to be trained on after so many optimizer steps."""
+        """Whether an epoch is over after `step` optimizer steps."""
 
     @property
     def is_cut(self) -> bool:
-        """Whether an epoch is over although Trainer counts on further steps."""
+        """Whether an epoch is over although Trainer expects further steps."""
 
     @property
     def may_roll_out(self) -> bool:
@@ -120,13 +120,13 @@ class Epochs(Protocol):
         """Whether there is nothing left to train on, however many steps there might be."""
 
     def done(self, counted: float) -> float:
-        """How many epochs are done; `counted` is their number by optimizer steps."""
+        """How many epochs are done; `counted` is Trainer's own number, from optimizer steps."""
 
     def most(self, num_epochs: int) -> int:
-        """How many epochs Trainer has to have room for, whose own number is `num_epochs`."""
+        """How many epochs Trainer has to allow for; `num_epochs` is its own number."""
 
     def resumed_at(self, step: int, num_epochs: int, num_slots: int) -> tuple[int, int]:
-        """Epochs and slots of the begun one that Trainer leaves out when it resumes; its own numbers are given."""
+        """Epochs, and slots of the present one, that Trainer skips in a resume; its own numbers are given."""
 
 
 class EpochsOfSteps:
@@ -157,7 +157,7 @@ class EpochsOfPrompts:
 
     Args:
         stream: the prompts.
-        is_everything_used: whether all that was sampled is trained on.
+        is_everything_used: whether everything that was sampled has been trained on.
         args: how many epochs or steps the run has.
     """
 
@@ -175,7 +175,7 @@ class EpochsOfPrompts:
 
     @property
     def may_roll_out(self) -> bool:
-        return self._has_prompts_left and self._stream.remaining() > 0  # none reaches into the next epoch
+        return self._has_prompts_left and self._stream.remaining() > 0  # a batch never reaches into the next epoch
 
     @property
     def is_run_over(self) -> bool:
@@ -185,31 +185,31 @@ class EpochsOfPrompts:
         return self._stream.num_taken / self._stream.num_prompts
 
     def most(self, num_epochs: int) -> int:
-        return self._args.max_steps if self._args.max_steps > 0 else num_epochs  # an epoch has a step at least
+        return self._args.max_steps if self._args.max_steps > 0 else num_epochs  # an epoch has at least one step
 
     def resumed_at(self, step: int, num_epochs: int, num_slots: int) -> tuple[int, int]:
         if step == 0:
             return num_epochs, num_slots
-        # Of a begun epoch one slot is left out: there are always more than are needed.
+        # One slot of a begun epoch is skipped: there are always more slots than are needed.
         return (self._stream.epoch + 1, 0) if self.is_end(step) else (self._stream.epoch, 1)
 
     @property
     def _has_prompts_left(self) -> bool:
-        """Under `max_steps` a run takes as many epochs as it needs."""
+        """Whether the run may sample further prompts. With `max_steps` it takes as many epochs as it needs."""
         num_prompts = self._args.num_train_epochs * self._stream.num_prompts
         return self._args.max_steps > 0 or self._stream.num_taken < num_prompts
 
 
 def prompts_of_step(args: TrainingArguments) -> int:
-    """On all devices together."""
+    """Prompts of an optimizer step, on all devices together."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def steps_of_epoch(num_prompts: int, prompts_per_step: int, num_iterations: int) -> int:
-    """Optimizer steps that an epoch has; with dynamic sampling, at most."""
+    """Optimizer steps of an epoch; an upper bound with dynamic sampling."""
     return -(-num_prompts // prompts_per_step) * num_iterations
 
 
 def steps_of_run(args: TrainingArguments, steps_per_epoch: int) -> int:
-    """Optimizer steps that a run has; with dynamic sampling and no `max_steps`, at most."""
+    """Optimizer steps of a run; an upper bound with dynamic sampling and without `max_steps`."""
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)

@@ -1,13 +1,13 @@
-"""How a batch is filled with groups: with all that one rollout gives, or with those whose rewards differ.
+"""How a batch is filled: with all groups of one rollout, or with groups whose rewards differ.
 
-A group whose rewards are all equal has advantages of 0 and teaches nothing. DAPO (arXiv:2503.14476, "Dynamic
-Sampling") leaves such groups out and samples further prompts until the batch is full.
+A group whose rewards are all equal has advantages of 0: the policy learns nothing from it. DAPO (arXiv:2503.14476,
+"Dynamic Sampling") leaves such groups out and samples further prompts until the batch is full.
 
     waiting groups of the rollout before -> [batch full?] -> roll out, drop, [full?] -> roll out, drop, ... -> batch
-                                                                          what is too much waits for the next batch
+                                                                          surplus groups wait for the next batch
 
-Every rollout is of as many prompts as the batch has groups, so fewer than a batch ever wait, and none waits longer
-than to the next batch. All ranks see the same groups in the same order, whatever their number: they decide alike.
+Every rollout has as many prompts as the batch has groups. So fewer groups than a batch wait, and none of them longer
+than until the next batch. All ranks see all groups in the same order, and so make the same decisions.
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ FrozenLogprobs = Callable[[Sequence[ScoredGroup]], Sequence[torch.Tensor]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Filled:
-    """A batch, and what it took."""
+    """A batch, and what it took to fill it."""
 
     groups: Sequence[ScoredGroup]
     """This rank's share."""
     dropped: Sequence[ScoredGroup] = ()
-    """What this rank sampled in vain."""
+    """Groups that this rank sampled and the batch left out."""
     num_sampled: int
     """Groups that this rank sampled."""
     num_rollouts: int
@@ -52,30 +52,30 @@ class Filled:
 
 
 class Filling(Protocol):
-    """Used by all ranks alike."""
+    """A way to fill batches. All ranks call it together."""
 
     num_waiting: int
     """Groups that wait for the next batch, over all ranks."""
 
     def fill(self, count: int, roll_out: RollOut, may_roll_out: Question, logprobs: FrozenLogprobs) -> Filled:
-        """A batch of `count` groups over all ranks, or of fewer where rollouts or prompts come to an end.
+        """A batch of `count` groups over all ranks, or of fewer if there are no further rollouts or prompts.
 
         Args:
-            count: how many groups make the batch.
-            roll_out: samples and scores.
+            count: how many groups a full batch has.
+            roll_out: samples and scores further prompts.
             may_roll_out: whether there are prompts left; the same on all ranks.
-            logprobs: those of the present policy.
+            logprobs: log-probabilities under the present policy.
         """
 
     def report(self, filled: Filled, count: int, step: int, has_prompts: bool, tracker: MetricTracker) -> None:
-        """Log what the batch of a step took.
+        """Log what it took to fill the batch of a step.
 
         Args:
             filled: the batch.
-            count: the groups of a full one.
-            step: its number, from 1.
-            has_prompts: whether further prompts could have been taken.
-            tracker: where metrics are added.
+            count: how many groups a full batch has.
+            step: the step's number, from 1.
+            has_prompts: whether further prompts were available.
+            tracker: gets the metrics.
         """
 
     def state_dict(self) -> Any: ...
@@ -83,7 +83,7 @@ class Filling(Protocol):
 
 
 class PlainSampling:
-    """A batch is what one rollout gives."""
+    """The batch is all groups of one rollout."""
 
     num_waiting = 0
 
@@ -99,7 +99,7 @@ class PlainSampling:
 
 
 class DynamicSampling:
-    """Fills batches with groups that have a signal, and keeps what was sampled too much.
+    """Fills batches with groups that have a signal, and keeps surplus groups for the next batch.
 
     Args:
         prompts: the dataset.
@@ -137,7 +137,8 @@ class DynamicSampling:
             num_rollouts += 1
             num_sampled += len(share)
         batch, rest = pool[:count], pool[count:]
-        # What waits was sampled just now. The update moves the policy, so its log-probabilities are taken before.
+        # The present policy has sampled the waiting groups. Their old log-probabilities are taken now, since the
+        # update changes the policy.
         waiting = rest[self._rank :: self._world_size]
         flat = iter(logprobs(waiting))
         self._waiting = tuple(
@@ -155,13 +156,13 @@ class DynamicSampling:
         )
 
     def report(self, filled: Filled, count: int, step: int, has_prompts: bool, tracker: MetricTracker) -> None:
-        """As the Protocol has it.
+        """See `Filling.report`.
 
         =================================== ===========================================================================
         dynamic_sampling/num_rollouts       rollouts that a batch took
         dynamic_sampling/frac_dropped       share of the sampled groups that were left out
         dynamic_sampling/num_kept           groups of a batch, over all ranks
-        dynamic_sampling/num_waiting        groups sampled too much, which wait for the next batch
+        dynamic_sampling/num_waiting        surplus groups, which wait for the next batch
         dynamic_sampling/num_short_batches  batches that were not full, since the last log line
         =================================== ===========================================================================
         """
@@ -186,7 +187,7 @@ class DynamicSampling:
             logger.info(f"{where}, the last of the epoch.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Exact, ready for JSON; of this rank."""
+        """The waiting groups of this rank, exact and ready for JSON."""
         return {"num_waiting": self.num_waiting, "waiting": [scored_state(each) for each in self._waiting]}
 
     def undo(self) -> Callable[[], None]:
@@ -204,6 +205,6 @@ class DynamicSampling:
 
 
 def gather_in_deal_order(share: Sequence[T]) -> list[T]:
-    """All ranks' shares in the order that they were dealt from: what `[rank::world_size]` took apart."""
+    """The shares of all ranks in their original order: the inverse of dealing by `[rank::world_size]`."""
     shares = all_gather(list(share))
     return [each[i] for i in range(max(map(len, shares))) for each in shares if i < len(each)]

@@ -10,7 +10,7 @@ from grpo_stage.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSet:
-    """The prompts of one dataset, and what became of the rows that gave none."""
+    """The prompts of one dataset, and the number of rows that gave none or a shortened one."""
 
     prompts: list[Prompt]
     num_rows: int
@@ -30,11 +30,11 @@ def build_prompts(
     """Turn records, one JSON string a row, into prompts.
 
     Args:
-        records: `{"token_ids", "messages", "reference", "columns"}` of each row, or `null` for an unreadable one.
+        records: `{"token_ids", "messages", "reference", "columns"}` of each row, or `null` if it is unreadable.
         max_length: the most tokens that a prompt may have.
         overlong: `drop` leaves a longer prompt out, `truncate` keeps its last `max_length` tokens.
-        dataset: the evaluation dataset that the records are.
-        first_index: where the prompts' indices start: those of several evaluation datasets must differ.
+        dataset: the name of the evaluation dataset that the records come from.
+        first_index: the index of the first prompt: indices of several evaluation datasets must differ.
     """
     prompts: list[Prompt] = []
     num_rows = num_unreadable = num_overlong = 0

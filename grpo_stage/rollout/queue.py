@@ -1,7 +1,7 @@
 """Rollouts waiting for their uses.
 
-A rollout serves `steps_per_generation` optimizer steps, `num_iterations` times over. What is left of it when a
-checkpoint is taken is part of the checkpoint: sampling it anew would give other completions.
+A rollout serves `steps_per_generation` optimizer steps, `num_iterations` times over. A checkpoint holds the steps that
+are left: sampling them again would give other completions.
 """
 
 from collections import deque

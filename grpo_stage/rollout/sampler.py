@@ -1,4 +1,4 @@
-"""Prompts -> completions of the present policy, with their rewards: what training and evaluation share."""
+"""Prompts -> completions of the present policy -> their rewards, for training and evaluation."""
 
 from collections.abc import Sequence
 
@@ -38,13 +38,13 @@ class Sampler:
         """The groups of the prompts, in order.
 
         Args:
-            prompts: this rank's.
+            prompts: those of this rank.
             sampling: how completions are drawn.
-            step: what their seeds depend on.
-            version: the policy that they have to come from.
+            step: the step that the seeds depend on.
+            version: the policy's version.
 
         Raises:
-            StaleRolloutError: if they come from another.
+            StaleRolloutError: if the completions come from another version.
         """
         with self.phases.limited("rollout", self._grpo_args.rollout_timeout, "rollout_timeout"):
             groups = self.engine.generate(prompts, sampling, step)

@@ -9,7 +9,7 @@ from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, Sam
 
 
 def step_state(step: Step) -> dict[str, Any]:
-    """`load_step` reads it."""
+    """A step for JSON; `load_step` is the inverse."""
     return {
         "samples": [_sample_state(sample) for sample in step.samples],
         "logprob_temperature": step.logprob_temperature,
@@ -17,7 +17,7 @@ def step_state(step: Step) -> dict[str, Any]:
 
 
 def load_step(state: dict[str, Any], prompts: Sequence[Prompt]) -> Step:
-    """What `step_state` gave; `prompts` is the dataset."""
+    """The step of a `step_state`; `prompts` is the dataset."""
     return Step(
         samples=tuple(_load_sample(sample, prompts) for sample in state["samples"]),
         logprob_temperature=state["logprob_temperature"],
@@ -25,7 +25,7 @@ def load_step(state: dict[str, Any], prompts: Sequence[Prompt]) -> Step:
 
 
 def group_state(group: RolloutGroup) -> dict[str, Any]:
-    """`load_group` reads it."""
+    """A group for JSON; `load_group` is the inverse."""
     return {
         "prompt": group.prompt.index,
         "policy_version": group.policy_version,
@@ -34,7 +34,7 @@ def group_state(group: RolloutGroup) -> dict[str, Any]:
 
 
 def load_group(state: dict[str, Any], prompts: Sequence[Prompt]) -> RolloutGroup:
-    """What `group_state` gave; `prompts` is the dataset."""
+    """The group of a `group_state`; `prompts` is the dataset."""
     return RolloutGroup(
         prompt=prompts[state["prompt"]],
         policy_version=state["policy_version"],
@@ -43,7 +43,7 @@ def load_group(state: dict[str, Any], prompts: Sequence[Prompt]) -> RolloutGroup
 
 
 def scored_state(scored: ScoredGroup) -> dict[str, Any]:
-    """`load_scored` reads it."""
+    """A scored group for JSON; `load_scored` is the inverse."""
     return {
         "group": group_state(scored.group),
         "rewards": scored.rewards,
@@ -53,7 +53,7 @@ def scored_state(scored: ScoredGroup) -> dict[str, Any]:
 
 
 def load_scored(state: dict[str, Any], prompts: Sequence[Prompt]) -> ScoredGroup:
-    """What `scored_state` gave; `prompts` is the dataset."""
+    """The scored group of a `scored_state`; `prompts` is the dataset."""
     return ScoredGroup(
         group=load_group(state["group"], prompts),
         rewards=tuple(tuple(row) for row in state["rewards"]),
@@ -63,12 +63,12 @@ def load_scored(state: dict[str, Any], prompts: Sequence[Prompt]) -> ScoredGroup
 
 
 def tensors_state(tensors: Sequence[torch.Tensor] | None) -> list[list[float]] | None:
-    """Tensors of one dimension for JSON; `load_tensors` reads them."""
+    """Tensors of one dimension for JSON; `load_tensors` is the inverse."""
     return None if tensors is None else [tensor.tolist() for tensor in tensors]
 
 
 def load_tensors(state: list[list[float]] | None) -> tuple[torch.Tensor, ...] | None:
-    """What `tensors_state` gave."""
+    """The tensors of a `tensors_state`."""
     return None if state is None else tuple(torch.tensor(values) for values in state)
 
 

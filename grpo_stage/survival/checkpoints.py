@@ -26,13 +26,13 @@ from grpo_stage.distributed import all_gather
 logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's, whose handlers show it
 
 STATE_FILE = "grpo_state.json"
-"""In every checkpoint: the recipe, where the prompts are, and the list of files."""
+"""In every checkpoint: the recipe, the position in the prompts, and the list of files."""
 ROLLOUT_FILE = "grpo_rollout_{rank}.json"
 """In every checkpoint: what is left of the last rollout on that rank."""
 TENSORS_FILE = "grpo_{name}.pt"
 """A part of the run's state that is tensors: with `sync_ref_model` the reference's weights that have moved."""
 FINISHED_FILE = "grpo_finished.json"
-"""In the folder of a run whose steps are done: what of its end is done, too."""
+"""In the folder of a run whose steps are done: which parts of its end are done, too."""
 RESULTS, EVALUATION, MODEL_CARD = "results", "evaluation", "model card"
 """The parts of the end."""
 MAX_HASHED_BYTES = 2**30
@@ -47,7 +47,7 @@ _READ_BY_A_RESUME = (
 )
 
 Part = Callable[[str], object]
-"""Writes its files into the folder that it is given."""
+"""A function that writes files into the given folder."""
 
 
 class CheckpointSaveError(RuntimeError):
@@ -64,11 +64,11 @@ def save(folder: Path, parts: Mapping[str, Part], state: Mapping[str, Any] | Non
     Args:
         folder: `<output_dir>/checkpoint-<step>`; one of that name is replaced.
         parts: what to write, in this order, under the names that an error lists.
-        state: for the state file, JSON-serialisable; None for a checkpoint that cannot be resumed.
+        state: content of the state file, JSON-serializable; None for a checkpoint that cannot be resumed.
         is_saver: True on the rank that seals the folder; on several nodes without a common disk, on one rank of each.
 
     Raises:
-        CheckpointSaveError: on all ranks, when any of them failed. What was written is removed.
+        CheckpointSaveError: on all ranks, if any of them failed. Written files are removed.
     """
     staging = folder.with_name(_TEMPORARY + folder.name)
     seal = {"the list of files": lambda _: _seal(staging, folder, state)} if is_saver else {}
@@ -82,10 +82,10 @@ def save(folder: Path, parts: Mapping[str, Part], state: Mapping[str, Any] | Non
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, with the list of files under `files`.
+    """The `state` that `save` was given, with the list of files under `files`.
 
     Raises:
-        DamagedCheckpointError: if the state file is missing, or is not as it was written.
+        DamagedCheckpointError: if the state file is missing or has changed.
     """
     state, problem = _state(folder)
     if problem is not None:
@@ -94,7 +94,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def verify(folder: Path) -> None:
-    """Compare a checkpoint with its list of files. Files beyond it may be there.
+    """Compare a checkpoint with its list of files. Other files in the folder do not matter.
 
     Raises:
         DamagedCheckpointError: naming each file that is missing, cut or changed, and the checkpoint to use instead.
@@ -115,21 +115,21 @@ def newest_whole(output_dir: Path, before: int | None = None) -> Path | None:
 def rotate(newest: Path, limit: int | None, best: str | None) -> None:
     """Keep `limit` checkpoints, among them the newest and the best; one that cannot be deleted is a warning.
 
-    Those of later steps than the newest are deleted first: they were left behind by a resume from an earlier one. The
-    order is that of the steps, since time stamps are as wrong as the clock was.
+    Checkpoints of later steps than the newest one are deleted first: a resume from an earlier checkpoint left them
+    behind. Steps decide the order, since time stamps depend on the clock.
     """
     if not limit or limit < 0:
         return
     kept = {newest.absolute()} | ({Path(best).absolute()} if best else set())
     others = [folder.absolute() for _, folder in _checkpoints(newest.parent) if folder.absolute() not in kept]
-    others.sort(key=lambda folder: _step(folder) < _step(newest))  # stable: by steps among themselves
+    others.sort(key=lambda folder: _step(folder) < _step(newest))  # stable: by steps in each part
     for folder in others[: max(0, len(others) - max(0, limit - len(kept)))]:
         if (problem := _remove(folder)) is not None:
             logger.warning(problem)
 
 
 def warn_of_later_ones(resumed: Path) -> None:
-    """Say that a run goes on from a checkpoint though its folder holds later ones. Called on the saving rank."""
+    """Warn if a run resumes from a checkpoint and its folder holds later ones. Called on the saving rank."""
     later = [folder.name for step, folder in _checkpoints(resumed.parent) if step > _step(resumed)]
     if later:
         logger.warning(
@@ -154,8 +154,8 @@ def remove_unfinished(output_dir: str) -> None:
 def discard_earlier_run(output_dir: str) -> None:
     """Delete the checkpoints of an earlier run of this stage, for a run that starts afresh in its folder.
 
-    Its higher-numbered ones would be resumed from, in place of this run's, and what it noted at its end would make
-    this run look finished. Called on the saving rank.
+    Otherwise a resume would choose its checkpoints of higher steps in place of this run's, and its `FINISHED_FILE`
+    would make this run look finished. Called on the saving rank.
 
     Raises:
         OSError: if one of them can neither be deleted nor renamed.
@@ -182,9 +182,9 @@ def is_over(folder: Path, output_dir: str, num_steps: int, evaluates_at_end: boo
 
     Args:
         folder: the checkpoint.
-        output_dir: of the run that goes on from it.
+        output_dir: that of the run that resumes from it.
         num_steps: of that run; not below those of the checkpoint where its prompts are used up.
-        evaluates_at_end: whether an evaluation is a part of its end.
+        evaluates_at_end: whether the end of the run includes an evaluation.
 
     Raises:
         ValueError: if nothing is left at all.
@@ -197,8 +197,8 @@ def is_over(folder: Path, output_dir: str, num_steps: int, evaluates_at_end: boo
     end = {RESULTS, MODEL_CARD} | ({EVALUATION} if evaluates_at_end else set())
     is_own = folder.resolve().parent == Path(output_dir).resolve()
     noted, steps = all_gather((_noted(output_dir), [each for each, _ in _checkpoints(Path(output_dir))]))[0]
-    # All but the best checkpoint may be deleted at the end (`save_total_limit: 1`). One with later ones beside it is
-    # chosen on purpose: their steps are done again.
+    # At the end all but the best checkpoint may be deleted (`save_total_limit: 1`). If there are later checkpoints,
+    # the user has chosen this one on purpose: the later steps are trained again.
     is_newest = is_own and step >= max(steps, default=0)
     has_ended = is_newest and noted["step"] is not None and noted["step"] >= num_steps and end <= {*noted["parts"]}
     if step < num_steps and not stops_early and not has_ended:
@@ -215,8 +215,8 @@ def is_over(folder: Path, output_dir: str, num_steps: int, evaluates_at_end: boo
 
 
 def parts_done(output_dir: str, step: int) -> frozenset[str]:
-    """What of the end of the run is done, of one whose last step is `step`. Called on all ranks."""
-    noted = all_gather(_noted(output_dir))[0]  # others may not see the disk
+    """Which parts of the run's end are done, if its last step is `step`. Called on all ranks."""
+    noted = all_gather(_noted(output_dir))[0]  # other nodes may not see the disk
     return frozenset(noted["parts"] if noted["step"] == step else ())
 
 
@@ -240,13 +240,13 @@ def _noted(output_dir: str) -> dict[str, Any]:
 
 
 def _written(staging: Path, parts: Mapping[str, Part]) -> tuple[Exception | None, list[str]]:
-    """Write the parts; the error that ended it, if any, and what was left."""
+    """Write the parts. Returns the error that ended it, if any, and the names of the missing parts."""
     names = list(parts)
     for position, name in enumerate(names):
         try:
             staging.mkdir(parents=True, exist_ok=True)
             parts[name](str(staging))
-        except Exception as error:  # a full disk is an OSError here, and another type in torch and safetensors
+        except Exception as error:  # a full disk is an OSError here, and another error in torch and safetensors
             return error, names[position:]
     return None, []
 
@@ -274,7 +274,7 @@ def _seal(staging: Path, folder: Path, state: Mapping[str, Any] | None) -> None:
 
 
 def _state(folder: Path) -> tuple[dict[str, Any], str | None]:
-    """The state file's content, and what is wrong with it."""
+    """The content of the state file, and what is wrong with the file."""
     file = folder / STATE_FILE
     if not file.is_file():
         return {}, f"{STATE_FILE} is missing"
@@ -320,7 +320,7 @@ def _failure_message(folder: Path, failure: str, unsaved: list[str]) -> str:
     last = newest_whole(folder.parent)
     good = f"The last good checkpoint is {last}" if last else "There is no earlier checkpoint to resume from"
     free = shutil.disk_usage(folder.parent).free / 1e9 if folder.parent.exists() else 0.0
-    # Not "the same command": that starts afresh, and deletes the checkpoints, where the folder may be overwritten.
+    # Not "the same command": with `overwrite_output_dir: true` that starts afresh and deletes the checkpoints.
     go_on = f"go on with `resume_from_checkpoint: {last}`" if last else "start again"
     return (
         f"The checkpoint {folder} could not be saved: {failure}. Left to save were {', '.join(unsaved)}; what was "
@@ -341,7 +341,7 @@ def _step(folder: Path) -> int:
 
 
 def _remove(folder: Path) -> str | None:
-    """Delete a checkpoint such that a kill in between leaves no half of one under its name; None if it is gone."""
+    """Delete a checkpoint so that a kill leaves no half of it under its name. Returns a problem, or None."""
     doomed = folder.with_name(_TEMPORARY + folder.name)
     try:
         folder.rename(doomed)

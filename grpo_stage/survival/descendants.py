@@ -1,4 +1,4 @@
-"""The processes below a process, from /proc; where a system has none, there are none to be found."""
+"""The processes below a process, found in /proc; on a system without /proc none are found."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def descendants_of(pid: int) -> list[int]:
-    """Children, their children and so on, whatever their sessions and groups are, but for those that have ended."""
+    """Running children, their children and so on, in whatever session or group they are."""
     children: dict[int, list[int]] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended in between
@@ -16,13 +16,13 @@ def descendants_of(pid: int) -> list[int]:
             if state not in (b"Z", b"X"):
                 children.setdefault(int(parent), []).append(int(entry.parent.name))
     found = list(children.get(pid, ()))
-    for each in found:  # grows as it is walked through
+    for each in found:  # the list grows during the loop
         found += children.get(each, ())
     return found
 
 
 def kill_descendants(pid: int) -> bool:
-    """Send SIGKILL to all that are this user's; False where there were none of those."""
+    """Send SIGKILL to all of them that belong to this user. Returns False if there were none."""
     num_killed = 0
     for each in descendants_of(pid):
         with suppress(OSError):  # it has ended, or runs with another user's rights (`sudo`)

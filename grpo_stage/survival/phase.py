@@ -1,4 +1,4 @@
-"""A phase of a step: timed, limited in time, and left by a stop on all ranks together or on none."""
+"""A phase of a step: it is timed, it has a time limit, and a stop leaves it on all ranks together."""
 
 import time
 from collections.abc import Iterator
@@ -10,12 +10,12 @@ from grpo_stage.survival.watchdog import Watchdog
 
 
 class Clock:
-    """The seconds that a phase takes, or took."""
+    """The seconds that a phase takes."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self.seconds = 0.0
-        """Of a phase that is over."""
+        """The duration, once the phase is over."""
 
     def stop(self) -> float:
         self.seconds = time.perf_counter() - self._started
@@ -27,7 +27,7 @@ class Phases:
 
     Args:
         stop: hears requests to stop.
-        watchdog: ends what takes too long.
+        watchdog: ends a phase that takes too long.
         tracker: logs the seconds of each phase.
     """
 
@@ -45,19 +45,19 @@ class Phases:
 
     @contextmanager
     def phase(self, name: str, *, is_timed: bool = True) -> Iterator[Clock]:
-        """A block that every rank leaves by a stop, or none."""
+        """A block that a stop leaves on all ranks together, or on none."""
         with self._stop.together(), self.timed(name) if is_timed else nullcontext(Clock()) as clock:
             yield clock
 
     @contextmanager
     def limited(self, name: str, seconds: float, key: str, *, is_interruptible: bool = False) -> Iterator[None]:
-        """A block that may take so many seconds.
+        """A block with a time limit.
 
         Args:
-            name: of what is awaited, as `rollout`.
+            name: what is awaited, such as `rollout`.
             seconds: the limit.
             key: the YAML key that sets it.
-            is_interruptible: every point of it is a safe one, and a request to stop does not wait for its end.
+            is_interruptible: every point of the block is safe, and a request to stop does not wait for its end.
 
         Raises:
             HangError: in the block, after the limit.

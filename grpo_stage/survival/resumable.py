@@ -30,7 +30,7 @@ logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host
 
 
 class TrainingEnded(Exception):
-    """There is no step left to train: an evaluation that was made up for has stopped the run."""
+    """No step is left to train: an overdue evaluation has stopped the run (early stopping)."""
 
 
 class Evaluations:
@@ -38,7 +38,7 @@ class Evaluations:
 
     Args:
         ends_epoch: whether the last step ends an epoch that is evaluated: it is saved before Trainer evaluates.
-        step: the last one.
+        step: the last step.
     """
 
     def __init__(self, ends_epoch: Callable[[], bool], step: Callable[[], int]) -> None:
@@ -78,7 +78,7 @@ class ResumableTrainer(Trainer):
     A subclass sets `run_state` and answers the questions below.
 
     Args:
-        recipe: what a checkpoint says of the training, beside its state.
+        recipe: what a checkpoint records of the training, beside its state.
         **kwargs: Trainer's.
     """
 
@@ -95,24 +95,24 @@ class ResumableTrainer(Trainer):
         self._recipe = recipe
         self._saved: tuple[int, bool] | None = None  # the step of the last checkpoint, and whether evaluation was due
         self._is_over = False
-        self._holds_best = False  # the weights of another step than the last
+        self._holds_best = False  # the model has the weights of the best step, not the last
 
-    # What a subclass answers
+    # The questions that a subclass answers
 
     @property
     def is_end_of_epoch(self) -> bool:
-        """Whether nothing of an epoch is left to be trained on."""
+        """Whether an epoch has just ended."""
         raise NotImplementedError
 
     def num_steps(self, step: int) -> int:
-        """Optimizer steps of the run, or the most that there can be, as seen from a step whose state is restored."""
+        """Optimizer steps of the run, or an upper bound, at a step whose state is restored."""
         raise NotImplementedError
 
     def prepare_from(self, step: int) -> None:
         """Called before the first step of this process, with the number of steps that are done."""
 
     def check_learned(self, num_steps: int) -> None:
-        """Raise if the run, which has ended with so many steps, is no success."""
+        """Raise if the run, which has ended after `num_steps`, has learned nothing."""
 
     # Training
 
@@ -121,7 +121,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: if the checkpoint's run is finished: Trainer would train a step more each time.
-            StopRequested: where a signal asked for it, after a checkpoint was saved.
+            StopRequested: if a signal has asked for a stop, after a checkpoint was saved.
         """
         step = 0
         if resume_from_checkpoint:
@@ -152,7 +152,7 @@ class ResumableTrainer(Trainer):
                 request.checkpoint = self.save_progress()
                 raise
             except (HangError, RewardError, UnrewardedError) as error:
-                # One rank alone cannot save what all have. The weights are those of the last finished step.
+                # One rank alone cannot save the state of all. The weights are those of the last finished step.
                 if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
                     error.add_note(f"What was trained until then is in {checkpoint}.")
                 raise
@@ -176,10 +176,10 @@ class ResumableTrainer(Trainer):
             return super()._evaluate(*args, **kwargs)
 
     def make_up_for_evaluation(self) -> None:
-        """The evaluation of the step that was resumed from, if it is due.
+        """Do the evaluation that is due at the step that was resumed from, if any.
 
         Raises:
-            TrainingEnded: if it stops the run.
+            TrainingEnded: if that evaluation stops the run.
         """
         if not self.evaluations.is_pending:
             return
@@ -196,7 +196,7 @@ class ResumableTrainer(Trainer):
     # The end of a run
 
     def _finish(self, checkpoint: str | None = None) -> TrainOutput:
-        """What is left of a run whose last step is done: an evaluation that is due, and the best model."""
+        """The rest of a run whose last step is done: an evaluation that is due, and loading the best model."""
         if checkpoint is not None:
             logger.info(f"Every step is done in {checkpoint}: what is left is the end of the run.")
             self._load_from_checkpoint(checkpoint)
@@ -227,7 +227,7 @@ class ResumableTrainer(Trainer):
         return output
 
     def delete_all_but_best(self) -> None:
-        """As Trainer does with `save_total_limit: 1`, but once nothing goes on from the last checkpoint any more."""
+        """As Trainer does with `save_total_limit: 1`, but only when the last checkpoint is no longer needed."""
         best = Path(self.state.best_model_checkpoint or "")
         is_own = best.is_dir() and best.parent == Path(self.args.output_dir)
         if self.args.should_save and self.args.save_total_limit == 1 and is_own:
@@ -239,9 +239,9 @@ class ResumableTrainer(Trainer):
         return os.path.join(self.args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
 
     def save_progress(self) -> str | None:
-        """The folder of a checkpoint of the last finished step, written if it is not yet; None before the first.
+        """The folder of the last finished step's checkpoint, written if it is missing; None before the first step.
 
-        Once the best model is loaded, the newest that there is: the weights of the last step are gone.
+        Once the best model is loaded, it is the newest checkpoint: the weights of the last step are gone.
         """
         step = self.state.global_step
         if step == 0:
@@ -256,7 +256,7 @@ class ResumableTrainer(Trainer):
         return self._folder_of(step)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As Trainer saves, but whole or not at all (`checkpoints.save`)."""
+        """Trainer's save, made atomic (`checkpoints.save`)."""
         self.store_flos()
         step = self.state.global_step
         folder, best = Path(self._folder_of(step)), Path(self._folder_of(self.state.best_global_step))
@@ -264,7 +264,7 @@ class ResumableTrainer(Trainer):
             self.state.best_model_checkpoint = str(best)
         parts: dict[str, checkpoints.Part] = {"the model": partial(self.save_model, _internal_call=True)}
         state = None
-        if not self.args.save_only_model:  # without optimizer and schedule nothing could be continued
+        if not self.args.save_only_model:  # without optimizer and schedule no resume is possible
             state = {**self._recipe, **self.run_state.state_dict(Scope.RUN)}
             parts |= {
                 "the optimizer and the schedule": self._save_optimizer_and_scheduler,
@@ -303,7 +303,7 @@ class ResumableTrainer(Trainer):
         self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
     def _load_progress(self, folder: str) -> int:
-        """Restore the run's state; returns the optimizer step that the checkpoint was taken at."""
+        """Restore the run's state. Returns the optimizer step of the checkpoint."""
         trainer_state = TrainerState.load_from_json(os.path.join(folder, TRAINER_STATE_NAME))
         step = trainer_state.global_step
         rank_file = Path(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
@@ -314,7 +314,7 @@ class ResumableTrainer(Trainer):
         )
         num_steps = self.num_steps(step)
         self._is_over = checkpoints.is_over(Path(folder), self.args.output_dir, num_steps, self.args.do_eval)
-        if self.args.device.type == "cpu":  # of several processes it is `cpu:<rank>`, no place that torch.load knows
+        if self.args.device.type == "cpu":  # with several processes it is `cpu:<rank>`, which torch.load does not know
             self.args._setup_devices = torch.device("cpu")
         if self.args.should_save:
             checkpoints.remove_unfinished(self.args.output_dir)

@@ -1,7 +1,7 @@
 """One run a folder: a lock that ends with its process, however that ends.
 
-A POSIX record lock: unlike one of `flock`, it is not inherited by what the process forks. The system gives it up when
-the process closes any descriptor of the file, so that nothing else may open it there.
+A POSIX record lock: unlike a lock of `flock`, forked processes do not inherit it. The system releases it when the
+process closes any descriptor of the file, so nothing else in this process may open the file.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ LOCK_FILE = "_grpo_stage.lock"
 
 @contextlib.contextmanager
 def owned(folder: str) -> Iterator[None]:
-    """Keep other runs out of `folder`, which is made where it is not there, while the block lasts.
+    """Keep other runs out of `folder` during the block. The folder is made if it is missing.
 
     Raises:
         ValueError: if another run is in it.
@@ -41,7 +41,7 @@ def owned(folder: str) -> Iterator[None]:
             )
         else:
             held.callback(os.close, descriptor)
-            held.callback(_remove, path)  # first, so that nobody locks what is about to vanish
+            held.callback(_remove, path)  # before the release: nobody may lock a vanishing file
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "start": time.strftime("%Y-%m-%d %H:%M:%S")}
             with contextlib.suppress(OSError):  # an earlier owner's file, of another user
                 os.truncate(descriptor, 0)
@@ -50,19 +50,19 @@ def owned(folder: str) -> Iterator[None]:
 
 
 def refuse_used(folder: str) -> None:
-    """Refuse a folder that another process's run is in; not for a process that has it itself.
+    """Refuse a folder that a run in another process owns. For the owner itself this does nothing.
 
     Raises:
         ValueError: naming that process.
     """
     path = Path(folder, LOCK_FILE)
     if path.exists():
-        with contextlib.suppress(OSError):  # `owned` says that it cannot be locked
+        with contextlib.suppress(OSError):  # `owned` warns of a folder that cannot be locked
             os.close(_lock(path))
 
 
 def _lock(path: Path) -> int:
-    """The descriptor of the file, which is locked."""
+    """Lock the file and return its descriptor."""
     while True:
         descriptor, kind = _open(path)
         try:
@@ -71,23 +71,23 @@ def _lock(path: Path) -> int:
                 return descriptor
         except OSError as error:
             owner = b""
-            with contextlib.suppress(OSError):  # where locks are mandatory, the owner alone may read
+            with contextlib.suppress(OSError):  # with mandatory locks only the owner may read
                 owner = os.read(descriptor, 1000)
             os.close(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise _used(path.parent, owner) from None
             raise
-        os.close(descriptor)  # its owner has left, and taken it away
+        os.close(descriptor)  # its owner has ended and removed the file
 
 
 def _open(path: Path) -> tuple[int, int]:
     """A descriptor of the file, and the kind of lock that it can have."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except PermissionError:  # another user's, whose run a shared lock meets as well
+    except PermissionError:  # another user's file: a shared lock conflicts with the owner's as well
         return os.open(path, os.O_RDONLY), fcntl.LOCK_SH
     with contextlib.suppress(OSError):
-        os.fchmod(descriptor, 0o666)  # whatever the umask is: other users of the folder are to meet the lock
+        os.fchmod(descriptor, 0o666)  # whatever the umask: other users of the folder have to see the lock
     return descriptor, fcntl.LOCK_EX
 
 

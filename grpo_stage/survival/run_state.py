@@ -1,4 +1,4 @@
-"""What a run is made of beside its weights: one table, from which saving, restoring and undoing follow."""
+"""The state of a run beside its weights, as one table: saving, restoring and undoing follow from it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 
 class Stateful(Protocol):
-    """Has a state that is ready for JSON, exact, and shares nothing with it that changes."""
+    """An object whose state can be taken and restored. The state is exact, ready for JSON, and a copy."""
 
     def state_dict(self) -> Any: ...
     def load_state_dict(self, state: Any) -> None: ...
@@ -27,10 +27,10 @@ class Scope(StrEnum):
     """Whose state it is."""
 
     RUN = "run"
-    """The same on all ranks: kept once."""
+    """The same on all ranks: saved once."""
     RANK = "rank"
     TENSORS = "tensors"
-    """Tensors by name, the same on all ranks: kept once, in a file of the part's own."""
+    """Tensors by name, the same on all ranks: saved once, in a file of their own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""A process that is asked to stop: at once before training, and from then on at a safe point, with a checkpoint.
+"""Stops on request: before training at once, during training at a safe point and with a checkpoint.
 
-Imported before torch is, so that a stop during the long imports is heard, too.
+This module is imported before torch, so that a stop also works during the long imports.
 """
 
 import _thread
@@ -24,7 +24,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP)
 SAME_REQUEST_S = 2.0
 """Signals this close to the first are the same request: a terminal and torchrun both pass on one Ctrl-C."""
 LEAVING_S = 2.0
-"""How long a process that trains nothing yet may take to tidy up: its temporary folders, and processes of its own."""
+"""How long a process that does not train yet may take to remove temporary folders and end its own processes."""
 
 T = TypeVar("T")
 Handler = Callable[[int, FrameType | None], None]
@@ -37,11 +37,11 @@ def end_at_once() -> None:
     """Have a stop signal end this process at once, with exit code 128 + n, until a `SafeStop` listens or `leave`."""
 
     def end(signum: int, frame: FrameType | None) -> None:
-        # Not through logging and threading, whose locks this may have interrupted.
+        # Not through logging or threading: the signal may have interrupted code that holds their locks.
         os.write(2, f"\nStopped by {signal.Signals(signum).name} outside of training: nothing is lost.\n".encode())
-        _handle_stops_with(signal.SIG_IGN)  # the same request, passed on by others; it ends soon in any case
+        _handle_stops_with(signal.SIG_IGN)  # others may pass on the same request; the process ends soon in any case
         _thread.start_new_thread(_end_anyway, (128 + signum,))
-        # No exception: numpy's import takes one for a reason to try again, and `datasets` for data it cannot hash.
+        # Not by an exception: numpy's import would retry on one, and `datasets` would take the data for unhashable.
         atexit._run_exitfuncs()
         os._exit(128 + signum)
 
@@ -49,7 +49,7 @@ def end_at_once() -> None:
 
 
 def leave() -> None:
-    """Undo `end_at_once`, if that was called."""
+    """Undo `end_at_once`, if it was called."""
     while _before:
         _restore(*_before.popitem())
 
@@ -65,13 +65,13 @@ def ending_at_once() -> Iterator[None]:
 
 
 def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.CompletedProcess[bytes]":
-    """Run torchrun until its processes have ended, and pass on to it what only this process is sent."""
+    """Run torchrun until its processes have ended, and pass on signals that only this process got."""
     with subprocess.Popen(command, **kwargs) as process:
         asked: list[int] = []
 
         def pass_on(signum: int, frame: FrameType | None) -> None:
             asked.append(signum)
-            # A terminal sends these two to torchrun as well, which takes a second one for an order to leave at once.
+            # A terminal sends these two to torchrun as well, and torchrun leaves at once on a second signal.
             if signum not in (signal.SIGINT, signal.SIGHUP) or not _is_in_foreground():
                 process.send_signal(signal.SIGTERM)
 
@@ -81,10 +81,10 @@ def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.Comple
 
 
 def _is_in_foreground() -> bool:
-    """Whether a terminal sends its signals to this process and its children."""
+    """Whether this process and its children get the signals of a terminal."""
     try:
         terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
-    except OSError:  # there is none, or none any more
+    except OSError:  # there is no terminal, or no longer
         return False
     try:
         return os.tcgetpgrp(terminal) == os.getpgrp()
@@ -95,7 +95,7 @@ def _is_in_foreground() -> bool:
 
 
 def _handle_stops_with(handler: Any) -> dict[signal.Signals, Any]:
-    """Set the handler of every stop signal, but not of a SIGHUP that nohup has ignored; returns the earlier ones."""
+    """Set the handler of every stop signal, except a SIGHUP that nohup ignores. Returns the earlier handlers."""
     handled = [each for each in STOP_SIGNALS if each != signal.SIGHUP or signal.getsignal(each) is not signal.SIG_IGN]
     return {each: signal.signal(each, handler) for each in handled}
 
@@ -104,14 +104,14 @@ def _restore(signum: signal.Signals, handler: Any) -> None:
     if handler is not None:
         signal.signal(signum, handler)
         return
-    signal.signal(signum, signal.SIG_DFL)  # set by other means than Python's `signal`
-    if faulthandler.is_enabled():  # whose SIGABRT it was
+    signal.signal(signum, signal.SIG_DFL)  # the earlier handler was not set by Python's `signal`
+    if faulthandler.is_enabled():  # faulthandler had handled SIGABRT
         faulthandler.disable()
         faulthandler.enable()
 
 
 def _in_this_process(handler: Handler) -> Handler:
-    """The handler; a process that is forked from this one and inherits it has the system's default instead."""
+    """The handler for this process alone: a forked process that inherits it does what the system does by default."""
     owner = os.getpid()
 
     def handle(signum: int, frame: FrameType | None) -> None:
@@ -125,7 +125,7 @@ def _in_this_process(handler: Handler) -> Handler:
 
 
 def _end_anyway(exit_code: int) -> None:
-    """End a process whose main thread waits for what it has interrupted itself."""
+    """End a process whose main thread waits for a lock that the signal has interrupted."""
     time.sleep(LEAVING_S)
     try:
         kill_descendants(os.getpid())
@@ -134,17 +134,17 @@ def _end_anyway(exit_code: int) -> None:
 
 
 class StopRequested(BaseException):
-    """Not an Exception: nothing on the way out may take it for a failure that can be handled."""
+    """A stop was asked for. Not an Exception, so that no code handles it as a failure."""
 
     def __init__(self, signum: signal.Signals) -> None:
         super().__init__(f"stopped by {signum.name}")
         self.signal = signum
         self.checkpoint: str | None = None
-        """Where what was trained is; None where no step was finished."""
+        """The checkpoint of what was trained; None if no step was finished."""
 
 
 class SafeStop:
-    """Makes a request of the first stop signal, and lets a second one act as it would without us."""
+    """Turns the first stop signal into a request; a second one acts as it would without this class."""
 
     def __init__(self, rank: int = 0) -> None:
         self.signal: signal.Signals | None = None
@@ -157,9 +157,9 @@ class SafeStop:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Handle the signals; inside another such block this one changes nothing.
+        """Handle the signals in this block; inside another such block nothing changes.
 
-        In another thread than the main one (Ray's workers) Python cannot: nothing is done.
+        Python handles signals in the main thread alone: in other threads (Ray's workers) the block does nothing.
         """
         if self._is_listening or threading.current_thread() is not threading.main_thread():
             yield
@@ -170,7 +170,7 @@ class SafeStop:
             yield
         finally:
             self._is_listening = False
-            self.signal = None  # one that came after the last safe point has nothing left to stop
+            self.signal = None  # after the last safe point a request has nothing left to stop
             for each, handler in previous.items():
                 _restore(each, handler)
 
@@ -184,7 +184,7 @@ class SafeStop:
             raise StopRequested(self.signal)
 
     def check_together(self) -> None:
-        """A safe point that all ranks come to: one that was asked takes the others with it."""
+        """A safe point for all ranks: if one of them was asked to stop, all stop."""
         self.gather(None)
 
     def gather(self, value: T) -> list[T]:
@@ -199,8 +199,8 @@ class SafeStop:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Every rank leaves this block by a stop, or none: the others would wait for ever for the one that left."""
-        with suppress(StopRequested):  # `signal` is set then, so that the next line raises it on every rank
+        """A stop leaves this block on all ranks or on none: otherwise the others would wait for ever."""
+        with suppress(StopRequested):  # `signal` is set then, so the next line raises on every rank
             yield
         self.check_together()
 
@@ -215,9 +215,9 @@ class SafeStop:
             self._raises_at_once = False
 
     def interrupt(self, error: BaseException) -> None:
-        """Raise `error` in the main thread, as soon as that runs Python; from another thread, and only in `listening`.
+        """Raise `error` in the main thread as soon as it runs Python. Call it from another thread, in `listening`.
 
-        A signal rather than the interpreter's own means: it also ends a sleep or a wait.
+        This sends a signal, which also ends a sleep or a wait.
         """
         if self._is_listening:
             self._error = error
@@ -229,7 +229,7 @@ class SafeStop:
             raise error
         if self.signal is None:
             self.signal, self._asked_at = signal.Signals(signum), time.monotonic()
-            if self._rank == 0:  # not through logging, whose locks this may have interrupted
+            if self._rank == 0:  # not through logging: the signal may have interrupted code that holds its locks
                 os.write(2, b"\nStopping at the next safe point, with a checkpoint. Once more stops at once.\n")
             if self._raises_at_once:
                 raise StopRequested(self.signal)

@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 GRACE_S = 10.0
-"""How long the main thread may take to leave after the limit; one that hangs in native code never does."""
+"""How long the main thread may take to leave the block after the limit; in native code it may never leave."""
 LAST_RESORT_S = 600.0
 """How long the last resort may take, a checkpoint of a large model included, before the process is ended anyway."""
 
 
 class HangError(BaseException):
-    """Something took longer than its time limit. Not an Exception: it is raised in the middle of anybody's code."""
+    """Something took longer than its time limit. Not an Exception, so that no code around it handles it."""
 
 
 class Watchdog:
-    """Watches one thing at a time, from a thread of its own."""
+    """Limits the time of one block at a time, from a thread of its own."""
 
     def __init__(
         self,
@@ -30,9 +30,9 @@ class Watchdog:
         """
         Args:
             folder: where the stacks go.
-            rank: this process.
+            rank: the rank of this process.
             interrupt: raises an error in the watched thread, if that still runs Python.
-            last_resort: ends the process, from the watching thread, where the watched one does not answer.
+            last_resort: ends the process, from the watching thread, if the watched thread does not answer.
         """
         self._folder = Path(folder)
         self._rank = rank
@@ -44,7 +44,7 @@ class Watchdog:
         """Let the block take at most `seconds`.
 
         Args:
-            what: a short name of what is awaited, as `rollout`.
+            what: a short name of what is awaited, such as `rollout`.
             seconds: the limit.
             key: the YAML key that sets it.
 
@@ -54,14 +54,14 @@ class Watchdog:
         done = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(done, what, seconds, key), daemon=True)
         watcher.start()
-        # Should even the watching thread not run, since native code hangs with the interpreter's lock held.
+        # For a hang in native code that holds the interpreter's lock: then even the watching thread does not run.
         faulthandler.dump_traceback_later(seconds + GRACE_S + LAST_RESORT_S, exit=True, file=2)
         try:
             yield
         finally:
             faulthandler.cancel_dump_traceback_later()
             done.set()
-            watcher.join()  # an interruption on its way comes here and not later
+            watcher.join()  # an interruption that is under way arrives here, not later
 
     def _watch(self, done: threading.Event, what: str, seconds: float, key: str) -> None:
         if done.wait(seconds):
@@ -72,7 +72,7 @@ class Watchdog:
             self._folder.mkdir(parents=True, exist_ok=True)
             with stacks.open("w", encoding="utf-8") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-        except OSError as failure:  # the run is to end all the same
+        except OSError as failure:  # the run has to end all the same
             faulthandler.dump_traceback(all_threads=True)
             where = f"is in this run's terminal output, since {stacks} cannot be written: {failure}"
         error = HangError(

@@ -12,7 +12,7 @@ SUBCOMMANDS = (quickstart_model, try_rewards, configuration_docs)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A module of `SUBCOMMANDS` brings NAME, HELP, `add_arguments` and `run`, and imports nothing heavy by itself."""
+    """Each module of `SUBCOMMANDS` has NAME, HELP, `add_arguments` and `run`, and imports nothing heavy at its top."""
     parser = argparse.ArgumentParser(prog="grpo-stage", description="Tools beside LLaMA-Factory's `stage: grpo`.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)

@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def configuration_page() -> str:
-    """The page as Markdown: a section a group, in the order of the arguments."""
+    """The page as Markdown: a section for each group, in the order of the arguments."""
     hints = typing.get_type_hints(GRPOArguments)
     groups: dict[str, list[str]] = {}
     for spec in dataclasses.fields(GRPOArguments):

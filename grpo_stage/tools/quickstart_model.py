@@ -65,13 +65,13 @@ def find_gguf() -> Path:
 
 
 def load_tokenizer() -> "PreTrainedTokenizerBase":
-    """The chat tokenizer of SmolLM2-Instruct, with its end tokens put right."""
+    """The chat tokenizer of SmolLM2-Instruct, with its end tokens corrected."""
     from transformers import PreTrainedTokenizerFast
     from transformers.integrations.ggml import convert_gguf_tokenizer
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     content = load_gguf_checkpoint(str(find_gguf()), return_tensors=False)
-    # Not AutoTokenizer: in 5.5 it takes this for CodeLlama's, and what it saves has lost spaces and line breaks.
+    # Not AutoTokenizer: version 5.5 takes this for CodeLlama's tokenizer and saves one without spaces and line breaks.
     tokenizer, _ = convert_gguf_tokenizer(content["config"]["model_type"], content["tokenizer"])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -85,7 +85,7 @@ def load_tokenizer() -> "PreTrainedTokenizerBase":
 
 
 def prepare_model(output_dir: Path) -> bool:
-    """Convert the model into `output_dir`, unless it is there.
+    """Convert the model into `output_dir`, unless it is there already.
 
     Returns:
         Whether the folder was made now.

@@ -31,9 +31,9 @@ NAME = "try-rewards"
 HELP = "score perfect, broken or sampled completions with a recipe's rewards, before a run"
 
 SHOWN_CHARACTERS = 80
-# The parser reads the model's config. Of this kind it knows no limit of positions, nor any quantization.
+# The parser reads the model's config. A config of this type has no limit of positions and no quantization.
 _STAND_IN_CONFIG = {"model_type": "t5"}
-# References need no device; and a recipe for a GPU can be tried where there is none.
+# References need no device, so a recipe for a GPU can be tried without one.
 _WITHOUT_DEVICE = {
     "use_cpu": True,
     "bf16": False,
@@ -54,7 +54,7 @@ _WITHOUT_REWARD_MODEL = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
-    """What is written to the file of `--json`."""
+    """The content of the `--json` file."""
 
     functions: Sequence[str]
     weights: Sequence[float]
@@ -78,11 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.rows < 1:
         raise ValueError(f"`--rows {args.rows}` must be at least 1.")
-    # Before the host is imported, which reads it then.
+    # Before the host is imported, since its import reads the variable.
     os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
-    # Before torch looks for devices: the host refuses several of them in one process.
+    # Before torch looks for devices: the host refuses several devices in one process.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    # The host prints, and logs to stdout; a function would take Ctrl-C for an exception of its own.
+    # The host prints and logs to stdout. Ctrl-C as an exception could be handled by a reward function.
     with contextlib.redirect_stdout(sys.stderr), ending_at_once():
         result = _try(args)
     if args.json is not None:
@@ -106,7 +106,7 @@ def _try(args: argparse.Namespace) -> TrialResult:
             return _try_recipe(configuration, args.rows, samples=args.completions == "model")
     except (RewardError, UnsupportedHostError) as error:
         raise ValueError(str(error)) from error
-    except (OSError, DatasetsError) as error:  # files of the model or of a dataset are not there, or damaged
+    except (OSError, DatasetsError) as error:  # files of the model or of a dataset are missing or damaged
         named = ", ".join(f"`{key}: {configuration.get(key)}`" for key in ("model_name_or_path", "dataset"))
         raise ValueError(f"One of {named} cannot be loaded: {error} {error.__cause__ or ''}".rstrip()) from error
 
@@ -115,7 +115,7 @@ def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
     """The recipe as the host reads it.
 
     Raises:
-        ValueError: if that is no mapping, or another stage's.
+        ValueError: if it is no mapping, or a recipe of another stage.
     """
     from grpo_stage.host.configuration_file import STAGE, read_command_line, stage_of
 
@@ -169,7 +169,7 @@ def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], l
     """Names and weights of the functions that are tried, and whether the reward model is left out of them.
 
     Raises:
-        ValueError: if nothing is left that has a say.
+        ValueError: if no function is left whose weight is not 0.
     """
     from grpo_stage.rewards.options import REWARD_MODEL
 
@@ -193,14 +193,14 @@ def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], l
 
 
 def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_device: bool) -> "RunArguments":
-    """As a run's arguments are parsed, with harmless values for what matters to a run alone."""
+    """The arguments, parsed as for a run, with harmless values for keys that only a run needs."""
     from grpo_stage.host.parser import parse
 
     with tempfile.TemporaryDirectory(prefix="grpo-stage-try-") as folder:
         values = {
             **configuration,
             "do_train": True,
-            "output_dir": os.path.join(folder, "output"),  # which is never made; the user's may hold a run
+            "output_dir": os.path.join(folder, "output"),  # never made; the user's own folder may hold a run
             "resume_from_checkpoint": None,
         }
         if not on_device:
@@ -215,7 +215,7 @@ def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_
     data.preprocessing_num_workers = None
     data.val_size, data.eval_dataset = 0.0, None
     if not has_model:
-        # Rewards see no template. Many want the model's tokens or its processor, and `cutoff_len` counts its tokens.
+        # Rewards see no template. Many templates need the model's tokens or processor, and `cutoff_len` counts tokens.
         data.template, data.cutoff_len = "default", sys.maxsize
     return arguments
 
@@ -265,7 +265,7 @@ def _sample(
 
 
 def _write(path: Path, result: TrialResult) -> None:
-    """All at once: whoever waits for the file reads it whole."""
+    """Write the file at once, so that a program that waits for it reads it whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -291,7 +291,7 @@ def _print(result: TrialResult) -> None:
             table.add_section()
         last_index = row.prompt_index
         table.add_row(
-            Text(_shortened(row.prompt) if is_first else ""),  # Text: what is in brackets is no markup
+            Text(_shortened(row.prompt) if is_first else ""),  # Text: brackets are no markup
             row.kind,
             Text(_shortened(row.completion)),
             *(_number(value) for value in row.rewards.values()),

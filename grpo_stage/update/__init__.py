@@ -1,1 +1,1 @@
-"""A step of samples -> the gradient, and what it is made of."""
+"""A step of samples -> its gradient."""

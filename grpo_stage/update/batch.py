@@ -13,7 +13,7 @@ from grpo_stage.types import Completion, Prompt, RolloutGroup, Sample, SampleBat
 
 
 class Sequenced(Protocol):
-    """What goes through the model as one sequence: a `Row`, or a `Sample`."""
+    """Anything with a prompt and a completion, which go through the model as one sequence: a `Row` or a `Sample`."""
 
     @property
     def prompt(self) -> Prompt: ...
@@ -22,7 +22,7 @@ class Sequenced(Protocol):
 
 
 class Row(NamedTuple):
-    """A completion of which nothing but its prompt is known."""
+    """A completion and its prompt, before anything else is known of them."""
 
     prompt: Prompt
     completion: Completion
@@ -34,7 +34,7 @@ def rows_of(groups: Sequence[RolloutGroup]) -> list[Row]:
 
 
 def count_totals(samples: Sequence[Sample], max_new_tokens: int) -> StepTotals:
-    """What this rank adds to the step's denominators: the completions, those that the loss uses, and their tokens."""
+    """This rank's part of the step's denominators: all completions, those that the loss uses, and their tokens."""
     lengths = [sum(sample.loss_mask) for sample in samples if sample.is_used]
     return StepTotals(
         num_completions=len(lengths),
@@ -45,10 +45,10 @@ def count_totals(samples: Sequence[Sample], max_new_tokens: int) -> StepTotals:
 
 
 class PaddedLayout:
-    """Sequences of like length side by side, each with its own copy of the prompt.
+    """A batch as padded rows: each completion is one row, with its own copy of the prompt.
 
     Args:
-        pad_token_id: fills the rows; any id does, since masks come from lengths.
+        pad_token_id: fills the rows; any id is right, since masks come from lengths.
         device: where the tensors go.
     """
 
@@ -59,8 +59,8 @@ class PaddedLayout:
     def split(self, sequences: Sequence[Sequenced], max_tokens: int) -> Iterator[list[int]]:
         """Positions of the sequences that go through the model together, in at most `max_tokens` padded tokens.
 
-        Sequences of like length go together, longest first, so that little is padded and a budget that does not fit
-        into memory fails at once rather than hours later. A single sequence longer than the budget goes alone.
+        Sequences of similar length go together, so that little is padded. The longest come first, so that a budget
+        that does not fit into memory fails at once and not hours later. A sequence longer than the budget goes alone.
         """
         lengths = [(len(each.prompt.token_ids), len(each.completion.token_ids)) for each in sequences]
         chunk: list[int] = []
@@ -105,7 +105,7 @@ class PaddedLayout:
         """The samples as one batch.
 
         Args:
-            samples: a part of this rank's share of the step; what one of them has not, none has.
+            samples: a part of this rank's share of the step. An optional field is set in all of them or in none.
             totals: denominators of the step over all ranks.
             loss_type: see `token_weights`.
             aggregation: see `token_weights`.
@@ -143,7 +143,7 @@ class PaddedLayout:
         )
 
     def dummy(self) -> SampleBatch:
-        """No sample at all: for a rank that has run out of micro-batches while the others have not."""
+        """A batch of weight 0, for a rank that has fewer micro-batches than the others."""
         zero = torch.zeros(1, 1, device=self._device)
         return SampleBatch(
             input_ids=torch.full((1, 2), self._pad_token_id, device=self._device),

@@ -18,11 +18,11 @@ Row = tuple[list[float], list[list[float]], list[int], list[float] | None]
 
 
 class Credit:
-    """What each completion of a batch is credited with. Used by all ranks alike.
+    """Gives each completion of a batch its advantage. All ranks call it together.
 
     Args:
         estimator: a key of `ADVANTAGE_ESTIMATORS`.
-        scale_rewards: what to divide by.
+        scale_rewards: what advantages are divided by.
         weights: [F] of the reward functions.
         mask_truncated: leave truncated completions out of the loss.
     """
@@ -37,11 +37,11 @@ class Credit:
     def assign(
         self, groups: Sequence[ScoredGroup], penalties: Sequence[float] | None = None
     ) -> list[tuple[Sample, ...]]:
-        """The samples of each group, with advantages. Every rank must call it, if with no groups.
+        """The samples of each group, with advantages. Every rank must call it, even without groups.
 
         Args:
             groups: this rank's share of one generation.
-            penalties: taken off the total of each completion, prompt-major; it stays as it is in the record.
+            penalties: taken off the total of each completion, prompt-major; `Sample.total_reward` stays without them.
         """
         num_completions = sum(len(scored.total_rewards) for scored in groups)
         assert penalties is None or len(penalties) == num_completions, "one for each completion"
@@ -71,7 +71,7 @@ class Credit:
         return tuple(dataclasses.replace(s, token_advantages=values) for s, values in zip(samples, own, strict=True))
 
     def withhold(self, group: ScoredGroup) -> tuple[Sample, ...]:
-        """The samples of a group that is not learned from: nothing is to be gained from it."""
+        """The samples of a group that no step trains on, with advantages of 0."""
         return self._samples(group, [0.0] * len(group.total_rewards))
 
     def has_signal(self, group: ScoredGroup, function: int | None = None, min_range: float = 0.0) -> bool:
@@ -117,7 +117,7 @@ class Credit:
 
 
 def has_reward_variance(scored: ScoredGroup, weights: Sequence[float]) -> bool:
-    """Whether two completions that the same functions applied to have different totals: another group teaches nothing.
+    """Whether two completions that the same functions applied to have different totals. If not, all advantages are 0.
 
     Args:
         scored: a group.

@@ -1,4 +1,4 @@
-"""Dropout, and noise of its kind, off for the whole run."""
+"""Dropout and similar noise, switched off for the whole run."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Turn dropout off for good: the ratio compares two passes through the same network."""
+    """Switch dropout off for good: the ratio has to compare two passes through the same network."""
     module: Any
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):

@@ -26,20 +26,20 @@ from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
 class PolicyGradient:
-    """Computes gradients in micro-batches under a token budget, which gives way where memory runs out.
+    """Computes gradients in micro-batches under a token budget, which shrinks if memory runs out.
 
     Args:
         grpo_args: the recipe.
         objective: the loss.
-        sampling: how completions are drawn: the policy is the distribution at its temperature.
-        canary: looks at the log-probabilities of the first micro-batch with fresh samples.
+        sampling: how completions are drawn; its temperature is part of the policy's distribution.
+        canary: checks the log-probabilities of the first micro-batch with fresh samples.
         layout: how samples become batches.
         budget: how many tokens go through the model at once.
-        frozen: a pass over the whole step, for an objective that looks at it first.
-        strategy: how the parameters are spread.
+        frozen: a pass over the whole step, for an objective that marks tokens before the first micro-batch.
+        strategy: how the parameters are distributed over processes.
         autocast: the precision of a forward pass.
         device: where the loss is added up.
-        gather: a value of every rank, and a safe point: it may raise what ends the pass, on all ranks together.
+        gather: returns the value of every rank. It is also a safe point: it may raise and end the pass on all ranks.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class PolicyGradient:
 
         Args:
             model: the policy, wrapped (DDP) or not.
-            step: what is trained on.
-            number: of the step; samples of that policy version are fresh, and what is drawn at random depends on it.
+            step: this rank's share of the step.
+            number: the step's number. Samples of that policy version are fresh; random draws depend on it.
 
         Returns:
             This rank's share of the loss, and the metrics of the pass.
@@ -99,7 +99,7 @@ class PolicyGradient:
     def _try_to_accumulate(
         self, model: nn.Module, step: Step, totals: StepTotals, number: int
     ) -> tuple[torch.Tensor, MetricTracker] | None:
-        """This rank's loss and gradient; None, and no gradient, where memory ran out on some rank."""
+        """This rank's loss and its gradient; None and no gradient if memory ran out on any rank."""
         metrics = MetricTracker()
         loss = torch.zeros((), device=self._device)
         is_checked = not any(sample.policy_version == number for sample in step.samples)

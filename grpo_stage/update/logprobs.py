@@ -29,7 +29,7 @@ def token_logprobs(
     with_entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of each completion token, and the entropy of the distribution it was drawn from.
+    """Log-probability of each completion token, and the entropy of the distribution at its position.
 
     Logits are computed for completion tokens alone, and divided by the sampling temperature: the policy is the
     distribution that was sampled from.
@@ -39,7 +39,7 @@ def token_logprobs(
         batch: a micro-batch.
         temperature: the sampling temperature.
         with_entropy: also return the entropy.
-        entropy_gradient: let the gradient flow through the entropy, too.
+        entropy_gradient: let the gradient flow through the entropy as well.
 
     Returns:
         [B, T] log-probabilities and [B, T] entropies in nats (None unless asked for), both float32 and 0 outside the
@@ -91,7 +91,7 @@ class FrozenPass:
         layout: how completions become batches.
         budget: how many tokens go through a model at once.
         autocast: the precision of a forward pass.
-        temperature: of the policy's distribution.
+        temperature: the sampling temperature.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class FrozenPass:
 
 
 def takes_logits_to_keep(model: Any) -> bool:
-    """Whether the model, wrapped or not, can be asked for the logits of the last tokens alone."""
+    """Whether the model, wrapped or not, can compute the logits of the last tokens alone."""
     while hasattr(model, "module"):  # DDP
         model = model.module
     if hasattr(model, "get_base_model"):  # PEFT

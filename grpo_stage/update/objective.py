@@ -1,4 +1,4 @@
-"""What the loss of a token is made of: a surrogate and terms. Which ones stands in tables, and not here.
+"""The loss of a token: a surrogate and terms. Tables say which ones there are (`LOSSES`, `terms.table`).
 
 B completions in a micro-batch    T completion tokens
 """
@@ -30,9 +30,9 @@ class Objective:
     def __init__(self, args: GRPOArguments) -> None:
         self.terms = [term for build in TERMS if (term := build(args)) is not None]
         self.entropy_gradient = any(term.entropy_gradient for term in self.terms)
-        """True where the gradient flows through the entropy."""
+        """Whether the gradient flows through the entropy."""
         self.looks_at_step = any(term.looks_at_step for term in self.terms)
-        """True where `mark` is to be asked before a step."""
+        """Whether `mark` has to be called before a step."""
         self._loss = LOSSES[args.loss_type]
         self._settings = LossSettings.of(args)
 
@@ -44,8 +44,8 @@ class Objective:
         Args:
             batch: the micro-batch.
             logprobs: [B, T] of the policy, with gradient.
-            entropy: [B, T] of the policy, with gradient where `entropy_gradient`.
-            metrics: where what was seen is counted.
+            entropy: [B, T] of the policy, with gradient if `entropy_gradient`.
+            metrics: gets the metrics of the micro-batch.
         """
         old_logprobs = logprobs.detach() if batch.old_logprobs is None else batch.old_logprobs
         inputs = TokenInputs(logprobs, old_logprobs, batch.advantages, batch.completion_mask, batch.sampling_logprobs)
@@ -81,9 +81,9 @@ class Objective:
         Args:
             samples: this rank's share of a step.
             logprobs: [T] of each, of the present policy.
-            entropies: likewise.
-            key: what is drawn of a sample depends on this and on its tokens alone: not on the order of samples, nor
-                on how many ranks share them.
+            entropies: [T] of each, of the present policy.
+            key: random draws for a sample depend on `key` and on the sample's tokens alone, not on the order of the
+                samples or the number of ranks.
         """
         masks = [torch.tensor(sample.loss_mask, dtype=torch.bool) for sample in samples]
         tokens, own = _gathered(samples, masks, logprobs, entropies, key)
@@ -113,12 +113,12 @@ class Objective:
     def reward_penalties(
         self, old_logprobs: Sequence[torch.Tensor], ref_logprobs: Sequence[torch.Tensor]
     ) -> list[float]:
-        """What `kl_in_reward` takes off the reward of each completion, given its tokens' log-probabilities [T]."""
+        """The penalty of `kl_in_reward` for each completion, from the log-probabilities [T] of its tokens."""
         (penalties,) = _given(term.reward_penalties(old_logprobs, ref_logprobs) for term in self.terms)
         return penalties
 
     def adapt(self, metrics: MetricTracker) -> None:
-        """Change the coefficients by what a step has measured on all ranks, each of which calls this."""
+        """Adapt the coefficients to the metrics of a step over all ranks. Every rank must call it."""
         for term in self.terms:
             term.adapt(metrics)
 
@@ -175,7 +175,7 @@ def _given(values: Iterable[T | None]) -> list[T]:
 
 
 def _draws(length: int, key: str) -> torch.Tensor:
-    """[length] random numbers, in float64 for none to be equal, that depend on `key` alone."""
+    """[length] random numbers that depend on `key` alone; in float64, so that no two are equal."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:7])
     return torch.rand(length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 

@@ -10,12 +10,11 @@ from torch.nn import functional
 
 
 def compute_output_layer_in_float32(model: Any) -> None:
-    """Have `model`, with an adapter or without, round nothing between its last hidden states and its logits.
+    """Have `model`, with or without an adapter, compute its logits from its last hidden states in float32.
 
-    In half precision a log-probability is off by what the logits were rounded to, up to 0.03 at logits of 10
-    (MiniMax-M1, arXiv:2506.13585, found the output layer to be the main source of the engine's and the trainer's
-    difference). The weights stay
-    as they are; a pass takes a float32 copy of the layer's.
+    In half precision the rounding of the logits moves a log-probability by up to 0.03 at logits of 10 (MiniMax-M1,
+    arXiv:2506.13585, found the output layer to be the main source of the difference between engine and trainer). The
+    weights keep their precision; each pass makes a float32 copy of the layer's.
 
     Raises:
         ValueError: if the layer is no plain linear one, such as a quantized one.

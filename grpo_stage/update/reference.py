@@ -1,4 +1,4 @@
-"""The reference that the KL term holds the policy to."""
+"""The reference policy, from which the KL term measures the policy's distance."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -12,21 +12,21 @@ from transformers import TrainerCallback
 
 
 _PEFT_PARTS = re.compile(r"\.base_layer|\.modules_to_save\.default")
-"""What PEFT adds to the names of a model's weights, those trained whole included."""
+"""What PEFT adds to the names of weights, including those of layers that are trained whole."""
 
 
 class ReferencePolicy(Protocol):
-    """The policy at the start of the run, or another model: what the KL term holds the policy to."""
+    """The policy at the start of the run, or another model."""
 
     def activate(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
-        """Yield the reference; `policy` (unwrapped) is itself again afterwards."""
+        """Yield the reference; after the block `policy` (unwrapped) is as it was."""
 
 
 class MovingReference(ReferencePolicy, Protocol):
-    """One that can follow the policy (`sync_ref_model`)."""
+    """A reference that can follow the policy (`sync_ref_model`)."""
 
     def mix(self, policy: nn.Module, alpha: float) -> None:
-        """Become alpha x `policy` (unwrapped) + (1 - alpha) x what it is, weight by weight."""
+        """Set each weight to alpha x that of `policy` (unwrapped) + (1 - alpha) x the present one."""
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """The weights that `mix` changes."""
@@ -36,7 +36,7 @@ class MovingReference(ReferencePolicy, Protocol):
 
 
 class ReferenceSync(TrainerCallback):
-    """Moves the reference towards the policy (`sync_ref_model`), as a part of the step that it follows."""
+    """Moves the reference toward the policy (`sync_ref_model`), at the end of a step."""
 
     def __init__(
         self, reference: MovingReference, alpha: float, every: int, unwrap: Callable[[Any], nn.Module]
@@ -49,7 +49,7 @@ class ReferenceSync(TrainerCallback):
 
 
 class AdapterOffReference:
-    """The base model: right where training starts from a new adapter, which changes nothing at first."""
+    """The base model: right for a new adapter, which at the start of the run changes nothing."""
 
     @contextmanager
     def activate(self, policy: Any) -> Iterator[nn.Module]:
@@ -60,8 +60,8 @@ class AdapterOffReference:
 class InitialWeightsReference:
     """The trainable weights as they were at the start, swapped in for the reference pass.
 
-    Right wherever the start is not "adapter off": a continued adapter (whose start is what SFT taught), PiSSA (whose
-    base is only a residual), freeze and full tuning. It costs a copy of the trainable weights alone.
+    Right wherever the initial policy is not "adapter off": a continued adapter (the initial policy is the SFT model),
+    PiSSA (the base is only a residual), freeze and full tuning. It costs a copy of the trainable weights alone.
     """
 
     def __init__(self, policy: nn.Module) -> None:
@@ -97,10 +97,10 @@ class ModelReference:
         self._model = model.eval()
 
     def match_precision(self, policy: Any) -> None:
-        """Hold its weights in the precision of the policy's of the same name, where that is higher.
+        """Raise each weight's precision to that of the policy's weight of the same name, if that is higher.
 
-        The host keeps what is trained in float32. Mixed precision rounds a network of bf16 weights otherwise, and the
-        KL of identical weights would not be 0.
+        The host keeps trained weights in float32. Mixed precision rounds differently with bf16 weights, so the KL of
+        identical weights would not be 0.
         """
         base = policy.get_base_model() if isinstance(policy, PeftModel) else policy
         theirs = {_PEFT_PARTS.sub("", name): p.dtype for name, p in base.named_parameters()}
@@ -109,7 +109,7 @@ class ModelReference:
                 p.data = p.data.float()
 
     def check_alike(self, policy: nn.Module) -> None:
-        """Raise ValueError unless `policy` has a weight of the same name and shape for each of its own."""
+        """Raise ValueError unless `policy` has a weight of the same name and shape for each of the reference's."""
         theirs = {name: p.shape for name, p in policy.named_parameters()}
         unlike = [name for name, p in self._model.named_parameters() if theirs.get(name) != p.shape]
         if unlike:
@@ -136,7 +136,7 @@ class ModelReference:
 
 
 def _mix(old: Mapping[str, torch.Tensor], new: Mapping[str, torch.Tensor], alpha: float) -> None:
-    """Move `old` in place. In float32, where a small alpha does not vanish in rounding before it is added."""
+    """Move `old` toward `new` in place; in float32, so that rounding does not swallow a small alpha."""
     for name, tensor in old.items():
         target = new[name].to(tensor.device, torch.float32)
         tensor.copy_(target if alpha == 1.0 else tensor.float().lerp(target, alpha))

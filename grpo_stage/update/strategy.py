@@ -1,6 +1,6 @@
-"""What depends on how the policy's parameters are spread over processes: here each process has all of them.
+"""Everything that depends on how the policy's parameters are distributed over processes.
 
-One process, or several under DDP, whose own averaging of gradients is never let run.
+So far each process has all of them: one process, or several under DDP, whose own averaging of gradients is off.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ class ReplicatedParameters:
         return cast(nn.Module, self._accelerator.unwrap_model(model))
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """In this block a backward pass leaves the gradient in this process."""
+        """In this block a backward pass sums no gradients over processes."""
         return self._accelerator.no_sync(model)
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -40,6 +40,6 @@ class ReplicatedParameters:
         sum_gradients(model)
 
     def has_finite_gradient(self, model: nn.Module) -> bool:
-        """Of this process."""
+        """Whether this process's gradient is finite."""
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         return bool(torch.isfinite(nn.utils.get_total_norm(gradients)))

@@ -1,4 +1,4 @@
-"""How many tokens go through a model at once, which gives way where memory runs out."""
+"""How many tokens go through a model at once: a budget that shrinks if memory runs out."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host
 
 
 class OutOfMemory:
-    """What a pass came to for which there was no memory."""
+    """The result of a pass that ran out of memory."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error.with_traceback(None)  # its frames hold tensors
@@ -23,7 +23,7 @@ class TokenBudget:
 
     Args:
         max_tokens: of a batch, padding included.
-        message: what is logged where the budget was lowered: of the new one and the one before.
+        message: the log message when the budget is lowered, made from the new budget and the old one.
     """
 
     def __init__(self, max_tokens: int, message: Callable[[int, int], str]) -> None:
@@ -31,7 +31,7 @@ class TokenBudget:
         self._message = message
 
     def attempt(self, run: Callable[[], T]) -> T | OutOfMemory:
-        """What `run` returns, or that it ran out of memory. Other errors pass through."""
+        """The result of `run`, or `OutOfMemory`. Other errors pass through."""
         try:
             return run()
         except Exception as error:
@@ -60,7 +60,7 @@ class PolicyBudget(TokenBudget):
         super().__init__(max_tokens, message)
 
     def give_way(self, shape: Sequence[int], failure: OutOfMemory) -> None:
-        """Have micro-batches smaller than one of that shape [B, L], which did not fit.
+        """Make micro-batches smaller than one of this shape [B, L], which did not fit.
 
         Raises:
             RuntimeError: if there is nothing left to split.
@@ -79,5 +79,5 @@ class PolicyBudget(TokenBudget):
         return self.max_tokens
 
     def load_state_dict(self, state: int) -> None:
-        """Either may have been lowered: by the user, or where memory ran out."""
+        """Take the lower budget: the user may have lowered the present one, an earlier run the stored one."""
         self.max_tokens = min(self.max_tokens, state)

@@ -89,7 +89,7 @@ def test_continued_adapter_is_held_to_where_it_started_not_to_the_base(recipe, r
     assert trainer_log(to_base["output_dir"])[0]["kl"] > 1e-3
 
 
-def test_a_rewarded_behaviour_is_learned(recipe, run_exp, decided_model_dir):
+def test_a_rewarded_behavior_is_learned(recipe, run_exp, decided_model_dir):
     """Half of the tokens are liked at first, most of them after 14 steps."""
     arguments = recipe(
         model_name_or_path=str(decided_model_dir),

@@ -205,7 +205,7 @@ def test_a_prefix_cache_that_was_not_emptied_is_an_error(
         engine.generate(prompts, sampling, step=1)
 
 
-def test_rank_stabilised_scaling_is_delivered(
+def test_rank_stabilized_scaling_is_delivered(
     engine: VLLMEngine,
     make_policy: Callable[..., PeftModel],
     prompts: list[Prompt],

@@ -183,7 +183,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         {"dynamic_sampling": True, "mask_zero_std_groups": True},
         ["mask_zero_std_groups: true", "no effect", "dynamic_sampling: false"],
     ),
-    # optimisation
+    # optimization
     ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "DDP"]),
     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed: {", "DDP"]),
     ({"fsdp": "full_shard"}, ["fsdp: full_shard", "DDP"]),

@@ -186,7 +186,7 @@ def said(monkeypatch) -> list[str]:
     return messages
 
 
-def test_skewed_sampling_is_honoured_with_a_warning(recipe, said):
+def test_skewed_sampling_is_honored_with_a_warning(recipe, said):
     parse(recipe)
     assert said == []
     parse(recipe | {"top_p": 0.9})

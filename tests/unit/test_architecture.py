@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 @dataclass(frozen=True)
 class Import:
     importer: str
-    """Below the package, dotted: `rollout.hf`."""
+    """Below the package, dotted: `rollout.engines.hf`."""
     imported: str
     """Absolute, dotted, with the name that is taken from it: `grpo_stage.types.Prompt`."""
     line: int

@@ -1,4 +1,4 @@
-"""GRPOArguments alone: normalising, bounds, and keys that contradict one another. No host."""
+"""GRPOArguments alone: normalizing, bounds, and keys that contradict one another. No host."""
 
 import dataclasses
 import re

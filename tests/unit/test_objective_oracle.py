@@ -64,7 +64,7 @@ def sigmoid(value: float) -> float:
 def oracle_tokens(
     c: Case, loss_type: str, level: str, s: dict[str, Any]
 ) -> tuple[list[float], list[list[float]], int]:
-    """Objective of each token (to be maximised), its derivative by each token's log-probability, tokens clipped."""
+    """Objective of each token (to be maximized), its derivative by each token's log-probability, tokens clipped."""
     low, high, n, A = s["epsilon"], s["epsilon_high"], len(c.policy), c.advantage
     rho = [math.exp(p) / math.exp(o) for p, o in zip(c.policy, c.old, strict=True)]
     values, slopes, cut = [], [[0.0] * n for _ in range(n)], 0

@@ -539,7 +539,7 @@ def test_a_request_in_an_interruptible_block_does_not_wait_for_its_end():
         started = time.monotonic()
         with pytest.raises(StopRequested):
             wait()
-        with pytest.raises(StopRequested):  # one that came before is honoured at the start
+        with pytest.raises(StopRequested):  # one that came before is honored at the start
             wait()
         assert time.monotonic() - started < 2
 

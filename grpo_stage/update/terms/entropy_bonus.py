@@ -1,4 +1,4 @@
-"""`entropy_coef`, `entropy_target`: what the policy is paid for a nat of entropy, and the metric `entropy`."""
+"""`entropy_coef`, `entropy_target`: the bonus for entropy in the loss, and the metric `entropy`."""
 
 from typing import Any
 
@@ -11,12 +11,12 @@ from grpo_stage.update.terms.term import Term, TermInputs
 
 
 class EntropyBonus(Term):
-    """Always there, since the entropy is always logged. See `adapted_entropy_coefficient`."""
+    """Always in the objective, since the entropy is always logged. See `adapted_entropy_coefficient`."""
 
     def __init__(self, args: GRPOArguments) -> None:
         self.entropy_gradient = args.entropy_coef > 0 or args.entropy_target is not None  # type: ignore[misc]
         self._coefficient = args.entropy_coef
-        self._is_low = args.entropy_target is None  # a target is compared with what was measured
+        self._is_low = args.entropy_target is None  # a target is first compared after a step has measured the entropy
         self._args = args
 
     @staticmethod
@@ -25,7 +25,7 @@ class EntropyBonus(Term):
 
     @property
     def coefficient(self) -> float:
-        """What a nat of entropy is paid in this step."""
+        """The bonus for a nat of entropy in this step."""
         return self._coefficient if self._is_low else 0.0
 
     def summand(self, x: TermInputs, metrics: MetricTracker) -> torch.Tensor | None:

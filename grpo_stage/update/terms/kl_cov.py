@@ -9,7 +9,7 @@ from grpo_stage.update.terms.term import StepTokens, Term, TermInputs
 
 
 class KLCov(Term):
-    """See `kl_cov_tokens`; each of them pays for its distance from the old log-probability."""
+    """See `kl_cov_tokens`; the loss of each such token has a penalty on its distance from the old log-probability."""
 
     looks_at_step = True
 

@@ -1,4 +1,4 @@
-"""`beta` and what goes with it: the KL to the reference, in the loss or off the reward, and the metric `kl`."""
+"""`beta` and its keys: the KL to the reference, added to the loss or taken off the reward, and the metric `kl`."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +12,7 @@ from grpo_stage.update.terms.term import Term, TermInputs
 
 
 class KLPenalty(Term):
-    """See `algorithm.kl`. What is logged is k3 whatever the loss has."""
+    """See `algorithm.kl`. The metric is k3, whichever estimator the loss uses."""
 
     def __init__(self, args: GRPOArguments) -> None:
         self.beta = args.beta
@@ -25,7 +25,7 @@ class KLPenalty(Term):
         return KLPenalty(args) if args.beta > 0 else None
 
     def summand(self, x: TermInputs, metrics: MetricTracker) -> torch.Tensor | None:
-        if (ref_logprobs := x.batch.ref_logprobs) is None:  # a dummy's
+        if (ref_logprobs := x.batch.ref_logprobs) is None:  # of a dummy batch
             return None
         x.record_mean(metrics, "kl", k3(x.logprobs.detach(), ref_logprobs))
         if self._args.kl_in_reward:

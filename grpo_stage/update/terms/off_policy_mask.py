@@ -1,4 +1,4 @@
-"""`off_policy_mask_threshold`: bad completions that have become improbable are left out of the policy's loss."""
+"""`off_policy_mask_threshold`: completions of negative advantage that have become improbable have no policy loss."""
 
 import torch
 

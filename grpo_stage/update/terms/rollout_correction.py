@@ -1,4 +1,4 @@
-"""`rollout_correction`: the policy's loss weighed by how much more probable the trainer finds what was sampled."""
+"""`rollout_correction`: the policy's loss times the ratio of the trainer's probability to the engine's."""
 
 import torch
 

@@ -24,4 +24,4 @@ TERMS: tuple[Callable[[GRPOArguments], Term | None], ...] = (
     EntropyBonus.of,
     KLPenalty.of,
 )
-"""Each gives the term that a recipe asks for, or None."""
+"""Each function returns the term that a recipe needs, or None."""

@@ -1,4 +1,4 @@
-"""What a term of the objective is, and what it is computed from.
+"""The base class of the objective's terms, and the inputs of a term.
 
 B completions in a micro-batch    T completion tokens    N tokens of the step that the loss uses, over all ranks
 """
@@ -22,7 +22,7 @@ class TermInputs:
     logprobs: torch.Tensor
     """[B, T] of the policy, with gradient."""
     entropy: torch.Tensor
-    """[B, T] of the policy in nats, with gradient where a term asks for it."""
+    """[B, T] of the policy in nats, with gradient if a term needs it."""
     old_logprobs: torch.Tensor
     """[B, T] of the policy at the start of the update."""
 
@@ -75,12 +75,12 @@ class StepTokens:
 
 
 class Term:
-    """One term; what a kind of term does not do it leaves as it is here."""
+    """One term of the objective. A subclass overrides the methods that it needs; the others change nothing."""
 
     looks_at_step: ClassVar[bool] = False
     """True where the next four are to be asked before a step, in this order, which takes one more forward pass."""
     entropy_gradient: ClassVar[bool] = False
-    """True where the gradient flows through the entropy."""
+    """Whether the gradient flows through the entropy."""
 
     def kept(self, tokens: StepTokens) -> torch.Tensor | None:
         """[N] bool, the tokens of the completions that stay in the loss and its averages; None for all."""
@@ -90,7 +90,7 @@ class Term:
         """Take what the step's factors and summands depend on from the tokens that were kept."""
 
     def trained(self, tokens: StepTokens) -> torch.Tensor | None:
-        """[N] bool, the tokens that the policy's loss is taken of; None for all."""
+        """[N] bool, the tokens that have a policy loss; None for all."""
         return None
 
     def anchored(self, tokens: StepTokens) -> torch.Tensor | None:
@@ -98,24 +98,24 @@ class Term:
         return None
 
     def factor(self, x: TermInputs, metrics: MetricTracker) -> torch.Tensor | None:
-        """[B, T] or [B, 1], what the policy's loss is multiplied with, without gradient."""
+        """[B, T] or [B, 1], a factor of the policy's loss, without gradient; None for 1."""
         return None
 
     def summand(self, x: TermInputs, metrics: MetricTracker) -> torch.Tensor | None:
-        """[B, T], what is added to the policy's loss."""
+        """[B, T], added to the policy's loss; None for 0."""
         return None
 
     def reward_penalties(
         self, old_logprobs: Sequence[torch.Tensor], ref_logprobs: Sequence[torch.Tensor]
     ) -> list[float] | None:
-        """What is taken off the reward of each completion, given its tokens' log-probabilities [T]."""
+        """The penalty on the reward of each completion, from the log-probabilities [T] of its tokens; None for 0."""
         return None
 
     def adapt(self, metrics: MetricTracker) -> None:
-        """Change what adapts by what a step has measured on all ranks, each of which calls this."""
+        """Adapt coefficients to the metrics of a step over all ranks. Every rank must call it."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What adapts, ready for JSON."""
+        """The coefficients that adapt, ready for JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
