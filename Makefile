@@ -16,11 +16,12 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install quickstart test check build bench docs lock
+.PHONY: help install quickstart test mutate check build bench docs lock
 
 help:
 	@echo "make quickstart   teach a 135M model addition with stage: grpo, on this machine's CPU"
 	@echo "make test         run all tests"
+	@echo "make mutate       break every formula on purpose: a test must fail (minutes)"
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make bench        compare with TRL's GRPOTrainer"
@@ -55,6 +56,10 @@ quickstart: $(STAMP)
 test: $(STAMP)
 	@echo "== Tests: unit, host, engines, end to end (the last ones load models and take minutes)"
 	$(VENV)/bin/python -m pytest -q --durations=10
+
+# MUTATE="losses kl": these modules alone.
+mutate: $(STAMP)
+	$(VENV)/bin/python tests/mutation/run.py $(MUTATE)
 
 check: $(STAMP)
 	ruff check .

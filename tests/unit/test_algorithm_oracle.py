@@ -1,8 +1,7 @@
 """The papers' formulas as loops over numbers, and what the package makes of the same numbers.
 
 Nothing here shares code with `grpo_stage.algorithm`: the oracle knows no tensors, no padding and no masks, only
-completions of different lengths. The `check_*` functions take the module under test, so that test_mutations.py can
-hand them a broken one.
+completions of different lengths.
 
     DeepSeekMath  arXiv:2402.03300, equation 3 (objective), equation 4 (k3)
     DAPO          arXiv:2503.14476, equation 8 (mean over tokens), two clip bounds
@@ -187,7 +186,7 @@ def random_completions(rng: np.random.Generator, rewards: list[list[float]], sca
 
 
 def check_advantages(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.advantages` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.advantages`."""
     rng = np.random.default_rng(0)
     for _, scale in itertools.product(range(25), SCALES):
         rewards = random_rewards(rng, num_prompts=int(rng.integers(1, 5)), num_generations=int(rng.integers(2, 7)))
@@ -216,7 +215,7 @@ def check_advantages(module: ModuleType) -> None:
 
 
 def check_kl(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.kl` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.kl`."""
     rng = np.random.default_rng(1)
     policy, ref = rng.normal(-2.0, 1.0, (2, 5, 6))
     expected = [[oracle_k3(p, r) for p, r in zip(*rows, strict=True)] for rows in zip(policy, ref, strict=True)]
@@ -229,7 +228,7 @@ def check_kl(module: ModuleType) -> None:
 
 
 def check_losses(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.losses` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.losses`."""
     rng = np.random.default_rng(2)
     clipped_low = clipped_high = 0
     for loss_type, scale, beta in itertools.product(LOSS_TYPES, SCALES, (0.0, 0.04)):

@@ -1,4 +1,4 @@
-"""What is logged of a rollout, by hand. The `check_*` functions take the module under test, for test_mutations.py."""
+"""What is logged of a rollout, by hand."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def recorded(
 
 
 def check_rollout(module: ModuleType) -> None:
-    """`module` is `grpo_stage.records.metrics` or a mutant of it."""
+    """`module` is `grpo_stage.records.metrics`."""
     logged = recorded(module, GROUPS, [])
     # Group 1: totals 1, 2, 0, mean 1, sample variance (0 + 1 + 1) / 2. Group 2: 0. The third has no totals.
     assert logged["reward"] == pytest.approx(7 / 5)

@@ -1,7 +1,7 @@
 """Every `loss_type`, `advantage_estimator`, KL form and correction as loops over numbers, from the papers.
 
 As in test_algorithm_oracle.py: the oracle knows no tensors, no padding and no masks, and shares no code with the
-package. The `check_*` functions take the module under test, so that test_mutations.py can hand them a broken one.
+package.
 
     GSPO    arXiv:2507.18071 (sequence ratio, token form)       CISPO   arXiv:2506.13585 (bounded weights)
     SAPO    arXiv:2511.20347 (soft gate)                        GMPO    arXiv:2507.20673 (geometric mean)
@@ -203,7 +203,7 @@ def random_cases(rng: np.random.Generator, count: int = 12) -> list[Case]:
 
 
 def check_losses(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.losses` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.losses`."""
     rng = np.random.default_rng(11)
     for (loss_type, level), delta in itertools.product(OBJECTIVES, (None, 1.35)):
         total_cut = 0
@@ -416,7 +416,7 @@ def advantages_of(module: ModuleType, estimator: str, scale: str, table: Any) ->
 
 
 def check_advantages(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.advantages` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.advantages`."""
     rng = np.random.default_rng(5)
     for _, (estimator, scale) in itertools.product(range(25), ESTIMATORS):
         shape = int(rng.integers(1, 5)), int(rng.integers(2, 7)), int(rng.integers(1, 4))
@@ -538,7 +538,7 @@ def test_malformed_parts_and_scales_are_refused() -> None:
 
 
 def check_kl(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.kl` or a mutant of it. Values and gradients of every form, token by token."""
+    """`module` is `grpo_stage.algorithm.kl`. Values and gradients of every form, token by token."""
     rng = np.random.default_rng(3)
     for policy, old, ref in rng.normal(-2.0, 0.8, (40, 3)).tolist():
         values = {
@@ -612,7 +612,7 @@ def oracle_correction(c: Case, level: str, mode: str, lower: float, upper: float
 
 
 def check_correction(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.correction` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.correction`."""
     rng, filler = np.random.default_rng(9), np.random.default_rng(1)
     cases = random_cases(rng, 30)
     width = 10
@@ -666,7 +666,7 @@ def test_correction_by_hand() -> None:
 
 
 def check_exploration(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.exploration` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.exploration`."""
     rng = np.random.default_rng(4)
     for count, share in itertools.product((1, 7, 40), (0.01, 0.2, 0.5, 1.0)):
         entropies = rng.permutation(np.linspace(0.0, 3.0, count)).tolist()

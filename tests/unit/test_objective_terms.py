@@ -1,9 +1,8 @@
 """`Objective` as loops over numbers: every loss with each of its terms, which tokens are chosen, what adapts.
 
 Written from docs/algorithm.md and the papers it names. As in test_objective_oracle.py the oracle knows no tensors, no
-padding and no masks, shares no code with the package, and the `check_*` functions take the module under test, so that
-test_mutations.py can hand them a broken one. Gradients are central differences of the oracle, in which what a formula
-detaches stays where it was.
+padding and no masks, and shares no code with the package. Gradients are central differences of the oracle, in which
+what a formula detaches stays where it was.
 """
 
 import itertools
@@ -340,7 +339,7 @@ def check_cell(module: ModuleType, options: dict[str, Any], seed: int) -> None:
 
 
 def check_token_losses(module: ModuleType) -> None:
-    """`module` is `grpo_stage.update.objective` or a mutant of it."""
+    """`module` is `grpo_stage.update.objective`."""
     for options, seed in zip(CELLS, itertools.cycle(SEEDS), strict=False):
         check_cell(module, options, seed)
 
@@ -481,7 +480,7 @@ KL_COV = {"covariance_control": "kl_cov", "covariance_frac": 0.12}
 
 
 def check_selection(module: ModuleType) -> None:
-    """`module` is `grpo_stage.update.objective` or a mutant of it."""
+    """`module` is `grpo_stage.update.objective`."""
     for seed, options in itertools.product(
         range(3), ({}, QUANTILE, CLIP_COV, KL_COV, QUANTILE | CLIP_COV, QUANTILE | KL_COV)
     ):
@@ -556,7 +555,7 @@ def test_tokens_are_chosen_as_written() -> None:
 
 
 def check_adaptation(module: ModuleType) -> None:
-    """`module` is `grpo_stage.update.objective` or a mutant of it. Each step by what is paid in it."""
+    """`module` is `grpo_stage.update.objective`. Each step by what is paid in it."""
     kl = {"beta": 0.3, "kl_target": 0.2}
     entropy = {
         "entropy_coef": 0.02, "entropy_target": 0.9, "entropy_coef_delta": 0.015, "entropy_coef_max": 0.04
@@ -626,7 +625,7 @@ def test_coefficients_adapt_as_written() -> None:
 
 
 def check_penalty_and_state(module: ModuleType) -> None:
-    """`module` is `grpo_stage.update.objective` or a mutant of it."""
+    """`module` is `grpo_stage.update.objective`."""
     rows = random_rows(1)
     for name in ("k1", "k2", "k3"):
         of = module.Objective(arguments(SETTINGS | {"beta": 0.3, "kl_in_reward": True, "kl_estimator": name}))
@@ -740,7 +739,7 @@ def step_loss(table: list[list[float]], here: list[Row], u: Update, s: dict[str,
 
 
 def check_gradient(module: ModuleType) -> None:
-    """`module` is `grpo_stage.update.gradient` or a mutant of it: a step's whole gradient, in the policy's weights."""
+    """`module` is `grpo_stage.update.gradient`: a step's whole gradient, in the policy's weights."""
     terms: dict[str, Any] = {
         "beta": 0.3, "entropy_coef": 0.2, "rollout_correction": "token", "off_policy_mask_threshold": 0.05,
         "top_entropy_quantile": 0.6, "covariance_control": "kl_cov", "covariance_frac": 0.3, "learned": True,

@@ -1,7 +1,7 @@
 """Log-ratios beyond the range of float32: every loss and divergence beside its formula in float64, or its limit.
 
 exp(89) is infinite in float32, and infinity times 0 is NaN: of a clip that ends the gradient, of an advantage of 0, of
-a token that the loss leaves out. The `check_*` functions take the module under test, for test_mutations.py.
+a token that the loss leaves out.
 """
 
 import itertools
@@ -79,7 +79,7 @@ def check_number(actual: float, expected: float, what: Any) -> None:
 
 
 def check_surrogates(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.losses` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.losses`."""
     levels = ("token", "sequence", "sequence_token")
     objectives = [(loss, level) for loss in module.LOSSES for level in (levels if loss == "dapo" else levels[:1])]
     cells = itertools.product(objectives, (1.5, 0.0, -1.5), (None, 3.0), LOG_RATIOS)
@@ -106,7 +106,7 @@ def check_surrogates(module: ModuleType) -> None:
 
 
 def check_divergences(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.kl` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.kl`."""
     for y in LOG_RATIOS:  # of the reference to the policy
         policy_value = -0.5 + min(-y, 0.0)
         policy = torch.tensor([policy_value, -300.0], requires_grad=True)
@@ -135,7 +135,7 @@ def check_divergences(module: ModuleType) -> None:
 
 
 def check_bound(module: ModuleType) -> None:
-    """`module` is `grpo_stage.algorithm.ratios` or a mutant of it."""
+    """`module` is `grpo_stage.algorithm.ratios`."""
     for dtype, limit in ((torch.float32, 88.72 - 8), (torch.float64, 709.78 - 8)):
         x = torch.tensor([-1e9, -3.0, 0.0, 80.0, limit + 1, 1e9], dtype=dtype, requires_grad=True)
         bounded = module.bounded(x)
