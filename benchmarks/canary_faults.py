@@ -27,8 +27,8 @@ from grpo_stage.monitors.canary import SlopeTest, StaleRolloutError
 from grpo_stage.rollout.engines.hf import HFEngine
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
-from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup
-from grpo_stage.update.batch import count_totals, micro_batches
+from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings
+from grpo_stage.update.batch import PaddedLayout, rows_of
 from grpo_stage.update.logprobs import token_logprobs
 
 
@@ -56,9 +56,6 @@ class Run:
         self.initial = [p.detach().clone() for p in self.trained]
         self.before = self.initial
         self.delivered = self.initial
-        self.slope = SlopeTest(
-            backend="engine", score=self.score, adapter_off=self.policy.disable_adapter if self.adapter else None
-        )
         generator = torch.Generator().manual_seed(1)
         vocabulary = model.config.vocab_size
         self.prompts = [
@@ -70,6 +67,12 @@ class Run:
             )
             for i in range(8)
         ]
+        self.slope = SlopeTest(
+            backend="engine",
+            score=self.score,
+            adapter_off=self.policy.disable_adapter if self.adapter else None,
+            prompts=self.prompts,
+        )
         self.sampling = SamplingSettings(
             num_generations=4, max_new_tokens=MAX_NEW_TOKENS, temperature=1.0, stop_token_ids=(STOP,), seed=0
         )
@@ -119,17 +122,15 @@ class Run:
                 parameter.data = data
 
     def _logprobs(self, groups: Any) -> list[torch.Tensor]:
-        totals = count_totals(groups, MAX_NEW_TOKENS, False)
+        rows, layout = rows_of(groups), PaddedLayout(pad_token_id=0, device=self.device)
         result: dict[int, torch.Tensor] = {}
-        for batch in micro_batches(
-            groups, totals, loss_type="grpo", mask_truncated_completions=False, max_tokens=1 << 14, pad_token_id=0,
-            device=self.device,
-        ):  # fmt: skip
+        for positions in layout.split(rows, max_tokens=1 << 14):
+            batch = layout.tokens([rows[position] for position in positions])
             with torch.autocast(self.device.type, torch.bfloat16):
                 logprobs, _ = token_logprobs(self.policy, batch, 1.0)
-            lengths = batch.completion_mask.sum(dim=1).int().tolist()
-            result |= {row: logprobs[i, : lengths[i]] for i, row in enumerate(batch.rows)}
-        return [result[row] for row in sorted(result)]
+            for own, position in zip(logprobs, positions, strict=True):
+                result[position] = own[: len(rows[position].completion.token_ids)]
+        return [result[position] for position in sorted(result)]
 
     def _learn(self, groups: list[RolloutGroup]) -> None:
         """Towards tokens of the lower half of the vocabulary."""
@@ -138,10 +139,7 @@ class Run:
         for group in groups:
             rewards = torch.tensor([sum(t < half for t in c.token_ids) / len(c.token_ids) for c in group.completions])
             advantages += ((rewards - rewards.mean()) / (rewards.std() + 1e-4)).tolist()
-        scored = [
-            ScoredGroup(group=g, rewards=((),) * 4, total_rewards=(None,) * 4, advantages=(0.0,) * 4) for g in groups
-        ]
-        logprobs = self._logprobs(scored)
+        logprobs = self._logprobs(groups)
         loss = -sum(a * each.mean() for a, each in zip(advantages, logprobs, strict=True)) / len(logprobs)
         self.optimizer.zero_grad()
         loss.backward()
