@@ -28,7 +28,15 @@ from operators import Mutant, mutants
 
 ROOT = Path(__file__).parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
-FORMULAS = ("test_algorithm_oracle.py", "test_objective_oracle.py", "test_ratio_overflow.py", "test_formula_edges.py")
+FORMULAS = (
+    "test_algorithm_oracle.py",
+    "test_objective_oracle.py",
+    "test_trust_region_oracle.py",
+    "test_estimator_oracle.py",
+    "test_rejection_oracle.py",
+    "test_ratio_overflow.py",
+    "test_formula_edges.py",
+)
 OBJECTIVE = ("test_objective_terms.py", "test_ratio_overflow.py")
 # Pattern of modules -> the files of tests that must notice; the first pattern that fits.
 KILLERS: dict[str, tuple[str, ...]] = {

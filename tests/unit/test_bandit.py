@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from grpo_stage.algorithm import losses
-from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable, gradient_energies
 from grpo_stage.algorithm.catalog import ESTIMATORS
 from grpo_stage.algorithm.losses import LEVELS, LOSSES
 
@@ -51,17 +51,21 @@ def learn(
         mask = (torch.arange(T) < lengths.unsqueeze(1)).float()
         right = (tokens == RIGHT).float() * mask
         tokens = torch.where(mask > 0, tokens, WRONG)  # what stands in the padding would be learned without the mask
+        old = policy.log()[torch.arange(T), tokens]
         share = right.sum(1) / lengths
+        greedy = (policy.argmax(-1) == RIGHT).float()
         table = RewardTable(
             totals=(share + right[:, 0] + bonus * (T - lengths)).view(P, G),
             parts=torch.stack([share, right[:, 0]], dim=1).view(P, G, 2),
             weights=torch.ones(2),
             lengths=lengths.view(P, G),
+            greedy_parts=torch.stack([greedy.mean(), greedy[0]]).expand(P, 2),
+            energies=gradient_energies(old, policy.square().sum(-1)).view(P, G, T),
         )
-        advantages = ADVANTAGE_ESTIMATORS[estimator](table, scale or ESTIMATORS[estimator].scales[0]).flatten() * sign
+        advantages = ADVANTAGE_ESTIMATORS[estimator](table, scale or ESTIMATORS[estimator].scales[0]) * sign
+        advantages = advantages.view(P * G, -1).squeeze(1)  # of completions, or of tokens
         used = mask if masked else torch.ones_like(mask)
         totals = module.StepTotals(num_completions=P * G, num_tokens=int(used.sum()), max_completion_length=T)
-        old = policy.log()[torch.arange(T), tokens]
         for _ in range(2):  # the second is off-policy
             logprobs = logits.log_softmax(-1)[torch.arange(T), tokens]
             inputs = module.TokenInputs(logprobs, old, advantages, used, sampling_logprobs=old)
