@@ -267,20 +267,32 @@ class TestHost:
 
 
 class TestModes:
-    @pytest.mark.parametrize(
-        ("switch", "named"),
-        [("USE_V1", "v1 trainers"), ("USE_MCA", "Megatron-Core"), ("USE_MEGATRON_BRIDGE", "Megatron Bridge")],
-    )
-    def test_refused_before_anything_is_started(self, switch: str, named: str, tmp_path: Path) -> None:
-        done = run(CLI, "train", write_yaml(tmp_path, stage="grpo"), **{switch: "1"})
+    def test_refused_before_anything_is_started(self, tmp_path: Path) -> None:
+        done = run(CLI, "train", write_yaml(tmp_path, stage="grpo"), USE_V1="1")
         assert done.returncode == 1
         assert "UnsupportedHostError" in done.stderr
-        assert f"cannot run with {switch}=1" in done.stderr
-        assert named in done.stderr
-        assert f"Unset {switch}" in done.stderr
+        assert "cannot run with USE_V1=1" in done.stderr
+        assert "v1 trainers" in done.stderr
+        assert "Unset USE_V1" in done.stderr
         assert f"supported is {SUPPORTED_HOST}" in done.stderr
         assert "torchrun" not in done.stderr
-        assert "mcore_adapter" not in done.stderr
+
+    @pytest.mark.parametrize(
+        ("switch", "named"), [("USE_MCA", "Megatron-Core"), ("USE_MEGATRON_BRIDGE", "Megatron Bridge")]
+    )
+    def test_megatron_is_refused_before_torchrun(
+        self, switch: str, named: str, tuner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        registration.uninstall()
+        monkeypatch.setenv(switch, "1")
+        registration.install()
+        launcher = importlib.import_module("llamafactory.launcher")
+        monkeypatch.setattr(launcher.subprocess, "run", lambda *_, **__: pytest.fail("torchrun was started"))
+        monkeypatch.setenv("FORCE_TORCHRUN", "0")  # the host sets it
+        monkeypatch.setattr(sys, "argv", ["llamafactory-cli", "train", str(write_yaml(tmp_path, stage="grpo"))])
+        with pytest.raises(UnsupportedHostError, match=rf"cannot run with {switch}=1.*{named}.*Unset {switch}"):
+            launcher.launch()
+        assert "mcore_adapter" not in sys.modules
 
     @pytest.mark.parametrize("name", ["llamafactory.launcher", "llamafactory.v1.launcher"])
     def test_other_stages_are_launched_as_before(
@@ -454,14 +466,6 @@ class TestDispatch:
 
 
 class TestProcesses:
-    def test_children_of_torchrun_know_the_stage(self, tmp_path: Path) -> None:
-        path = write_yaml(tmp_path, stage="grpo", num_generations=1, model_name_or_path="none", output_dir="none")
-        done = run(CLI, "train", path, FORCE_TORCHRUN="1", NPROC_PER_NODE="2", OMP_NUM_THREADS="1")
-        assert done.returncode != 0
-        assert "ChildFailedError" in done.stderr
-        assert re.search(r"ValueError: .*num_generations", done.stderr)
-        assert "UnsupportedHostError" not in done.stderr
-
     def test_the_explicit_route_needs_no_hook(self, tmp_path: Path) -> None:
         path = write_yaml(tmp_path, stage="grpo", num_generations=1, model_name_or_path="none", output_dir="none")
         done = run(sys.executable, "-m", "grpo_stage", "train", path, GRPO_STAGE_DISABLE="1")

@@ -45,6 +45,14 @@ def test_the_tolerance_is_relative_to_what_a_total_was_added_up_from() -> None:
             assert advantages.tells_apart(table(in_parts, [1.0, 1.0])).tolist() == [is_seen, False]
 
 
+def test_the_larger_of_two_neighbors_sets_their_tolerance() -> None:
+    """In the middle, at the upper and at the lower end of a group's order."""
+    rewards, difference = [0.0, 1.0, 1.0 + 1e-7], f64([[0.0, 1.0, 1.0]])
+    for addends in ([1.0, 1e6, 1.0], [1.0, 1.0, 1e6]):
+        assert torch.equal(advantages.settled(f64([rewards]), f64([addends])), difference)
+    assert advantages.settled(f64([rewards]), f64([[1e6, 1.0, 1.0]])).tolist() == [rewards]
+
+
 def test_each_prompt_is_told_apart_by_itself() -> None:
     """The second prompt's completions differ, but the functions that applied to them do as well."""
     parts = [[[0.0, 1.0], [1.0, 1.0]], [[0.0, NAN], [1.0, 1.0]], [[0.0, NAN], [1.0, NAN]]]
