@@ -1,5 +1,6 @@
 """Whole runs through the host's `run_exp`, on the tiny model."""
 
+import copy
 import json
 import shutil
 import threading
@@ -132,6 +133,16 @@ def recipe(tiny_model_dir: Path, dataset_dir: Path, toy_reward: str, tmp_path: P
         }
 
     return make
+
+
+@pytest.fixture(autouse=True)
+def host_templates() -> Iterator[None]:
+    """The host writes a recipe's `default_system` into its table of templates, where the next run finds it."""
+    from llamafactory.data.template import TEMPLATES
+
+    before = copy.deepcopy(TEMPLATES)
+    yield
+    TEMPLATES.update(before)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from grpo_stage.rewards.errors import RewardError
 from grpo_stage.rewards.models import server
 from grpo_stage.rewards.models.adapter_on_policy import _add_lora
 from grpo_stage.rewards.models.server import RewardServerError, ServerScorer
-from grpo_stage.trainer import GRPOTrainer
+from grpo_stage.rollout.sampler import Sampler
 from grpo_stage.types import FinishReason
 
 from .conftest import completions, trainer_log
@@ -202,8 +202,8 @@ def test_an_adapter_leaves_the_policy_and_what_is_saved_as_if_the_scores_came_fr
 
 def test_while_it_scores_and_after_a_failure_the_policy_is_what_it_was(recipe, run_exp, reward_adapter, monkeypatch):
     """Parameters, what of them is trained, modes and outputs."""
-    checked = []
-    reward = GRPOTrainer._reward
+    checked, policies = [], []
+    sync, score = Sampler.sync, Sampler.score
 
     def states(model: Any) -> tuple[Any, ...]:
         parameters = {name: (p.detach().clone(), p.requires_grad) for name, p in model.named_parameters()}
@@ -222,10 +222,14 @@ def test_while_it_scores_and_after_a_failure_the_policy_is_what_it_was(recipe, r
         assert torch.equal(one[2], other[2]), "logits"
         assert one[3] == other[3] == [], "hooks"
 
-    def watched(self: GRPOTrainer, groups: Any) -> Any:
-        model = self.accelerator.unwrap_model(self.model)
+    def synced(self: Sampler, policy: Any, version: int) -> None:
+        policies.append(policy)
+        sync(self, policy, version)
+
+    def watched(self: Sampler, groups: Any, progress: Any) -> Any:
+        model = policies[-1]
         before = states(model)
-        scores = reward(self, groups)
+        scores = score(self, groups, progress)
         assert_same(before, states(model))
 
         def fail(*args: Any) -> None:
@@ -233,13 +237,14 @@ def test_while_it_scores_and_after_a_failure_the_policy_is_what_it_was(recipe, r
 
         handle = model.base_model.model.lm_head.register_forward_hook(fail)
         with pytest.raises(KeyboardInterrupt):
-            reward(self, groups)
+            score(self, groups, progress)
         handle.remove()
         assert_same(before, states(model))
         checked.append(len(groups))
         return scores
 
-    monkeypatch.setattr(GRPOTrainer, "_reward", watched)
+    monkeypatch.setattr(Sampler, "sync", synced)
+    monkeypatch.setattr(Sampler, "score", watched)
     run_exp(recipe(reward_funcs=None, reward_model=str(reward_adapter), learning_rate=2e-2))
     assert checked == [2, 2]
 
@@ -294,26 +299,26 @@ def test_a_reward_server_that_is_not_there_or_fails_stops_the_run(recipe, run_ex
             with pytest.raises(ValueError, match=rf"reward_model: {url}` .*no reward server that answers.*api"):
                 run_exp(recipe(reward_model=url, **api))
     server.answer = None
-    reward = GRPOTrainer._reward
+    score = Sampler.score
 
-    def later(self: GRPOTrainer, groups: Any) -> Any:
+    def later(self: Sampler, groups: Any, progress: Any) -> Any:
         server.answer = {"scores": [1.0]}
-        return reward(self, groups)
+        return score(self, groups, progress)
 
-    monkeypatch.setattr(GRPOTrainer, "_reward", later)
+    monkeypatch.setattr(Sampler, "score", later)
     with pytest.raises(RewardError, match=r"'reward_model': .* answered with 1 scores for \d+ texts\nprompt: What is"):
         run_exp(recipe(reward_model=server.url, **api))
 
 
 def test_a_server_that_restarts_is_asked_again(recipe, run_exp, reward_server_here, monkeypatch, scored):
     monkeypatch.setattr(server, "RETRY_WAITS_S", (0.01, 0.01))
-    reward = GRPOTrainer._reward
+    score = Sampler.score
 
-    def later(self: GRPOTrainer, groups: Any) -> Any:
+    def later(self: Sampler, groups: Any, progress: Any) -> Any:
         reward_server_here.failures = [502, 503]
-        return reward(self, groups)
+        return score(self, groups, progress)
 
-    monkeypatch.setattr(GRPOTrainer, "_reward", later)
+    monkeypatch.setattr(Sampler, "score", later)
     run_exp(recipe(reward_funcs=None, reward_model=reward_server_here.url, reward_model_type="api", max_steps=1))
     assert len(scored) == 8
     assert reward_server_here.failures == []

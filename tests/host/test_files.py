@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from grpo_stage.host import adapter_fit, adapters, checks, dataset_files, model_checks, model_files
+from grpo_stage.host import adapter_fit, adapters, dataset_files, model_checks, model_files, output_folder
 from grpo_stage.host.dataset_files import check_files, defect_of
 from grpo_stage.host.datasets import _check_split
 from grpo_stage.host.model_checks import refuse_unloadable
@@ -430,7 +430,7 @@ def test_an_output_folder_that_cannot_be(whole, tmp_path, monkeypatch):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(checks.tempfile, "TemporaryDirectory", fail)
+    monkeypatch.setattr(output_folder.tempfile, "TemporaryDirectory", fail)
     message = refusal(parse, whole)
     assert f"`output_dir: {whole['output_dir']}` cannot be written to: Permission denied" in message
 

@@ -188,7 +188,7 @@ def test_completions_that_a_resume_cut_short(tmp_path: Path, completions: Path) 
     append(completions, "".join(completion_line(step, 0.0, f"old {step}") for step in (1, 2, 3)))
     pages = CompletionPages(tmp_path)
     pages.update()
-    CompletionsLog(str(tmp_path), [], 4).drop_after(1)
+    CompletionsLog(str(tmp_path), [], 4, is_writer=True).drop_after(1)
     append(completions, "".join(completion_line(step, 0.0, f"new {step}") for step in (2, 3, 4)))
     pages.update()
     assert list(pages.steps) == [1, 2, 3, 4]
