@@ -1,6 +1,6 @@
 """Prompts -> completions -> rewards -> advantages -> the steps that train on them.
 
-prompts due -> sync -> rollout -> canary -> rewards -> [batch full?] -> advantages -> old / ref log-probs -> steps
+prompts due -> sync -> rollout -> canary -> rewards -> [batch full?] -> old / ref log-probs -> advantages -> steps
    ^------------------------------------------------------' no, with dynamic_sampling
 
 P prompts    G completions a prompt

@@ -106,16 +106,16 @@ class Learner:
         """
         with self._phases.timed("update"):
             model.train()
-            loss, metrics = self.gradient.accumulate(model, step, global_step)
+            loss, metrics, marked = self.gradient.accumulate(model, step, global_step)
             is_finite = all(all_gather(bool(torch.isfinite(loss)) and self.strategy.has_finite_gradient(model)))
-            is_used = any(sample.is_used for sample in step.samples)
+            is_used = any(sample.is_used for sample in marked.samples)
             if not self._scales_loss and not any(all_gather(is_used)):
                 model.zero_grad()  # with gradients of 0, momentum and weight decay would move the weights
-        loss = loss * self._args.world_size
+        loss = loss * self._args.world_size  # Trainer logs the mean over ranks
         self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
         if is_finite:
             self.num_skipped = 0
-            self.num_learned += any(sample.teaches for sample in step.samples)
+            self.num_learned += any(sample.teaches for sample in marked.samples)
             self.objective.adapt(metrics)
             self._tracker.merge(metrics.state_dict())
             # A resume makes Trainer's own mean forget the steps since the last log line.

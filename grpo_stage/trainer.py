@@ -2,7 +2,7 @@
 
 One Trainer step is one optimizer step:
 
-    slot -> [queue empty? collector: prompts -> rollout -> rewards -> advantages -> log-probs -> queue]
+    slot -> [queue empty? collector: prompts -> rollout -> rewards -> log-probs -> advantages -> queue]
          -> learner: next of queue -> micro-batches -> policy log-probs -> loss -> backward
          -> (Trainer) clip, step, log, save
 """

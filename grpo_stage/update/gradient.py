@@ -69,7 +69,7 @@ class PolicyGradient:
         self._device = device
         self._gather = gather
 
-    def accumulate(self, model: nn.Module, step: Step, number: int) -> tuple[torch.Tensor, MetricTracker]:
+    def accumulate(self, model: nn.Module, step: Step, number: int) -> tuple[torch.Tensor, MetricTracker, Step]:
         """Leave the gradient of one optimizer step, summed over ranks, in the parameters.
 
         Args:
@@ -78,7 +78,7 @@ class PolicyGradient:
             number: the step's number. Samples of that policy version are fresh; random draws depend on it.
 
         Returns:
-            This rank's share of the loss, and the metrics of the pass.
+            This rank's share of the loss, the metrics of the pass, and the step as its terms have marked it.
 
         Raises:
             StaleRolloutError: if fresh completions do not come from `model` (the canary).
@@ -94,7 +94,7 @@ class PolicyGradient:
         while outcome is None:
             outcome = self._try_to_accumulate(model, step, totals, number)
         self._strategy.sum_gradients(model)
-        return outcome
+        return *outcome, step
 
     def _try_to_accumulate(
         self, model: nn.Module, step: Step, totals: StepTotals, number: int

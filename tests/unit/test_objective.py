@@ -370,6 +370,17 @@ def test_a_rejected_completion_is_in_no_part_of_the_loss_and_in_no_average(tmp_p
     assert relative(rejecting, gradient_of(plain, data)) > 0.1
 
 
+def test_a_step_whose_completions_are_all_rejected_leaves_the_weights_as_they_are(tmp_path):
+    """And has taught nothing: with gradients of 0, momentum and weight decay would move the weights."""
+    bounds = {"rollout_rejection_min": 1.0, "rollout_rejection_max": 1.0}
+    trainer = make_trainer(tmp_path, rollout_rejection="sequence", num_iterations=2, **bounds)
+    data = collect(trainer)[1]
+    trainer.learner.learn(trainer.model, data, trainer.state.global_step)
+    assert trainer.tracker.take()["rollout_rejection/rejected_frac"] == 1
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert trainer.learner.num_learned == 0
+
+
 def test_normalized_weights_have_a_mean_of_1_over_the_step(tmp_path):
     """The policy's gradient is that of plain weights, divided by their mean over the tokens of the step."""
     options = {"rollout_correction": "token", "rollout_correction_max": 1e6, "num_iterations": 2}

@@ -830,7 +830,7 @@ def package_gradient(
     )
     data = Step(samples=samples, logprob_temperature=TEMPERATURE)
     model = Table(table)
-    loss, _ = policy_gradient.accumulate(model, data, number=0)
+    loss, *_ = policy_gradient.accumulate(model, data, number=0)
     assert model.table.grad is not None
     return loss.item(), model.table.grad.tolist()
 
