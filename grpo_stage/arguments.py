@@ -478,10 +478,30 @@ class GRPOArguments:
     max_tokens_per_micro_batch: int = _key(
         4096,
         MEMORY,
-        "How many tokens (prompts, completions and padding) go through the model at once in the update. It changes "
-        "memory and speed, never the gradient. Where memory runs out in an update it is halved and the update done "
-        "again.",
+        "How many tokens (prompts, completions and any padding) go through the model at once in the update. It "
+        "changes memory and speed, never the gradient. Where memory runs out in an update it is halved and the update "
+        "done again.",
         min=1,
+    )
+    share_prompt: bool = _key(
+        True,
+        MEMORY,
+        "In the update a prompt goes through the model once for its group, without padding: two to four times faster "
+        "with long prompts. The gradient is the same. A model for which this is not exact is found at the start, and "
+        "trained as with `false`, which gives each completion its own copy of the prompt.",
+    )
+    chunk_logits: bool = _key(
+        True,
+        MEMORY,
+        "Compute the log-probabilities for a part of the tokens at a time, so that memory does not grow with the "
+        "vocabulary. `false` computes the logits of a whole micro-batch at once.",
+    )
+    skip_zero_advantages: bool = _key(
+        True,
+        MEMORY,
+        "Leave completions with an advantage of 0 out of the update where they add nothing to the gradient (groups "
+        "of equal rewards). `entropy` and the other metrics of the update are then means over the tokens that are "
+        "trained on.",
     )
     vllm_base: Literal["auto", "trainer"] = _key(
         "auto",

@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,10 +18,11 @@ from .distributed import all_gather
 from .monitors.canary import LogprobDifference
 from .rollout.serialization import step_state
 from .survival.phase import Phases
-from .types import SamplingSettings, Step
-from .update.batch import PaddedLayout
+from .types import Prompt, SamplingSettings, Step
+from .update.batch import PaddedLayout, SharedPromptLayout
+from .update.exactness import settle
 from .update.gradient import PolicyGradient
-from .update.logprobs import FrozenPass
+from .update.logprobs import Forward, FrozenPass
 from .update.objective import Objective
 from .update.strategy import ReplicatedParameters
 from .update.token_budget import PolicyBudget
@@ -65,17 +66,19 @@ class Learner:
     ) -> None:
         # Accelerate wraps the forward of the policy alone in autocast; the reference needs it as well.
         autocast: Callable[[], AbstractContextManager] = accelerator.autocast
-        layout = PaddedLayout(pad_token_id, accelerator.device)
+        self._plain = PaddedLayout(pad_token_id, accelerator.device)
+        layout = SharedPromptLayout(pad_token_id, accelerator.device) if grpo_args.share_prompt else self._plain
+        self.forward = Forward(layout, is_chunked=grpo_args.chunk_logits)
         self.strategy = ReplicatedParameters(accelerator)
         self.objective = Objective(grpo_args)
         self.budget = PolicyBudget(grpo_args.max_tokens_per_micro_batch, args.process_index)
-        self.frozen = FrozenPass(layout, self.budget, autocast, sampling.temperature)
+        self.frozen = FrozenPass(self.forward, self.budget, autocast, sampling.temperature)
         self.gradient = PolicyGradient(
             grpo_args=grpo_args,
             objective=self.objective,
             sampling=sampling,
             canary=canary,
-            layout=layout,
+            forward=self.forward,
             budget=self.budget,
             frozen=self.frozen,
             strategy=self.strategy,
@@ -87,11 +90,16 @@ class Learner:
         """Steps that had a completion with an advantage, and were not skipped."""
         self.num_skipped = 0
         """Steps in a row that were skipped."""
+        self._autocast = autocast
         self._args = args
         self._grpo_args = grpo_args
         self._scales_loss = accelerator.scaler is not None
         self._phases = phases
         self._tracker = phases.tracker
+
+    def prepare(self, policy: nn.Module, prompts: Sequence[Prompt]) -> None:
+        """Find out how this model can be trained on these prompts; before the first step, on all ranks together."""
+        settle(self.forward, self._plain, policy, prompts, self._autocast)
 
     def learn(self, model: nn.Module, step: Step, global_step: int) -> torch.Tensor:
         """Leave the gradient of a step in the parameters, or none if the step is skipped. Returns the loss.

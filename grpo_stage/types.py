@@ -4,7 +4,7 @@ Shapes are written with one letter an axis, here and in the whole package:
 
     P prompts of one optimizer step on one rank      G completions a prompt (`num_generations`)
     F reward functions                               B completions in a micro-batch
-    T completion tokens, right-padded                L prompt + completion tokens
+    T completion tokens, right-padded                M completion tokens of a micro-batch, one after another
 
 Imports nothing of ours and nothing heavy at run time.
 """
@@ -246,13 +246,26 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class TokenBatch:
-    """Completions and their prompts as tensors. Prompts are left-padded and completions right-padded."""
+class ModelInputs:
+    """The tokens of a micro-batch as they go through the model: R rows of N tokens, as a layout places them."""
 
     input_ids: "torch.Tensor"
-    """[B, L] prompt and completion."""
-    attention_mask: "torch.Tensor"
-    """[B, L], from lengths and never from `ids == pad`."""
+    """[R, N]."""
+    position_ids: "torch.Tensor"
+    """[R, N], of each token in its own sequence."""
+    predictors: "torch.Tensor"
+    """[M] int, where in the flattened rows the completions' tokens are predicted, completion by completion."""
+    attention_mask: "torch.Tensor | None" = None
+    """[R, N], from lengths and never from `ids == pad`; None where nothing is padded."""
+    shared_prompts: Any = None
+    """`attention.SharedPrompts`, where completions share the tokens of their prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenBatch:
+    """Completions as tensors, right-padded, and what goes through the model to get their log-probabilities."""
+
+    inputs: ModelInputs
     completion_ids: "torch.Tensor"
     """[B, T]."""
     completion_mask: "torch.Tensor"

@@ -30,6 +30,8 @@ class LossType:
     """The values that an alias gives to keys of that loss."""
     is_of_completions: bool = False
     """A completion has one advantage there, although its tokens may be weighed by themselves."""
+    vanishes_without_advantage: bool = True
+    """The loss of a completion with an advantage of 0 is 0, whatever its ratio."""
     compares_with_engine: bool = False
     """Its ratio is to the engine's log-probabilities, which have to be those of the distribution that is trained."""
 
@@ -178,7 +180,7 @@ LOSS_TYPES: Mapping[str, LossType] = MappingProxyType(
             compares_with_engine=True,
         ),
         "gpg": LossType(reads=(), rules=(_GPG_IS_ON_POLICY,)),
-        "dro": LossType(reads=("dro_beta",), rules=(_DRO_NEEDS_ITS_BETA,)),
+        "dro": LossType(reads=("dro_beta",), rules=(_DRO_NEEDS_ITS_BETA,), vanishes_without_advantage=False),
     }
 )
 OFF_POLICY_KEYS = frozenset(key for loss in LOSS_TYPES.values() for key in loss.reads)

@@ -1,15 +1,28 @@
 """Completions -> micro-batches under a token budget, with every token's weight in the step's loss.
 
-B completions in a micro-batch    T completion tokens    L prompt + completion tokens
+B completions in a micro-batch    T completion tokens    M completion tokens of a micro-batch, without padding
+R rows of N tokens, as a layout places a micro-batch
 """
 
+from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 
 from grpo_stage.algorithm.losses import StepTotals, token_weights
-from grpo_stage.types import Completion, Prompt, RolloutGroup, Sample, SampleBatch, TokenBatch
+from grpo_stage.types import (
+    Completion,
+    FinishReason,
+    ModelInputs,
+    Prompt,
+    RolloutGroup,
+    Sample,
+    SampleBatch,
+    TokenBatch,
+)
+from grpo_stage.update.attention import Family, SharedPrompts
 
 
 class Sequenced(Protocol):
@@ -44,11 +57,11 @@ def count_totals(samples: Sequence[Sample], max_new_tokens: int) -> StepTotals:
     )
 
 
-class PaddedLayout:
-    """A batch as padded rows: each completion is one row, with its own copy of the prompt.
+class Layout(ABC):
+    """How the tokens of completions and their prompts are placed for the model.
 
     Args:
-        pad_token_id: fills the rows; any id is right, since masks come from lengths.
+        pad_token_id: fills what has to be filled; any id is right, since masks come from lengths.
         device: where the tensors go.
     """
 
@@ -56,46 +69,34 @@ class PaddedLayout:
         self._pad_token_id = pad_token_id
         self._device = device
 
+    @abstractmethod
     def split(self, sequences: Sequence[Sequenced], max_tokens: int) -> Iterator[list[int]]:
-        """Positions of the sequences that go through the model together, in at most `max_tokens` padded tokens.
+        """Positions of the sequences that go through the model together, in at most `max_tokens` tokens.
 
-        Sequences of similar length go together, so that little is padded. The longest come first, so that a budget
-        that does not fit into memory fails at once and not hours later. A sequence longer than the budget goes alone.
+        The longest come first, so that a budget that does not fit into memory fails at once and not hours later. A
+        sequence longer than the budget goes alone.
         """
-        lengths = [(len(each.prompt.token_ids), len(each.completion.token_ids)) for each in sequences]
-        chunk: list[int] = []
-        for position in sorted(range(len(sequences)), key=lambda position: sum(lengths[position]), reverse=True):
-            prompts, completions = zip(*(lengths[each] for each in [*chunk, position]), strict=True)
-            if chunk and (max(prompts) + max(completions)) * (len(chunk) + 1) > max_tokens:
-                yield chunk
-                chunk = []
-            chunk.append(position)
-        if chunk:
-            yield chunk
 
-    def shape(self, sequences: Sequence[Sequenced]) -> tuple[int, int]:
-        """[B, L] of the sequences as one batch; that of a dummy where there are none."""
-        prompts = [len(each.prompt.token_ids) for each in sequences]
-        completions = [len(each.completion.token_ids) for each in sequences]
-        return max(1, len(sequences)), max(prompts, default=1) + max(completions, default=1)
+    @abstractmethod
+    def num_tokens(self, sequences: Sequence[Sequenced]) -> int:
+        """How many tokens of the budget these sequences take together."""
+
+    @abstractmethod
+    def inputs(self, sequences: Sequence[Sequenced]) -> ModelInputs:
+        """The sequences as the model gets them."""
 
     def tokens(self, sequences: Sequence[Sequenced]) -> TokenBatch:
         """The sequences as one batch."""
-        prompt_length = max(len(each.prompt.token_ids) for each in sequences)
-        completion_length = max(len(each.completion.token_ids) for each in sequences)
-        input_ids = torch.full((len(sequences), prompt_length + completion_length), self._pad_token_id)  # [B, L]
-        attention_mask = torch.zeros_like(input_ids)  # [B, L]
-        completion_mask = torch.zeros(len(sequences), completion_length)  # [B, T]
+        longest = max(len(each.completion.token_ids) for each in sequences)
+        completion_ids = torch.full((len(sequences), longest), self._pad_token_id)  # [B, T]
+        completion_mask = torch.zeros(completion_ids.shape)  # [B, T]
         for row, each in enumerate(sequences):
-            prompt_ids, completion_ids = each.prompt.token_ids, each.completion.token_ids
-            start, end = prompt_length - len(prompt_ids), prompt_length + len(completion_ids)
-            input_ids[row, start:end] = torch.tensor(prompt_ids + completion_ids)
-            attention_mask[row, start:end] = 1
-            completion_mask[row, : len(completion_ids)] = 1
+            length = len(each.completion.token_ids)
+            completion_ids[row, :length] = torch.tensor(each.completion.token_ids)
+            completion_mask[row, :length] = 1
         return TokenBatch(
-            input_ids=input_ids.to(self._device),
-            attention_mask=attention_mask.to(self._device),
-            completion_ids=input_ids[:, prompt_length:].to(self._device),
+            inputs=self.inputs(sequences),
+            completion_ids=completion_ids.to(self._device),
             completion_mask=completion_mask.to(self._device),
         )
 
@@ -125,8 +126,7 @@ class PaddedLayout:
         assert loss_mask is not None
         assert sampling is not None
         return SampleBatch(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask,
+            inputs=tokens.inputs,
             completion_ids=tokens.completion_ids,
             completion_mask=tokens.completion_mask,
             loss_mask=loss_mask,
@@ -144,10 +144,13 @@ class PaddedLayout:
 
     def dummy(self) -> SampleBatch:
         """A batch of weight 0, for a rank that has fewer micro-batches than the others."""
+        token_ids = (self._pad_token_id,)
+        completion = Completion(
+            token_ids=token_ids, sampling_logprobs=(0.0,), finish_reason=FinishReason.STOP, text=""
+        )
         zero = torch.zeros(1, 1, device=self._device)
         return SampleBatch(
-            input_ids=torch.full((1, 2), self._pad_token_id, device=self._device),
-            attention_mask=torch.ones(1, 2, dtype=torch.long, device=self._device),
+            inputs=self.inputs([Row(Prompt(index=0, token_ids=token_ids, messages=(), reference=None), completion)]),
             completion_ids=torch.full((1, 1), self._pad_token_id, device=self._device),
             completion_mask=zero,
             loss_mask=zero,
@@ -156,3 +159,119 @@ class PaddedLayout:
             sampling_logprobs=zero,
             policy_versions=torch.tensor([-1], device=self._device),
         )
+
+
+class PaddedLayout(Layout):
+    """Padded rows: each completion is one row, with its own copy of the prompt."""
+
+    def split(self, sequences: Sequence[Sequenced], max_tokens: int) -> Iterator[list[int]]:
+        """Sequences of similar length go together, so that little is padded."""
+        lengths = [(len(each.prompt.token_ids), len(each.completion.token_ids)) for each in sequences]
+        chunk: list[int] = []
+        for position in sorted(range(len(sequences)), key=lambda position: sum(lengths[position]), reverse=True):
+            prompts, completions = zip(*(lengths[each] for each in [*chunk, position]), strict=True)
+            if chunk and (max(prompts) + max(completions)) * (len(chunk) + 1) > max_tokens:
+                yield chunk
+                chunk = []
+            chunk.append(position)
+        if chunk:
+            yield chunk
+
+    def num_tokens(self, sequences: Sequence[Sequenced]) -> int:
+        prompts = [len(each.prompt.token_ids) for each in sequences]
+        completions = [len(each.completion.token_ids) for each in sequences]
+        return len(sequences) * (max(prompts, default=0) + max(completions, default=0))
+
+    def inputs(self, sequences: Sequence[Sequenced]) -> ModelInputs:
+        longest_prompt = max(len(each.prompt.token_ids) for each in sequences)
+        length = longest_prompt + max(len(each.completion.token_ids) for each in sequences)
+        input_ids = torch.full((len(sequences), length), self._pad_token_id)  # [B, N]
+        attention_mask = torch.zeros_like(input_ids)  # [B, N]
+        predictors = []
+        for row, each in enumerate(sequences):
+            token_ids = each.prompt.token_ids + each.completion.token_ids
+            start = longest_prompt - len(each.prompt.token_ids)
+            input_ids[row, start : start + len(token_ids)] = torch.tensor(token_ids)
+            attention_mask[row, start : start + len(token_ids)] = 1
+            # What is predicted at a position is the next token.
+            first = row * length + longest_prompt - 1
+            predictors.append(torch.arange(first, first + len(each.completion.token_ids)))
+        return ModelInputs(
+            input_ids=input_ids.to(self._device),
+            position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0).to(self._device),
+            predictors=torch.cat(predictors).to(self._device),
+            attention_mask=attention_mask.to(self._device),
+        )
+
+
+class SharedPromptLayout(Layout):
+    """One stream without padding: a prompt once, and behind it its completions, which share it.
+
+    A completion's last token predicts nothing that is asked for, and does not go through the model.
+    """
+
+    def split(self, sequences: Sequence[Sequenced], max_tokens: int) -> Iterator[list[int]]:
+        """The completions of a prompt go together, as far as they fit."""
+        families = sorted(_families(sequences), key=lambda each: _length(sequences, each), reverse=True)
+        chunk: list[int] = []
+        size = 0
+        for family in families:
+            prompt = len(sequences[family[0]].prompt.token_ids)
+            if chunk and size + _length(sequences, family) > max_tokens:
+                yield chunk
+                chunk, size = [], 0
+            is_new = True
+            for position in family:
+                more = len(sequences[position].completion.token_ids) - 1 + prompt * is_new
+                if chunk and size + more > max_tokens:
+                    yield chunk
+                    chunk, size, more = [], 0, len(sequences[position].completion.token_ids) - 1 + prompt
+                chunk.append(position)
+                size += more
+                is_new = False
+        if chunk:
+            yield chunk
+
+    def num_tokens(self, sequences: Sequence[Sequenced]) -> int:
+        return sum(_length(sequences, family) for family in _families(sequences))
+
+    def inputs(self, sequences: Sequence[Sequenced]) -> ModelInputs:
+        input_ids: list[int] = []
+        position_ids, families = [], []
+        predictors: dict[int, torch.Tensor] = {}
+        for positions in _families(sequences):
+            prompt = sequences[positions[0]].prompt.token_ids
+            lengths = []
+            input_ids += prompt
+            position_ids.append(torch.arange(len(prompt)))
+            end_of_prompt = torch.tensor([len(input_ids) - 1])
+            for position in positions:
+                fed = sequences[position].completion.token_ids[:-1]
+                lengths.append(len(fed))
+                predictors[position] = torch.cat([end_of_prompt, len(input_ids) + torch.arange(len(fed))])
+                input_ids += fed
+                position_ids.append(len(prompt) + torch.arange(len(fed)))
+            families.append(Family(len(prompt), tuple(lengths)))
+        return ModelInputs(
+            input_ids=torch.tensor([input_ids]).to(self._device),
+            position_ids=torch.cat(position_ids).unsqueeze(0).to(self._device),
+            predictors=torch.cat([predictors[i] for i in range(len(sequences))]).to(self._device),
+            shared_prompts=SharedPrompts(families, self._device),
+        )
+
+
+def _families(sequences: Sequence[Sequenced]) -> list[list[int]]:
+    """Positions of the sequences with the same prompt, the longest completion first."""
+    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for position, each in enumerate(sequences):
+        by_prompt[each.prompt.token_ids].append(position)
+    return [
+        sorted(positions, key=lambda position: len(sequences[position].completion.token_ids), reverse=True)
+        for positions in by_prompt.values()
+    ]
+
+
+def _length(sequences: Sequence[Sequenced], family: Sequence[int]) -> int:
+    """Tokens of a family in the stream."""
+    completions = sum(len(sequences[position].completion.token_ids) - 1 for position in family)
+    return len(sequences[family[0]].prompt.token_ids) + completions

@@ -18,8 +18,9 @@ from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.canary import LogprobDifference
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import Sample, SampleBatch, SamplingSettings, Step
-from grpo_stage.update.batch import PaddedLayout, count_totals
-from grpo_stage.update.logprobs import FrozenPass, token_logprobs
+from grpo_stage.update.attention import attention_of
+from grpo_stage.update.batch import count_totals
+from grpo_stage.update.logprobs import Forward, FrozenPass
 from grpo_stage.update.objective import Objective
 from grpo_stage.update.strategy import ReplicatedParameters
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
@@ -33,7 +34,7 @@ class PolicyGradient:
         objective: the loss.
         sampling: how completions are drawn; its temperature is part of the policy's distribution.
         canary: checks the log-probabilities of the first micro-batch with fresh samples.
-        layout: how samples become batches.
+        forward: how samples go through the model.
         budget: how many tokens go through the model at once.
         frozen: a pass over the whole step, for an objective that marks tokens before the first micro-batch.
         strategy: how the parameters are distributed over processes.
@@ -49,7 +50,7 @@ class PolicyGradient:
         objective: Objective,
         sampling: SamplingSettings,
         canary: LogprobDifference,
-        layout: PaddedLayout,
+        forward: Forward,
         budget: PolicyBudget,
         frozen: FrozenPass,
         strategy: ReplicatedParameters,
@@ -61,7 +62,7 @@ class PolicyGradient:
         self._objective = objective
         self._sampling = sampling
         self._canary = canary
-        self._layout = layout
+        self._forward = forward
         self._budget = budget
         self._frozen = frozen
         self._strategy = strategy
@@ -102,18 +103,21 @@ class PolicyGradient:
         """This rank's loss and its gradient; None and no gradient if memory ran out on any rank."""
         metrics = MetricTracker()
         loss = torch.zeros((), device=self._device)
-        is_checked = not any(sample.policy_version == number for sample in step.samples)
+        samples = [sample for sample in step.samples if self._objective.has_gradient(sample)]
+        is_checked = not any(sample.policy_version == number for sample in samples)
 
         def run(positions: Sequence[int]) -> bool:
             nonlocal loss
-            batch = self._batch([step.samples[position] for position in positions], totals)
+            batch = self._batch([samples[position] for position in positions], totals)
             check = not is_checked and bool((batch.policy_versions == number).any())
-            micro_loss = self._micro_batch_loss(model, batch, step, number if check else None, metrics)
-            self._strategy.backward(micro_loss)
+            with attention_of(model, batch.inputs.shared_prompts):
+                micro_loss = self._micro_batch_loss(model, batch, step, number if check else None, metrics)
+                self._strategy.backward(micro_loss)
             loss += micro_loss.detach()
             return check
 
-        chunks = list(self._layout.split(step.samples, self._budget.max_tokens))
+        layout = self._forward.layout
+        chunks = list(layout.split(samples, self._budget.max_tokens))
         num_passes = self._strategy.num_passes(len(chunks), self._gather)
         chunks += [[]] * (num_passes - len(chunks))
         with self._strategy.accumulating(model):
@@ -124,8 +128,8 @@ class PolicyGradient:
                 if any(gather(isinstance(outcome, OutOfMemory))):
                     model.zero_grad()
                     if isinstance(outcome, OutOfMemory):
-                        shape = self._layout.shape([step.samples[position] for position in positions])
-                        self._budget.give_way(shape, outcome)
+                        chunk = [samples[position] for position in positions]
+                        self._budget.give_way(len(chunk), layout.num_tokens(chunk), outcome)
                     return None
                 is_checked = is_checked or outcome is True
         return loss, metrics
@@ -134,21 +138,18 @@ class PolicyGradient:
         self, model: nn.Module, batch: SampleBatch, step: Step, fresh_version: int | None, metrics: MetricTracker
     ) -> torch.Tensor:
         with self._autocast():
-            logprobs, entropy = token_logprobs(  # [B, T]
-                model,
-                batch,
-                self._sampling.temperature,
-                with_entropy=True,
-                entropy_gradient=self._objective.entropy_gradient,
-            )
-        assert entropy is not None
+            statistics = self._forward.statistics(model, batch, self._sampling.temperature)
+        logprobs, entropies = statistics.logprobs, statistics.entropies  # [B, T]
+        if not self._objective.entropy_gradient:
+            entropies = entropies.detach()
         if fresh_version is not None and torch.isfinite(logprobs).all():
             own = logprobs.detach()
             if step.logprob_temperature != self._sampling.temperature:
+                policy = self._strategy.unwrap(model)
                 with torch.no_grad(), self._autocast():
-                    own, _ = token_logprobs(self._strategy.unwrap(model), batch, step.logprob_temperature)
+                    own = self._forward.statistics(policy, batch, step.logprob_temperature).logprobs
             self._canary.check(own, batch, fresh_version, metrics)
-        return (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropy, metrics)).sum()
+        return (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropies, metrics)).sum()
 
     def _totals_of_all_ranks(self, samples: Sequence[Sample]) -> StepTotals:
         mine = count_totals(samples, self._sampling.max_new_tokens)
@@ -163,5 +164,7 @@ class PolicyGradient:
     def _batch(self, samples: Sequence[Sample], totals: StepTotals) -> SampleBatch:
         """A micro-batch; a dummy of no samples."""
         if not samples:
-            return self._layout.dummy()
-        return self._layout.samples(samples, totals, self._grpo_args.loss_type, self._grpo_args.loss_aggregation)
+            return self._forward.layout.dummy()
+        return self._forward.layout.samples(
+            samples, totals, self._grpo_args.loss_type, self._grpo_args.loss_aggregation
+        )

@@ -1,11 +1,12 @@
 """Log-probabilities of completions under a model: with gradient for the policy, without for the rest.
 
-B completions in a micro-batch    T completion tokens    V vocabulary
+B completions in a micro-batch    T completion tokens    M of them in all, without padding    V vocabulary
 """
 
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,82 +14,78 @@ import torch
 from torch import nn
 
 from grpo_stage.algorithm.advantages import gradient_energies
-from grpo_stage.types import TokenBatch
-from grpo_stage.update.batch import PaddedLayout, Sequenced
+from grpo_stage.types import ModelInputs, TokenBatch
+from grpo_stage.update.attention import attention_of
+from grpo_stage.update.batch import Layout, Sequenced
+from grpo_stage.update.head import TokenStatistics, separate, statistics_of_logits
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
 Tensors = tuple[torch.Tensor, ...]
 
 
-def token_logprobs(
-    model: nn.Module,
-    batch: TokenBatch,
-    temperature: float,
-    *,
-    with_entropy: bool = False,
-    entropy_gradient: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Log-probability of each completion token, and the entropy of the distribution at its position.
+@dataclass
+class Forward:
+    """How completions go through a model: the same way in every pass of a run."""
 
-    Logits are computed for completion tokens alone, and divided by the sampling temperature: the policy is the
-    distribution that was sampled from.
+    layout: Layout
+    """How completions and their prompts are placed."""
+    is_chunked: bool = True
+    """Whether logits are computed for a part of the tokens at a time, rather than by the model for all."""
 
-    Args:
-        model: a causal language model, wrapped (DDP) or not. Gradients flow if they are enabled.
-        batch: a micro-batch.
-        temperature: the sampling temperature.
-        with_entropy: also return the entropy.
-        entropy_gradient: let the gradient flow through the entropy as well.
+    def statistics(self, model: nn.Module, batch: TokenBatch, temperature: float) -> TokenStatistics:
+        """What the policy says of each completion token.
 
-    Returns:
-        [B, T] log-probabilities and [B, T] entropies in nats (None unless asked for), both float32 and 0 outside the
-        completion mask.
-    """
-    logits = completion_logits(model, batch, temperature)  # [B, T, V]
-    log_normalizer = logits.logsumexp(dim=-1)  # [B, T]
-    logprobs = logits.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1) - log_normalizer  # [B, T]
-    mask = batch.completion_mask.bool()
-    entropy = None
-    if with_entropy and entropy_gradient:
-        probabilities = (logits - log_normalizer.unsqueeze(-1)).exp()
-        entropy = (log_normalizer - (probabilities * logits).sum(dim=-1)).masked_fill(~mask, 0.0)
-    elif with_entropy:
-        with torch.no_grad():
-            probabilities = (logits - log_normalizer.unsqueeze(-1)).exp_()
-            entropy = (log_normalizer - probabilities.mul_(logits).sum(dim=-1)).masked_fill(~mask, 0.0)
-    return logprobs.masked_fill(~mask, 0.0), entropy
+        The policy is the distribution that was sampled from: logits are divided by the sampling temperature.
+
+        Args:
+            model: a causal language model, wrapped (DDP) or not, in `attention_of` the batch. Gradients flow if they
+                are enabled, through the entropies as well.
+            batch: a micro-batch in this layout.
+            temperature: the sampling temperature.
+
+        Returns:
+            [B, T] each, 0 outside the completion mask.
+        """
+        mask = batch.completion_mask.bool()
+        targets = batch.completion_ids[mask]  # [M]
+        parts = separate(model) if self.is_chunked else None
+        if parts is None:
+            of_tokens = statistics_of_logits(_logits(model, batch.inputs), targets, temperature)
+        else:
+            body, head = parts
+            hidden = body(**_arguments(batch.inputs)).last_hidden_state.flatten(0, 1)  # [R x N, hidden]
+            of_tokens = head.statistics(hidden[batch.inputs.predictors[: len(targets)]], targets, temperature)
+        return TokenStatistics(*(torch.zeros_like(batch.completion_mask).masked_scatter(mask, x) for x in of_tokens))
 
 
-def completion_logits(model: nn.Module, batch: TokenBatch, temperature: float) -> torch.Tensor:
-    """[B, T, V] float32, each position's over the token that follows, divided by the temperature."""
-    num_tokens = batch.completion_ids.size(1)
-    position_ids = (batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    kwargs = {"logits_to_keep": num_tokens + 1} if takes_logits_to_keep(model) else {}
-    output = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=position_ids,
-        use_cache=False,
-        **kwargs,
-    )
-    # The logits at a position are those of the next token.
-    return output.logits[:, -num_tokens - 1 : -1].float() / temperature
+def _arguments(inputs: ModelInputs) -> dict[str, Any]:
+    arguments = {
+        "input_ids": inputs.input_ids,
+        "attention_mask": inputs.attention_mask,
+        "position_ids": inputs.position_ids,
+        "use_cache": False,
+    }
+    return arguments if inputs.shared_prompts is None else arguments | {"shared_prompts": inputs.shared_prompts}
 
 
-def token_energies(model: nn.Module, batch: TokenBatch, temperature: float) -> torch.Tensor:
-    """[B, T], `gradient_energies` of each completion token under the policy that was sampled from."""
-    logits = completion_logits(model, batch, temperature)  # [B, T, V]
-    log_normalizer = logits.logsumexp(dim=-1)  # [B, T]
-    logprobs = logits.gather(-1, batch.completion_ids.unsqueeze(-1)).squeeze(-1) - log_normalizer  # [B, T]
-    return gradient_energies(logprobs, ((2 * logits).logsumexp(dim=-1) - 2 * log_normalizer).exp())
+def _logits(model: Any, inputs: ModelInputs) -> torch.Tensor:
+    """[M, V] as the model itself computes them."""
+    length = inputs.input_ids.size(1)
+    rows, columns = inputs.predictors // length, inputs.predictors % length
+    kept = length - int(columns.min())
+    arguments = _arguments(inputs)
+    if takes_logits_to_keep(model):
+        arguments["logits_to_keep"] = kept
+    logits = model(**arguments).logits[:, -kept:]
+    return logits.flatten(0, 1)[rows * kept + columns - (length - kept)]
 
 
 class FrozenPass:
     """A forward pass without gradient over any number of completions, in micro-batches.
 
     Args:
-        layout: how completions become batches.
+        forward: how completions go through a model.
         budget: how many tokens go through a model at once.
         autocast: the precision of a forward pass.
         temperature: the sampling temperature.
@@ -96,12 +93,12 @@ class FrozenPass:
 
     def __init__(
         self,
-        layout: PaddedLayout,
+        forward: Forward,
         budget: PolicyBudget,
         autocast: Callable[[], AbstractContextManager],
         temperature: float,
     ) -> None:
-        self._layout = layout
+        self._forward = forward
         self._budget = budget
         self._autocast = autocast
         self._temperature = temperature
@@ -111,41 +108,44 @@ class FrozenPass:
 
         At the sampling temperature, unless another is given.
         """
-        temperature = self._temperature if temperature is None else temperature
-        return self._run(sequences, lambda batch: token_logprobs(model, batch, temperature)[:1])[0]
+        return self._run(model, sequences, lambda of: (of.logprobs,), temperature)[0]
 
     def logprobs_and_entropies(self, model: nn.Module, sequences: Sequence[Sequenced]) -> tuple[Tensors, Tensors]:
         """[T] of each completion, twice, on the CPU, at the sampling temperature."""
-        logprobs, entropies = self._run(
-            sequences, lambda batch: token_logprobs(model, batch, self._temperature, with_entropy=True)
-        )
+        logprobs, entropies = self._run(model, sequences, lambda of: (of.logprobs, of.entropies))
         return logprobs, entropies
 
     def energies(self, model: nn.Module, sequences: Sequence[Sequenced]) -> Tensors:
-        """[T] of each completion, on the CPU, at the sampling temperature; see `token_energies`."""
-        return self._run(sequences, lambda batch: (token_energies(model, batch, self._temperature),))[0]
+        """[T] `gradient_energies` of each completion, on the CPU, at the sampling temperature."""
+        return self._run(model, sequences, lambda of: (gradient_energies(of.logprobs, of.collisions),))[0]
 
     @torch.no_grad()
     def _run(
-        self, sequences: Sequence[Sequenced], forward: Callable[[TokenBatch], Sequence[torch.Tensor | None]]
+        self,
+        model: nn.Module,
+        sequences: Sequence[Sequenced],
+        wanted: Callable[[TokenStatistics], Tensors],
+        temperature: float | None = None,
     ) -> list[Tensors]:
-        """What `forward` gives, [B, T] each, by completion."""
+        """What is wanted of the statistics, by completion."""
+        temperature = self._temperature if temperature is None else temperature
+        layout = self._forward.layout
         found: dict[int, list[torch.Tensor]] = {}
 
-        def run(batch: TokenBatch) -> Sequence[torch.Tensor | None]:
-            with self._autocast():
-                return forward(batch)
+        def run(batch: TokenBatch) -> Tensors:
+            with attention_of(model, batch.inputs.shared_prompts), self._autocast():
+                return wanted(self._forward.statistics(model, batch, temperature))
 
         while len(found) < len(sequences):
-            for positions in self._layout.split(sequences, self._budget.max_tokens):
-                batch = self._layout.tokens([sequences[position] for position in positions])
-                outcome = self._budget.attempt(partial(run, batch))
+            for positions in layout.split(sequences, self._budget.max_tokens):
+                chunk = [sequences[position] for position in positions]
+                outcome = self._budget.attempt(partial(run, layout.tokens(chunk)))
                 if isinstance(outcome, OutOfMemory):
-                    self._budget.give_way(batch.input_ids.shape, outcome)
+                    self._budget.give_way(len(chunk), layout.num_tokens(chunk), outcome)
                     break
                 for row, position in enumerate(positions):
                     length = len(sequences[position].completion.token_ids)
-                    found[position] = [each[row, :length].cpu() for each in outcome if each is not None]
+                    found[position] = [each[row, :length].cpu() for each in outcome]
         if not found:
             return [(), ()]
         return [tuple(each) for each in zip(*(found[i] for i in range(len(found))), strict=True)]

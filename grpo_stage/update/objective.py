@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from grpo_stage.algorithm.catalog import LOSS_TYPES
 from grpo_stage.algorithm.losses import LOSSES, LossSettings, SurrogateOutput, TokenInputs
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.distributed import all_gather, process_index
@@ -33,6 +34,11 @@ class Objective:
         """Whether the gradient flows through the entropy."""
         self.looks_at_step = any(term.looks_at_step for term in self.terms)
         """Whether `mark` has to be called before a step."""
+        self._skips = (
+            args.skip_zero_advantages
+            and LOSS_TYPES[args.loss_type].vanishes_without_advantage
+            and not any(term.acts_without_advantage for term in self.terms)
+        )
         self._loss = LOSSES[args.loss_type]
         self._settings = LossSettings.of(args)
 
@@ -65,6 +71,13 @@ class Objective:
                 losses = losses + summand
         _record_clipping(metrics, x, surrogate)
         return losses
+
+    def has_gradient(self, sample: Sample) -> bool:
+        """Whether a sample has to go through the model; if not, every term of its loss is 0 whatever the policy says.
+
+        With `skip_zero_advantages: false` each sample has to.
+        """
+        return sample.teaches or not self._skips
 
     def mark(
         self,

@@ -1,7 +1,7 @@
 """How many tokens go through a model at once: a budget that shrinks if memory runs out."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -59,21 +59,20 @@ class PolicyBudget(TokenBudget):
 
         super().__init__(max_tokens, message)
 
-    def give_way(self, shape: Sequence[int], failure: OutOfMemory) -> None:
-        """Make micro-batches smaller than one of this shape [B, L], which did not fit.
+    def give_way(self, num_completions: int, num_tokens: int, failure: OutOfMemory) -> None:
+        """Make micro-batches smaller than one of so many completions and tokens, which did not fit.
 
         Raises:
             RuntimeError: if there is nothing left to split.
         """
-        num_rows, length = shape
-        if num_rows == 1:
+        if num_completions <= 1:
             raise RuntimeError(
-                f"Out of memory with a single completion of {length} tokens, prompt included, in the micro-batch: "
+                f"Out of memory with a single completion of {num_tokens} tokens, prompt included, in the micro-batch: "
                 "there is nothing left to split. Lower `max_new_tokens` or `cutoff_len`, leave gradient checkpointing "
                 "on, give vLLM less (`vllm_gpu_util`, `vllm_sleep`), or train fewer weights (LoRA, "
                 "`quantization_bit`)."
             ) from failure.error
-        self.shrink(num_rows * length)
+        self.shrink(num_tokens)
 
     def state_dict(self) -> int:
         return self.max_tokens

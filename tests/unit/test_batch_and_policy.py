@@ -10,9 +10,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from grpo_stage.algorithm.losses import StepTotals
 from grpo_stage.rollout.queue import RolloutQueue
 from grpo_stage.types import Completion, FinishReason, Prompt, Sample, Step
-from grpo_stage.update.batch import PaddedLayout, count_totals
+from grpo_stage.update.attention import attention_of
+from grpo_stage.update.batch import PaddedLayout, SharedPromptLayout, count_totals
 from grpo_stage.update.dropout import disable_dropout
-from grpo_stage.update.logprobs import token_logprobs
+from grpo_stage.update.logprobs import Forward
 from grpo_stage.update.reference import InitialWeightsReference
 
 
@@ -64,25 +65,33 @@ LENGTHS = [[3, 9, 1], [5, 2, 9]], [4, 11]
 SAMPLES = make_samples(*LENGTHS)
 MASKED = make_samples(*LENGTHS, mask_truncated=True)
 LAYOUT = PaddedLayout(pad_token_id=0, device=CPU)
+LAYOUTS = [LAYOUT, SharedPromptLayout(pad_token_id=0, device=CPU)]
+layouts = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: type(layout).__name__)
 
 
-def split(max_tokens: int, loss_type: str = "dapo", mask_truncated: bool = False):
+def split(max_tokens: int, loss_type: str = "dapo", mask_truncated: bool = False, layout=LAYOUT):
     """Each micro-batch with the positions of its samples."""
     samples = MASKED if mask_truncated else SAMPLES
     totals = count_totals(samples, 9)
     return [
-        (positions, LAYOUT.samples([samples[position] for position in positions], totals, loss_type))
-        for positions in LAYOUT.split(samples, max_tokens)
+        (positions, layout.samples([samples[position] for position in positions], totals, loss_type))
+        for positions in layout.split(samples, max_tokens)
     ]
+
+
+def logprobs_of(model, batch, temperature=1.0, layout=LAYOUT):
+    with attention_of(model, batch.inputs.shared_prompts):
+        return Forward(layout).statistics(model, batch, temperature)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 30, 60, 10_000])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_tokens, temperature):
+@layouts
+def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_tokens, temperature, layout):
     seen = []
-    for positions, batch in split(max_tokens):
+    for positions, batch in split(max_tokens, layout=layout):
         with torch.no_grad():
-            logprobs, entropy = token_logprobs(model, batch, temperature, with_entropy=True)
+            logprobs, entropy, _ = logprobs_of(model, batch, temperature, layout)
         for position, values, entropies in zip(positions, logprobs, entropy, strict=True):
             prompt, completion = SAMPLES[position].prompt, SAMPLES[position].completion
             sequence = torch.tensor([prompt.token_ids + completion.token_ids])
@@ -100,12 +109,22 @@ def test_logprobs_and_entropy_equal_those_of_each_sequence_alone(model, max_toke
     assert sorted(seen) == list(range(6)), "every completion exactly once"
 
 
-@pytest.mark.parametrize("max_tokens", [1, 30, 60])
-def test_the_budget_holds_for_all_but_single_rows(max_tokens):
-    batches = split(max_tokens)
+@pytest.mark.parametrize("max_tokens", [1, 15, 30])
+@layouts
+def test_the_budget_holds_for_all_but_single_completions(max_tokens, layout):
+    batches = split(max_tokens, layout=layout)
     assert len(batches) > 1
     for positions, batch in batches:
-        assert batch.input_ids.numel() <= max_tokens or len(positions) == 1
+        size = batch.inputs.input_ids.numel()
+        assert layout.num_tokens([SAMPLES[position] for position in positions]) == size
+        assert size <= max_tokens or len(positions) == 1
+
+
+def test_completions_of_a_prompt_stay_together_and_share_its_tokens():
+    (_, batch), *others = split(42, layout=LAYOUTS[1])
+    assert not others
+    assert batch.inputs.input_ids.numel() == (4 + 2 + 8 + 0) + (11 + 4 + 1 + 8), "no last token goes in"
+    assert [split(27, layout=LAYOUTS[1])[i][0] for i in (0, 1)] == [[5, 3, 4], [1, 0, 2]]
 
 
 @pytest.mark.parametrize(("loss_type", "expected"), [("grpo", 1.0), ("dapo", 1.0)])
@@ -128,9 +147,10 @@ def test_truncated_completions_have_no_weight_and_count_in_no_denominator_but_th
             assert weights.tolist() == pytest.approx(expected + [0.0] * (9 - len(expected)))
 
 
-def test_a_dummy_adds_nothing_to_the_gradient(model):
-    logprobs, _ = token_logprobs(model, LAYOUT.dummy(), 1.0)
-    (LAYOUT.dummy().loss_weights * logprobs).sum().backward()
+@layouts
+def test_a_dummy_adds_nothing_to_the_gradient(model, layout):
+    batch = layout.dummy()
+    (batch.loss_weights * logprobs_of(model, batch, 1.0, layout).logprobs).sum().backward()
     gradients = [p.grad for p in model.parameters()]
     model.zero_grad()
     assert all(g is not None and (g == 0).all() for g in gradients), "every parameter takes part, with zero gradient"
@@ -139,15 +159,15 @@ def test_a_dummy_adds_nothing_to_the_gradient(model):
 def test_initial_weights_reference_is_the_start_and_gives_the_policy_back(model):
     _, batch = split(10_000)[0]
     with torch.no_grad():
-        before, _ = token_logprobs(model, batch, 1.0)
+        before = logprobs_of(model, batch).logprobs
         reference = InitialWeightsReference(model)
         saved = {name: p.clone() for name, p in model.named_parameters()}
         for p in model.parameters():
             p.add_(0.05)
-        trained, _ = token_logprobs(model, batch, 1.0)
+        trained = logprobs_of(model, batch).logprobs
         with reference.activate(model) as ref:
-            inside, _ = token_logprobs(ref, batch, 1.0)
-        after, _ = token_logprobs(model, batch, 1.0)
+            inside = logprobs_of(ref, batch).logprobs
+        after = logprobs_of(model, batch).logprobs
         for name, p in model.named_parameters():
             p.copy_(saved[name])
     assert torch.equal(inside, before)

@@ -303,8 +303,7 @@ def check_advantages(data, options):
 
 def tiny_batch(**changes: Any) -> SampleBatch:
     fields = {
-        "input_ids": torch.zeros(2, 3),
-        "attention_mask": torch.ones(2, 3),
+        "inputs": None,
         "completion_ids": torch.zeros(2, 2),
         "completion_mask": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
         "loss_mask": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),

@@ -31,7 +31,7 @@ from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import Completion, FinishReason, Prompt, Sample, SampleBatch, SamplingSettings, Step
 from grpo_stage.update import gradient, objective
 from grpo_stage.update.batch import PaddedLayout
-from grpo_stage.update.logprobs import FrozenPass
+from grpo_stage.update.logprobs import Forward, FrozenPass
 from grpo_stage.update.strategy import ReplicatedParameters
 from grpo_stage.update.terms.entropy_bonus import EntropyBonus
 from grpo_stage.update.terms.kl_penalty import KLPenalty
@@ -296,8 +296,7 @@ def package_losses(
     mask = f64([[float(t < len(row.policy)) for t in range(width)] for row in rows])
     weights = padded("weights", filler=False)
     batch = SampleBatch(
-        input_ids=torch.zeros(len(rows), width + 1),
-        attention_mask=torch.ones(len(rows), width + 1),
+        inputs=None,
         completion_ids=torch.zeros(len(rows), width),
         completion_mask=mask,
         loss_mask=(weights > 0).double(),
@@ -797,7 +796,7 @@ def package_gradient(
 ) -> tuple[float, list[list[float]]]:
     """The loss of a step and its gradient, in micro-batches of at most `budget` tokens."""
     args = arguments(s | {"max_tokens_per_micro_batch": budget})
-    layout, tokens = PaddedLayout(0, torch.device("cpu")), PolicyBudget(budget, 0)
+    forward, tokens = Forward(PaddedLayout(0, torch.device("cpu"))), PolicyBudget(budget, 0)
     accelerator: Any = SimpleNamespace(
         no_sync=lambda model: nullcontext(),
         unwrap_model=lambda model: model,
@@ -808,9 +807,9 @@ def package_gradient(
         objective=objective.Objective(args),
         sampling=SamplingSettings(num_generations=1, max_new_tokens=5, temperature=TEMPERATURE),
         canary=LogprobDifference(math.inf, "hf"),
-        layout=layout,
+        forward=forward,
         budget=tokens,
-        frozen=FrozenPass(layout, tokens, nullcontext, TEMPERATURE),
+        frozen=FrozenPass(forward, tokens, nullcontext, TEMPERATURE),
         strategy=ReplicatedParameters(accelerator),
         autocast=nullcontext,
         device=torch.device("cpu"),

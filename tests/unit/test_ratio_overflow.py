@@ -167,7 +167,7 @@ def test_a_token_that_is_left_out_has_no_gradient_however_far_it_has_gone(what: 
     }[what]
     policy = torch.tensor([[-0.5]], requires_grad=True)
     batch = SampleBatch(
-        input_ids=torch.zeros(1, 2), attention_mask=torch.ones(1, 2), completion_ids=torch.zeros(1, 1),
+        inputs=None, completion_ids=torch.zeros(1, 1),
         completion_mask=torch.ones(1, 1), loss_mask=torch.ones(1, 1), loss_weights=torch.ones(1, 1),
         advantages=torch.tensor([-5.0]), sampling_logprobs=torch.tensor([[0.0]]),
         policy_versions=torch.tensor([0]), old_logprobs=torch.tensor([[-120.0]]),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -19,6 +20,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
@@ -96,11 +98,12 @@ class HFEngine:
         with self._sampler(longest, ()) as model:
             for batch in _batches(rows, longest, self._max_tokens_per_batch):
                 token_ids = [next(completions) for _ in batch]
-                input_ids, attention_mask = _left_padded(batch)
+                input_ids, attention_mask = _left_padded([row.prompt for row in batch])
                 reader = _Reader(token_ids, longest, model.device)
                 model.generate(
                     input_ids=input_ids.to(model.device),
                     attention_mask=attention_mask.to(model.device),
+                    past_key_values=_prefilled(model, [row.prompt for row in batch]),
                     logits_processor=LogitsProcessorList([reader]),
                 )
                 logprobs = torch.stack(reader.logprobs, dim=1).cpu()
@@ -132,11 +135,12 @@ class HFEngine:
             yield model
 
     def _sample(self, model: Any, batch: Sequence[_Row], sampling: SamplingSettings) -> list[Completion]:
-        input_ids, attention_mask = _left_padded(batch)
+        input_ids, attention_mask = _left_padded([row.prompt for row in batch])
         sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device), self.on_step)
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
+            past_key_values=_prefilled(model, [row.prompt for row in batch]),
             logits_processor=LogitsProcessorList([sampler]),
         )
         sampled = output[:, input_ids.shape[1] :].tolist()
@@ -230,16 +234,42 @@ class _Reader(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
 
 
-def _left_padded(batch: Sequence[_Row]) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, longest] prompts and their attention mask."""
-    longest = max(len(row.prompt.token_ids) for row in batch)
-    input_ids = torch.zeros(len(batch), longest, dtype=torch.long)
+def _left_padded(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, longest] token ids and their attention mask."""
+    longest = max(len(prompt.token_ids) for prompt in prompts)
+    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
     attention_mask = torch.zeros_like(input_ids)
-    for i, row in enumerate(batch):
-        start = longest - len(row.prompt.token_ids)
-        input_ids[i, start:] = torch.tensor(row.prompt.token_ids)
+    for i, prompt in enumerate(prompts):
+        start = longest - len(prompt.token_ids)
+        input_ids[i, start:] = torch.tensor(prompt.token_ids)
         attention_mask[i, start:] = 1
     return input_ids, attention_mask
+
+
+def _prefilled(model: Any, prompts: Sequence[Prompt]) -> DynamicCache | None:
+    """Keys and values of all tokens of the prompts but their last ones, a row each, computed once for equal prompts.
+
+    None where nothing is gained, or the model keeps other state than keys and values.
+    """
+    unique = list({prompt.token_ids: prompt for prompt in prompts}.values())
+    config = model.config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
+    attends = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
+    if len(unique) == len(prompts) or model._is_stateful or not attends or not model._supports_default_dynamic_cache():
+        return None
+    input_ids, attention_mask = (each[:, :-1].to(model.device) for each in _left_padded(unique))
+    if input_ids.shape[1] == 0:
+        return None
+    model.base_model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    row_of = {prompt.token_ids: row for row, prompt in enumerate(unique)}
+    cache.batch_select_indices(torch.tensor([row_of[prompt.token_ids] for prompt in prompts], device=model.device))
+    return cache
 
 
 def _batches(rows: Sequence[_Row], max_new_tokens: int, max_tokens: int) -> Iterator[list[_Row]]:

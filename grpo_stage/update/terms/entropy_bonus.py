@@ -15,6 +15,7 @@ class EntropyBonus(Term):
 
     def __init__(self, args: GRPOArguments) -> None:
         self.entropy_gradient = args.entropy_coef > 0 or args.entropy_target is not None  # type: ignore[misc]
+        self.acts_without_advantage = self.entropy_gradient  # type: ignore[misc]
         self._coefficient = args.entropy_coef
         self._is_low = args.entropy_target is None  # a target is first compared after a step has measured the entropy
         self._args = args

@@ -12,6 +12,7 @@ class KLCov(Term):
     """See `kl_cov_tokens`; the loss of each such token has a penalty on its distance from the old log-probability."""
 
     looks_at_step = True
+    acts_without_advantage = True
 
     def __init__(self, args: GRPOArguments) -> None:
         self._args = args

@@ -15,6 +15,7 @@ class KLPenalty(Term):
     """See `algorithm.kl`. The metric is k3, whichever estimator the loss uses."""
 
     def __init__(self, args: GRPOArguments) -> None:
+        self.acts_without_advantage = not args.kl_in_reward or args.kl_target is not None  # type: ignore[misc]
         self.beta = args.beta
         """The weight of the KL, which changes with `kl_target`."""
         self._args = args

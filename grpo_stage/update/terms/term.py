@@ -81,6 +81,8 @@ class Term:
     """True where the next four are to be asked before a step, in this order, which takes one more forward pass."""
     entropy_gradient: ClassVar[bool] = False
     """Whether the gradient flows through the entropy."""
+    acts_without_advantage: ClassVar[bool] = False
+    """Whether completions with an advantage of 0 matter to it: for the gradient, or for how it adapts."""
 
     def kept(self, tokens: StepTokens) -> torch.Tensor | None:
         """[N] bool, the tokens of the completions that stay in the loss and its averages; None for all."""

@@ -1,0 +1,117 @@
+"""Whether a model gives the same log-probabilities the fast way as the plain one: compared once, before a run."""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from grpo_stage.distributed import all_gather
+from grpo_stage.types import Completion, FinishReason, Prompt
+from grpo_stage.update.attention import attention_of
+from grpo_stage.update.batch import Layout, PaddedLayout, Row
+from grpo_stage.update.logprobs import Forward
+
+
+logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
+
+TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1
+"""Mean difference of log-probabilities, in nats. Both ways round differently, by 1e-6 in float32 and 0.01 to 0.05 in
+half precision (or TF32); a completion that sees another one, or not its prompt, differs by far more."""
+PROMPT_TOKENS, COMPLETION_TOKENS = 1024, (12, 5)
+"""Of what is compared: the ends of two prompts, and completions made of the other one's tokens."""
+
+
+def settle(
+    forward: Forward,
+    plain: PaddedLayout,
+    model: nn.Module,
+    prompts: Sequence[Prompt],
+    autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Leave of `forward` what is exact for this model. All ranks call it together.
+
+    Args:
+        forward: what the recipe asks for.
+        plain: the layout that is right for any model.
+        model: the policy without DDP.
+        prompts: of the run.
+        autocast: the precision of a forward pass.
+    """
+    if isinstance(forward.layout, PaddedLayout) and not forward.is_chunked:
+        return
+    rows = _rows(prompts)
+    expected = _logprobs(Forward(plain, is_chunked=False), model, rows, autocast)
+    problems = []
+    for candidate in _candidates(forward, plain):
+        problem = _problem(candidate, model, rows, autocast, expected)
+        problem = next((each for each in all_gather(problem) if each is not None), None)
+        if problem is None:
+            break
+        problems.append(problem)
+    if candidate.layout is not forward.layout:
+        logger.warning(
+            f"`share_prompt` is not exact for {type(model).__name__} ({problems[0]}): each completion goes through "
+            "the model with its own copy of the prompt, as with `share_prompt: false`."
+        )
+    if candidate.is_chunked != forward.is_chunked:
+        logger.warning(
+            f"`chunk_logits` is not exact for {type(model).__name__} ({problems[-1]}): the logits of a micro-batch "
+            "are computed at once, as with `chunk_logits: false`, which takes memory for tokens x vocabulary."
+        )
+    forward.layout, forward.is_chunked = candidate.layout, candidate.is_chunked
+
+
+def _candidates(forward: Forward, plain: PaddedLayout) -> Iterator[Forward]:
+    """The fastest first; the last one is the plain way."""
+    layouts: list[Layout] = [forward.layout] if isinstance(forward.layout, PaddedLayout) else [forward.layout, plain]
+    for is_chunked in (True, False) if forward.is_chunked else (False,):
+        for layout in layouts:
+            yield replace(forward, layout=layout, is_chunked=is_chunked)
+
+
+def _problem(
+    candidate: Forward, model: nn.Module, rows: Sequence[Row], autocast: Any, expected: torch.Tensor
+) -> str | None:
+    """Why a way is not exact; None if it is."""
+    try:
+        logprobs = _logprobs(candidate, model, rows, autocast)
+    except Exception as error:  # any model's own code; the reason is told, and the plain way needs nothing of it
+        if should_reduce_batch_size(error):
+            raise
+        return f"{type(error).__name__}: {error}"
+    difference = (logprobs - expected).abs().mean().item()
+    with autocast():
+        is_half = torch.is_autocast_enabled(logprobs.device.type)
+    is_half |= any(p.dtype in (torch.float16, torch.bfloat16) for p in model.parameters())
+    is_half |= logprobs.is_cuda and torch.backends.cuda.matmul.allow_tf32
+    if difference <= (HALF_PRECISION_TOLERANCE if is_half else TOLERANCE):
+        return None
+    return f"its log-probabilities differ by {difference:.2g} nats a token"
+
+
+@torch.no_grad()
+def _logprobs(forward: Forward, model: nn.Module, rows: Sequence[Row], autocast: Any) -> torch.Tensor:
+    """[B, T] at temperature 1."""
+    batch = forward.layout.tokens(rows)
+    with attention_of(model, batch.inputs.shared_prompts), autocast():
+        return forward.statistics(model, batch, 1.0).logprobs
+
+
+def _rows(prompts: Sequence[Prompt]) -> list[Row]:
+    """Two completions for each of two prompts, from the tokens of the prompts: no model is needed to make them."""
+    first = prompts[0].token_ids
+    second = next((each.token_ids for each in prompts if each.token_ids != first), first[::-1])
+    rows = []
+    for own, other in ((first, second), (second, first)):
+        prompt = Prompt(index=0, token_ids=own[-PROMPT_TOKENS:], messages=(), reference=None)
+        for length in COMPLETION_TOKENS:
+            token_ids = (other[::-1] * length)[:length]
+            rows.append(Row(prompt, Completion(
+                token_ids=token_ids, sampling_logprobs=(0.0,) * length, finish_reason=FinishReason.STOP, text=""
+            )))  # fmt: skip
+    return rows
