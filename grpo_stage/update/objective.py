@@ -34,11 +34,10 @@ class Objective:
         """Whether the gradient flows through the entropy."""
         self.looks_at_step = any(term.looks_at_step for term in self.terms)
         """Whether `mark` has to be called before a step."""
-        self._skips = (
-            args.skip_zero_advantages
-            and LOSS_TYPES[args.loss_type].vanishes_without_advantage
-            and not any(term.acts_without_advantage for term in self.terms)
+        self._acts_without_advantage = not LOSS_TYPES[args.loss_type].vanishes_without_advantage or any(
+            term.acts_without_advantage for term in self.terms
         )
+        self._skips = args.skip_zero_advantages
         self._loss = LOSSES[args.loss_type]
         self._settings = LossSettings.of(args)
 
@@ -77,7 +76,7 @@ class Objective:
 
         With `skip_zero_advantages: false` each sample has to.
         """
-        return sample.teaches or not self._skips
+        return not self._skips or sample.teaches or (sample.is_used and self._acts_without_advantage)
 
     def mark(
         self,

@@ -622,3 +622,55 @@ def test_a_mix_in_bfloat16_does_not_vanish_in_rounding():
         model.weight.fill_(2.0)
     reference.mix(model, 0.01)
     assert reference.state_dict()["weight"].item() == pytest.approx(1.0078125), "the nearest to 1.01 there is"
+
+
+# What has no gradient does not go through the model
+
+ACTS_WITHOUT_ADVANTAGE: list[dict[str, Any]] = [
+    {"kl_target": 0.01},
+    {"entropy_coef": 0.05},
+    {"entropy_target": 1.0},
+    {"covariance_control": "kl_cov"},
+    {"loss_type": "dro", "dro_beta": 0.1},
+]
+
+
+@pytest.mark.parametrize("options", [*OBJECTIVES, *FACTORS, *OF_THE_WHOLE_STEP, CLIP_COV, *KLS], ids=named)
+def test_leaving_out_completions_without_an_advantage_changes_no_gradient(tmp_path, options):
+    options = {"num_iterations": 2, "beta": 0.0, "mask_truncated_completions": True, **options}
+    trainer = make_trainer(tmp_path, reference=InitialWeightsReference, rewards=RewardsOfHalf(), **options)
+    every = make_trainer(
+        tmp_path, reference=InitialWeightsReference, rewards=RewardsOfHalf(), skip_zero_advantages=False, **options
+    )
+    data = collect(trainer)[1]
+    assert any(sample.advantage == 0 for sample in data.samples)
+    moved(trainer)
+    moved(every)
+    assert relative(gradient_of(trainer, data), gradient_of(every, data)) < 1e-5
+    objective = trainer.learner.objective
+    acts = any(options.items() >= each.items() for each in ACTS_WITHOUT_ADVANTAGE)
+    acts |= options["beta"] > 0 and not options.get("kl_in_reward", False)
+    for sample in data.samples:
+        assert objective.has_gradient(sample) == (sample.is_used if acts else sample.teaches)
+    assert all(every.learner.objective.has_gradient(sample) for sample in data.samples)
+
+
+def test_a_step_of_equal_rewards_has_a_gradient_of_zeros_and_still_counts(tmp_path):
+    trainer = make_trainer(tmp_path, rewards=RewardsOfHalf(share=0.0), training={"max_steps": 3})
+    trainer.learner.gradient.accumulate(trainer.model, collect(trainer)[0], 0)
+    assert all(p.grad is not None and (p.grad == 0).all() for p in trainer.model.parameters())
+
+
+class RewardsOfHalf(LengthRewards):
+    """Tells the completions of every second prompt apart, or of none."""
+
+    def __init__(self, share: float = 0.5) -> None:
+        super().__init__()
+        self.share = share
+
+    def score(self, groups):
+        scores = super().score(groups)
+        return [
+            own if self.share and g.prompt.index % 2 else [[1.0]] * len(own)
+            for own, g in zip(scores, groups, strict=True)
+        ]
