@@ -19,8 +19,9 @@ from .monitors.canary import LogprobDifference
 from .rollout.serialization import step_state
 from .survival.phase import Phases
 from .types import Prompt, SamplingSettings, Step
+from .update.activations import keep_activations_if_they_fit
 from .update.batch import PaddedLayout, SharedPromptLayout
-from .update.exactness import settle
+from .update.exactness import probe_rows, settle
 from .update.gradient import PolicyGradient
 from .update.logprobs import Forward, FrozenPass
 from .update.objective import Objective
@@ -48,6 +49,7 @@ class Learner:
         canary: see `PolicyGradient`.
         pad_token_id: fills micro-batches.
         accelerator: computes the backward pass.
+        checkpoints_if_needed: whether gradient checkpointing may be switched off where memory allows it.
         phases: times the update.
         gather: see `PolicyGradient`.
     """
@@ -61,6 +63,7 @@ class Learner:
         canary: LogprobDifference,
         pad_token_id: int,
         accelerator: Accelerator,
+        checkpoints_if_needed: bool,
         phases: Phases,
         gather: Callable[[Any], list[Any]],
     ) -> None:
@@ -91,8 +94,10 @@ class Learner:
         self.num_skipped = 0
         """Steps in a row that were skipped."""
         self._autocast = autocast
+        self._checkpoints_if_needed = checkpoints_if_needed
         self._args = args
         self._grpo_args = grpo_args
+        self._sampling = sampling
         self._scales_loss = accelerator.scaler is not None
         self._phases = phases
         self._tracker = phases.tracker
@@ -100,6 +105,12 @@ class Learner:
     def prepare(self, policy: nn.Module, prompts: Sequence[Prompt]) -> None:
         """Find out how this model can be trained on these prompts; before the first step, on all ranks together."""
         settle(self.forward, self._plain, policy, prompts, self._autocast)
+        if self._checkpoints_if_needed:
+            longest = max(len(prompt.token_ids) for prompt in prompts) + self._sampling.max_new_tokens
+            max_tokens = max(self.budget.max_tokens, longest)
+            self.budget.relief = keep_activations_if_they_fit(
+                self.forward, policy, probe_rows(prompts), max_tokens, self._autocast
+            )
 
     def learn(self, model: nn.Module, step: Step, global_step: int) -> torch.Tensor:
         """Leave the gradient of a step in the parameters, or none if the step is skipped. Returns the loss.
@@ -112,13 +123,15 @@ class Learner:
         Raises:
             FloatingPointError: if more than `max_skipped_steps` in a row had to be skipped.
         """
-        with self._phases.timed("update"):
+        with self._phases.timed("update") as clock:
             model.train()
             loss, metrics, marked = self.gradient.accumulate(model, step, global_step)
             is_finite = all(all_gather(bool(torch.isfinite(loss)) and self.strategy.has_finite_gradient(model)))
             is_used = any(sample.is_used for sample in marked.samples)
             if not self._scales_loss and not any(all_gather(is_used)):
                 model.zero_grad()  # with gradients of 0, momentum and weight decay would move the weights
+        tokens = sum(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in step.samples)
+        self._tracker.add("update_tokens_per_second", tokens * self._args.world_size, clock.seconds)
         loss = loss * self._args.world_size  # Trainer logs the mean over ranks
         self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
         if is_finite:

@@ -65,6 +65,7 @@ class GRPOTrainer(ResumableTrainer):
         reference: ReferencePolicy | None,
         max_sampling_logprob_diff: float,
         tests_slope: bool = False,
+        checkpoints_if_needed: bool = False,
         shuffle: bool = True,
         optimizer_factory: Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer | None] = lambda *_: None,
         prepare_scheduler: Callable[[TrainingArguments, int, Any], None] = lambda *_: None,
@@ -92,6 +93,7 @@ class GRPOTrainer(ResumableTrainer):
             canary=LogprobDifference(max_sampling_logprob_diff, grpo_args.rollout_backend),
             pad_token_id=self.processing_class.pad_token_id or 0,
             accelerator=self.accelerator,
+            checkpoints_if_needed=checkpoints_if_needed,
             phases=phases,
             gather=self.stop.gather,
         )

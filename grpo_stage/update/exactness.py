@@ -44,7 +44,7 @@ def settle(
     """
     if isinstance(forward.layout, PaddedLayout) and not forward.is_chunked:
         return
-    rows = _rows(prompts)
+    rows = probe_rows(prompts)
     expected = _logprobs(Forward(plain, is_chunked=False), model, rows, autocast)
     problems = []
     for candidate in _candidates(forward, plain):
@@ -102,7 +102,7 @@ def _logprobs(forward: Forward, model: nn.Module, rows: Sequence[Row], autocast:
         return forward.statistics(model, batch, 1.0).logprobs
 
 
-def _rows(prompts: Sequence[Prompt]) -> list[Row]:
+def probe_rows(prompts: Sequence[Prompt]) -> list[Row]:
     """Two completions for each of two prompts, from the tokens of the prompts: no model is needed to make them."""
     first = prompts[0].token_ids
     second = next((each.token_ids for each in prompts if each.token_ids != first), first[::-1])

@@ -108,7 +108,10 @@ class PolicyGradient:
 
         def run(positions: Sequence[int]) -> bool:
             nonlocal loss
-            batch = self._batch([samples[position] for position in positions], totals)
+            chunk = [samples[position] for position in positions]
+            batch = self._batch(chunk, totals)
+            if chunk:
+                metrics.add("packing_ratio", sum(map(_length, chunk)), layout.num_tokens(chunk))
             check = not is_checked and bool((batch.policy_versions == number).any())
             with attention_of(model, batch.inputs.shared_prompts):
                 micro_loss = self._micro_batch_loss(model, batch, step, number if check else None, metrics)
@@ -168,3 +171,7 @@ class PolicyGradient:
         return self._forward.layout.samples(
             samples, totals, self._grpo_args.loss_type, self._grpo_args.loss_aggregation
         )
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.prompt.token_ids) + len(sample.completion.token_ids)

@@ -49,6 +49,9 @@ class TokenBudget:
 class PolicyBudget(TokenBudget):
     """The budget of the policy and its reference, `max_tokens_per_micro_batch`, on one rank."""
 
+    relief: Callable[[], None] | None = None
+    """Saves memory in another way, once, before micro-batches have to become smaller."""
+
     def __init__(self, max_tokens: int, rank: int) -> None:
         def message(now: int, before: int) -> str:
             return (
@@ -65,6 +68,12 @@ class PolicyBudget(TokenBudget):
         Raises:
             RuntimeError: if there is nothing left to split.
         """
+        if self.relief is not None:
+            self.relief()
+            self.relief = None
+            clear_device_cache(garbage_collection=True)
+            logger.warning("Out of memory: the pass is done again with gradient checkpointing, which stays on.")
+            return
         if num_completions <= 1:
             raise RuntimeError(
                 f"Out of memory with a single completion of {num_tokens} tokens, prompt included, in the micro-batch: "
