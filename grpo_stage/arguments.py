@@ -483,25 +483,25 @@ class GRPOArguments:
         "done again.",
         min=1,
     )
-    share_prompt: bool = _key(
-        True,
+    disable_prompt_sharing: bool = _key(
+        False,
         MEMORY,
-        "In the update a prompt goes through the model once for its group, without padding: two to four times faster "
-        "with long prompts. The gradient is the same. A model for which this is not exact is found at the start, and "
-        "trained as with `false`, which gives each completion its own copy of the prompt.",
+        "Give each completion its own copy of the prompt in the update. Otherwise a prompt goes through the model once "
+        "for its group, without padding: two to four times faster with long prompts, with the same gradient. A model "
+        "for which that is not exact is found at the start, and trained as with `true`.",
     )
-    chunk_logits: bool = _key(
-        True,
+    disable_logit_chunking: bool = _key(
+        False,
         MEMORY,
-        "Compute the log-probabilities for a part of the tokens at a time, so that memory does not grow with the "
-        "vocabulary. `false` computes the logits of a whole micro-batch at once.",
+        "Compute the logits of a whole micro-batch at once. Otherwise the log-probabilities are computed for a part of "
+        "the tokens at a time, so that memory does not grow with the vocabulary.",
     )
-    skip_zero_advantages: bool = _key(
-        True,
+    disable_zero_advantage_skipping: bool = _key(
+        False,
         MEMORY,
-        "Leave completions with an advantage of 0 out of the update where they add nothing to the gradient (groups "
-        "of equal rewards). `entropy` and the other metrics of the update are then means over the tokens that are "
-        "trained on.",
+        "Have completions with an advantage of 0 go through the update although they add nothing to the gradient "
+        "(groups of equal rewards). Otherwise they are left out, and `entropy` and the other metrics of the update are "
+        "means over the tokens that are trained on.",
     )
     vllm_base: Literal["auto", "trainer"] = _key(
         "auto",

@@ -70,8 +70,10 @@ class Learner:
         # Accelerate wraps the forward of the policy alone in autocast; the reference needs it as well.
         autocast: Callable[[], AbstractContextManager] = accelerator.autocast
         self._plain = PaddedLayout(pad_token_id, accelerator.device)
-        layout = SharedPromptLayout(pad_token_id, accelerator.device) if grpo_args.share_prompt else self._plain
-        self.forward = Forward(layout, is_chunked=grpo_args.chunk_logits)
+        layout = (
+            self._plain if grpo_args.disable_prompt_sharing else SharedPromptLayout(pad_token_id, accelerator.device)
+        )
+        self.forward = Forward(layout, is_chunked=not grpo_args.disable_logit_chunking)
         self.strategy = ReplicatedParameters(accelerator)
         self.objective = Objective(grpo_args)
         self.budget = PolicyBudget(grpo_args.max_tokens_per_micro_batch, args.process_index)

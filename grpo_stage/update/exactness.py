@@ -55,13 +55,13 @@ def settle(
         problems.append(problem)
     if candidate.layout is not forward.layout:
         logger.warning(
-            f"`share_prompt` is not exact for {type(model).__name__} ({problems[0]}): each completion goes through "
-            "the model with its own copy of the prompt, as with `share_prompt: false`."
+            f"Sharing prompts is not exact for {type(model).__name__} ({problems[0]}): each completion goes through "
+            "the model with its own copy of the prompt, as with `disable_prompt_sharing: true`."
         )
     if candidate.is_chunked != forward.is_chunked:
         logger.warning(
-            f"`chunk_logits` is not exact for {type(model).__name__} ({problems[-1]}): the logits of a micro-batch "
-            "are computed at once, as with `chunk_logits: false`, which takes memory for tokens x vocabulary."
+            f"Logits in parts are not exact for {type(model).__name__} ({problems[-1]}): those of a micro-batch are "
+            "computed at once, as with `disable_logit_chunking: true`, which takes memory for tokens x vocabulary."
         )
     forward.layout, forward.is_chunked = candidate.layout, candidate.is_chunked
 

@@ -37,7 +37,7 @@ class Objective:
         self._acts_without_advantage = not LOSS_TYPES[args.loss_type].vanishes_without_advantage or any(
             term.acts_without_advantage for term in self.terms
         )
-        self._skips = args.skip_zero_advantages
+        self._skips = not args.disable_zero_advantage_skipping
         self._loss = LOSSES[args.loss_type]
         self._settings = LossSettings.of(args)
 
@@ -74,7 +74,7 @@ class Objective:
     def has_gradient(self, sample: Sample) -> bool:
         """Whether a sample has to go through the model; if not, every term of its loss is 0 whatever the policy says.
 
-        With `skip_zero_advantages: false` each sample has to.
+        With `disable_zero_advantage_skipping` each sample has to.
         """
         return not self._skips or sample.teaches or (sample.is_used and self._acts_without_advantage)
 

@@ -640,7 +640,11 @@ def test_leaving_out_completions_without_an_advantage_changes_no_gradient(tmp_pa
     options = {"num_iterations": 2, "beta": 0.0, "mask_truncated_completions": True, **options}
     trainer = make_trainer(tmp_path, reference=InitialWeightsReference, rewards=RewardsOfHalf(), **options)
     every = make_trainer(
-        tmp_path, reference=InitialWeightsReference, rewards=RewardsOfHalf(), skip_zero_advantages=False, **options
+        tmp_path,
+        reference=InitialWeightsReference,
+        rewards=RewardsOfHalf(),
+        disable_zero_advantage_skipping=True,
+        **options,
     )
     data = collect(trainer)[1]
     assert any(sample.advantage == 0 for sample in data.samples)

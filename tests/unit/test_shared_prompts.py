@@ -311,7 +311,7 @@ def test_a_model_that_cannot_share_prompts_is_trained_in_plain_rows(name, attent
         layer.forward = lambda x: own(x + 0.5 * x.roll(1, dims=1))
     forward = settled(model, Forward(SHARED))
     assert (forward.layout, forward.is_chunked) == (PLAIN, True)
-    assert sum("`share_prompt` is not exact for" in each.message for each in caplog.records) == 1
+    assert sum("Sharing prompts is not exact for" in each.message for each in caplog.records) == 1
 
 
 def test_a_model_with_a_head_of_its_own_computes_its_own_logits(caplog):
@@ -326,7 +326,7 @@ def test_a_model_with_a_head_of_its_own_computes_its_own_logits(caplog):
     model.forward = forward
     way = settled(model, Forward(SHARED))
     assert (way.layout, way.is_chunked) == (SHARED, False)
-    assert sum("`chunk_logits` is not exact for" in each.message for each in caplog.records) == 1
+    assert sum("Logits in parts are not exact for" in each.message for each in caplog.records) == 1
 
 
 def test_what_the_recipe_switches_off_stays_off():
