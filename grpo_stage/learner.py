@@ -23,6 +23,7 @@ from .update.batch import PaddedLayout
 from .update.gradient import PolicyGradient
 from .update.logprobs import FrozenPass
 from .update.objective import Objective
+from .update.routing import RouterLoss
 from .update.strategy import ReplicatedParameters
 from .update.token_budget import PolicyBudget
 
@@ -45,6 +46,7 @@ class Learner:
         grpo_args: the recipe.
         sampling: how completions are drawn.
         canary: see `PolicyGradient`.
+        router_loss: see `PolicyGradient`.
         pad_token_id: fills micro-batches.
         accelerator: computes the backward pass.
         phases: times the update.
@@ -58,6 +60,7 @@ class Learner:
         grpo_args: GRPOArguments,
         sampling: SamplingSettings,
         canary: LogprobDifference,
+        router_loss: RouterLoss | None,
         pad_token_id: int,
         accelerator: Accelerator,
         phases: Phases,
@@ -78,6 +81,7 @@ class Learner:
             layout=layout,
             budget=self.budget,
             frozen=self.frozen,
+            router_loss=router_loss,
             strategy=self.strategy,
             autocast=autocast,
             device=accelerator.device,

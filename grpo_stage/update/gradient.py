@@ -5,7 +5,7 @@ B completions in a micro-batch    T completion tokens
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from grpo_stage.types import Sample, SampleBatch, SamplingSettings, Step
 from grpo_stage.update.batch import PaddedLayout, count_totals
 from grpo_stage.update.logprobs import FrozenPass, token_logprobs
 from grpo_stage.update.objective import Objective
+from grpo_stage.update.routing import RouterLoss
 from grpo_stage.update.strategy import ReplicatedParameters
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
@@ -35,11 +36,12 @@ class PolicyGradient:
         canary: checks the log-probabilities of the first micro-batch with fresh samples.
         layout: how samples become batches.
         budget: how many tokens go through the model at once.
-        frozen: a pass over the whole step, for an objective that marks tokens before the first micro-batch.
+        frozen: a pass over the whole step, for what has to be known before the first micro-batch.
         strategy: how the parameters are distributed over processes.
         autocast: the precision of a forward pass.
         device: where the loss is added up.
         gather: returns the value of every rank. It is also a safe point: it may raise and end the pass on all ranks.
+        router_loss: the loss of a mixture's routers, where the recipe asks for it.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class PolicyGradient:
         autocast: Callable[[], AbstractContextManager],
         device: torch.device,
         gather: Callable[[Any], list[Any]],
+        router_loss: RouterLoss | None = None,
     ) -> None:
         self._grpo_args = grpo_args
         self._objective = objective
@@ -64,6 +67,7 @@ class PolicyGradient:
         self._layout = layout
         self._budget = budget
         self._frozen = frozen
+        self.router_loss = router_loss
         self._strategy = strategy
         self._autocast = autocast
         self._device = device
@@ -89,6 +93,8 @@ class PolicyGradient:
             logprobs, entropies = self._frozen.logprobs_and_entropies(policy, step.samples)
             key = f"{self._sampling.seed} {number}"
             step = dataclasses.replace(step, samples=self._objective.mark(step.samples, logprobs, entropies, key))
+        if self.router_loss is not None:
+            self.router_loss.look_at_step(self._strategy.unwrap(model), self._frozen, step.samples)
         totals = self._totals_of_all_ranks(step.samples)
         outcome = None
         while outcome is None:
@@ -133,7 +139,10 @@ class PolicyGradient:
     def _micro_batch_loss(
         self, model: nn.Module, batch: SampleBatch, step: Step, fresh_version: int | None, metrics: MetricTracker
     ) -> torch.Tensor:
-        with self._autocast():
+        routers: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if self.router_loss is not None:
+            routers = self.router_loss.recording()
+        with self._autocast(), routers as router_outputs:
             logprobs, entropy = token_logprobs(  # [B, T]
                 model,
                 batch,
@@ -148,7 +157,10 @@ class PolicyGradient:
                 with torch.no_grad(), self._autocast():
                     own, _ = token_logprobs(self._strategy.unwrap(model), batch, step.logprob_temperature)
             self._canary.check(own, batch, fresh_version, metrics)
-        return (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropy, metrics)).sum()
+        loss = (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropy, metrics)).sum()
+        if self.router_loss is not None:
+            loss = loss + self.router_loss.of_micro_batch(router_outputs, batch, metrics)
+        return loss
 
     def _totals_of_all_ranks(self, samples: Sequence[Sample]) -> StepTotals:
         mine = count_totals(samples, self._sampling.max_new_tokens)

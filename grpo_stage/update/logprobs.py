@@ -125,6 +125,10 @@ class FrozenPass:
         """[T] of each completion, on the CPU, at the sampling temperature; see `token_energies`."""
         return self._run(sequences, lambda batch: (token_energies(model, batch, self._temperature),))[0]
 
+    def rows(self, sequences: Sequence[Sequenced], forward: Callable[[TokenBatch], torch.Tensor]) -> Tensors:
+        """The row of each completion in what `forward` gives, [B, 1, ...], on the CPU."""
+        return self._run(sequences, lambda batch: (forward(batch),))[0]
+
     @torch.no_grad()
     def _run(
         self, sequences: Sequence[Sequenced], forward: Callable[[TokenBatch], Sequence[torch.Tensor | None]]
