@@ -145,8 +145,7 @@ RULES = (
         lambda v: bool(v.moe_aux_loss_coef) and v.use_reentrant_gc and not v.disable_gradient_checkpointing,
         "`moe_aux_loss_coef: {moe_aux_loss_coef}` is not possible with reentrant gradient checkpointing, which is on "
         "by default: what the routers give in it has no gradient, so that the loss would teach nothing. Write "
-        "`use_reentrant_gc: false`, which saves as much memory, or `disable_gradient_checkpointing: true`, or leave "
-        "it out.",
+        "`use_reentrant_gc: false` or `disable_gradient_checkpointing: true`, or leave it out.",
     ),
     Rule(
         lambda v: v.quantization_bit is not None and v.finetuning_type not in ("lora", "oft"),
