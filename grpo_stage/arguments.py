@@ -486,22 +486,22 @@ class GRPOArguments:
     disable_prompt_sharing: bool = _key(
         False,
         MEMORY,
-        "Give each completion its own copy of the prompt in the update. Otherwise a prompt goes through the model once "
-        "for its group, without padding: two to four times faster with long prompts, with the same gradient. A model "
-        "for which that is not exact is found at the start, and trained as with `true`.",
+        "Give each completion its own copy of the prompt in the update. Otherwise a prompt goes through the model "
+        "once for its group, without padding: two to four times faster with long prompts, with the same gradient. A "
+        "model for which that is not exact is found at the start, and trained as with `true`.",
     )
     disable_logit_chunking: bool = _key(
         False,
         MEMORY,
-        "Compute the logits of a whole micro-batch at once. Otherwise the log-probabilities are computed for a part of "
-        "the tokens at a time, so that memory does not grow with the vocabulary.",
+        "Compute the logits of a whole micro-batch at once. Otherwise the log-probabilities are computed for a part "
+        "of the tokens at a time, so that memory does not grow with the vocabulary.",
     )
     disable_zero_advantage_skipping: bool = _key(
         False,
         MEMORY,
         "Have completions with an advantage of 0 go through the update although they add nothing to the gradient "
-        "(groups of equal rewards). Otherwise they are left out, and `entropy` and the other metrics of the update are "
-        "means over the tokens that are trained on.",
+        "(groups of equal rewards). Otherwise they are left out, and `entropy` and the other metrics of the update "
+        "are means over the tokens that are trained on.",
     )
     vllm_base: Literal["auto", "trainer"] = _key(
         "auto",

@@ -25,6 +25,7 @@ from .update.exactness import probe_rows, settle
 from .update.gradient import PolicyGradient
 from .update.logprobs import Forward, FrozenPass
 from .update.objective import Objective
+from .update.routing import RouterLoss
 from .update.strategy import ReplicatedParameters
 from .update.token_budget import PolicyBudget
 
@@ -47,6 +48,7 @@ class Learner:
         grpo_args: the recipe.
         sampling: how completions are drawn.
         canary: see `PolicyGradient`.
+        router_loss: see `PolicyGradient`.
         pad_token_id: fills micro-batches.
         accelerator: computes the backward pass.
         checkpoints_if_needed: whether gradient checkpointing may be switched off where memory allows it.
@@ -61,6 +63,7 @@ class Learner:
         grpo_args: GRPOArguments,
         sampling: SamplingSettings,
         canary: LogprobDifference,
+        router_loss: RouterLoss | None,
         pad_token_id: int,
         accelerator: Accelerator,
         checkpoints_if_needed: bool,
@@ -86,6 +89,7 @@ class Learner:
             forward=self.forward,
             budget=self.budget,
             frozen=self.frozen,
+            router_loss=router_loss,
             strategy=self.strategy,
             autocast=autocast,
             device=accelerator.device,

@@ -37,6 +37,7 @@ from .types import Prompt, RolloutEngine, SamplingSettings
 from .update.dropout import disable_dropout
 from .update.output_layer import compute_output_layer_in_float32
 from .update.reference import MovingReference, ReferencePolicy, ReferenceSync
+from .update.routing import RouterLoss
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -66,6 +67,7 @@ class GRPOTrainer(ResumableTrainer):
         max_sampling_logprob_diff: float,
         tests_slope: bool = False,
         checkpoints_if_needed: bool = False,
+        router_aux_loss_coef: float = 0.0,
         shuffle: bool = True,
         optimizer_factory: Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer | None] = lambda *_: None,
         prepare_scheduler: Callable[[TrainingArguments, int, Any], None] = lambda *_: None,
@@ -91,6 +93,7 @@ class GRPOTrainer(ResumableTrainer):
             grpo_args=grpo_args,
             sampling=sampling,
             canary=LogprobDifference(max_sampling_logprob_diff, grpo_args.rollout_backend),
+            router_loss=RouterLoss(model, router_aux_loss_coef) if router_aux_loss_coef > 0 else None,
             pad_token_id=self.processing_class.pad_token_id or 0,
             accelerator=self.accelerator,
             checkpoints_if_needed=checkpoints_if_needed,

@@ -255,6 +255,8 @@ class ModelInputs:
     """[R, N], of each token in its own sequence."""
     predictors: "torch.Tensor"
     """[M] int, where in the flattened rows the completions' tokens are predicted, completion by completion."""
+    counts: "torch.Tensor"
+    """[R, N] float: in how many of the completions' sequences a token predicts another one; 0 for padding."""
     attention_mask: "torch.Tensor | None" = None
     """[R, N], from lengths and never from `ids == pad`; None where nothing is padded."""
     shared_prompts: Any = None

@@ -81,6 +81,7 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
             max_sampling_logprob_diff=bound,
             tests_slope=bound > TIGHT_BOUND,
             checkpoints_if_needed="disable_gradient_checkpointing" not in arguments.given,
+            router_aux_loss_coef=arguments.model.moe_aux_loss_coef or 0.0,
             recipe={"recipe": recipe, **record},
             shuffle=not finetuning_args.disable_shuffling,
             optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),

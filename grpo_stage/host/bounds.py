@@ -113,6 +113,12 @@ HOST_BOUNDS: Mapping[str, Bound] = MappingProxyType(
             {"min": 0, "below": 1}, "it is the share of the old mean that is kept", "Leave it out for 0.999."
         ),
         "adam_epsilon": Bound({"above": 0, "max": 1000}, "it keeps a division by 0 away", "Leave it out for 1.0e-8."),
+        "moe_aux_loss_coef": Bound(
+            {"min": 0, "max": 1000},
+            "it is the weight of the routers' loss in the step's loss, and below 0 it would drive the load of the "
+            "experts apart",
+            "Write for example `moe_aux_loss_coef: 0.001`, or leave it out for none.",
+        ),
         "max_grad_norm": Bound(
             {"min": 0},
             "it is the norm that a gradient is clipped to",

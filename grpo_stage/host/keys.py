@@ -78,6 +78,7 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "use_adaptive_entropy": TRLKey(None, note="`entropy_target` switches it on"),
         "entropy_coef_min": TRLKey(None, note="with `entropy_target` the lowest coefficient is 0"),
         "use_liger_loss": TRLKey(None, note="`max_tokens_per_micro_batch` bounds the memory of the loss"),
+        "router_aux_loss_coef": TRLKey("moe_aux_loss_coef"),
         "reward_processing_classes": TRLKey(
             None, note="a `reward_model` reads the policy's tokens, and is trained with LLaMA-Factory's `stage: rm`"
         ),

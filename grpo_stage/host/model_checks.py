@@ -17,6 +17,7 @@ from grpo_stage.host.optimizer_checks import refuse_optimizer
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.host.tied_weights import refuse_planned
 from grpo_stage.types import Prompt
+from grpo_stage.update.routing import no_router, routers_of
 
 
 logger = facade.get_logger(__name__)
@@ -26,7 +27,7 @@ _NEVER_LISTED = ("azure_ml", "flyte")
 
 
 def refuse_unloadable(arguments: RunArguments) -> None:
-    """Refuse packages, schedules, layers and adapters that would fail once the model is loaded.
+    """Refuse packages, schedules, layers, losses and adapters that would fail once the model is loaded.
 
     Raises:
         ValueError: naming the key, its value, the reason and the remedy.
@@ -45,6 +46,8 @@ def refuse_unloadable(arguments: RunArguments) -> None:
     if finetuning.reward_model is not None and finetuning.reward_model_type == "full":
         refuse_incomplete("reward_model", finetuning.reward_model, needs_weights=True)
     model = skeleton(facade.load_config(own))
+    if own.moe_aux_loss_coef and (model is None or not routers_of(model)):
+        raise ValueError(no_router(own.moe_aux_loss_coef, f"`model_name_or_path: {own.model_name_or_path}`"))
     if model is not None:
         _refuse_unknown_layers(arguments, model)
     is_resized = own.resize_vocab or bool(own.add_tokens or own.add_special_tokens)

@@ -23,6 +23,7 @@ def load_policy(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> 
     finetuning_args, do_train = arguments.finetuning, arguments.training.do_train
     model = to_device(facade.load_model(tokenizer, arguments.model, finetuning_args, do_train), arguments)
     refuse_built(model, adapter_source(arguments))
+    _leave_routers_to_us(model.config)
     _warn_of_parted_layers(model)
     warn_of_slow_precision(model)
     return model
@@ -33,6 +34,17 @@ def to_device(model: Any, arguments: RunArguments) -> Any:
     if getattr(model, "quantization_method", None) is not None:
         return model
     return model.to(arguments.training.device)
+
+
+def _leave_routers_to_us(config: Any) -> None:
+    """Keep transformers from a loss on the routers of its own.
+
+    Nobody would read it, and with the cache of generate it fails. The host asks for it with `moe_aux_loss_coef`, and
+    so do the configs of models that it has trained with that.
+    """
+    for part in (config, config.get_text_config()):
+        if getattr(part, "output_router_logits", False):
+            part.output_router_logits = False
 
 
 def _warn_of_parted_layers(model: Any) -> None:

@@ -34,7 +34,7 @@ NUM_BLOCKS = 64
 _MODEL = """
     model_name_or_path model_revision adapter_name_or_path adapter_folder train_from_scratch rope_scaling resize_vocab
     add_tokens add_special_tokens new_special_tokens_config quantization_bit quantization_method quantization_type
-    double_quantization upcast_layernorm
+    double_quantization upcast_layernorm moe_aux_loss_coef
 """
 _DATA = """
     template tool_format default_system enable_thinking preserve_thinking dataset dataset_dir mix_strategy

@@ -142,6 +142,12 @@ RULES = (
         "`lr_scheduler_type: cosine`.",
     ),
     Rule(
+        lambda v: bool(v.moe_aux_loss_coef) and v.use_reentrant_gc and not v.disable_gradient_checkpointing,
+        "`moe_aux_loss_coef: {moe_aux_loss_coef}` is not possible with reentrant gradient checkpointing, which is on "
+        "by default: what the routers give in it has no gradient, so that the loss would teach nothing. Write "
+        "`use_reentrant_gc: false` or `disable_gradient_checkpointing: true`, or leave it out.",
+    ),
+    Rule(
         lambda v: v.quantization_bit is not None and v.finetuning_type not in ("lora", "oft"),
         "`quantization_bit: {quantization_bit}` cannot go with `finetuning_type: {finetuning_type}`: quantized "
         "weights cannot be trained. Write `finetuning_type: lora`, or leave `quantization_bit` out.",

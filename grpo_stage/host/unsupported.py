@@ -34,7 +34,6 @@ UNSUPPORTED = (
         "the loss is no cross entropy, so that there are no labels to smooth",
         harmless=(0,),
     ),
-    Unsupported("moe_aux_loss_coef", "the router's auxiliary loss is not added to this stage's loss", harmless=(0,)),
     Unsupported(
         "train_on_prompt mask_history",
         "the loss is over the sampled completion and never over the prompt",

@@ -7,6 +7,7 @@ R rows of N tokens, as a layout places a micro-batch
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -149,8 +150,9 @@ class Layout(ABC):
             token_ids=token_ids, sampling_logprobs=(0.0,), finish_reason=FinishReason.STOP, text=""
         )
         zero = torch.zeros(1, 1, device=self._device)
+        inputs = self.inputs([Row(Prompt(index=0, token_ids=token_ids, messages=(), reference=None), completion)])
         return SampleBatch(
-            inputs=self.inputs([Row(Prompt(index=0, token_ids=token_ids, messages=(), reference=None), completion)]),
+            inputs=replace(inputs, counts=torch.zeros_like(inputs.counts)),
             completion_ids=torch.full((1, 1), self._pad_token_id, device=self._device),
             completion_mask=zero,
             loss_mask=zero,
@@ -187,12 +189,14 @@ class PaddedLayout(Layout):
         length = longest_prompt + max(len(each.completion.token_ids) for each in sequences)
         input_ids = torch.full((len(sequences), length), self._pad_token_id)  # [B, N]
         attention_mask = torch.zeros_like(input_ids)  # [B, N]
+        counts = torch.zeros(input_ids.shape)  # [B, N]
         predictors = []
         for row, each in enumerate(sequences):
             token_ids = each.prompt.token_ids + each.completion.token_ids
             start = longest_prompt - len(each.prompt.token_ids)
             input_ids[row, start : start + len(token_ids)] = torch.tensor(token_ids)
             attention_mask[row, start : start + len(token_ids)] = 1
+            counts[row, start : start + len(token_ids) - 1] = 1
             # What is predicted at a position is the next token.
             first = row * length + longest_prompt - 1
             predictors.append(torch.arange(first, first + len(each.completion.token_ids)))
@@ -200,6 +204,7 @@ class PaddedLayout(Layout):
             input_ids=input_ids.to(self._device),
             position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0).to(self._device),
             predictors=torch.cat(predictors).to(self._device),
+            counts=counts.to(self._device),
             attention_mask=attention_mask.to(self._device),
         )
 
@@ -237,13 +242,14 @@ class SharedPromptLayout(Layout):
 
     def inputs(self, sequences: Sequence[Sequenced]) -> ModelInputs:
         input_ids: list[int] = []
-        position_ids, families = [], []
+        position_ids, counts, families = [], [], []
         predictors: dict[int, torch.Tensor] = {}
         for positions in _families(sequences):
             prompt = sequences[positions[0]].prompt.token_ids
             lengths = []
             input_ids += prompt
             position_ids.append(torch.arange(len(prompt)))
+            counts.append(torch.full((len(prompt),), float(len(positions))))
             end_of_prompt = torch.tensor([len(input_ids) - 1])
             for position in positions:
                 fed = sequences[position].completion.token_ids[:-1]
@@ -251,11 +257,13 @@ class SharedPromptLayout(Layout):
                 predictors[position] = torch.cat([end_of_prompt, len(input_ids) + torch.arange(len(fed))])
                 input_ids += fed
                 position_ids.append(len(prompt) + torch.arange(len(fed)))
+                counts.append(torch.ones(len(fed)))
             families.append(Family(len(prompt), tuple(lengths)))
         return ModelInputs(
             input_ids=torch.tensor([input_ids]).to(self._device),
             position_ids=torch.cat(position_ids).unsqueeze(0).to(self._device),
             predictors=torch.cat([predictors[i] for i in range(len(sequences))]).to(self._device),
+            counts=torch.cat(counts).unsqueeze(0).to(self._device),
             shared_prompts=SharedPrompts(families, self._device),
         )
 

@@ -5,7 +5,7 @@ B completions in a micro-batch    T completion tokens
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from grpo_stage.update.attention import attention_of
 from grpo_stage.update.batch import count_totals
 from grpo_stage.update.logprobs import Forward, FrozenPass
 from grpo_stage.update.objective import Objective
+from grpo_stage.update.routing import RouterLoss
 from grpo_stage.update.strategy import ReplicatedParameters
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
@@ -36,11 +37,12 @@ class PolicyGradient:
         canary: checks the log-probabilities of the first micro-batch with fresh samples.
         forward: how samples go through the model.
         budget: how many tokens go through the model at once.
-        frozen: a pass over the whole step, for an objective that marks tokens before the first micro-batch.
+        frozen: a pass over the whole step, for what has to be known before the first micro-batch.
         strategy: how the parameters are distributed over processes.
         autocast: the precision of a forward pass.
         device: where the loss is added up.
         gather: returns the value of every rank. It is also a safe point: it may raise and end the pass on all ranks.
+        router_loss: the loss of a mixture's routers, where the recipe asks for it.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class PolicyGradient:
         autocast: Callable[[], AbstractContextManager],
         device: torch.device,
         gather: Callable[[Any], list[Any]],
+        router_loss: RouterLoss | None = None,
     ) -> None:
         self._grpo_args = grpo_args
         self._objective = objective
@@ -65,6 +68,7 @@ class PolicyGradient:
         self._forward = forward
         self._budget = budget
         self._frozen = frozen
+        self.router_loss = router_loss
         self._strategy = strategy
         self._autocast = autocast
         self._device = device
@@ -90,6 +94,8 @@ class PolicyGradient:
             logprobs, entropies = self._frozen.logprobs_and_entropies(policy, step.samples)
             key = f"{self._sampling.seed} {number}"
             step = dataclasses.replace(step, samples=self._objective.mark(step.samples, logprobs, entropies, key))
+        if self.router_loss is not None:
+            self.router_loss.look_at_step(self._strategy.unwrap(model), self._frozen, step.samples)
         totals = self._totals_of_all_ranks(step.samples)
         outcome = None
         while outcome is None:
@@ -103,7 +109,7 @@ class PolicyGradient:
         """This rank's loss and its gradient; None and no gradient if memory ran out on any rank."""
         metrics = MetricTracker()
         loss = torch.zeros((), device=self._device)
-        samples = [sample for sample in step.samples if self._objective.has_gradient(sample)]
+        samples = [sample for sample in step.samples if self._has_gradient(sample)]
         is_checked = not any(sample.policy_version == number for sample in samples)
 
         def run(positions: Sequence[int]) -> bool:
@@ -140,7 +146,10 @@ class PolicyGradient:
     def _micro_batch_loss(
         self, model: nn.Module, batch: SampleBatch, step: Step, fresh_version: int | None, metrics: MetricTracker
     ) -> torch.Tensor:
-        with self._autocast():
+        routers: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
+        if self.router_loss is not None:
+            routers = self.router_loss.recording()
+        with self._autocast(), routers as router_outputs:
             statistics = self._forward.statistics(model, batch, self._sampling.temperature)
         logprobs, entropies = statistics.logprobs, statistics.entropies  # [B, T]
         if not self._objective.entropy_gradient:
@@ -152,7 +161,14 @@ class PolicyGradient:
                 with torch.no_grad(), self._autocast():
                     own = self._forward.statistics(policy, batch, step.logprob_temperature).logprobs
             self._canary.check(own, batch, fresh_version, metrics)
-        return (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropies, metrics)).sum()
+        loss = (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropies, metrics)).sum()
+        if self.router_loss is not None:
+            loss = loss + self.router_loss.of_micro_batch(router_outputs, batch.inputs, metrics)
+        return loss
+
+    def _has_gradient(self, sample: Sample) -> bool:
+        """Whether it has to go through the model: what the loss uses does, for the routers, whatever its advantage."""
+        return self._objective.has_gradient(sample) if self.router_loss is None else sample.is_used
 
     def _totals_of_all_ranks(self, samples: Sequence[Sample]) -> StepTotals:
         mine = count_totals(samples, self._sampling.max_new_tokens)

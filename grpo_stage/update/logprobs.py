@@ -4,11 +4,11 @@ B completions in a micro-batch    T completion tokens    M of them in all, witho
 """
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from grpo_stage.update.head import TokenStatistics, separate, statistics_of_logi
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
+T = TypeVar("T")
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -98,7 +99,7 @@ class FrozenPass:
         autocast: Callable[[], AbstractContextManager],
         temperature: float,
     ) -> None:
-        self._forward = forward
+        self.forward = forward
         self._budget = budget
         self._autocast = autocast
         self._temperature = temperature
@@ -119,7 +120,19 @@ class FrozenPass:
         """[T] `gradient_energies` of each completion, on the CPU, at the sampling temperature."""
         return self._run(model, sequences, lambda of: (gradient_energies(of.logprobs, of.collisions),))[0]
 
-    @torch.no_grad()
+    def sum(
+        self, model: nn.Module, sequences: Sequence[Sequenced], measure: Callable[[TokenBatch], torch.Tensor]
+    ) -> torch.Tensor | None:
+        """The sum of what `measure` gives for each micro-batch, on the CPU; None without any.
+
+        Args:
+            model: see `logprobs`.
+            sequences: see `logprobs`.
+            measure: called in the model's precision, with the model attending as the batch needs it.
+        """
+        parts = [part.cpu() for _, part in self._micro_batches(model, sequences, measure)]
+        return torch.stack(parts).sum(dim=0) if parts else None
+
     def _run(
         self,
         model: nn.Module,
@@ -129,26 +142,44 @@ class FrozenPass:
     ) -> list[Tensors]:
         """What is wanted of the statistics, by completion."""
         temperature = self._temperature if temperature is None else temperature
-        layout = self._forward.layout
         found: dict[int, list[torch.Tensor]] = {}
 
         def run(batch: TokenBatch) -> Tensors:
-            with attention_of(model, batch.inputs.shared_prompts), self._autocast():
-                return wanted(self._forward.statistics(model, batch, temperature))
+            return wanted(self.forward.statistics(model, batch, temperature))
 
-        while len(found) < len(sequences):
-            for positions in layout.split(sequences, self._budget.max_tokens):
-                chunk = [sequences[position] for position in positions]
-                outcome = self._budget.attempt(partial(run, layout.tokens(chunk)))
-                if isinstance(outcome, OutOfMemory):
-                    self._budget.give_way(len(chunk), layout.num_tokens(chunk), outcome)
-                    break
-                for row, position in enumerate(positions):
-                    length = len(sequences[position].completion.token_ids)
-                    found[position] = [each[row, :length].cpu() for each in outcome]
+        for positions, outcome in self._micro_batches(model, sequences, run):
+            for row, position in enumerate(positions):
+                length = len(sequences[position].completion.token_ids)
+                found[position] = [each[row, :length].cpu() for each in outcome]
         if not found:
             return [(), ()]
         return [tuple(each) for each in zip(*(found[i] for i in range(len(found))), strict=True)]
+
+    @torch.no_grad()
+    def _micro_batches(
+        self, model: nn.Module, sequences: Sequence[Sequenced], run: Callable[[TokenBatch], T]
+    ) -> Iterator[tuple[list[int], T]]:
+        """Positions of the sequences of each micro-batch, and what `run` gives for it."""
+        layout = self.forward.layout
+        remaining = list(range(len(sequences)))
+
+        def attempt(batch: TokenBatch) -> T:
+            with attention_of(model, batch.inputs.shared_prompts), self._autocast():
+                return run(batch)
+
+        while remaining:
+            of_remaining = [sequences[position] for position in remaining]
+            done: set[int] = set()
+            for chunk in layout.split(of_remaining, self._budget.max_tokens):
+                batch = layout.tokens([of_remaining[i] for i in chunk])
+                outcome = self._budget.attempt(partial(attempt, batch))
+                if isinstance(outcome, OutOfMemory):
+                    self._budget.give_way(len(chunk), batch.inputs.input_ids.numel(), outcome)
+                    break
+                positions = [remaining[i] for i in chunk]
+                done.update(positions)
+                yield positions, outcome
+            remaining = [position for position in remaining if position not in done]
 
 
 def takes_logits_to_keep(model: Any) -> bool:

@@ -74,6 +74,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"top_p": 1.1}, ["top_p: 1.1", "Leave it out"]),
     ({"top_k": -2}, ["top_k: -2", "Leave it out"]),
     ({"repetition_penalty": 0}, ["repetition_penalty: 0", "Leave it out"]),
+    ({"moe_aux_loss_coef": -0.1}, ["moe_aux_loss_coef: -0.1", "at least 0", "moe_aux_loss_coef: 0.001"]),
     ({"max_new_tokens": 0}, ["max_new_tokens: 0", "at least 1"]),
     ({"cutoff_len": 0}, ["cutoff_len: 0", "at least 1"]),
     ({"max_new_tokens": 449}, ["max_new_tokens: 449", "cutoff_len: 64", "513", "512", "Lower `cutoff_len`"]),
@@ -88,7 +89,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"kto_chosen_weight": 1.0}, ["kto_chosen_weight: 1.0", "no effect", "Leave it out"]),
     ({"use_dft_loss": True}, ["use_dft_loss: true", "`loss_type`"]),
     ({"label_smoothing_factor": 0.1}, ["label_smoothing_factor: 0.1", "Leave it out"]),
-    ({"moe_aux_loss_coef": 0.01}, ["moe_aux_loss_coef: 0.01", "Leave it out"]),
     ({"train_on_prompt": True}, ["train_on_prompt: true", "Leave it out"]),
     ({"mask_history": True}, ["mask_history: true", "Leave it out"]),
     ({"predict_with_generate": True}, ["predict_with_generate: true", "val_size"]),
@@ -123,6 +123,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"use_unsloth": True}, ["use_unsloth: true", "Leave it out"]),
     ({"use_unsloth_gc": True}, ["use_unsloth_gc: true", "Leave it out"]),
     ({"use_kt": True}, ["use_kt: true", "Leave it out"]),
+    (
+        {"moe_aux_loss_coef": 0.01},
+        ["moe_aux_loss_coef: 0.01", "gradient checkpointing", "use_reentrant_gc: false", "leave it out"],
+    ),
     ({"use_hyper_parallel": True}, ["use_hyper_parallel: true", "torchrun"]),
     ({"hyper_parallel_args": "a.json"}, ["hyper_parallel_args: a.json", "Leave it out"]),
     ({"use_mca": True}, ["use_mca: true", "torchrun"]),
@@ -350,6 +354,19 @@ def test_every_entry_has_a_case_above():
 def test_harmless_values_are_accepted(recipe, key, value):
     """LLaMA Board writes some of them out."""
     assert key in parse(recipe | {key: value}).given
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"moe_aux_loss_coef": 0},
+        {"moe_aux_loss_coef": 0.01, "use_reentrant_gc": False},
+        {"moe_aux_loss_coef": 0.01, "disable_gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_a_loss_on_routers_that_their_gradient_reaches(recipe, changes):
+    assert recipe_of(parse(recipe | changes))["moe_aux_loss_coef"] == changes["moe_aux_loss_coef"]
 
 
 def test_a_rule_of_vllm_does_not_bind_the_hf_engine(recipe):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
+from transformers import PretrainedConfig
 
 from grpo_stage.host import adapter_fit, adapters, dataset_files, model_checks, model_files, output_folder
 from grpo_stage.host.dataset_files import check_files, defect_of
@@ -308,6 +309,44 @@ def test_what_would_fail_once_the_model_is_loaded(whole, changes, said):
 def test_what_can_be_loaded(whole, warned, changes):
     refuse_unloadable(parse(whole | changes))
     assert warned == []
+
+
+MIXTURE = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_a_loss_on_the_routers_of_a_mixture(whole, model_type):
+    _write_config(whole, {"model_type": model_type, "num_key_value_heads": 2, **MIXTURE})
+    refuse_unloadable(parse(whole | {"moe_aux_loss_coef": 0.001, "use_reentrant_gc": False}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": "qwen3_moe", **MIXTURE, "mlp_only_layers": [0, 1]},
+        {"model_type": "granitemoe", **MIXTURE},
+        {"model_type": "of_its_own_code", "architectures": ["Own"]},
+    ],
+    ids=["dense", "no layer is a mixture", "a router that was not verified", "code of its own"],
+)
+def test_a_loss_on_routers_that_the_model_has_not(whole, monkeypatch, config):
+    arguments = parse(whole | {"moe_aux_loss_coef": 0.001, "use_reentrant_gc": False})
+    _write_config(whole, config)
+    if config.get("model_type") == "of_its_own_code":
+        monkeypatch.setattr(model_checks.facade, "load_config", lambda model_args: PretrainedConfig())
+    message = refusal(refuse_unloadable, arguments)
+    assert f"`moe_aux_loss_coef: 0.001` is not possible with `model_name_or_path: {whole['model_name_or_path']}`" in (
+        message
+    )
+    assert "no router that this stage knows" in message
+    assert "Mixtral" in message
+    assert "Leave it out" in message
+
+
+def _write_config(recipe: dict[str, Any], changes: dict[str, Any]) -> None:
+    file = Path(recipe["model_name_or_path"], "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 @pytest.mark.parametrize("others", ["query_key_value", "gate_up_proj", "qkv_proj", "out_proj", "x_proj"])

@@ -345,6 +345,7 @@ def test_every_key_that_only_trl_has_is_answered():
         ("vllm_importance_sampling_clip_min", 0.5, "rollout_correction_min: 0.5"),
         ("multi_objective_aggregation", "normalize_then_sum", "advantage_estimator: gdpo"),
         ("normalize_advantages", False, "scale_rewards: none"),
+        ("router_aux_loss_coef", 0.01, "moe_aux_loss_coef: 0.01"),
         ("use_liger_loss", True, "does not have"),
         ("generation_batch_size", 64, "steps_per_generation"),
         ("vllm_mode", "server", "does not have"),

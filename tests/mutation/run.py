@@ -36,6 +36,7 @@ FORMULAS = (
     "test_rejection_oracle.py",
     "test_ratio_overflow.py",
     "test_formula_edges.py",
+    "test_routing_oracle.py",
 )
 OBJECTIVE = ("test_objective_terms.py", "test_ratio_overflow.py")
 # Pattern of modules -> the files of tests that must notice; the first pattern that fits.

@@ -51,6 +51,7 @@ OBJECTIVES: list[dict[str, Any]] = [
     {"loss_type": "vespo", "rollout_correction": "none"},
     {"loss_type": "dro", "dro_beta": 0.1, "loss_aggregation": "token_sum"},
     {"rollout_correction_normalize": True},
+    {"router_aux_loss_coef": 0.5},
     {"rollout_rejection": "geometric", "rollout_rejection_max": 1.5, "rollout_rejection_min": 0.2},
 ]
 

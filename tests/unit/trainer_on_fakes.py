@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, TrainingArguments
 
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.trainer import GRPOTrainer
@@ -148,15 +148,22 @@ def make_trainer(
     num_eval_prompts=0,
     shuffle=True,
     temperature=1.0,
+    router_aux_loss_coef=None,
+    change_model=lambda model: model,
     **grpo,
 ):
+    """Of a small Llama; of a mixture of experts where `router_aux_loss_coef` is given, 0 included."""
     leave_imports_to_themselves()
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config)
+    shape = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64, "initializer_range": 0.3,
+    }  # fmt: skip
+    if router_aux_loss_coef is None:
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, num_experts_per_tok=2, **shape))
+    model = change_model(model)
     arguments = GRPOArguments(rollout_backend="hf", num_generations=4, **grpo)
     defaults = {
         "per_device_train_batch_size": 2,
@@ -187,6 +194,7 @@ def make_trainer(
         reference=reference(model) if reference else None,
         max_sampling_logprob_diff=bound,
         tests_slope=tests_slope,
+        router_aux_loss_coef=router_aux_loss_coef or 0.0,
         recipe={"recipe_hash": "x", "recipe": {}},
         shuffle=shuffle,
         processing_class=FakeTokenizer(),
