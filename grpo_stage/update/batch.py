@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from grpo_stage.algorithm.losses import StepTotals, token_weights
+from grpo_stage.algorithm.averages import StepTotals, token_weights
 from grpo_stage.types import Completion, Prompt, RolloutGroup, Sample, SampleBatch, TokenBatch
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_stage.algorithm.losses import StepTotals
+from grpo_stage.algorithm.averages import StepTotals
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.canary import LogprobDifference

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages, kl, losses
+from grpo_stage.algorithm import advantages, averages, kl, losses
 
 
 NAN = math.nan
@@ -129,7 +129,7 @@ def package_step(
     """What the trainer does: `micro_batches` lists the rows of each, and each is padded to its own width."""
     filler = np.random.default_rng(7)
     used = [c for c in completions if c.used]
-    totals = module.StepTotals(
+    totals = averages.StepTotals(
         num_completions=len(used),
         num_tokens=sum(len(c.policy) for c in used),
         max_completion_length=max_length,
@@ -145,7 +145,7 @@ def package_step(
         ref = padded([c.ref for c in batch], width, filler)
         advantage = torch.tensor([c.advantage for c in batch], dtype=torch.float64)
         surrogate = module.clipped_surrogate(policy, old, advantage, low, high)
-        weights = module.token_weights(mask, totals, loss_type)
+        weights = averages.token_weights(mask, totals, loss_type)
         loss = (weights * (surrogate.token_losses + beta * k3(policy, ref))).sum()
         (gradient,) = torch.autograd.grad(loss, policy)
         assert surrogate.ratios.shape == surrogate.token_losses.shape == mask.shape
@@ -308,9 +308,9 @@ def test_malformed_rewards_are_refused(rewards: torch.Tensor, scale: Scale) -> N
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="std"):
         advantages.group_advantages(torch.zeros(1, 2), "std")  # type: ignore[arg-type]
-    totals = losses.StepTotals(num_completions=1, num_tokens=1, max_completion_length=1)
+    totals = averages.StepTotals(num_completions=1, num_tokens=1, max_completion_length=1)
     with pytest.raises(ValueError, match="ppo"):
-        losses.token_weights(torch.ones(1, 1), totals, "ppo")
+        averages.token_weights(torch.ones(1, 1), totals, "ppo")
 
 
 @pytest.mark.parametrize(
@@ -369,14 +369,14 @@ def test_k3_estimates_the_divergence_from_the_reference() -> None:
 )
 def test_token_weights_by_hand(loss_type: str, expected: list[list[float]]) -> None:
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    totals = losses.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
-    assert losses.token_weights(mask, totals, loss_type).tolist() == [pytest.approx(row) for row in expected]
+    totals = averages.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
+    assert averages.token_weights(mask, totals, loss_type).tolist() == [pytest.approx(row) for row in expected]
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_step_of_nothing_but_masked_completions_weighs_nothing(loss_type: str) -> None:
-    totals = losses.StepTotals(num_completions=0, num_tokens=0, max_completion_length=5)
-    weights = losses.token_weights(torch.zeros(2, 3), totals, loss_type)
+    totals = averages.StepTotals(num_completions=0, num_tokens=0, max_completion_length=5)
+    weights = averages.token_weights(torch.zeros(2, 3), totals, loss_type)
     assert torch.equal(weights, torch.zeros(2, 3))
 
 
@@ -384,7 +384,6 @@ def test_a_step_of_nothing_but_masked_completions_weighs_nothing(loss_type: str)
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_a_mask_of_whole_numbers_is_never_a_loss_of_zero(loss_type: str, dtype: torch.dtype) -> None:
     mask = torch.tensor([[1, 1, 0]])
-    totals = losses.StepTotals(num_completions=1, num_tokens=2, max_completion_length=5)
-    torch.testing.assert_close(
-        losses.token_weights(mask.to(dtype), totals, loss_type), losses.token_weights(mask.float(), totals, loss_type)
-    )
+    totals = averages.StepTotals(num_completions=1, num_tokens=2, max_completion_length=5)
+    expected = averages.token_weights(mask.float(), totals, loss_type)
+    torch.testing.assert_close(averages.token_weights(mask.to(dtype), totals, loss_type), expected)

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages, correction, exploration, kl, losses
+from grpo_stage.algorithm import advantages, averages, correction, exploration, kl, losses
 from grpo_stage.algorithm.catalog import canonical
 
 
@@ -141,7 +141,7 @@ def package_loss(
     names = {"loss_type": loss_type, "importance_sampling_level": level}
     loss_type, level = (names | canonical(names)).values()
     used = [c for c in cases if c.used]
-    totals = module.StepTotals(
+    totals = averages.StepTotals(
         num_completions=len(used),
         num_tokens=sum(len(c.policy) for c in used),
         max_completion_length=MAX_LENGTH,
@@ -169,7 +169,7 @@ def package_loss(
         )
         output = module.LOSSES[loss_type].surrogate(inputs, settings)
         in_loss = mask * f64([[float(c.used)] for c in batch])
-        part = (module.token_weights(in_loss, totals, loss_type) * output.token_losses).sum()
+        part = (averages.token_weights(in_loss, totals, loss_type) * output.token_losses).sum()
         (slope,) = torch.autograd.grad(part, policy)
         assert (slope[in_loss == 0] == 0).all()
         assert output.ratios.shape == output.token_losses.shape == mask.shape
