@@ -23,7 +23,7 @@ from .update.batch import PaddedLayout
 from .update.gradient import PolicyGradient
 from .update.logprobs import FrozenPass
 from .update.objective import Objective
-from .update.strategy import ReplicatedParameters
+from .update.strategy import choose_strategy
 from .update.token_budget import PolicyBudget
 
 
@@ -66,7 +66,7 @@ class Learner:
         # Accelerate wraps the forward of the policy alone in autocast; the reference needs it as well.
         autocast: Callable[[], AbstractContextManager] = accelerator.autocast
         layout = PaddedLayout(pad_token_id, accelerator.device)
-        self.strategy = ReplicatedParameters(accelerator)
+        self.strategy = choose_strategy(accelerator)
         self.objective = Objective(grpo_args)
         self.budget = PolicyBudget(grpo_args.max_tokens_per_micro_batch, args.process_index)
         self.frozen = FrozenPass(layout, self.budget, autocast, sampling.temperature)

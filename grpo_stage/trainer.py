@@ -114,7 +114,7 @@ class GRPOTrainer(ResumableTrainer):
         if grpo_args.sync_ref_model:
             alpha, every = grpo_args.ref_model_mixup_alpha, grpo_args.ref_model_sync_steps
             moving = cast(MovingReference, reference)
-            self.add_callback(ReferenceSync(moving, alpha, every, self.accelerator.unwrap_model))
+            self.add_callback(ReferenceSync(moving, alpha, every, self.learner.strategy.unwrap))
         self._optimizer_factory = optimizer_factory
         self._prepare_scheduler = prepare_scheduler
 

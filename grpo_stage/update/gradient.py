@@ -21,7 +21,7 @@ from grpo_stage.types import Sample, SampleBatch, SamplingSettings, Step
 from grpo_stage.update.batch import PaddedLayout, count_totals
 from grpo_stage.update.logprobs import FrozenPass, token_logprobs
 from grpo_stage.update.objective import Objective
-from grpo_stage.update.strategy import ReplicatedParameters
+from grpo_stage.update.strategy import Strategy
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
@@ -52,7 +52,7 @@ class PolicyGradient:
         layout: PaddedLayout,
         budget: PolicyBudget,
         frozen: FrozenPass,
-        strategy: ReplicatedParameters,
+        strategy: Strategy,
         autocast: Callable[[], AbstractContextManager],
         device: torch.device,
         gather: Callable[[Any], list[Any]],
