@@ -160,6 +160,15 @@ class Collector:
         for step in _with_fresh_first(steps, state.global_step) * self._grpo_args.num_iterations:
             self.queue.append(Step(samples=step, logprob_temperature=temperature))
 
+    def check_rewarded(self, num_steps: int) -> None:
+        """Raise UnrewardedError if no completion of the run's `num_steps` has a reward."""
+        if self.num_rewarded == 0:
+            raise UnrewardedError(
+                f"No reward function applied to any completion of the {num_steps} steps "
+                f"({', '.join(self.rewards.names)} always returned None), so that nothing was learned. "
+                f"{NO_REWARD_REMEDY}"
+            )
+
     def state_dict(self) -> dict[str, int]:
         """The counters, ready for JSON."""
         return {

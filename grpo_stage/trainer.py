@@ -23,10 +23,9 @@ from .arguments import GRPOArguments
 from .collector import Collector
 from .distributed import all_gather
 from .evaluator import Evaluator
-from .learner import NON_FINITE_REMEDY, Learner
+from .learner import Learner
 from .monitors.canary import LogprobDifference
 from .records.metrics import MetricTracker
-from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
 from .rewards.suite import RewardSuite
 from .rollout.epochs import prompts_of_step, steps_of_run
 from .rollout.sampler import Sampler
@@ -202,26 +201,9 @@ class GRPOTrainer(ResumableTrainer):
 
     def check_learned(self, num_steps: int) -> None:
         """No run that learned nothing is a success."""
-        if sum(all_gather(self.learner.num_learned)) > 0:
-            return
-        if self.collector.num_rewarded == 0:
-            raise UnrewardedError(
-                f"No reward function applied to any completion of the {num_steps} steps "
-                f"({', '.join(self.collector.rewards.names)} always returned None), so that nothing was learned. "
-                f"{NO_REWARD_REMEDY}"
-            )
-        if self.learner.num_skipped == 0:
-            raise RuntimeError(
-                f"In none of the {num_steps} steps was a completion that the loss uses better or worse than the "
-                "others, so that nothing was learned: the task is too hard or too easy for the policy, the reward "
-                "functions do not tell its completions apart, or `mask_truncated_completions` leaves out those that "
-                "differ. Raise `num_generations`, `temperature` or `max_new_tokens`, or choose other prompts or "
-                "`reward_funcs`; `completions.jsonl` shows what was sampled with `log_completions: true`."
-            )
-        raise FloatingPointError(
-            f"None of the {num_steps} steps had a finite loss and gradient, so that all were skipped and "
-            f"nothing was learned. {NON_FINITE_REMEDY}"
-        )
+        if sum(all_gather(self.learner.num_learned)) == 0:
+            self.collector.check_rewarded(num_steps)
+            self.learner.refuse_unlearned(num_steps)
 
     # Hooks of Trainer
 
