@@ -7,20 +7,18 @@ P prompts    G completions a prompt
 """
 
 import dataclasses
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from .algorithm.catalog import ESTIMATORS
 from .arguments import GRPOArguments
 from .distributed import all_gather
-from .monitors.canary import SlopeTest
+from .monitors.monitor import Monitor
 from .records.completions import CompletionsLog
 from .records.metrics import record_rollout
 from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
@@ -34,12 +32,6 @@ from .update.credit import Credit
 from .update.logprobs import FrozenPass
 from .update.objective import Objective
 from .update.reference import ReferencePolicy
-
-
-logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
-
-UNREWARDED_ROLLOUTS, UNREWARDED_PROMPTS = 10, 100
-"""A run ends when no reward function applied in this many rollouts in a row, with at least this many prompts."""
 
 
 class Collector:
@@ -57,7 +49,7 @@ class Collector:
         frozen: log-probabilities without gradient.
         objective: computes what `kl_in_reward` takes off a reward.
         reference: the policy that the KL is relative to; None without a KL term.
-        tests_slope: whether the canary tests the slope.
+        monitors: see each rollout.
     """
 
     def __init__(
@@ -74,7 +66,7 @@ class Collector:
         frozen: FrozenPass,
         objective: Objective,
         reference: ReferencePolicy | None,
-        tests_slope: bool,
+        monitors: Iterable[Monitor],
     ) -> None:
         self.prompts_per_step = prompts_per_step
         self.steps_per_epoch = steps_of_epoch(len(prompts), prompts_per_step, grpo_args.num_iterations)
@@ -83,7 +75,6 @@ class Collector:
         self.queue = RolloutQueue(prompts)
         self.filling: Filling = PlainSampling()
         self.epochs: Epochs = EpochsOfSteps(self.steps_per_epoch)
-        self.slope_test: SlopeTest | None = None
         self.completions_log = CompletionsLog(
             args.output_dir, sampler.rewards.names, grpo_args.num_completions_to_print, args.process_index == 0
         )
@@ -91,7 +82,6 @@ class Collector:
         """Prompt and completion tokens that were sampled so far, over all ranks."""
         self.num_rewarded = 0
         """Groups with a reward so far, over all ranks."""
-        self._num_unrewarded = 0  # groups without a reward in a row, over all ranks
         self._policy = policy
         self._grpo_args = grpo_args
         self._sampling = sampling
@@ -103,6 +93,7 @@ class Collector:
         self._frozen = frozen
         self._objective = objective
         self._reference = reference
+        self._monitors = tuple(monitors)
         self._estimator = ESTIMATORS[grpo_args.advantage_estimator]
         self._credit = Credit(
             grpo_args.advantage_estimator,
@@ -118,13 +109,6 @@ class Collector:
                 prompts, grpo_args.max_resample_times, fits, args.process_index, args.world_size
             )
             self.epochs = EpochsOfPrompts(self.stream, self._is_everything_used, args)
-        if tests_slope:
-            self.slope_test = SlopeTest(
-                backend=grpo_args.rollout_backend,
-                score=lambda groups: frozen.logprobs(policy, rows_of(groups), temperature=1.0),
-                adapter_off=policy.disable_adapter if isinstance(policy, PeftModel) else None,
-                prompts=prompts,
-            )
 
     def collect(self, state: TrainerState) -> None:
         """Sample, score and prepare one rollout: its optimizer steps join the queue in the order of use."""
@@ -171,15 +155,10 @@ class Collector:
 
     def state_dict(self) -> dict[str, int]:
         """The counters, ready for JSON."""
-        return {
-            "num_tokens": self.num_tokens,
-            "num_rewarded": self.num_rewarded,
-            "num_unrewarded": self._num_unrewarded,
-        }
+        return {"num_tokens": self.num_tokens, "num_rewarded": self.num_rewarded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.num_tokens = state["num_tokens"]
-        self.num_rewarded, self._num_unrewarded = state["num_rewarded"], state["num_unrewarded"]
+        self.num_tokens, self.num_rewarded = state["num_tokens"], state["num_rewarded"]
 
     def _is_everything_used(self) -> bool:
         """Whether all that was sampled is trained on."""
@@ -204,7 +183,8 @@ class Collector:
             if self._estimator.needs_greedy:
                 scored = self._beside_greedy(scored, self._sampler.score(greedy, progress))
         self._record(scored, clock.seconds)
-        self._count_rewarded(scored, version + 1, limit=max(UNREWARDED_PROMPTS, UNREWARDED_ROLLOUTS * count))
+        for monitor in self._monitors:
+            monitor.after_scoring(scored, version)
         return scored
 
     def _greedy(self, prompts: Sequence[Prompt], version: int) -> list[RolloutGroup]:
@@ -223,42 +203,27 @@ class Collector:
         ]
 
     def _let_engine_sleep(self, groups: Sequence[RolloutGroup], version: int) -> None:
-        """Free the engine's memory for rewards and log-probabilities, and test whether it has followed the policy."""
-        engine, answers = self._sampler.engine, []
-        if self.slope_test is not None:
-            with self._phases.limited("canary", self._grpo_args.rollout_timeout, "rollout_timeout"):
-                answers = self.slope_test.ask(engine, groups, version)
-        engine.sleep()
-        if self.slope_test is not None:
-            for name, value in self.slope_test.check(answers, groups, version).items():
-                self._tracker.add(name, value)
+        """Free the engine's memory for rewards and log-probabilities, with what monitors do before and after it."""
+        with self._phases.limited("canary", self._grpo_args.rollout_timeout, "rollout_timeout"):
+            for monitor in self._monitors:
+                monitor.before_sleep(self._sampler.engine, groups, version)
+        self._sampler.engine.sleep()
+        for monitor in self._monitors:
+            monitor.after_sleep(groups, version, self._tracker)
 
     def _record(self, scored: Sequence[ScoredGroup], seconds: float) -> None:
         record_rollout(self._tracker, scored, self.rewards.names, self.rewards.weights)
         for name, number in self.rewards.take_counters().items():
             self._tracker.count(f"rewards/{name}", number)
-        tokens = sum(len(completion.token_ids) for s in scored for completion in s.group.completions)
-        self._tracker.add("rollout_tokens_per_second", sum(all_gather(tokens)), seconds)
-        prompt_tokens = sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored)
-        self.num_tokens += sum(all_gather(tokens + prompt_tokens))
-
-    def _count_rewarded(self, scored: Sequence[ScoredGroup], step: int, limit: int) -> None:
-        """Warn of a rollout without a reward, and end the run when `limit` groups in a row have none."""
-        ranks = all_gather((sum(each.has_reward for each in scored), len(scored)))
-        num_rewarded, num_groups = (sum(column) for column in zip(*ranks, strict=True))
-        self.num_rewarded += num_rewarded
-        self._num_unrewarded = 0 if num_rewarded > 0 else self._num_unrewarded + num_groups
-        problem = (
-            f"No reward function applied to any completion ({', '.join(self.rewards.names)} all returned None) of "
-            f"the {num_groups} prompts that were sampled for step {step}"
+        own = (
+            sum(len(completion.token_ids) for s in scored for completion in s.group.completions),
+            sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored),
+            sum(s.has_reward for s in scored),
         )
-        if self._num_unrewarded >= limit:
-            raise UnrewardedError(
-                f"{problem}, nor of the {self._num_unrewarded - num_groups} before them, so that nothing is learned: "
-                f"the run is stopped. {NO_REWARD_REMEDY}"
-            )
-        if num_rewarded == 0 < num_groups and self.stream.rank == 0:
-            logger.warning(f"{problem}: nothing is learned from them.")
+        tokens, prompt_tokens, num_rewarded = (sum(column) for column in zip(*all_gather(own), strict=True))
+        self._tracker.add("rollout_tokens_per_second", tokens, seconds)
+        self.num_tokens += tokens + prompt_tokens
+        self.num_rewarded += num_rewarded
 
     def _shares_of_steps(self, groups: Sequence[ScoredGroup]) -> list[Sequence[ScoredGroup]]:
         """This rank's groups of each step. All ranks have the same number of steps; some may lack the last prompts."""

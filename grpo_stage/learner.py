@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from .arguments import GRPOArguments
 from .distributed import all_gather
-from .monitors.canary import LogprobDifference
+from .monitors.monitor import Monitor
 from .rollout.serialization import step_state
 from .survival.phase import Phases
 from .types import SamplingSettings, Step
@@ -44,7 +44,7 @@ class Learner:
         args: Trainer's.
         grpo_args: the recipe.
         sampling: how completions are drawn.
-        canary: see `PolicyGradient`.
+        monitors: see the metrics of each step.
         pad_token_id: fills micro-batches.
         accelerator: computes the backward pass.
         phases: times the update.
@@ -57,7 +57,7 @@ class Learner:
         args: TrainingArguments,
         grpo_args: GRPOArguments,
         sampling: SamplingSettings,
-        canary: LogprobDifference,
+        monitors: Iterable[Monitor],
         pad_token_id: int,
         accelerator: Accelerator,
         phases: Phases,
@@ -74,7 +74,6 @@ class Learner:
             grpo_args=grpo_args,
             objective=self.objective,
             sampling=sampling,
-            canary=canary,
             layout=layout,
             budget=self.budget,
             frozen=self.frozen,
@@ -91,6 +90,7 @@ class Learner:
         self._args = args
         self._grpo_args = grpo_args
         self._scales_loss = accelerator.scaler is not None
+        self._monitors = tuple(monitors)
         self._phases = phases
         self._tracker = phases.tracker
 
@@ -108,10 +108,12 @@ class Learner:
         with self._phases.timed("update"):
             model.train()
             loss, metrics, marked = self.gradient.accumulate(model, step, global_step)
+            for monitor in self._monitors:
+                monitor.after_step(metrics)
             is_finite = all(all_gather(bool(torch.isfinite(loss)) and self.strategy.has_finite_gradient(model)))
             is_used = any(sample.is_used for sample in marked.samples)
-            # With gradients of 0, momentum and weight decay would move the weights. fp16's scaler refuses to step without
-            # any gradient.
+            # With gradients of 0, momentum and weight decay would move the weights. In fp16 they do: its scaler fails
+            # where no parameter has a gradient.
             if not self._scales_loss and not any(all_gather(is_used)):
                 model.zero_grad()
         loss = loss * self._args.world_size  # Trainer logs the mean over ranks

@@ -24,7 +24,8 @@ from .collector import Collector
 from .distributed import all_gather
 from .evaluator import Evaluator
 from .learner import Learner
-from .monitors.canary import LogprobDifference
+from .monitors.monitor import MonitorRequest
+from .monitors.table import make_monitors
 from .records.metrics import MetricTracker
 from .rewards.suite import RewardSuite
 from .rollout.epochs import prompts_of_step, steps_of_run
@@ -33,6 +34,7 @@ from .survival.phase import Phases
 from .survival.resumable import ResumableTrainer
 from .survival.run_state import Part, RunState, Scope
 from .types import Prompt, RolloutEngine, SamplingSettings
+from .update.batch import rows_of
 from .update.dropout import disable_dropout
 from .update.output_layer import compute_output_layer_in_float32
 from .update.reference import MovingReference, ReferencePolicy, ReferenceSync
@@ -84,11 +86,24 @@ class GRPOTrainer(ResumableTrainer):
         self.tracker = MetricTracker()
         phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
+        self.monitors = make_monitors(
+            MonitorRequest(
+                policy=model,
+                grpo_args=grpo_args,
+                prompts=prompts,
+                prompts_per_rollout=prompts_per_step * grpo_args.steps_per_generation,
+                reward_names=rewards.names,
+                rank=self.args.process_index,
+                score=lambda groups: self.learner.frozen.logprobs(model, rows_of(groups), temperature=1.0),
+                max_sampling_logprob_diff=max_sampling_logprob_diff,
+                tests_slope=tests_slope,
+            )
+        )
         self.learner = Learner(
             args=self.args,
             grpo_args=grpo_args,
             sampling=sampling,
-            canary=LogprobDifference(max_sampling_logprob_diff, grpo_args.rollout_backend),
+            monitors=self.monitors.values(),
             pad_token_id=self.processing_class.pad_token_id or 0,
             accelerator=self.accelerator,
             phases=phases,
@@ -106,7 +121,7 @@ class GRPOTrainer(ResumableTrainer):
             frozen=self.learner.frozen,
             objective=self.learner.objective,
             reference=reference,
-            tests_slope=tests_slope,
+            monitors=self.monitors.values(),
         )
         self.evaluator = Evaluator(model, self.args, grpo_args, sampling, sampler)
         self.run_state = RunState(self._stateful_parts())
@@ -131,8 +146,8 @@ class GRPOTrainer(ResumableTrainer):
             "learned": Part(learner, Scope.RANK),
             "token_budget": Part(learner.budget, Scope.RANK),
         }
-        if collector.slope_test is not None:
-            parts["slope_test"] = Part(collector.slope_test, Scope.RANK, is_undone=True, is_optional=True)
+        for name, monitor in self.monitors.items():
+            parts[f"monitors/{name}"] = Part(monitor, Scope.RANK, is_undone=True, is_optional=True)
         if self.grpo_args.sync_ref_model:
             parts["reference"] = Part(cast(MovingReference, self.reference), Scope.TENSORS)
         return parts

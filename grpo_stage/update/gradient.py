@@ -15,7 +15,7 @@ from torch import nn
 from grpo_stage.algorithm.averages import StepTotals
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.distributed import all_gather
-from grpo_stage.monitors.canary import LogprobDifference
+from grpo_stage.monitors.canary import record_difference
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import Sample, SampleBatch, SamplingSettings, Step
 from grpo_stage.update.batch import PaddedLayout, count_totals
@@ -32,7 +32,6 @@ class PolicyGradient:
         grpo_args: the recipe.
         objective: the loss.
         sampling: how completions are drawn; its temperature is part of the policy's distribution.
-        canary: checks the log-probabilities of the first micro-batch with fresh samples.
         layout: how samples become batches.
         budget: how many tokens go through the model at once.
         frozen: a pass over the whole step, for an objective that marks tokens before the first micro-batch.
@@ -48,7 +47,6 @@ class PolicyGradient:
         grpo_args: GRPOArguments,
         objective: Objective,
         sampling: SamplingSettings,
-        canary: LogprobDifference,
         layout: PaddedLayout,
         budget: PolicyBudget,
         frozen: FrozenPass,
@@ -60,7 +58,6 @@ class PolicyGradient:
         self._grpo_args = grpo_args
         self._objective = objective
         self._sampling = sampling
-        self._canary = canary
         self._layout = layout
         self._budget = budget
         self._frozen = frozen
@@ -81,7 +78,6 @@ class PolicyGradient:
             This rank's share of the loss, the metrics of the pass, and the step as its terms have marked it.
 
         Raises:
-            StaleRolloutError: if fresh completions do not come from `model` (the canary).
             RuntimeError: if not even a single completion fits into memory.
         """
         if self._objective.looks_at_step:
@@ -147,7 +143,7 @@ class PolicyGradient:
             if step.logprob_temperature != self._sampling.temperature:
                 with torch.no_grad(), self._autocast():
                     own, _ = token_logprobs(self._strategy.unwrap(model), batch, step.logprob_temperature)
-            self._canary.check(own, batch, fresh_version, metrics)
+            record_difference(own, batch, fresh_version, metrics)
         return (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropy, metrics)).sum()
 
     def _totals_of_all_ranks(self, samples: Sequence[Sample]) -> StepTotals:
