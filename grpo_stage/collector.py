@@ -22,8 +22,8 @@ from .monitors.monitor import Monitor
 from .records.completions import CompletionsLog
 from .records.metrics import record_rollout
 from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
-from .rollout.epochs import Epochs, EpochsOfPrompts, EpochsOfSteps, PromptStream, steps_of_epoch
-from .rollout.filling import DynamicSampling, Filling, PlainSampling
+from .rollout.epochs import PromptStream, choose_epochs, steps_of_epoch
+from .rollout.filling import choose_filling
 from .rollout.queue import RolloutQueue
 from .rollout.sampler import Sampler
 from .types import Prompt, RolloutGroup, Sample, SamplingSettings, ScoredGroup, Step, TrainingProgress
@@ -73,8 +73,6 @@ class Collector:
         """An upper bound with dynamic sampling."""
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.queue = RolloutQueue(prompts)
-        self.filling: Filling = PlainSampling()
-        self.epochs: Epochs = EpochsOfSteps(self.steps_per_epoch)
         self.completions_log = CompletionsLog(
             args.output_dir, sampler.rewards.names, grpo_args.num_completions_to_print, args.process_index == 0
         )
@@ -101,14 +99,8 @@ class Collector:
             sampler.rewards.weights,
             grpo_args.mask_truncated_completions,
         )
-        if grpo_args.dynamic_sampling:
-            metric = grpo_args.filter_metric
-            function = None if metric is None else sampler.rewards.names.index(metric)
-            fits = partial(self._credit.has_signal, function=function, min_range=grpo_args.filter_min_range)
-            self.filling = DynamicSampling(
-                prompts, grpo_args.max_resample_times, fits, args.process_index, args.world_size
-            )
-            self.epochs = EpochsOfPrompts(self.stream, self._is_everything_used, args)
+        self.filling = choose_filling(grpo_args, args, prompts, sampler.rewards.names, self._credit.has_signal)
+        self.epochs = choose_epochs(grpo_args, args, self.stream, self.steps_per_epoch, self._is_everything_used)
 
     def collect(self, state: TrainerState) -> None:
         """Sample, score and prepare one rollout: its optimizer steps join the queue in the order of use."""
@@ -124,13 +116,13 @@ class Collector:
         self.filling.report(filled, count, state.global_step + 1, self.epochs.may_roll_out, self._tracker)
 
         shares = self._shares_of_steps(filled.groups)
-        is_reused = len(shares) * self._grpo_args.num_iterations > 1
+        makes_several_steps = len(shares) * self._grpo_args.num_iterations > 1  # all but the first are off-policy
         with self._phases.timed("logprobs"):
-            shares = [self._with_old_logprobs(share, is_reused) for share in shares]
+            shares = [self._with_old_logprobs(share, makes_several_steps) for share in shares]
             shares = self._with_ref_logprobs(shares)
             if self._estimator.is_of_tokens:
                 shares = [self._with_tensors(share, "energies", self._frozen.energies) for share in shares]
-        samples = self._with_advantages([group for share in shares for group in share], is_reused)
+        samples = self._with_advantages([group for share in shares for group in share], makes_several_steps)
         if self._grpo_args.log_completions:
             dropped = map(self._credit.withhold, filled.dropped)
             self.completions_log.record(state.global_step + 1, [own for each in (*samples, *dropped) for own in each])
@@ -235,13 +227,13 @@ class Collector:
     def _is_kept(self, group: ScoredGroup) -> bool:
         return not self._grpo_args.mask_zero_std_groups or self._credit.has_signal(group)
 
-    def _with_old_logprobs(self, share: Sequence[ScoredGroup], is_reused: bool) -> Sequence[ScoredGroup]:
+    def _with_old_logprobs(self, share: Sequence[ScoredGroup], makes_several_steps: bool) -> Sequence[ScoredGroup]:
         """The share with the log-probabilities of the policies that sampled it.
 
         They are left out where the present policy sampled the share and no use of it needs them.
         """
         has_waited = any(group.old_logprobs is not None for group in share)
-        if not (is_reused or has_waited or self._grpo_args.kl_in_reward):
+        if not (makes_several_steps or has_waited or self._grpo_args.kl_in_reward):
             return share
         return self._with_tensors(share, "old_logprobs", self._frozen.logprobs)
 
@@ -258,19 +250,19 @@ class Collector:
         self,
         share: Sequence[ScoredGroup],
         name: str,
-        frozen: Callable[[nn.Module, Sequence[Row]], Sequence[torch.Tensor]],
+        compute: Callable[[nn.Module, Sequence[Row]], Sequence[torch.Tensor]],
     ) -> list[ScoredGroup]:
-        """With `name` of each group that is kept and has none yet, as a pass over the policy gives it."""
+        """With `name` of each group that is kept and has none yet, as `compute` gives it under the policy."""
         lacks = [self._is_kept(group) and getattr(group, name) is None for group in share]
         rows = rows_of([group.group for group, is_lacking in zip(share, lacks, strict=True) if is_lacking])
-        flat = iter(frozen(self._policy, rows))
+        flat = iter(compute(self._policy, rows))
         result = []
         for group, is_lacking in zip(share, lacks, strict=True):
             values: Any = {name: tuple(next(flat) for _ in group.group.completions)} if is_lacking else {}
             result.append(dataclasses.replace(group, **values))
         return result
 
-    def _with_advantages(self, groups: Sequence[ScoredGroup], is_reused: bool) -> list[tuple[Sample, ...]]:
+    def _with_advantages(self, groups: Sequence[ScoredGroup], makes_several_steps: bool) -> list[tuple[Sample, ...]]:
         """The samples of each group. Statistics are taken over the whole batch, on all ranks."""
         if not self._grpo_args.kl_in_reward:
             return self._credit.assign(groups)
@@ -279,7 +271,8 @@ class Collector:
             for name in ("old_logprobs", "ref_logprobs")
         )
         penalties = self._objective.reward_penalties(old, ref)
-        if not is_reused:  # a rollout with one use is on-policy: its ratio is 1
+        if not makes_several_steps:  # it is on-policy: its ratio is 1
+            assert not self._grpo_args.dynamic_sampling, "`combinations` refuses it: groups that waited are off-policy"
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
         return self._credit.assign(groups, penalties)
 

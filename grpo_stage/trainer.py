@@ -11,7 +11,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +23,7 @@ from .collector import Collector
 from .distributed import all_gather
 from .evaluator import Evaluator
 from .learner import Learner
-from .monitors.monitor import MonitorRequest
+from .monitors.monitor import Monitor, MonitorRequest
 from .monitors.table import make_monitors
 from .records.metrics import MetricTracker
 from .rewards.suite import RewardSuite
@@ -86,19 +85,8 @@ class GRPOTrainer(ResumableTrainer):
         self.tracker = MetricTracker()
         phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
-        self.monitors = make_monitors(
-            MonitorRequest(
-                policy=model,
-                grpo_args=grpo_args,
-                prompts=prompts,
-                prompts_per_rollout=prompts_per_step * grpo_args.steps_per_generation,
-                reward_names=rewards.names,
-                rank=self.args.process_index,
-                score=lambda groups: self.learner.frozen.logprobs(model, rows_of(groups), temperature=1.0),
-                max_sampling_logprob_diff=max_sampling_logprob_diff,
-                tests_slope=tests_slope,
-            )
-        )
+        canary = max_sampling_logprob_diff, tests_slope
+        self.monitors = self._make_monitors(prompts, prompts_per_step, rewards.names, *canary)
         self.learner = Learner(
             args=self.args,
             grpo_args=grpo_args,
@@ -126,25 +114,39 @@ class GRPOTrainer(ResumableTrainer):
         self.evaluator = Evaluator(model, self.args, grpo_args, sampling, sampler)
         self.run_state = RunState(self._stateful_parts())
         if grpo_args.sync_ref_model:
-            alpha, every = grpo_args.ref_model_mixup_alpha, grpo_args.ref_model_sync_steps
-            moving = cast(MovingReference, reference)
-            self.add_callback(ReferenceSync(moving, alpha, every, self.learner.strategy.unwrap))
+            self.add_callback(ReferenceSync(cast(MovingReference, reference), grpo_args, self.learner.strategy.unwrap))
         self._optimizer_factory = optimizer_factory
         self._prepare_scheduler = prepare_scheduler
+
+    def _make_monitors(
+        self, prompts: Sequence[Prompt], prompts_per_step: int, reward_names: Sequence[str], bound: float, slope: bool
+    ) -> dict[str, Monitor]:
+        request = MonitorRequest(
+            policy=self.model,
+            grpo_args=self.grpo_args,
+            prompts=prompts,
+            prompts_per_rollout=prompts_per_step * self.grpo_args.steps_per_generation,
+            reward_names=reward_names,
+            rank=self.args.process_index,
+            score=lambda groups: self.learner.frozen.logprobs(self.model, rows_of(groups), temperature=1.0),
+            max_sampling_logprob_diff=bound,
+            tests_slope=slope,
+        )
+        return make_monitors(request)
 
     def _stateful_parts(self) -> dict[str, Part]:
         """Everything that a resume restores, under its name in checkpoints."""
         collector, learner = self.collector, self.learner
         parts = {
-            "prompts": Part(collector.stream, Scope.RUN, is_undone=True),
+            "stream": Part(collector.stream, Scope.RUN, is_undone=True),
             "objective": Part(learner.objective, Scope.RUN),
             "evaluations": Part(self.evaluations, Scope.RUN),
-            "steps": Part(collector.queue, Scope.RANK),
-            "dynamic_sampling": Part(collector.filling, Scope.RANK, is_undone=True),
-            "metrics": Part(self.tracker, Scope.RANK, is_undone=True),
-            "collected": Part(collector, Scope.RANK, is_undone=True),
-            "learned": Part(learner, Scope.RANK),
-            "token_budget": Part(learner.budget, Scope.RANK),
+            "queue": Part(collector.queue, Scope.RANK),
+            "filling": Part(collector.filling, Scope.RANK, is_undone=True),
+            "tracker": Part(self.tracker, Scope.RANK, is_undone=True),
+            "collector": Part(collector, Scope.RANK, is_undone=True),
+            "learner": Part(learner, Scope.RANK),
+            "budget": Part(learner.budget, Scope.RANK),
         }
         for name, monitor in self.monitors.items():
             parts[f"monitors/{name}"] = Part(monitor, Scope.RANK, is_undone=True, is_optional=True)
@@ -157,10 +159,10 @@ class GRPOTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         started = time.perf_counter()
         self.stop.check_together()
-        self.make_up_for_evaluation()
+        self.evaluate_if_overdue()
         queue = self.collector.queue
         if not queue:
-            with self.run_state.undone_unless_finished():
+            with self.run_state.undone_on_error():
                 self.collector.collect(self.state)
         loss = self.learner.learn(model, queue.first(), self.state.global_step)
         queue.drop_first()
@@ -239,13 +241,6 @@ class GRPOTrainer(ResumableTrainer):
         self.state.epoch = self.collector.epochs.done(self.state.epoch)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """An evaluation without this metric, since its function never applied, cannot be the best one."""
-        name = self.args.metric_for_best_model
-        if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
-            return False
-        return super()._determine_best_metric(metrics, trial)
-
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.train_dataset)
 
@@ -265,18 +260,8 @@ class GRPOTrainer(ResumableTrainer):
 def _own(args: TrainingArguments) -> TrainingArguments:
     """A copy of the arguments for Trainer, with accumulation 1."""
     args = copy.copy(args)
-    vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles the arguments beside the weights
     args.gradient_accumulation_steps = 1
     # A rank that runs out of memory in its first pass would broadcast its buffers once more than the others do.
     # The buffers are the same on all ranks, so nothing has to be broadcast.
     args.ddp_broadcast_buffers = False
     return args
-
-
-def _without_token(args: TrainingArguments, protocol: int) -> tuple[Any, ...]:
-    """The pickle of the arguments, for `training_args.bin`, without the token that may write to the hub."""
-    reduced = object.__reduce_ex__(args, protocol)
-    assert isinstance(reduced, tuple)
-    constructor, arguments, state = reduced[:3]
-    kept = {name: value for name, value in state.items() if name != "__reduce_ex__"}
-    return constructor, arguments, kept | {"hub_token": None}
