@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from grpo_stage.algorithm.ratios import bounded
+from grpo_stage.algorithm.ratios import bounded, importance_ratios, mean_over_tokens
 
 
-LEVELS = ("token", "sequence", "sequence_token")
 KL_EPS = 1e-8
 """Added to the probability of all other tokens before its logarithm is taken; verl's and Stable-RL's constant."""
 
@@ -32,43 +31,6 @@ class SurrogateOutput:
     """bool: `delta` cut the gradient (negative advantage, ratio over delta); None without a delta."""
     gates: torch.Tensor | None = None
     """What a soft weight leaves of a token's gradient, 1 at ratio 1; None where the loss has none."""
-
-
-def importance_ratios(
-    policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor | None = None, level: str = "token"
-) -> torch.Tensor:
-    r"""How much more probable the policy makes what was sampled, of each token or of the whole completion.
-
-    .. math:: token:\ \rho_t = \pi_\theta(o_t) / \pi_{old}(o_t),\quad
-              sequence:\ s = \exp(\frac{1}{|o|} \sum_t \log \rho_t),\quad
-              sequence\_token:\ s_t = sg[s] \cdot \pi_\theta(o_t) / sg[\pi_\theta(o_t)]
-
-    The sequence ratio is that of GSPO (arXiv:2507.18071), the geometric mean of its tokens'; GSPO-token has its value
-    with each token's own gradient, so that tokens of a completion may be weighed differently. TRL and ms-swift give
-    [B, 1] for a sequence, which broadcasts to the same.
-
-    Args:
-        policy_logprobs: [B, T], with gradient.
-        old_logprobs: [B, T], without.
-        mask: [B, T], 1 on the tokens of a completion; needed where the level is not `token`.
-        level: one of `LEVELS`.
-
-    Returns:
-        [B, T].
-
-    Raises:
-        ValueError: if `level` is unknown, or the mask is missing where it is needed.
-    """
-    if level not in LEVELS:
-        raise ValueError(f"importance_sampling_level is {level!r}; it is one of {', '.join(LEVELS)}.")
-    if level == "token":
-        return torch.exp(bounded(policy_logprobs - old_logprobs))
-    if mask is None:
-        raise ValueError(f"importance_sampling_level {level!r} is a mean over tokens, which needs their mask.")
-    ratios = torch.exp(bounded(_mean_over_tokens(policy_logprobs - old_logprobs, mask))).expand_as(policy_logprobs)
-    if level == "sequence":
-        return ratios
-    return ratios.detach() * torch.exp(policy_logprobs - policy_logprobs.detach())
 
 
 def clipped_surrogate(
@@ -205,7 +167,7 @@ def gmpo_surrogate(
     log_ratios = policy_logprobs - old_logprobs  # [B, T]
     advantages = advantages.unsqueeze(1)  # [B, 1]
     kept = torch.where(advantages > 0, log_ratios.clamp(max=epsilon_high), log_ratios.clamp(min=-epsilon))
-    ratios = torch.exp(bounded(_mean_over_tokens(kept, mask))).expand_as(log_ratios)
+    ratios = torch.exp(bounded(mean_over_tokens(kept, mask))).expand_as(log_ratios)
     return SurrogateOutput(
         token_losses=-ratios * advantages,
         ratios=ratios,
@@ -410,11 +372,6 @@ def dro_surrogate(
 def _by_token(advantages: torch.Tensor) -> torch.Tensor:
     """[B, 1] of completions, or [B, T] of tokens."""
     return advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
-
-
-def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[B, 1] of [B, T]; 0 where a completion has no token (a dummy)."""
-    return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

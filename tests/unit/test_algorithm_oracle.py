@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages, averages, kl, losses
+from grpo_stage.algorithm import advantages, averages, kl, losses, reward_table
 
 
 NAN = math.nan
@@ -193,24 +193,24 @@ def check_advantages(module: ModuleType) -> None:
         actual = module.group_advantages(torch.tensor(rewards, dtype=torch.float64), scale)
         expected = torch.tensor(oracle_advantages(rewards, scale), dtype=torch.float64)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-        variance = module.has_reward_variance(torch.tensor(rewards, dtype=torch.float64)).tolist()
+        variance = reward_table.has_reward_variance(torch.tensor(rewards, dtype=torch.float64)).tolist()
         assert variance == [len({r for r in group if not math.isnan(r)}) > 1 for group in rewards]
     # Means that round: a rest of 1e-17 divided by a deviation of 0 plus 1e-4 would pass for an advantage.
     for value, size, scale in itertools.product((0.1, 1 / 3, 0.7, 1e6 + 0.1), (3, 6, 7), SCALES):
         equal = torch.full((1, size), value)
         assert (module.group_advantages(equal, scale) == 0).all()
-        assert not module.has_reward_variance(equal).any()
+        assert not reward_table.has_reward_variance(equal).any()
     # Sums that round: .3 beside .1 + .2, in the first place and the last, beside what does not apply.
     for row, scale in itertools.product(
         ([0.3, 0.1 + 0.2, 0.3], [0.1 + 0.2, NAN, 0.3], [0.3e6, 0.3e6, 0.1e6 + 0.2e6]), SCALES
     ):
         rounded = torch.tensor([row], dtype=torch.float64)
         assert (module.group_advantages(rounded, scale) == 0).all()
-        assert not module.has_reward_variance(rounded).any()
+        assert not reward_table.has_reward_variance(rounded).any()
     # Small differences are differences, at any scale.
     for unit in (1e-300, 1e-12, 1e-6, 1.0, 1e9):
         differ = torch.tensor([[unit, unit * (1 + 1e-7)], [0.0, unit * 1e-7]], dtype=torch.float64)
-        assert module.has_reward_variance(differ).all()
+        assert reward_table.has_reward_variance(differ).all()
         assert (module.group_advantages(differ, "none") != 0).all()
 
 
@@ -295,7 +295,7 @@ def test_not_applicable_is_excluded_and_not_zero() -> None:
     actual = advantages.group_advantages(rewards, "group")
     assert actual[0].tolist() == pytest.approx([value, 0.0, -value, 0.0], rel=1e-14)
     assert actual[1:].tolist() == [[0.0] * 4, [0.0] * 4]
-    assert advantages.has_reward_variance(rewards).tolist() == [True, False, False]
+    assert reward_table.has_reward_variance(rewards).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from grpo_stage.algorithm import averages, losses
-from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable, gradient_energies
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, gradient_energies
 from grpo_stage.algorithm.catalog import ESTIMATORS
-from grpo_stage.algorithm.losses import LEVELS, LOSSES
+from grpo_stage.algorithm.losses import LOSSES
+from grpo_stage.algorithm.ratios import LEVELS
+from grpo_stage.algorithm.reward_table import RewardTable
 
 
 P, G, T, V = 4, 8, 3, 4
