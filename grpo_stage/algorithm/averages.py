@@ -92,8 +92,8 @@ def token_weights(mask: torch.Tensor, totals: StepTotals, loss_type: str, aggreg
     average = LOSSES[loss_type].average if aggregation == "auto" else aggregation
     if average not in AVERAGES:
         raise ValueError(f"loss_aggregation is {aggregation!r}; it is one of auto, {', '.join(AVERAGES)}.")
-    if totals.num_tokens == 0:  # every completion was left out: nothing to weigh
-        return torch.zeros_like(mask)
+    if totals.num_tokens == 0:
+        return mask  # zeros: every completion was left out
     mask = mask.to(torch.get_default_dtype()) if not mask.is_floating_point() else mask
     lengths = mask.sum(dim=1).clamp(min=1)  # [B]
     return mask * AVERAGES[average](lengths, totals).unsqueeze(1)

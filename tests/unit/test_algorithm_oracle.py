@@ -373,6 +373,11 @@ def test_token_weights_by_hand(loss_type: str, expected: list[list[float]]) -> N
     assert averages.token_weights(mask, totals, loss_type).tolist() == [pytest.approx(row) for row in expected]
 
 
+def test_no_completion_is_left_out_unless_that_is_said() -> None:
+    totals = averages.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5)
+    assert averages.token_weights(torch.ones(2, 2), totals, "dr_grpo").tolist() == [[pytest.approx(1 / 10)] * 2] * 2
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_step_of_nothing_but_masked_completions_weighs_nothing(loss_type: str) -> None:
     totals = averages.StepTotals(num_completions=0, num_tokens=0, max_completion_length=5)

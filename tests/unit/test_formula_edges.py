@@ -81,6 +81,12 @@ def test_a_token_of_a_sequence_has_its_own_gradient() -> None:
         assert gradient[0].tolist() == expected
 
 
+@pytest.mark.parametrize("level", ["sequence", "sequence_token"])
+def test_the_ratio_of_a_completion_without_tokens_is_1(level: str) -> None:
+    zero = torch.zeros(1, 1)
+    assert importance_ratios(zero, zero, zero, level).tolist() == [[1.0]]
+
+
 def test_a_ratio_at_a_bound_is_not_clipped() -> None:
     for advantage, ratio in ((1.0, 1.5), (-1.0, 0.5), (-1.0, 2.0)):
         ratios = f64([[ratio]])
