@@ -104,6 +104,7 @@ class Learner:
 
         Raises:
             FloatingPointError: if more than `max_skipped_steps` in a row had to be skipped (fp16: `FP16_SCALES` more).
+            Exception: what a monitor ends the run with.
         """
         with self._phases.timed("update"):
             model.train()

@@ -85,8 +85,7 @@ class GRPOTrainer(ResumableTrainer):
         self.tracker = MetricTracker()
         phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
-        canary = max_sampling_logprob_diff, tests_slope
-        self.monitors = self._make_monitors(prompts, prompts_per_step, rewards.names, *canary)
+        self.monitors = self._make_monitors(prompts_per_step, rewards.names, max_sampling_logprob_diff, tests_slope)
         self.learner = Learner(
             args=self.args,
             grpo_args=grpo_args,
@@ -119,18 +118,18 @@ class GRPOTrainer(ResumableTrainer):
         self._prepare_scheduler = prepare_scheduler
 
     def _make_monitors(
-        self, prompts: Sequence[Prompt], prompts_per_step: int, reward_names: Sequence[str], bound: float, slope: bool
+        self, prompts_per_step: int, reward_names: Sequence[str], max_sampling_logprob_diff: float, tests_slope: bool
     ) -> dict[str, Monitor]:
         request = MonitorRequest(
             policy=self.model,
             grpo_args=self.grpo_args,
-            prompts=prompts,
+            prompts=self.train_dataset,
             prompts_per_rollout=prompts_per_step * self.grpo_args.steps_per_generation,
             reward_names=reward_names,
             rank=self.args.process_index,
             score=lambda groups: self.learner.frozen.logprobs(self.model, rows_of(groups), temperature=1.0),
-            max_sampling_logprob_diff=bound,
-            tests_slope=slope,
+            max_sampling_logprob_diff=max_sampling_logprob_diff,
+            tests_slope=tests_slope,
         )
         return make_monitors(request)
 
