@@ -848,7 +848,7 @@ def test_a_hang_in_native_code_ends_the_process_from_outside(tmp_path):
 import ctypes, sys
 from pathlib import Path
 from grpo_stage.survival import watchdog
-from trainer_on_fakes import FakeEngine, make_trainer
+from tests.unit.trainer_on_fakes import FakeEngine, make_trainer
 
 class Engine(FakeEngine):
     def generate(self, prompts, sampling, step):
@@ -863,7 +863,7 @@ make_trainer(Path({str(tmp_path)!r}), engine=Engine(), rollout_timeout=0.5).trai
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     assert "The rollout took longer than 0.5 s (`rollout_timeout`)" in result.stderr
