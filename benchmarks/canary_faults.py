@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from grpo_stage.monitors.canary import SlopeTest, StaleRolloutError
+from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.monitors.slope_test import SlopeTest
 from grpo_stage.rollout.engines.hf import HFEngine
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from .algorithm.catalog import ESTIMATORS, LOSS_TYPES, canonical
+from .algorithm.catalog import ENGINE_KEYS, ESTIMATORS, LOSS_TYPES, canonical
 from .algorithm.combinations import check_effect, refuse_contradictions
 from .algorithm.conditions import broken_bound
 from .rewards.options import REWARD_COLUMNS_EXAMPLE, as_weight, check_filter, check_rewards
@@ -19,8 +19,10 @@ from .rewards.options import REWARD_COLUMNS_EXAMPLE, as_weight, check_filter, ch
 if TYPE_CHECKING:
     LossType = str
     AdvantageEstimator = str
+    RolloutBackend = str
 else:
     LossType, AdvantageEstimator = Literal[tuple(LOSS_TYPES)], Literal[tuple(ESTIMATORS)]
+    RolloutBackend = Literal[tuple(ENGINE_KEYS)]
 
 ROLLOUT, REWARDS, OBJECTIVE, EVALUATION = "Rollout", "Rewards", "Objective", "Evaluation"
 MEMORY, LIMITS, MONITORING = "Memory", "Limits", "Monitoring"
@@ -48,7 +50,7 @@ class GRPOArguments:
     r"""Arguments of `stage: grpo`."""
 
     # Rollout
-    rollout_backend: Literal["vllm", "hf"] = _key(
+    rollout_backend: RolloutBackend = _key(
         "vllm",
         ROLLOUT,
         "The engine that samples completions: `vllm` runs vLLM in this process on the training device, `hf` uses "

@@ -7,25 +7,23 @@ P prompts    G completions a prompt
 """
 
 import dataclasses
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
 from .algorithm.catalog import ESTIMATORS
 from .arguments import GRPOArguments
 from .distributed import all_gather
-from .monitors.canary import SlopeTest
+from .monitors.monitor import Monitor
 from .records.completions import CompletionsLog
 from .records.metrics import record_rollout
 from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
-from .rollout.epochs import Epochs, EpochsOfPrompts, EpochsOfSteps, PromptStream, steps_of_epoch
-from .rollout.filling import DynamicSampling, Filling, PlainSampling
+from .rollout.epochs import PromptStream, choose_epochs, steps_of_epoch
+from .rollout.filling import choose_filling
 from .rollout.queue import RolloutQueue
 from .rollout.sampler import Sampler
 from .types import Prompt, RolloutGroup, Sample, SamplingSettings, ScoredGroup, Step, TrainingProgress
@@ -34,12 +32,6 @@ from .update.credit import Credit
 from .update.logprobs import FrozenPass
 from .update.objective import Objective
 from .update.reference import ReferencePolicy
-
-
-logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
-
-UNREWARDED_ROLLOUTS, UNREWARDED_PROMPTS = 10, 100
-"""A run ends when no reward function applied in this many rollouts in a row, with at least this many prompts."""
 
 
 class Collector:
@@ -57,7 +49,7 @@ class Collector:
         frozen: log-probabilities without gradient.
         objective: computes what `kl_in_reward` takes off a reward.
         reference: the policy that the KL is relative to; None without a KL term.
-        tests_slope: whether the canary tests the slope.
+        monitors: see each rollout.
     """
 
     def __init__(
@@ -74,16 +66,13 @@ class Collector:
         frozen: FrozenPass,
         objective: Objective,
         reference: ReferencePolicy | None,
-        tests_slope: bool,
+        monitors: Iterable[Monitor],
     ) -> None:
         self.prompts_per_step = prompts_per_step
         self.steps_per_epoch = steps_of_epoch(len(prompts), prompts_per_step, grpo_args.num_iterations)
         """An upper bound with dynamic sampling."""
         self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
         self.queue = RolloutQueue(prompts)
-        self.filling: Filling = PlainSampling()
-        self.epochs: Epochs = EpochsOfSteps(self.steps_per_epoch)
-        self.slope_test: SlopeTest | None = None
         self.completions_log = CompletionsLog(
             args.output_dir, sampler.rewards.names, grpo_args.num_completions_to_print, args.process_index == 0
         )
@@ -91,7 +80,6 @@ class Collector:
         """Prompt and completion tokens that were sampled so far, over all ranks."""
         self.num_rewarded = 0
         """Groups with a reward so far, over all ranks."""
-        self._num_unrewarded = 0  # groups without a reward in a row, over all ranks
         self._policy = policy
         self._grpo_args = grpo_args
         self._sampling = sampling
@@ -103,6 +91,7 @@ class Collector:
         self._frozen = frozen
         self._objective = objective
         self._reference = reference
+        self._monitors = tuple(monitors)
         self._estimator = ESTIMATORS[grpo_args.advantage_estimator]
         self._credit = Credit(
             grpo_args.advantage_estimator,
@@ -110,21 +99,8 @@ class Collector:
             sampler.rewards.weights,
             grpo_args.mask_truncated_completions,
         )
-        if grpo_args.dynamic_sampling:
-            metric = grpo_args.filter_metric
-            function = None if metric is None else sampler.rewards.names.index(metric)
-            fits = partial(self._credit.has_signal, function=function, min_range=grpo_args.filter_min_range)
-            self.filling = DynamicSampling(
-                prompts, grpo_args.max_resample_times, fits, args.process_index, args.world_size
-            )
-            self.epochs = EpochsOfPrompts(self.stream, self._is_everything_used, args)
-        if tests_slope:
-            self.slope_test = SlopeTest(
-                backend=grpo_args.rollout_backend,
-                score=lambda groups: frozen.logprobs(policy, rows_of(groups), temperature=1.0),
-                adapter_off=policy.disable_adapter if isinstance(policy, PeftModel) else None,
-                prompts=prompts,
-            )
+        self.filling = choose_filling(grpo_args, args, prompts, sampler.rewards.names, self._credit.has_signal)
+        self.epochs = choose_epochs(grpo_args, args, self.stream, self.steps_per_epoch, self._is_everything_used)
 
     def collect(self, state: TrainerState) -> None:
         """Sample, score and prepare one rollout: its optimizer steps join the queue in the order of use."""
@@ -140,13 +116,13 @@ class Collector:
         self.filling.report(filled, count, state.global_step + 1, self.epochs.may_roll_out, self._tracker)
 
         shares = self._shares_of_steps(filled.groups)
-        is_reused = len(shares) * self._grpo_args.num_iterations > 1
+        makes_several_steps = len(shares) * self._grpo_args.num_iterations > 1  # all but the first are off-policy
         with self._phases.timed("logprobs"):
-            shares = [self._with_old_logprobs(share, is_reused) for share in shares]
+            shares = [self._with_old_logprobs(share, makes_several_steps) for share in shares]
             shares = self._with_ref_logprobs(shares)
             if self._estimator.is_of_tokens:
                 shares = [self._with_tensors(share, "energies", self._frozen.energies) for share in shares]
-        samples = self._with_advantages([group for share in shares for group in share], is_reused)
+        samples = self._with_advantages([group for share in shares for group in share], makes_several_steps)
         if self._grpo_args.log_completions:
             dropped = map(self._credit.withhold, filled.dropped)
             self.completions_log.record(state.global_step + 1, [own for each in (*samples, *dropped) for own in each])
@@ -160,17 +136,21 @@ class Collector:
         for step in _with_fresh_first(steps, state.global_step) * self._grpo_args.num_iterations:
             self.queue.append(Step(samples=step, logprob_temperature=temperature))
 
+    def check_rewarded(self, num_steps: int) -> None:
+        """Raise UnrewardedError if no completion of the run's `num_steps` has a reward."""
+        if self.num_rewarded == 0:
+            raise UnrewardedError(
+                f"No reward function applied to any completion of the {num_steps} steps "
+                f"({', '.join(self.rewards.names)} always returned None), so that nothing was learned. "
+                f"{NO_REWARD_REMEDY}"
+            )
+
     def state_dict(self) -> dict[str, int]:
         """The counters, ready for JSON."""
-        return {
-            "num_tokens": self.num_tokens,
-            "num_rewarded": self.num_rewarded,
-            "num_unrewarded": self._num_unrewarded,
-        }
+        return {"num_tokens": self.num_tokens, "num_rewarded": self.num_rewarded}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.num_tokens = state["num_tokens"]
-        self.num_rewarded, self._num_unrewarded = state["num_rewarded"], state["num_unrewarded"]
+        self.num_tokens, self.num_rewarded = state["num_tokens"], state["num_rewarded"]
 
     def _is_everything_used(self) -> bool:
         """Whether all that was sampled is trained on."""
@@ -195,7 +175,8 @@ class Collector:
             if self._estimator.needs_greedy:
                 scored = self._beside_greedy(scored, self._sampler.score(greedy, progress))
         self._record(scored, clock.seconds)
-        self._count_rewarded(scored, version + 1, limit=max(UNREWARDED_PROMPTS, UNREWARDED_ROLLOUTS * count))
+        for monitor in self._monitors:
+            monitor.after_scoring(scored, version)
         return scored
 
     def _greedy(self, prompts: Sequence[Prompt], version: int) -> list[RolloutGroup]:
@@ -214,42 +195,27 @@ class Collector:
         ]
 
     def _let_engine_sleep(self, groups: Sequence[RolloutGroup], version: int) -> None:
-        """Free the engine's memory for rewards and log-probabilities, and test whether it has followed the policy."""
-        engine, answers = self._sampler.engine, []
-        if self.slope_test is not None:
-            with self._phases.limited("canary", self._grpo_args.rollout_timeout, "rollout_timeout"):
-                answers = self.slope_test.ask(engine, groups, version)
-        engine.sleep()
-        if self.slope_test is not None:
-            for name, value in self.slope_test.check(answers, groups, version).items():
-                self._tracker.add(name, value)
+        """Free the engine's memory for rewards and log-probabilities, with what monitors do before and after it."""
+        with self._phases.limited("canary", self._grpo_args.rollout_timeout, "rollout_timeout"):
+            for monitor in self._monitors:
+                monitor.before_sleep(self._sampler.engine, groups, version)
+        self._sampler.engine.sleep()
+        for monitor in self._monitors:
+            monitor.after_sleep(groups, version, self._tracker)
 
     def _record(self, scored: Sequence[ScoredGroup], seconds: float) -> None:
         record_rollout(self._tracker, scored, self.rewards.names, self.rewards.weights)
         for name, number in self.rewards.take_counters().items():
             self._tracker.count(f"rewards/{name}", number)
-        tokens = sum(len(completion.token_ids) for s in scored for completion in s.group.completions)
-        self._tracker.add("rollout_tokens_per_second", sum(all_gather(tokens)), seconds)
-        prompt_tokens = sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored)
-        self.num_tokens += sum(all_gather(tokens + prompt_tokens))
-
-    def _count_rewarded(self, scored: Sequence[ScoredGroup], step: int, limit: int) -> None:
-        """Warn of a rollout without a reward, and end the run when `limit` groups in a row have none."""
-        ranks = all_gather((sum(each.has_reward for each in scored), len(scored)))
-        num_rewarded, num_groups = (sum(column) for column in zip(*ranks, strict=True))
-        self.num_rewarded += num_rewarded
-        self._num_unrewarded = 0 if num_rewarded > 0 else self._num_unrewarded + num_groups
-        problem = (
-            f"No reward function applied to any completion ({', '.join(self.rewards.names)} all returned None) of "
-            f"the {num_groups} prompts that were sampled for step {step}"
+        own = (
+            sum(len(completion.token_ids) for s in scored for completion in s.group.completions),
+            sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored),
+            sum(s.has_reward for s in scored),
         )
-        if self._num_unrewarded >= limit:
-            raise UnrewardedError(
-                f"{problem}, nor of the {self._num_unrewarded - num_groups} before them, so that nothing is learned: "
-                f"the run is stopped. {NO_REWARD_REMEDY}"
-            )
-        if num_rewarded == 0 < num_groups and self.stream.rank == 0:
-            logger.warning(f"{problem}: nothing is learned from them.")
+        tokens, prompt_tokens, num_rewarded = (sum(column) for column in zip(*all_gather(own), strict=True))
+        self._tracker.add("rollout_tokens_per_second", tokens, seconds)
+        self.num_tokens += tokens + prompt_tokens
+        self.num_rewarded += num_rewarded
 
     def _shares_of_steps(self, groups: Sequence[ScoredGroup]) -> list[Sequence[ScoredGroup]]:
         """This rank's groups of each step. All ranks have the same number of steps; some may lack the last prompts."""
@@ -261,13 +227,13 @@ class Collector:
     def _is_kept(self, group: ScoredGroup) -> bool:
         return not self._grpo_args.mask_zero_std_groups or self._credit.has_signal(group)
 
-    def _with_old_logprobs(self, share: Sequence[ScoredGroup], is_reused: bool) -> Sequence[ScoredGroup]:
+    def _with_old_logprobs(self, share: Sequence[ScoredGroup], makes_several_steps: bool) -> Sequence[ScoredGroup]:
         """The share with the log-probabilities of the policies that sampled it.
 
         They are left out where the present policy sampled the share and no use of it needs them.
         """
         has_waited = any(group.old_logprobs is not None for group in share)
-        if not (is_reused or has_waited or self._grpo_args.kl_in_reward):
+        if not (makes_several_steps or has_waited or self._grpo_args.kl_in_reward):
             return share
         return self._with_tensors(share, "old_logprobs", self._frozen.logprobs)
 
@@ -284,19 +250,19 @@ class Collector:
         self,
         share: Sequence[ScoredGroup],
         name: str,
-        frozen: Callable[[nn.Module, Sequence[Row]], Sequence[torch.Tensor]],
+        compute: Callable[[nn.Module, Sequence[Row]], Sequence[torch.Tensor]],
     ) -> list[ScoredGroup]:
-        """With `name` of each group that is kept and has none yet, as a pass over the policy gives it."""
+        """With `name` of each group that is kept and has none yet, as `compute` gives it under the policy."""
         lacks = [self._is_kept(group) and getattr(group, name) is None for group in share]
         rows = rows_of([group.group for group, is_lacking in zip(share, lacks, strict=True) if is_lacking])
-        flat = iter(frozen(self._policy, rows))
+        flat = iter(compute(self._policy, rows))
         result = []
         for group, is_lacking in zip(share, lacks, strict=True):
             values: Any = {name: tuple(next(flat) for _ in group.group.completions)} if is_lacking else {}
             result.append(dataclasses.replace(group, **values))
         return result
 
-    def _with_advantages(self, groups: Sequence[ScoredGroup], is_reused: bool) -> list[tuple[Sample, ...]]:
+    def _with_advantages(self, groups: Sequence[ScoredGroup], makes_several_steps: bool) -> list[tuple[Sample, ...]]:
         """The samples of each group. Statistics are taken over the whole batch, on all ranks."""
         if not self._grpo_args.kl_in_reward:
             return self._credit.assign(groups)
@@ -305,7 +271,8 @@ class Collector:
             for name in ("old_logprobs", "ref_logprobs")
         )
         penalties = self._objective.reward_penalties(old, ref)
-        if not is_reused:  # a rollout with one use is on-policy: its ratio is 1
+        if not makes_several_steps:  # it is on-policy: its ratio is 1
+            assert not self._grpo_args.dynamic_sampling, "`combinations` refuses it: groups that waited are off-policy"
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
         return self._credit.assign(groups, penalties)
 

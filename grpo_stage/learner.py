@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 
 from .arguments import GRPOArguments
 from .distributed import all_gather
-from .monitors.canary import LogprobDifference
+from .monitors.monitor import Monitor
 from .rollout.serialization import step_state
 from .survival.phase import Phases
 from .types import Prompt, SamplingSettings, Step
@@ -26,7 +26,7 @@ from .update.gradient import PolicyGradient
 from .update.logprobs import Forward, FrozenPass
 from .update.objective import Objective
 from .update.routing import RouterLoss
-from .update.strategy import ReplicatedParameters
+from .update.strategy import choose_strategy
 from .update.token_budget import PolicyBudget
 
 
@@ -47,7 +47,7 @@ class Learner:
         args: Trainer's.
         grpo_args: the recipe.
         sampling: how completions are drawn.
-        canary: see `PolicyGradient`.
+        monitors: see the metrics of each step.
         router_loss: see `PolicyGradient`.
         pad_token_id: fills micro-batches.
         accelerator: computes the backward pass.
@@ -62,7 +62,7 @@ class Learner:
         args: TrainingArguments,
         grpo_args: GRPOArguments,
         sampling: SamplingSettings,
-        canary: LogprobDifference,
+        monitors: Iterable[Monitor],
         router_loss: RouterLoss | None,
         pad_token_id: int,
         accelerator: Accelerator,
@@ -77,7 +77,7 @@ class Learner:
             self._plain if grpo_args.disable_prompt_sharing else SharedPromptLayout(pad_token_id, accelerator.device)
         )
         self.forward = Forward(layout, is_chunked=not grpo_args.disable_logit_chunking)
-        self.strategy = ReplicatedParameters(accelerator)
+        self.strategy = choose_strategy(accelerator)
         self.objective = Objective(grpo_args)
         self.budget = PolicyBudget(grpo_args.max_tokens_per_micro_batch, args.process_index)
         self.frozen = FrozenPass(self.forward, self.budget, autocast, sampling.temperature)
@@ -85,7 +85,6 @@ class Learner:
             grpo_args=grpo_args,
             objective=self.objective,
             sampling=sampling,
-            canary=canary,
             forward=self.forward,
             budget=self.budget,
             frozen=self.frozen,
@@ -98,13 +97,15 @@ class Learner:
         self.num_learned = 0
         """Steps that had a completion with an advantage, and were not skipped."""
         self.num_skipped = 0
-        """Steps in a row that were skipped."""
+        """Steps that were skipped."""
+        self._num_skipped_in_row = 0
         self._autocast = autocast
         self._checkpoints_if_needed = checkpoints_if_needed
         self._args = args
         self._grpo_args = grpo_args
         self._sampling = sampling
         self._scales_loss = accelerator.scaler is not None
+        self._monitors = tuple(monitors)
         self._phases = phases
         self._tracker = phases.tracker
 
@@ -127,46 +128,85 @@ class Learner:
             global_step: optimizer steps that are done.
 
         Raises:
-            FloatingPointError: if more than `max_skipped_steps` in a row had to be skipped.
+            FloatingPointError: if more than `max_skipped_steps` in a row had to be skipped (fp16: `FP16_SCALES` more).
+            Exception: what a monitor ends the run with.
         """
         with self._phases.timed("update") as clock:
             model.train()
             loss, metrics, marked = self.gradient.accumulate(model, step, global_step)
+            for monitor in self._monitors:
+                monitor.after_step(metrics)
             is_finite = all(all_gather(bool(torch.isfinite(loss)) and self.strategy.has_finite_gradient(model)))
             is_used = any(sample.is_used for sample in marked.samples)
+            # With gradients of 0, momentum and weight decay would move the weights. In fp16 they do: its scaler fails
+            # where no parameter has a gradient.
             if not self._scales_loss and not any(all_gather(is_used)):
-                model.zero_grad()  # with gradients of 0, momentum and weight decay would move the weights
+                model.zero_grad()
         tokens = sum(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in step.samples)
         self._tracker.add("update_tokens_per_second", tokens * self._args.world_size, clock.seconds)
         loss = loss * self._args.world_size  # Trainer logs the mean over ranks
         self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
         if is_finite:
-            self.num_skipped = 0
+            self._num_skipped_in_row = 0
             self.num_learned += any(sample.teaches for sample in marked.samples)
             self.objective.adapt(metrics)
             self._tracker.merge(metrics.state_dict())
             # A resume makes Trainer's own mean forget the steps since the last log line.
             self._tracker.add("loss", loss)
         else:
-            self._skip(model, step, loss, global_step + 1)
+            self._skip(model, step, loss, global_step)
         return loss
+
+    def refuse_unlearned(self, num_steps: int) -> None:
+        """End a run with rewards, of whose `num_steps` none has taught anything, with an error that says why.
+
+        Raises:
+            RuntimeError: if no step had a signal.
+            FloatingPointError: if steps were skipped.
+        """
+        no_signal = (
+            "was a completion that the loss uses better or worse than the others, so that nothing was learned: the "
+            "task is too hard or too easy for the policy, the reward functions do not tell its completions apart, or "
+            "`mask_truncated_completions` leaves out those that differ. Raise `num_generations`, `temperature` or "
+            "`max_new_tokens`, or choose other prompts or `reward_funcs`; `completions.jsonl` shows what was sampled "
+            "with `log_completions: true`."
+        )
+        if self.num_skipped == 0:
+            raise RuntimeError(f"In none of the {num_steps} steps {no_signal}")
+        if self.num_skipped == num_steps:
+            raise FloatingPointError(
+                f"None of the {num_steps} steps had a finite loss and gradient, so that all were skipped and "
+                f"nothing was learned. {NON_FINITE_REMEDY}"
+            )
+        raise FloatingPointError(
+            f"{self.num_skipped} of the {num_steps} steps were skipped, since their loss or gradient was not finite. "
+            f"{NON_FINITE_REMEDY} In none of the others {no_signal}"
+        )
 
     def state_dict(self) -> dict[str, int]:
         """The counters, ready for JSON."""
-        return {"num_skipped": self.num_skipped, "num_learned": self.num_learned}
+        return {
+            "num_learned": self.num_learned,
+            "num_skipped": self.num_skipped,
+            "num_skipped_in_row": self._num_skipped_in_row,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.num_skipped, self.num_learned = state["num_skipped"], state["num_learned"]
+        self.num_learned, self.num_skipped = state["num_learned"], state["num_skipped"]
+        self._num_skipped_in_row = state["num_skipped_in_row"]
 
-    def _skip(self, model: nn.Module, step: Step, loss: torch.Tensor, number: int) -> None:
+    def _skip(self, model: nn.Module, step: Step, loss: torch.Tensor, global_step: int) -> None:
         """Leave the weights as they are: optimizers ignore a parameter without a gradient."""
-        limit = self._grpo_args.max_skipped_steps
-        if self._scales_loss:
-            limit += FP16_SCALES  # an infinite gradient has the scaler skip the step and lower its scale
+        number = global_step + 1  # as the log counts
+        limit, allowed = self._grpo_args.max_skipped_steps, f"`max_skipped_steps: {self._grpo_args.max_skipped_steps}`"
+        if self._scales_loss:  # an infinite gradient has the scaler skip the step and lower its scale
+            limit += FP16_SCALES
+            allowed += f", and {FP16_SCALES} more in which fp16 lowers the loss scale"
             next(p.grad for p in model.parameters() if p.grad is not None).fill_(math.inf)
         else:
             model.zero_grad()
         self.num_skipped += 1
+        self._num_skipped_in_row += 1
         file = os.path.join(self._args.output_dir, f"skipped_step_{number}_rank{self._args.process_index}.json")
         where = f"The batch is in {file}."
         try:
@@ -176,9 +216,9 @@ class Learner:
         except OSError as error:  # the file is a convenience: the run goes on without it
             where = f"The batch could not be written to {file}: {error}."
         problem = f"The loss or its gradient in step {number} is not finite"
-        if self.num_skipped > limit:
+        if self._num_skipped_in_row > limit:
             raise FloatingPointError(
-                f"{problem}, and so were those of the {self.num_skipped - 1} steps before (`max_skipped_steps: "
-                f"{self._grpo_args.max_skipped_steps}`): the run is stopped. {where} {NON_FINITE_REMEDY}"
+                f"{problem}, and so were those of the {self._num_skipped_in_row - 1} steps before ({allowed}): the "
+                f"run is stopped. {where} {NON_FINITE_REMEDY}"
             )
         logger.warning(f"{problem}: the step is skipped, and the weights stay as they are. {where}")

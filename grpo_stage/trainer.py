@@ -11,7 +11,6 @@ import copy
 import logging
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,10 +22,10 @@ from .arguments import GRPOArguments
 from .collector import Collector
 from .distributed import all_gather
 from .evaluator import Evaluator
-from .learner import NON_FINITE_REMEDY, Learner
-from .monitors.canary import LogprobDifference
+from .learner import Learner
+from .monitors.monitor import Monitor, MonitorRequest
+from .monitors.table import make_monitors
 from .records.metrics import MetricTracker
-from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
 from .rewards.suite import RewardSuite
 from .rollout.epochs import prompts_of_step, steps_of_run
 from .rollout.sampler import Sampler
@@ -34,6 +33,7 @@ from .survival.phase import Phases
 from .survival.resumable import ResumableTrainer
 from .survival.run_state import Part, RunState, Scope
 from .types import Prompt, RolloutEngine, SamplingSettings
+from .update.batch import rows_of
 from .update.dropout import disable_dropout
 from .update.output_layer import compute_output_layer_in_float32
 from .update.reference import MovingReference, ReferencePolicy, ReferenceSync
@@ -88,11 +88,12 @@ class GRPOTrainer(ResumableTrainer):
         self.tracker = MetricTracker()
         phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
+        self.monitors = self._make_monitors(prompts_per_step, rewards.names, max_sampling_logprob_diff, tests_slope)
         self.learner = Learner(
             args=self.args,
             grpo_args=grpo_args,
             sampling=sampling,
-            canary=LogprobDifference(max_sampling_logprob_diff, grpo_args.rollout_backend),
+            monitors=self.monitors.values(),
             router_loss=RouterLoss(model, router_aux_loss_coef) if router_aux_loss_coef > 0 else None,
             pad_token_id=self.processing_class.pad_token_id or 0,
             accelerator=self.accelerator,
@@ -112,33 +113,47 @@ class GRPOTrainer(ResumableTrainer):
             frozen=self.learner.frozen,
             objective=self.learner.objective,
             reference=reference,
-            tests_slope=tests_slope,
+            monitors=self.monitors.values(),
         )
         self.evaluator = Evaluator(model, self.args, grpo_args, sampling, sampler)
         self.run_state = RunState(self._stateful_parts())
         if grpo_args.sync_ref_model:
-            alpha, every = grpo_args.ref_model_mixup_alpha, grpo_args.ref_model_sync_steps
-            moving = cast(MovingReference, reference)
-            self.add_callback(ReferenceSync(moving, alpha, every, self.accelerator.unwrap_model))
+            self.add_callback(ReferenceSync(cast(MovingReference, reference), grpo_args, self.learner.strategy.unwrap))
         self._optimizer_factory = optimizer_factory
         self._prepare_scheduler = prepare_scheduler
+
+    def _make_monitors(
+        self, prompts_per_step: int, reward_names: Sequence[str], max_sampling_logprob_diff: float, tests_slope: bool
+    ) -> dict[str, Monitor]:
+        request = MonitorRequest(
+            policy=self.model,
+            grpo_args=self.grpo_args,
+            prompts=self.train_dataset,
+            prompts_per_rollout=prompts_per_step * self.grpo_args.steps_per_generation,
+            reward_names=reward_names,
+            rank=self.args.process_index,
+            score=lambda groups: self.learner.frozen.logprobs(self.model, rows_of(groups), temperature=1.0),
+            max_sampling_logprob_diff=max_sampling_logprob_diff,
+            tests_slope=tests_slope,
+        )
+        return make_monitors(request)
 
     def _stateful_parts(self) -> dict[str, Part]:
         """Everything that a resume restores, under its name in checkpoints."""
         collector, learner = self.collector, self.learner
         parts = {
-            "prompts": Part(collector.stream, Scope.RUN, is_undone=True),
+            "stream": Part(collector.stream, Scope.RUN, is_undone=True),
             "objective": Part(learner.objective, Scope.RUN),
             "evaluations": Part(self.evaluations, Scope.RUN),
-            "steps": Part(collector.queue, Scope.RANK),
-            "dynamic_sampling": Part(collector.filling, Scope.RANK, is_undone=True),
-            "metrics": Part(self.tracker, Scope.RANK, is_undone=True),
-            "collected": Part(collector, Scope.RANK, is_undone=True),
-            "learned": Part(learner, Scope.RANK),
-            "token_budget": Part(learner.budget, Scope.RANK),
+            "queue": Part(collector.queue, Scope.RANK),
+            "filling": Part(collector.filling, Scope.RANK, is_undone=True),
+            "tracker": Part(self.tracker, Scope.RANK, is_undone=True),
+            "collector": Part(collector, Scope.RANK, is_undone=True),
+            "learner": Part(learner, Scope.RANK),
+            "budget": Part(learner.budget, Scope.RANK),
         }
-        if collector.slope_test is not None:
-            parts["slope_test"] = Part(collector.slope_test, Scope.RANK, is_undone=True, is_optional=True)
+        for name, monitor in self.monitors.items():
+            parts[f"monitors/{name}"] = Part(monitor, Scope.RANK, is_undone=True, is_optional=True)
         if self.grpo_args.sync_ref_model:
             parts["reference"] = Part(cast(MovingReference, self.reference), Scope.TENSORS)
         return parts
@@ -148,10 +163,10 @@ class GRPOTrainer(ResumableTrainer):
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         started = time.perf_counter()
         self.stop.check_together()
-        self.make_up_for_evaluation()
+        self.evaluate_if_overdue()
         queue = self.collector.queue
         if not queue:
-            with self.run_state.undone_unless_finished():
+            with self.run_state.undone_on_error():
                 self.collector.collect(self.state)
         loss = self.learner.learn(model, queue.first(), self.state.global_step)
         queue.drop_first()
@@ -208,26 +223,9 @@ class GRPOTrainer(ResumableTrainer):
 
     def check_learned(self, num_steps: int) -> None:
         """No run that learned nothing is a success."""
-        if sum(all_gather(self.learner.num_learned)) > 0:
-            return
-        if self.collector.num_rewarded == 0:
-            raise UnrewardedError(
-                f"No reward function applied to any completion of the {num_steps} steps "
-                f"({', '.join(self.collector.rewards.names)} always returned None), so that nothing was learned. "
-                f"{NO_REWARD_REMEDY}"
-            )
-        if self.learner.num_skipped == 0:
-            raise RuntimeError(
-                f"In none of the {num_steps} steps was a completion that the loss uses better or worse than the "
-                "others, so that nothing was learned: the task is too hard or too easy for the policy, the reward "
-                "functions do not tell its completions apart, or `mask_truncated_completions` leaves out those that "
-                "differ. Raise `num_generations`, `temperature` or `max_new_tokens`, or choose other prompts or "
-                "`reward_funcs`; `completions.jsonl` shows what was sampled with `log_completions: true`."
-            )
-        raise FloatingPointError(
-            f"None of the {num_steps} steps had a finite loss and gradient, so that all were skipped and "
-            f"nothing was learned. {NON_FINITE_REMEDY}"
-        )
+        if sum(all_gather(self.learner.num_learned)) == 0:
+            self.collector.check_rewarded(num_steps)
+            self.learner.refuse_unlearned(num_steps)
 
     # Hooks of Trainer
 
@@ -248,13 +246,6 @@ class GRPOTrainer(ResumableTrainer):
         self.state.epoch = self.collector.epochs.done(self.state.epoch)
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        """An evaluation without this metric, since its function never applied, cannot be the best one."""
-        name = self.args.metric_for_best_model
-        if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
-            return False
-        return super()._determine_best_metric(metrics, trial)
-
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.train_dataset)
 
@@ -274,18 +265,8 @@ class GRPOTrainer(ResumableTrainer):
 def _own(args: TrainingArguments) -> TrainingArguments:
     """A copy of the arguments for Trainer, with accumulation 1."""
     args = copy.copy(args)
-    vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles the arguments beside the weights
     args.gradient_accumulation_steps = 1
     # A rank that runs out of memory in its first pass would broadcast its buffers once more than the others do.
     # The buffers are the same on all ranks, so nothing has to be broadcast.
     args.ddp_broadcast_buffers = False
     return args
-
-
-def _without_token(args: TrainingArguments, protocol: int) -> tuple[Any, ...]:
-    """The pickle of the arguments, for `training_args.bin`, without the token that may write to the hub."""
-    reduced = object.__reduce_ex__(args, protocol)
-    assert isinstance(reduced, tuple)
-    constructor, arguments, state = reduced[:3]
-    kept = {name: value for name, value in state.items() if name != "__reduce_ex__"}
-    return constructor, arguments, kept | {"hub_token": None}

@@ -1,8 +1,6 @@
 """run_grpo(): the composition root. Reads like the host's run_dpo."""
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from transformers import TrainerCallback
@@ -12,7 +10,7 @@ from .host.engine import start_engine
 from .host.inputs import load_inputs
 from .host.policy import load_policy
 from .host.precision import canary_bound
-from .host.recipe import check_same_training, recipe_of, training_record
+from .host.recipe import check_resume, recipe_of, training_record
 from .host.reference import reference_policy
 from .host.reward_models import load_reward_model
 from .host.run_arguments import RunArguments
@@ -21,8 +19,6 @@ from .host.sampling import sampling_settings
 from .monitors.canary import TIGHT_BOUND
 from .records.redaction import errors_masked
 from .rewards.loading import load_rewards
-from .rollout.epochs import prompts_of_step, steps_of_epoch, steps_of_run
-from .survival import checkpoints
 from .trainer import GRPOTrainer
 
 
@@ -58,7 +54,7 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
     rewards.check(prompts.evaluation)
     record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
     if training_args.resume_from_checkpoint:
-        _check_resume(arguments, record, len(prompts.train))
+        check_resume(arguments, record, len(prompts.train))
 
     model = load_policy(arguments, tokenizer)
     sampling = sampling_settings(arguments, model, template, tokenizer)
@@ -95,16 +91,6 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
     finally:
         engine.close()
         rewards.close()
-
-
-def _check_resume(arguments: RunArguments, record: Mapping[str, Any], num_prompts: int) -> None:
-    """Refuse to resume from a checkpoint of other rows or code, or of a run that is finished."""
-    training_args, finetuning_args = arguments.training, arguments.finetuning
-    checkpoint = Path(training_args.resume_from_checkpoint)
-    check_same_training(checkpoint, record, finetuning_args.resume_with_changes)
-    steps_per_epoch = steps_of_epoch(num_prompts, prompts_of_step(training_args), finetuning_args.num_iterations)
-    num_steps = steps_of_run(training_args, steps_per_epoch)
-    checkpoints.is_over(checkpoint, training_args.output_dir, num_steps, training_args.do_eval)
 
 
 def _run(trainer: GRPOTrainer, arguments: RunArguments) -> None:

@@ -1,4 +1,4 @@
-"""What each loss, advantage estimator and loss term is and needs. Imports no torch: their functions are elsewhere.
+"""What each loss, advantage estimator, loss term and engine is and needs. Imports no torch: the code is elsewhere.
 
 A fact about one of them stands here and nowhere else: `combinations` derives from it which keys have an effect and
 which contradict one another. Some losses and estimators have a second name (an alias), which the arguments replace
@@ -265,6 +265,18 @@ TERMS = (
     Part("entropy_target", Above(0), reads=("entropy_coef_delta", "entropy_coef_max")),
 )
 """What is added to a loss, or multiplied with it."""
+
+ENGINE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "vllm": (
+            *("vllm_base", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
+            *("vllm_enforce_eager", "vllm_config", "structured_outputs"),
+        ),
+        "hf": (),
+    }
+)
+"""The values of `rollout_backend`, with the keys that each engine looks at: elsewhere they have no effect. How they
+are built, and what they refuse, is in `rollout.engines.table`."""
 
 
 def canonical(values: Mapping[str, Any]) -> dict[str, Any]:

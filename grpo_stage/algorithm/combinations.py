@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from grpo_stage.algorithm.catalog import ESTIMATORS, LOSS_TYPES, TERMS, Part
+from grpo_stage.algorithm.catalog import ENGINE_KEYS, ESTIMATORS, LOSS_TYPES, TERMS, Part
 from grpo_stage.algorithm.conditions import Allowed, Given, Rule, applies, refuse_broken, shown, shown_condition
 
 
@@ -16,14 +16,6 @@ _OTHERS = (
     Part("dynamic_sampling", (False,), reads=("kl_in_reward", "mask_zero_std_groups")),
     Part("dynamic_sampling", (True,), reads=("max_resample_times", "filter_metric", "filter_min_range")),
     Part("mask_zero_std_groups", (False,), reads=("kl_in_reward",)),
-    Part(
-        "rollout_backend",
-        ("vllm",),
-        reads=(
-            *("vllm_base", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
-            *("vllm_enforce_eager", "vllm_config", "structured_outputs"),
-        ),
-    ),
     Part("log_completions", (True,), reads=("num_completions_to_print",)),
     Part("eval_strategy", ("steps",), reads=("eval_steps",)),
     Part("eval_strategy", ("steps", "epoch"), reads=("eval_num_generations", "eval_temperature")),
@@ -43,6 +35,7 @@ _OTHERS = (
 def _parts() -> Iterator[Part]:
     yield from (Part("loss_type", (name,), loss.reads) for name, loss in LOSS_TYPES.items())
     yield from TERMS
+    yield from (Part("rollout_backend", (name,), keys) for name, keys in ENGINE_KEYS.items())
     yield from _OTHERS
     yield from (Part("advantage_estimator", (name,), each.reads) for name, each in ESTIMATORS.items())
 

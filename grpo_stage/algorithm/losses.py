@@ -1,10 +1,6 @@
-"""The surrogates, the ways to average token losses, and the table that makes a `loss_type` of one of each.
+"""The surrogates, and the table that makes a `loss_type` of one of them and a way to average (`averages`).
 
-A loss is `sum(weights * token_losses)` over every micro-batch of the optimizer step, on every rank. All averaging is
-in the weights, whose denominators are counted over the whole step, so the gradient cannot depend on how the same
-completions are split over micro-batches, accumulation steps or ranks.
-
-    B completions    T completion tokens, right-padded
+B completions    T completion tokens, right-padded
 """
 
 from collections.abc import Callable
@@ -14,10 +10,9 @@ from typing import Any
 
 import torch
 
-from grpo_stage.algorithm.ratios import bounded
+from grpo_stage.algorithm.ratios import bounded, importance_ratios, mean_over_tokens
 
 
-LEVELS = ("token", "sequence", "sequence_token")
 KL_EPS = 1e-8
 """Added to the probability of all other tokens before its logarithm is taken; verl's and Stable-RL's constant."""
 
@@ -36,43 +31,6 @@ class SurrogateOutput:
     """bool: `delta` cut the gradient (negative advantage, ratio over delta); None without a delta."""
     gates: torch.Tensor | None = None
     """What a soft weight leaves of a token's gradient, 1 at ratio 1; None where the loss has none."""
-
-
-def importance_ratios(
-    policy_logprobs: torch.Tensor, old_logprobs: torch.Tensor, mask: torch.Tensor | None = None, level: str = "token"
-) -> torch.Tensor:
-    r"""How much more probable the policy makes what was sampled, of each token or of the whole completion.
-
-    .. math:: token:\ \rho_t = \pi_\theta(o_t) / \pi_{old}(o_t),\quad
-              sequence:\ s = \exp(\frac{1}{|o|} \sum_t \log \rho_t),\quad
-              sequence\_token:\ s_t = sg[s] \cdot \pi_\theta(o_t) / sg[\pi_\theta(o_t)]
-
-    The sequence ratio is that of GSPO (arXiv:2507.18071), the geometric mean of its tokens'; GSPO-token has its value
-    with each token's own gradient, so that tokens of a completion may be weighed differently. TRL and ms-swift give
-    [B, 1] for a sequence, which broadcasts to the same.
-
-    Args:
-        policy_logprobs: [B, T], with gradient.
-        old_logprobs: [B, T], without.
-        mask: [B, T], 1 on the tokens of a completion; needed where the level is not `token`.
-        level: one of `LEVELS`.
-
-    Returns:
-        [B, T].
-
-    Raises:
-        ValueError: if `level` is unknown, or the mask is missing where it is needed.
-    """
-    if level not in LEVELS:
-        raise ValueError(f"importance_sampling_level is {level!r}; it is one of {', '.join(LEVELS)}.")
-    if level == "token":
-        return torch.exp(bounded(policy_logprobs - old_logprobs))
-    if mask is None:
-        raise ValueError(f"importance_sampling_level {level!r} is a mean over tokens, which needs their mask.")
-    ratios = torch.exp(bounded(_mean_over_tokens(policy_logprobs - old_logprobs, mask))).expand_as(policy_logprobs)
-    if level == "sequence":
-        return ratios
-    return ratios.detach() * torch.exp(policy_logprobs - policy_logprobs.detach())
 
 
 def clipped_surrogate(
@@ -209,7 +167,7 @@ def gmpo_surrogate(
     log_ratios = policy_logprobs - old_logprobs  # [B, T]
     advantages = advantages.unsqueeze(1)  # [B, 1]
     kept = torch.where(advantages > 0, log_ratios.clamp(max=epsilon_high), log_ratios.clamp(min=-epsilon))
-    ratios = torch.exp(bounded(_mean_over_tokens(kept, mask))).expand_as(log_ratios)
+    ratios = torch.exp(bounded(mean_over_tokens(kept, mask))).expand_as(log_ratios)
     return SurrogateOutput(
         token_losses=-ratios * advantages,
         ratios=ratios,
@@ -416,55 +374,6 @@ def _by_token(advantages: torch.Tensor) -> torch.Tensor:
     return advantages if advantages.dim() == 2 else advantages.unsqueeze(1)
 
 
-def _mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[B, 1] of [B, T]; 0 where a completion has no token (a dummy)."""
-    return (values * mask).sum(dim=1, keepdim=True) / mask.sum(dim=1, keepdim=True).clamp(min=1)
-
-
-@dataclass(frozen=True, slots=True)
-class StepTotals:
-    """Counts over all micro-batches and all ranks of one optimizer step, of the completions that the loss uses."""
-
-    num_completions: int
-    num_tokens: int
-    max_completion_length: int
-    """The setting (`max_new_tokens`), not the longest completion seen."""
-    num_left_out: int = 0
-    """Completions of the step that the loss does not use: `dr_grpo` alone counts them."""
-
-
-def _token_mean(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
-    return torch.full_like(lengths, 1.0 / totals.num_tokens)
-
-
-def _token_sum(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
-    return torch.ones_like(lengths)
-
-
-def _seq_mean_token_mean(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
-    return 1.0 / (totals.num_completions * lengths)
-
-
-def _seq_mean_token_sum(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
-    return torch.full_like(lengths, 1.0 / totals.num_completions)
-
-
-def _seq_mean_token_sum_norm(lengths: torch.Tensor, totals: StepTotals) -> torch.Tensor:
-    num_sampled = totals.num_completions + totals.num_left_out
-    return torch.full_like(lengths, 1.0 / (num_sampled * totals.max_completion_length))
-
-
-AVERAGES: dict[str, Callable[[torch.Tensor, StepTotals], torch.Tensor]] = {
-    "token_mean": _token_mean,
-    "token_sum": _token_sum,
-    "seq_mean_token_mean": _seq_mean_token_mean,
-    "seq_mean_token_sum": _seq_mean_token_sum,
-    "seq_mean_token_sum_norm": _seq_mean_token_sum_norm,
-}
-"""`loss_aggregation` to a function of lengths [B] and totals, which gives the weight of a token of each completion
-[B]. The names are those of verl's `loss_agg_mode`."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSettings:
     """What of the recipe the surrogates look at."""
@@ -577,7 +486,7 @@ class Loss:
 
     surrogate: Callable[[TokenInputs, LossSettings], SurrogateOutput]
     average: str
-    """The average of its paper, a key of `AVERAGES`."""
+    """The average of its paper, a key of `averages.AVERAGES`."""
 
 
 LOSSES: dict[str, Loss] = {
@@ -594,43 +503,3 @@ LOSSES: dict[str, Loss] = {
     "gpg": Loss(_gpg, "token_mean"),
     "dro": Loss(_dro, "token_mean"),
 }
-
-
-def token_weights(mask: torch.Tensor, totals: StepTotals, loss_type: str, aggregation: str = "auto") -> torch.Tensor:
-    r"""The weight of each token's loss in the step's loss.
-
-    ======================= ============================== ========================================================
-    token_mean              1 / tokens of the step         mean over all tokens (DAPO, eq. 8)
-    token_sum               1                              sum over all tokens: it grows with the batch
-    seq_mean_token_mean     1 / (completions x own length) mean over tokens, then completions (DeepSeekMath, eq. 3)
-    seq_mean_token_sum      1 / completions                sum over tokens, mean over completions (LUSPO)
-    seq_mean_token_sum_norm 1 / (sampled x max_new_tokens) a constant, so that length has no say (Dr. GRPO)
-    ======================= ============================== ========================================================
-
-    verl's `loss_agg_mode` has the same five. Its `seq-mean-token-sum-norm` divides by the padded length of the
-    batch where no factor is given. TRL's bnpo averages over the local micro-batch; here it is dapo.
-
-    Args:
-        mask: [B, T], 1 on the tokens that the loss uses; a completion left out of the loss is a row of zeros and
-            counts in no denominator but that of "seq_mean_token_sum_norm" (all completions that were sampled, as in
-            TRL), which does not depend on how many are left out.
-        totals: counts over the whole optimizer step.
-        loss_type: a key of `LOSSES`.
-        aggregation: a key of `AVERAGES`, or "auto" for that of the loss.
-
-    Returns:
-        [B, T]; those of a whole step sum to 1 where the average is a mean alone.
-
-    Raises:
-        ValueError: if `loss_type` or `aggregation` is unknown.
-    """
-    if loss_type not in LOSSES:
-        raise ValueError(f"loss_type is {loss_type!r}; it is one of {', '.join(LOSSES)}.")
-    average = LOSSES[loss_type].average if aggregation == "auto" else aggregation
-    if average not in AVERAGES:
-        raise ValueError(f"loss_aggregation is {aggregation!r}; it is one of auto, {', '.join(AVERAGES)}.")
-    if totals.num_tokens == 0:  # every completion was left out: nothing to weigh
-        return torch.zeros_like(mask)
-    mask = mask.to(torch.get_default_dtype()) if not mask.is_floating_point() else mask
-    lengths = mask.sum(dim=1).clamp(min=1)  # [B]
-    return mask * AVERAGES[average](lengths, totals).unsqueeze(1)

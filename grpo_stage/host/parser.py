@@ -18,6 +18,8 @@ from llamafactory.hparams.generating_args import GeneratingArguments
 from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.hparams.training_args import TrainingArguments
 
+from grpo_stage.algorithm.combinations import ONLY_WITH
+from grpo_stage.algorithm.conditions import applies
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
 from grpo_stage.host.adapters import lora_rank
 from grpo_stage.host.checks import refuse_impossible, refuse_unfit
@@ -129,8 +131,9 @@ def _derive(arguments: RunArguments) -> None:
         model.vllm_maxlen = total_length
     if "vllm_gpu_util" not in arguments.given:
         model.vllm_gpu_util = DEFAULT_VLLM_GPU_UTIL
-    if "vllm_max_lora_rank" not in arguments.given and arguments.finetuning.rollout_backend == "vllm":
-        model.vllm_max_lora_rank = rank_with_room(lora_rank(arguments.values()))
+    values = arguments.values()
+    if "vllm_max_lora_rank" not in arguments.given and applies(ONLY_WITH["vllm_max_lora_rank"], vars(values)):
+        model.vllm_max_lora_rank = rank_with_room(lora_rank(values))
 
 
 @cache

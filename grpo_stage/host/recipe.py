@@ -20,7 +20,8 @@ from grpo_stage.arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArg
 from grpo_stage.host import facade
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.redaction import mask
-from grpo_stage.survival.checkpoints import STATE_FILE, read_state, verify
+from grpo_stage.rollout.epochs import prompts_of_step, steps_of_epoch, steps_of_run
+from grpo_stage.survival.checkpoints import STATE_FILE, is_over, read_state, verify
 from grpo_stage.types import Prompt
 
 
@@ -102,6 +103,16 @@ def training_record(
         "eval_rows": {**_rows(evaluation), "eval_dataset": eval_dataset},
         "reward_code": dict(reward_code),
     }
+
+
+def check_resume(arguments: RunArguments, record: Mapping[str, Any], num_prompts: int) -> None:
+    """Refuse to resume from a checkpoint of other rows or code, or of a run that is finished."""
+    training_args, finetuning_args = arguments.training, arguments.finetuning
+    checkpoint = Path(training_args.resume_from_checkpoint)
+    check_same_training(checkpoint, record, finetuning_args.resume_with_changes)
+    steps_per_epoch = steps_of_epoch(num_prompts, prompts_of_step(training_args), finetuning_args.num_iterations)
+    num_steps = steps_of_run(training_args, steps_per_epoch)
+    is_over(checkpoint, training_args.output_dir, num_steps, training_args.do_eval)
 
 
 def check_same_training(folder: Path, record: Mapping[str, Any], allows_changes: bool) -> None:

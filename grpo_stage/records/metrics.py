@@ -48,6 +48,11 @@ class MetricTracker:
         averages = {name: total / count for name, (total, count) in merged._means.items() if count > 0}
         return {**averages, **merged._sums, **merged._minima, **merged._maxima}
 
+    def own_mean(self, name: str) -> float | None:
+        """The value of a mean so far, on this rank alone; None if it has counted nothing."""
+        total, count = self._means.get(name, (0.0, 0.0))
+        return total / count if count > 0 else None
+
     def mean_over_ranks(self, name: str) -> float | None:
         """The value of a mean so far, over all ranks, without resetting it; None if no rank has counted anything."""
         measured = all_gather(self._means.get(name, (0.0, 0.0)))

@@ -65,29 +65,19 @@ class _GrowingFile:
         return added, is_new
 
 
-class MetricCurves:
+class MetricCurves(_GrowingFile):
     """Every metric of a run's log by step."""
 
     def __init__(self, folder: Path) -> None:
-        self._file = _GrowingFile(folder / LOG_FILE)
+        super().__init__(folder / LOG_FILE)
         self._points: dict[str, list[Point]] = {}
         self.progress: dict[str, Any] = {}
         """The last line."""
         self.num_damaged_lines = 0
 
-    @property
-    def error(self) -> str:
-        """Why the log cannot be read; empty where it can, or where there is none."""
-        return self._file.error
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Another one whenever there is something new."""
-        return self._file.version
-
     def update(self) -> bool:
         """Read the new lines. Returns False if there are none."""
-        added, is_new = self._file.read_new()
+        added, is_new = self.read_new()
         if is_new:
             self._points, self.progress, self.num_damaged_lines = {}, {}, 0
         for line in added.split(b"\n")[:-1]:
@@ -126,12 +116,11 @@ def thinned(points: Sequence[Point], max_points: int) -> list[Point]:
     return [*kept, last]
 
 
-class CompletionPages:
+class CompletionPages(_GrowingFile):
     """The completions of a run, a page at a time."""
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / COMPLETIONS_FILE
-        self._file = _GrowingFile(self._path)
+        super().__init__(folder / COMPLETIONS_FILE)
         self._spans: dict[int, list[tuple[int, int]]] = {}
         """Where in the file the lines of each step are, in bytes."""
         self._num_damaged: dict[int | None, int] = {}
@@ -142,20 +131,10 @@ class CompletionPages:
         """Damaged lines in the part that was read so far."""
         return sum(self._num_damaged.values())
 
-    @property
-    def error(self) -> str:
-        """Why the completions cannot be read; empty where they can, or where there are none."""
-        return self._file.error
-
-    @property
-    def version(self) -> tuple[Any, ...]:
-        """Another one whenever there is something new."""
-        return self._file.version
-
     def update(self) -> bool:
         """Find the new lines. Returns False if there are none."""
-        start = self._file.position
-        added, is_new = self._file.read_new()
+        start = self.position
+        added, is_new = self.read_new()
         if is_new:
             self._spans, self._num_damaged, start = {}, {}, 0
         spans = list(_runs_of_steps(added))

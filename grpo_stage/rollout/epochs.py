@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from transformers import TrainingArguments
 
+from grpo_stage.arguments import GRPOArguments
+
 
 class PromptStream:
     """Deals the indices of `num_prompts` prompts, each exactly once an epoch over all ranks.
@@ -198,6 +200,19 @@ class EpochsOfPrompts:
         """Whether the run may sample further prompts. With `max_steps` it takes as many epochs as it needs."""
         num_prompts = self._args.num_train_epochs * self._stream.num_prompts
         return self._args.max_steps > 0 or self._stream.num_taken < num_prompts
+
+
+def choose_epochs(
+    grpo_args: GRPOArguments,
+    args: TrainingArguments,
+    stream: PromptStream,
+    steps_per_epoch: int,
+    is_everything_used: Callable[[], bool],
+) -> Epochs:
+    """The way to count epochs that fits the recipe; see the classes for the arguments."""
+    if grpo_args.dynamic_sampling:
+        return EpochsOfPrompts(stream, is_everything_used, args)
+    return EpochsOfSteps(steps_per_epoch)
 
 
 def prompts_of_step(args: TrainingArguments) -> int:

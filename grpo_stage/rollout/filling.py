@@ -14,10 +14,13 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
+from transformers import TrainingArguments
 
+from grpo_stage.arguments import GRPOArguments
 from grpo_stage.distributed import all_gather
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.rollout.serialization import load_scored, scored_state
@@ -202,6 +205,30 @@ class DynamicSampling:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.num_waiting = state["num_waiting"]
         self._waiting = tuple(load_scored(each, self._prompts) for each in state["waiting"])
+
+
+def choose_filling(
+    grpo_args: GRPOArguments,
+    args: TrainingArguments,
+    prompts: Sequence[Prompt],
+    reward_names: Sequence[str],
+    has_signal: Callable[..., bool],
+) -> Filling:
+    """The way to fill batches that the recipe asks for.
+
+    Args:
+        grpo_args: the recipe.
+        args: Trainer's.
+        prompts: the dataset.
+        reward_names: of the reward functions, in order.
+        has_signal: see `Credit.has_signal`.
+    """
+    if not grpo_args.dynamic_sampling:
+        return PlainSampling()
+    metric = grpo_args.filter_metric
+    function = None if metric is None else reward_names.index(metric)
+    fits = partial(has_signal, function=function, min_range=grpo_args.filter_min_range)
+    return DynamicSampling(prompts, grpo_args.max_resample_times, fits, args.process_index, args.world_size)
 
 
 def gather_in_deal_order(share: Sequence[T]) -> list[T]:

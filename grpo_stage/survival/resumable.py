@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainerControl, TrainerState
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -78,14 +78,16 @@ class ResumableTrainer(Trainer):
     A subclass sets `run_state` and answers the questions below.
 
     Args:
+        args: Trainer's, a copy that is this trainer's own.
         recipe: what a checkpoint records of the training, beside its state.
         **kwargs: Trainer's.
     """
 
     control: TrainerControl
 
-    def __init__(self, *, recipe: dict[str, Any], **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, *, args: TrainingArguments, recipe: dict[str, Any], **kwargs: Any) -> None:
+        vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles the arguments beside the weights
+        super().__init__(args=args, **kwargs)
         self.run_state = RunState({})
         self.stop = SafeStop(self.args.process_index)
         self.watchdog = Watchdog(self.args.output_dir, self.args.process_index, self.stop.interrupt, self._end_hanging)
@@ -175,7 +177,7 @@ class ResumableTrainer(Trainer):
         with self.evaluations.evaluating():
             return super()._evaluate(*args, **kwargs)
 
-    def make_up_for_evaluation(self) -> None:
+    def evaluate_if_overdue(self) -> None:
         """Do the evaluation that is due at the step that was resumed from, if any.
 
         Raises:
@@ -186,6 +188,13 @@ class ResumableTrainer(Trainer):
         self._evaluate_late()
         if self.control.should_training_stop:
             raise TrainingEnded
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """An evaluation without this metric, since its function never applied, cannot be the best one."""
+        name = self.args.metric_for_best_model
+        if name is not None and f"eval_{name.removeprefix('eval_')}" not in metrics:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
     def _evaluate_late(self) -> None:
         if self._determine_best_metric(self._evaluate(None, None), None):
@@ -337,3 +346,12 @@ def _save_tensors(name: str, tensors: dict[str, torch.Tensor], folder: str) -> N
 def _load_tensors(folder: str, name: str) -> dict[str, torch.Tensor]:
     file = os.path.join(folder, TENSORS_FILE.format(name=name))
     return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _without_token(args: TrainingArguments, protocol: int) -> tuple[Any, ...]:
+    """The pickle of the arguments, for `training_args.bin`, without the token that may write to the hub."""
+    reduced = object.__reduce_ex__(args, protocol)
+    assert isinstance(reduced, tuple)
+    constructor, arguments, state = reduced[:3]
+    kept = {name: value for name, value in state.items() if name != "__reduce_ex__"}
+    return constructor, arguments, kept | {"hub_token": None}

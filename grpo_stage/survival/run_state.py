@@ -69,8 +69,8 @@ class RunState:
                 part.owner.load_state_dict(state[name])
 
     @contextmanager
-    def undone_unless_finished(self) -> Iterator[None]:
-        """A block that is left by an error was never begun."""
+    def undone_on_error(self) -> Iterator[None]:
+        """A block whose changes to these parts are taken back if an error ends it."""
         self._undo = [_undo_of(part.owner) for part in self._parts.values() if part.is_undone]
         try:
             yield
@@ -81,7 +81,7 @@ class RunState:
             self._undo = []
 
     def undo(self) -> None:
-        """What such a block has changed so far; nothing outside of one."""
+        """Take back what such a block has changed so far; nothing outside of one."""
         for undo in self._undo:
             undo()
 

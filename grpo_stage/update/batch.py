@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from grpo_stage.algorithm.losses import StepTotals, token_weights
+from grpo_stage.algorithm.averages import StepTotals, token_weights
 from grpo_stage.types import (
     Completion,
     FinishReason,

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable, tells_apart
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS
 from grpo_stage.algorithm.catalog import ESTIMATORS
+from grpo_stage.algorithm.reward_table import RewardTable, tells_apart
 from grpo_stage.distributed import all_gather, process_index
 from grpo_stage.types import FinishReason, Sample, ScoredGroup
 

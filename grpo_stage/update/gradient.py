@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from grpo_stage.algorithm.losses import StepTotals
+from grpo_stage.algorithm.averages import StepTotals
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.distributed import all_gather
-from grpo_stage.monitors.canary import LogprobDifference
+from grpo_stage.monitors.canary import record_difference
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import Sample, SampleBatch, SamplingSettings, Step
 from grpo_stage.update.attention import attention_of
@@ -23,7 +23,7 @@ from grpo_stage.update.batch import count_totals
 from grpo_stage.update.logprobs import Forward, FrozenPass
 from grpo_stage.update.objective import Objective
 from grpo_stage.update.routing import RouterLoss
-from grpo_stage.update.strategy import ReplicatedParameters
+from grpo_stage.update.strategy import Strategy
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
@@ -34,7 +34,6 @@ class PolicyGradient:
         grpo_args: the recipe.
         objective: the loss.
         sampling: how completions are drawn; its temperature is part of the policy's distribution.
-        canary: checks the log-probabilities of the first micro-batch with fresh samples.
         forward: how samples go through the model.
         budget: how many tokens go through the model at once.
         frozen: a pass over the whole step, for what has to be known before the first micro-batch.
@@ -51,11 +50,10 @@ class PolicyGradient:
         grpo_args: GRPOArguments,
         objective: Objective,
         sampling: SamplingSettings,
-        canary: LogprobDifference,
         forward: Forward,
         budget: PolicyBudget,
         frozen: FrozenPass,
-        strategy: ReplicatedParameters,
+        strategy: Strategy,
         autocast: Callable[[], AbstractContextManager],
         device: torch.device,
         gather: Callable[[Any], list[Any]],
@@ -64,7 +62,6 @@ class PolicyGradient:
         self._grpo_args = grpo_args
         self._objective = objective
         self._sampling = sampling
-        self._canary = canary
         self._forward = forward
         self._budget = budget
         self._frozen = frozen
@@ -86,7 +83,6 @@ class PolicyGradient:
             This rank's share of the loss, the metrics of the pass, and the step as its terms have marked it.
 
         Raises:
-            StaleRolloutError: if fresh completions do not come from `model` (the canary).
             RuntimeError: if not even a single completion fits into memory.
         """
         if self._objective.looks_at_step:
@@ -160,7 +156,7 @@ class PolicyGradient:
                 policy = self._strategy.unwrap(model)
                 with torch.no_grad(), self._autocast():
                     own = self._forward.statistics(policy, batch, step.logprob_temperature).logprobs
-            self._canary.check(own, batch, fresh_version, metrics)
+            record_difference(own, batch, fresh_version, metrics)
         loss = (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropies, metrics)).sum()
         if self.router_loss is not None:
             loss = loss + self.router_loss.of_micro_batch(router_outputs, batch.inputs, metrics)

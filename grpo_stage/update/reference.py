@@ -10,6 +10,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import TrainerCallback
 
+from grpo_stage.arguments import GRPOArguments
+
 
 _PEFT_PARTS = re.compile(r"\.base_layer|\.modules_to_save\.default")
 """What PEFT adds to the names of weights, including those of layers that are trained whole."""
@@ -39,9 +41,10 @@ class ReferenceSync(TrainerCallback):
     """Moves the reference toward the policy (`sync_ref_model`), at the end of a step."""
 
     def __init__(
-        self, reference: MovingReference, alpha: float, every: int, unwrap: Callable[[Any], nn.Module]
+        self, reference: MovingReference, grpo_args: GRPOArguments, unwrap: Callable[[Any], nn.Module]
     ) -> None:
-        self._reference, self._alpha, self._every, self._unwrap = reference, alpha, every, unwrap
+        self._reference, self._unwrap = reference, unwrap
+        self._alpha, self._every = grpo_args.ref_model_mixup_alpha, grpo_args.ref_model_sync_steps
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         if state.global_step % self._every == 0:

@@ -39,7 +39,7 @@ def picky_reward(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def waiting(arguments: dict[str, Any], step: int, rank: int = 0) -> int:
     file = Path(arguments["output_dir"], f"checkpoint-{step}", f"grpo_rollout_{rank}.json")
-    return len(json.loads(file.read_text())["dynamic_sampling"]["waiting"])
+    return len(json.loads(file.read_text())["filling"]["waiting"])
 
 
 def test_a_run_that_is_killed_and_stopped_goes_on_exactly(recipe, run_exp, picky_reward, tmp_path):

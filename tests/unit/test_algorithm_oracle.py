@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages, kl, losses
+from grpo_stage.algorithm import advantages, averages, kl, losses, reward_table
 
 
 NAN = math.nan
@@ -129,7 +129,7 @@ def package_step(
     """What the trainer does: `micro_batches` lists the rows of each, and each is padded to its own width."""
     filler = np.random.default_rng(7)
     used = [c for c in completions if c.used]
-    totals = module.StepTotals(
+    totals = averages.StepTotals(
         num_completions=len(used),
         num_tokens=sum(len(c.policy) for c in used),
         max_completion_length=max_length,
@@ -145,7 +145,7 @@ def package_step(
         ref = padded([c.ref for c in batch], width, filler)
         advantage = torch.tensor([c.advantage for c in batch], dtype=torch.float64)
         surrogate = module.clipped_surrogate(policy, old, advantage, low, high)
-        weights = module.token_weights(mask, totals, loss_type)
+        weights = averages.token_weights(mask, totals, loss_type)
         loss = (weights * (surrogate.token_losses + beta * k3(policy, ref))).sum()
         (gradient,) = torch.autograd.grad(loss, policy)
         assert surrogate.ratios.shape == surrogate.token_losses.shape == mask.shape
@@ -193,24 +193,24 @@ def check_advantages(module: ModuleType) -> None:
         actual = module.group_advantages(torch.tensor(rewards, dtype=torch.float64), scale)
         expected = torch.tensor(oracle_advantages(rewards, scale), dtype=torch.float64)
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)
-        variance = module.has_reward_variance(torch.tensor(rewards, dtype=torch.float64)).tolist()
+        variance = reward_table.has_reward_variance(torch.tensor(rewards, dtype=torch.float64)).tolist()
         assert variance == [len({r for r in group if not math.isnan(r)}) > 1 for group in rewards]
     # Means that round: a rest of 1e-17 divided by a deviation of 0 plus 1e-4 would pass for an advantage.
     for value, size, scale in itertools.product((0.1, 1 / 3, 0.7, 1e6 + 0.1), (3, 6, 7), SCALES):
         equal = torch.full((1, size), value)
         assert (module.group_advantages(equal, scale) == 0).all()
-        assert not module.has_reward_variance(equal).any()
+        assert not reward_table.has_reward_variance(equal).any()
     # Sums that round: .3 beside .1 + .2, in the first place and the last, beside what does not apply.
     for row, scale in itertools.product(
         ([0.3, 0.1 + 0.2, 0.3], [0.1 + 0.2, NAN, 0.3], [0.3e6, 0.3e6, 0.1e6 + 0.2e6]), SCALES
     ):
         rounded = torch.tensor([row], dtype=torch.float64)
         assert (module.group_advantages(rounded, scale) == 0).all()
-        assert not module.has_reward_variance(rounded).any()
+        assert not reward_table.has_reward_variance(rounded).any()
     # Small differences are differences, at any scale.
     for unit in (1e-300, 1e-12, 1e-6, 1.0, 1e9):
         differ = torch.tensor([[unit, unit * (1 + 1e-7)], [0.0, unit * 1e-7]], dtype=torch.float64)
-        assert module.has_reward_variance(differ).all()
+        assert reward_table.has_reward_variance(differ).all()
         assert (module.group_advantages(differ, "none") != 0).all()
 
 
@@ -295,7 +295,7 @@ def test_not_applicable_is_excluded_and_not_zero() -> None:
     actual = advantages.group_advantages(rewards, "group")
     assert actual[0].tolist() == pytest.approx([value, 0.0, -value, 0.0], rel=1e-14)
     assert actual[1:].tolist() == [[0.0] * 4, [0.0] * 4]
-    assert advantages.has_reward_variance(rewards).tolist() == [True, False, False]
+    assert reward_table.has_reward_variance(rewards).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -308,9 +308,9 @@ def test_malformed_rewards_are_refused(rewards: torch.Tensor, scale: Scale) -> N
 def test_unknown_choices_are_refused() -> None:
     with pytest.raises(ValueError, match="std"):
         advantages.group_advantages(torch.zeros(1, 2), "std")  # type: ignore[arg-type]
-    totals = losses.StepTotals(num_completions=1, num_tokens=1, max_completion_length=1)
+    totals = averages.StepTotals(num_completions=1, num_tokens=1, max_completion_length=1)
     with pytest.raises(ValueError, match="ppo"):
-        losses.token_weights(torch.ones(1, 1), totals, "ppo")
+        averages.token_weights(torch.ones(1, 1), totals, "ppo")
 
 
 @pytest.mark.parametrize(
@@ -369,14 +369,19 @@ def test_k3_estimates_the_divergence_from_the_reference() -> None:
 )
 def test_token_weights_by_hand(loss_type: str, expected: list[list[float]]) -> None:
     mask = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
-    totals = losses.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
-    assert losses.token_weights(mask, totals, loss_type).tolist() == [pytest.approx(row) for row in expected]
+    totals = averages.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
+    assert averages.token_weights(mask, totals, loss_type).tolist() == [pytest.approx(row) for row in expected]
+
+
+def test_no_completion_is_left_out_unless_that_is_said() -> None:
+    totals = averages.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5)
+    assert averages.token_weights(torch.ones(2, 2), totals, "dr_grpo").tolist() == [[pytest.approx(1 / 10)] * 2] * 2
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_step_of_nothing_but_masked_completions_weighs_nothing(loss_type: str) -> None:
-    totals = losses.StepTotals(num_completions=0, num_tokens=0, max_completion_length=5)
-    weights = losses.token_weights(torch.zeros(2, 3), totals, loss_type)
+    totals = averages.StepTotals(num_completions=0, num_tokens=0, max_completion_length=5)
+    weights = averages.token_weights(torch.zeros(2, 3), totals, loss_type)
     assert torch.equal(weights, torch.zeros(2, 3))
 
 
@@ -384,7 +389,6 @@ def test_a_step_of_nothing_but_masked_completions_weighs_nothing(loss_type: str)
 @pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo"])
 def test_a_mask_of_whole_numbers_is_never_a_loss_of_zero(loss_type: str, dtype: torch.dtype) -> None:
     mask = torch.tensor([[1, 1, 0]])
-    totals = losses.StepTotals(num_completions=1, num_tokens=2, max_completion_length=5)
-    torch.testing.assert_close(
-        losses.token_weights(mask.to(dtype), totals, loss_type), losses.token_weights(mask.float(), totals, loss_type)
-    )
+    totals = averages.StepTotals(num_completions=1, num_tokens=2, max_completion_length=5)
+    expected = averages.token_weights(mask.float(), totals, loss_type)
+    torch.testing.assert_close(averages.token_weights(mask.to(dtype), totals, loss_type), expected)

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_stage.algorithm.advantages import group_advantages, has_reward_variance
+from grpo_stage.algorithm.advantages import group_advantages
+from grpo_stage.algorithm.averages import StepTotals, token_weights
 from grpo_stage.algorithm.kl import k3
-from grpo_stage.algorithm.losses import StepTotals, clipped_surrogate, token_weights
+from grpo_stage.algorithm.losses import clipped_surrogate
+from grpo_stage.algorithm.reward_table import has_reward_variance
 
 
 LOSS_TYPES = ("grpo", "dapo", "dr_grpo")

@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_stage.algorithm import losses
-from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable, gradient_energies
+from grpo_stage.algorithm import averages, losses
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, gradient_energies
 from grpo_stage.algorithm.catalog import ESTIMATORS
-from grpo_stage.algorithm.losses import LEVELS, LOSSES
+from grpo_stage.algorithm.losses import LOSSES
+from grpo_stage.algorithm.ratios import LEVELS
+from grpo_stage.algorithm.reward_table import RewardTable
 
 
 P, G, T, V = 4, 8, 3, 4
@@ -65,12 +67,12 @@ def learn(
         advantages = ADVANTAGE_ESTIMATORS[estimator](table, scale or ESTIMATORS[estimator].scales[0]) * sign
         advantages = advantages.view(P * G, -1).squeeze(1)  # of completions, or of tokens
         used = mask if masked else torch.ones_like(mask)
-        totals = module.StepTotals(num_completions=P * G, num_tokens=int(used.sum()), max_completion_length=T)
+        totals = averages.StepTotals(num_completions=P * G, num_tokens=int(used.sum()), max_completion_length=T)
         for _ in range(2):  # the second is off-policy
             logprobs = logits.log_softmax(-1)[torch.arange(T), tokens]
             inputs = module.TokenInputs(logprobs, old, advantages, used, sampling_logprobs=old)
             output = module.LOSSES[loss_type].surrogate(inputs, options)
-            loss = (module.token_weights(used, totals, loss_type) * output.token_losses).sum()
+            loss = (averages.token_weights(used, totals, loss_type) * output.token_losses).sum()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

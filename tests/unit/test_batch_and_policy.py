@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from grpo_stage.algorithm.losses import StepTotals
+from grpo_stage.algorithm.averages import StepTotals
 from grpo_stage.rollout.queue import RolloutQueue
 from grpo_stage.types import Completion, FinishReason, Prompt, Sample, Step
 from grpo_stage.update.attention import attention_of

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.monitors.canary import Slope, SlopeTest, StaleRolloutError
+from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.monitors.slope_test import Slope, SlopeTest
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

@@ -446,7 +446,7 @@ def test_resumed_at_any_step_a_run_ends_at_the_same_weights(tmp_path):
     assert len({at.epoch for at in whole.rewards.seen}) > 3
     assert max(metrics_of(whole, "num_waiting")) > 0
     state = json.loads((tmp_path / "whole" / "checkpoint-1" / "grpo_rollout_0.json").read_text())
-    assert state["dynamic_sampling"]["num_waiting"] == len(state["dynamic_sampling"]["waiting"]) > 0
+    assert state["filling"]["num_waiting"] == len(state["filling"]["waiting"]) > 0
 
     for step in range(1, num_steps):
         resumed = make(tmp_path / "resumed", TEACHING, num_prompts=23, training=training, num_eval_prompts=1, **RUN)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages
+from grpo_stage.algorithm import advantages, reward_table
 
 
 NAN = math.nan
@@ -23,13 +23,13 @@ def f64(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def table(module: ModuleType, parts: Any, weights: list[float], **more: Any) -> Any:
+def table(parts: Any, weights: list[float], **more: Any) -> Any:
     """`parts` [P, G, F]; totals are sums over the functions that apply."""
     parts = f64(parts)
     applies = ~parts.isnan() & (f64(weights) != 0)
     totals = torch.where(applies, parts * f64(weights), 0.0).sum(-1).masked_fill(~applies.any(-1), NAN)
     lengths = more.pop("lengths", torch.ones(parts.shape[:2], dtype=torch.long))
-    return module.RewardTable(totals=totals, parts=parts, weights=f64(weights), lengths=lengths, **more)
+    return reward_table.RewardTable(totals=totals, parts=parts, weights=f64(weights), lengths=lengths, **more)
 
 
 def applied(row: list[float], weights: list[float]) -> tuple[int, ...]:
@@ -66,7 +66,7 @@ def check_remax(module: ModuleType) -> None:
             ]
             for group, own in zip(parts.tolist(), greedy.tolist(), strict=True)
         ]
-        actual = module.ADVANTAGE_ESTIMATORS["remax"](table(module, parts, weights, greedy_parts=f64(greedy)), "none")
+        actual = module.ADVANTAGE_ESTIMATORS["remax"](table(parts, weights, greedy_parts=f64(greedy)), "none")
         torch.testing.assert_close(actual, f64(expected), rtol=1e-12, atol=1e-14)
 
 
@@ -90,7 +90,7 @@ def test_remax_takes_a_single_completion() -> None:
 def test_remax_of_a_reward_that_rounding_alone_tells_from_the_greedy_one_is_zero() -> None:
     assert advantages.remax_advantages(f64([[0.1 + 0.2, 1.0]]), f64([0.3]))[0, 0] == 0
     # One sum by two ways, in which the weighted rewards stand: .3 beside .1 + .2.
-    rewards = table(advantages, [[[1, 0, 0], [0, 1, 1]]], [0.3, 0.1, 0.2], greedy_parts=f64([[1, 0, 0]]))
+    rewards = table([[[1, 0, 0], [0, 1, 1]]], [0.3, 0.1, 0.2], greedy_parts=f64([[1, 0, 0]]))
     assert advantages.ADVANTAGE_ESTIMATORS["remax"](rewards, "none").tolist() == [[0.0, 0.0]]
 
 
@@ -109,7 +109,7 @@ def test_malformed_inputs_of_remax_are_refused(rewards: tuple[int, ...], greedy:
 
 def test_remax_without_a_greedy_completion_is_refused() -> None:
     with pytest.raises(ValueError, match="greedy"):
-        advantages.ADVANTAGE_ESTIMATORS["remax"](table(advantages, [[[1.0], [0.0]]], [1.0]), "none")
+        advantages.ADVANTAGE_ESTIMATORS["remax"](table([[[1.0], [0.0]]], [1.0]), "none")
 
 
 # The optimal token baseline
@@ -157,7 +157,7 @@ def check_token_baseline(module: ModuleType) -> None:
             expected.append(merged)
         width = int(lengths.max()) + 1
         given = torch.stack([padded(group, width, rng) for group in energies])
-        rewards_table = table(module, parts, weights, lengths=torch.tensor(lengths), energies=given)
+        rewards_table = table(parts, weights, lengths=torch.tensor(lengths), energies=given)
         actual = module.ADVANTAGE_ESTIMATORS["optimal_token_baseline"](rewards_table, "none")
         for p in range(num_prompts):
             for i in range(num_generations):
@@ -227,7 +227,7 @@ def test_malformed_inputs_of_the_token_baseline_are_refused() -> None:
     with pytest.raises(ValueError, match="energies"):
         advantages.optimal_token_advantages(torch.zeros(1, 2), torch.zeros(1, 3, 4), torch.ones(1, 2))
     with pytest.raises(ValueError, match="energies"):
-        advantages.ADVANTAGE_ESTIMATORS["optimal_token_baseline"](table(advantages, [[[1.0], [0.0]]], [1.0]), "none")
+        advantages.ADVANTAGE_ESTIMATORS["optimal_token_baseline"](table([[[1.0], [0.0]]], [1.0]), "none")
 
 
 # The range
@@ -244,38 +244,38 @@ def oracle_range(group: list[list[float]], weights: list[float], function: int |
     return best
 
 
-def check_ranges(module: ModuleType) -> None:
+def check_ranges() -> None:
     """`module` is `grpo_stage.algorithm.advantages` or a mutant of it."""
     rng = np.random.default_rng(8)
     seen = set()
     for _ in range(60):
         parts, weights = random_parts(rng)
-        rewards = table(module, parts, weights)
+        rewards = table(parts, weights)
         for function in (None, *range(len(weights))):
             for bound in (0.0, 0.3, 0.5, 0.9):
                 expected = [oracle_range(group, weights, function) > bound for group in parts.tolist()]
-                assert module.tells_apart(rewards, function, bound).tolist() == expected
+                assert reward_table.tells_apart(rewards, function, bound).tolist() == expected
                 seen |= {(function is None, bound, each) for each in expected}
-        assert torch.equal(module.tells_apart(rewards), module.tells_apart(rewards, None, 0.0))
+        assert torch.equal(reward_table.tells_apart(rewards), reward_table.tells_apart(rewards, None, 0.0))
     assert len(seen) == 16, "each bound must keep some groups and leave out others"
 
 
 def test_a_group_is_kept_by_the_range_of_its_rewards() -> None:
-    check_ranges(advantages)
+    check_ranges()
 
 
 def test_a_range_of_exactly_the_bound_is_not_above_it() -> None:
-    rewards = table(advantages, [[[1.0], [0.5]], [[1.0], [0.5 - 1e-6]]], [1.0])
-    assert advantages.tells_apart(rewards, None, 0.5).tolist() == [False, True]
+    rewards = table([[[1.0], [0.5]], [[1.0], [0.5 - 1e-6]]], [1.0])
+    assert reward_table.tells_apart(rewards, None, 0.5).tolist() == [False, True]
     # Nor is one that is above it by rounding alone: .3 - .1 is 0.19999999999999998, and .8 - .6 0.20000000000000007.
-    rounded = table(advantages, [[[0.3], [0.1]], [[0.8], [0.6]]], [1.0])
-    assert advantages.tells_apart(rounded, None, 0.2).tolist() == [False, False]
+    rounded = table([[[0.3], [0.1]], [[0.8], [0.6]]], [1.0])
+    assert reward_table.tells_apart(rounded, None, 0.2).tolist() == [False, False]
 
 
 def test_one_function_decides_where_it_is_chosen() -> None:
     # First accuracy is the same and a shaping reward is not; then both differ and the total does not.
-    rewards = table(advantages, [[[1.0, 0.0], [1.0, 0.2]], [[1.0, 0.0], [0.0, 1.0]]], [1.0, 1.0])
-    assert advantages.tells_apart(rewards).tolist() == [True, False]
-    assert advantages.tells_apart(rewards, 0).tolist() == [False, True]
-    assert advantages.tells_apart(rewards, 1).tolist() == [True, True]
-    assert advantages.tells_apart(rewards, 1, 0.2).tolist() == [False, True]
+    rewards = table([[[1.0, 0.0], [1.0, 0.2]], [[1.0, 0.0], [0.0, 1.0]]], [1.0, 1.0])
+    assert reward_table.tells_apart(rewards).tolist() == [True, False]
+    assert reward_table.tells_apart(rewards, 0).tolist() == [False, True]
+    assert reward_table.tells_apart(rewards, 1).tolist() == [True, True]
+    assert reward_table.tells_apart(rewards, 1, 0.2).tolist() == [False, True]

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS
 from grpo_stage.algorithm.catalog import ESTIMATORS
+from grpo_stage.algorithm.reward_table import RewardTable
 
 
 ROWS = [(name, scale) for name in ADVANTAGE_ESTIMATORS for scale in ESTIMATORS[name].scales]

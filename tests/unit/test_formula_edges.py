@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages, correction, exploration, losses
+from grpo_stage.algorithm import advantages, correction, exploration, losses, reward_table
+from grpo_stage.algorithm.ratios import importance_ratios
 
 
 NAN = math.nan
@@ -16,17 +17,17 @@ def f64(values: Any) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def table(parts: Any, weights: Any) -> advantages.RewardTable:
+def table(parts: Any, weights: Any) -> reward_table.RewardTable:
     """Lists for parts [P][G][F] and weights [F]."""
     parts, weights = f64(parts), f64(weights)
     totals = (parts * weights).nansum(dim=-1).masked_fill(parts.isnan().all(dim=-1), NAN)
-    return advantages.RewardTable(totals=totals, parts=parts, weights=weights, lengths=torch.ones(totals.shape))
+    return reward_table.RewardTable(totals=totals, parts=parts, weights=weights, lengths=torch.ones(totals.shape))
 
 
 def test_the_tolerance_of_rewards_is_1e_9() -> None:
     for difference, is_seen in ((0.9e-9, False), (1.1e-9, True)):
-        assert advantages.has_reward_variance(f64([[1.0, 1.0 + difference]])).tolist() == [is_seen]
-        assert advantages.has_reward_variance(f64([[-1.0 - difference, -1.0]])).tolist() == [is_seen]
+        assert reward_table.has_reward_variance(f64([[1.0, 1.0 + difference]])).tolist() == [is_seen]
+        assert reward_table.has_reward_variance(f64([[-1.0 - difference, -1.0]])).tolist() == [is_seen]
 
 
 def test_rewards_that_differ_by_rounding_have_one_advantage() -> None:
@@ -40,23 +41,23 @@ def test_the_tolerance_is_relative_to_what_a_total_was_added_up_from() -> None:
     for unit in (1.0, 1e-6, 1e6):
         for difference, is_seen in ((1.6e-9, False), (2.5e-9, True)):
             pair = [[1.0, -1.0], [1.0 + difference, -1.0]]
-            assert advantages.tells_apart(table([pair], [unit, unit])).tolist() == [is_seen]
+            assert reward_table.tells_apart(table([pair], [unit, unit])).tolist() == [is_seen]
             in_parts = [[[unit * part for part in row] for row in pair], [[1e12, 1e12], [1e12, 1e12]]]
-            assert advantages.tells_apart(table(in_parts, [1.0, 1.0])).tolist() == [is_seen, False]
+            assert reward_table.tells_apart(table(in_parts, [1.0, 1.0])).tolist() == [is_seen, False]
 
 
 def test_the_larger_of_two_neighbors_sets_their_tolerance() -> None:
     """In the middle, at the upper and at the lower end of a group's order."""
     rewards, difference = [0.0, 1.0, 1.0 + 1e-7], f64([[0.0, 1.0, 1.0]])
     for addends in ([1.0, 1e6, 1.0], [1.0, 1.0, 1e6]):
-        assert torch.equal(advantages.settled(f64([rewards]), f64([addends])), difference)
-    assert advantages.settled(f64([rewards]), f64([[1e6, 1.0, 1.0]])).tolist() == [rewards]
+        assert torch.equal(reward_table.settled(f64([rewards]), f64([addends])), difference)
+    assert reward_table.settled(f64([rewards]), f64([[1e6, 1.0, 1.0]])).tolist() == [rewards]
 
 
 def test_each_prompt_is_told_apart_by_itself() -> None:
     """The second prompt's completions differ, but the functions that applied to them do as well."""
     parts = [[[0.0, 1.0], [1.0, 1.0]], [[0.0, NAN], [1.0, 1.0]], [[0.0, NAN], [1.0, NAN]]]
-    assert advantages.tells_apart(table(parts, [1.0, 1.0])).tolist() == [True, False, True]
+    assert reward_table.tells_apart(table(parts, [1.0, 1.0])).tolist() == [True, False, True]
 
 
 def test_parts_that_cancel_are_nothing_in_any_unit() -> None:
@@ -75,9 +76,15 @@ def test_a_token_of_a_sequence_has_its_own_gradient() -> None:
     for level, expected in (("sequence_token", [1.0, 0.0]), ("sequence", [0.5, 0.5])):
         policy = f64([[-1.0, -1.0]]).requires_grad_()
         mask = torch.ones(1, 2, dtype=torch.float64)
-        ratios = losses.importance_ratios(policy, f64([[-1.0, -1.0]]), mask, level)
+        ratios = importance_ratios(policy, f64([[-1.0, -1.0]]), mask, level)
         (gradient,) = torch.autograd.grad(ratios[0, 0], policy)
         assert gradient[0].tolist() == expected
+
+
+@pytest.mark.parametrize("level", ["sequence", "sequence_token"])
+def test_the_ratio_of_a_completion_without_tokens_is_1(level: str) -> None:
+    zero = torch.zeros(1, 1)
+    assert importance_ratios(zero, zero, zero, level).tolist() == [[1.0]]
 
 
 def test_a_ratio_at_a_bound_is_not_clipped() -> None:
@@ -104,7 +111,7 @@ def test_gmpo_says_which_bound_clips() -> None:
 def test_unknown_levels_and_modes_are_refused() -> None:
     one = torch.zeros(1, 1)
     with pytest.raises(ValueError, match="importance_sampling_level is 'tokens'"):
-        losses.importance_ratios(one, one, one, "tokens")
+        importance_ratios(one, one, one, "tokens")
     with pytest.raises(ValueError, match="mode is 'masks'"):
         correction.correction_weights(one, one, one, level="token", mode="masks", lower=0.0, upper=2.0)
 

@@ -9,10 +9,13 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS, RewardTable
+from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS
+from grpo_stage.algorithm.averages import AVERAGES
 from grpo_stage.algorithm.catalog import ESTIMATORS, LOSS_TYPES, canonical
 from grpo_stage.algorithm.kl import KL_ESTIMATORS
-from grpo_stage.algorithm.losses import AVERAGES, LEVELS, LOSSES
+from grpo_stage.algorithm.losses import LOSSES
+from grpo_stage.algorithm.ratios import LEVELS
+from grpo_stage.algorithm.reward_table import RewardTable
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import RolloutGroup, SampleBatch, ScoredGroup, Step

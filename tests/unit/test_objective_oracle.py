@@ -20,8 +20,10 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import advantages, correction, exploration, kl, losses
+from grpo_stage.algorithm import advantages, averages, correction, exploration, kl, losses
 from grpo_stage.algorithm.catalog import canonical
+from grpo_stage.algorithm.ratios import importance_ratios
+from grpo_stage.algorithm.reward_table import RewardTable, tells_apart
 
 
 NAN = math.nan
@@ -141,7 +143,7 @@ def package_loss(
     names = {"loss_type": loss_type, "importance_sampling_level": level}
     loss_type, level = (names | canonical(names)).values()
     used = [c for c in cases if c.used]
-    totals = module.StepTotals(
+    totals = averages.StepTotals(
         num_completions=len(used),
         num_tokens=sum(len(c.policy) for c in used),
         max_completion_length=MAX_LENGTH,
@@ -169,7 +171,7 @@ def package_loss(
         )
         output = module.LOSSES[loss_type].surrogate(inputs, settings)
         in_loss = mask * f64([[float(c.used)] for c in batch])
-        part = (module.token_weights(in_loss, totals, loss_type) * output.token_losses).sum()
+        part = (averages.token_weights(in_loss, totals, loss_type) * output.token_losses).sum()
         (slope,) = torch.autograd.grad(part, policy)
         assert (slope[in_loss == 0] == 0).all()
         assert output.ratios.shape == output.token_losses.shape == mask.shape
@@ -310,9 +312,9 @@ def test_gspo_token_has_gspos_gradient_where_its_tokens_weigh_alike() -> None:
 
 def test_a_sequence_needs_its_mask() -> None:
     with pytest.raises(ValueError, match="mask"):
-        losses.importance_ratios(torch.zeros(1, 2), torch.zeros(1, 2), level="sequence")
+        importance_ratios(torch.zeros(1, 2), torch.zeros(1, 2), level="sequence")
     with pytest.raises(ValueError, match="tokens"):
-        losses.importance_ratios(torch.zeros(1, 2), torch.zeros(1, 2), level="tokens")
+        importance_ratios(torch.zeros(1, 2), torch.zeros(1, 2), level="tokens")
 
 
 # The advantages
@@ -396,12 +398,12 @@ ESTIMATORS = [
 ]
 
 
-def reward_table(module: ModuleType, parts: Any, weights: list[float], lengths: Any) -> Any:
+def reward_table(parts: Any, weights: list[float], lengths: Any) -> Any:
     parts = torch.tensor(parts, dtype=torch.float64)
     weighted = parts * torch.tensor(weights, dtype=torch.float64)
     applies = ~parts.isnan() & (torch.tensor(weights) != 0)
     totals = torch.where(applies, weighted, 0.0).sum(-1).masked_fill(~applies.any(-1), NAN)
-    return module.RewardTable(
+    return RewardTable(
         totals=totals,
         parts=parts,
         weights=torch.tensor(weights, dtype=torch.float64),
@@ -425,11 +427,11 @@ def check_advantages(module: ModuleType) -> None:
         weights = rng.choice([0.0, 0.5, 1.0, -2.0], shape[2]).tolist()
         weights[0] = weights[0] or 1.0
         lengths = rng.integers(1, 9, shape[:2]).tolist()
-        actual = advantages_of(module, estimator, scale, reward_table(module, parts, weights, lengths))
+        actual = advantages_of(module, estimator, scale, reward_table(parts, weights, lengths))
         expected = f64(oracle_advantages(estimator, scale, parts.tolist(), weights, lengths))
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12, msg=f"{estimator} {scale}")
     for value, size, (estimator, scale) in itertools.product((0.1, 1 / 3, 1e6 + 0.1), (3, 7), ESTIMATORS):
-        table = reward_table(module, np.full((2, size, 1), value), [1.0], np.arange(1, 2 * size + 1).reshape(2, size))
+        table = reward_table(np.full((2, size, 1), value), [1.0], np.arange(1, 2 * size + 1).reshape(2, size))
         assert (advantages_of(module, estimator, scale, table) == 0).all()
     # One sum by two ways, and one that cancels: totals that rounding alone tells apart, at any scale.
     for unit, (estimator, scale) in itertools.product((1e-9, 1.0, 1e9), ESTIMATORS):
@@ -439,12 +441,12 @@ def check_advantages(module: ModuleType) -> None:
         ):
             if estimator == "gdpo" and group[0] != [1, -1, -1]:  # which sees each function
                 continue
-            table = reward_table(module, unit * np.array([group]), weights, [[1, 2, 3]])
+            table = reward_table(unit * np.array([group]), weights, [[1, 2, 3]])
             assert (advantages_of(module, estimator, scale, table) == 0).all(), estimator
-            assert not module.tells_apart(table).any()
+            assert not tells_apart(table).any()
     # What differs beside what cancels: both sides of the tolerance.
-    table = reward_table(module, [[[1.0, -1.0], [1.0, -1.0 + 1e-8], [1.0, -1.0 + 1e-11]]], [1.0, 1.0], [[1, 1, 1]])
-    assert module.tells_apart(table).all()
+    table = reward_table([[[1.0, -1.0], [1.0, -1.0 + 1e-8], [1.0, -1.0 + 1e-11]]], [1.0, 1.0], [[1, 1, 1]])
+    assert tells_apart(table).all()
     advantage = module.ADVANTAGE_ESTIMATORS["grpo"](table, "none")[0].tolist()
     assert advantage[0] == advantage[2] == pytest.approx(-1e-8 / 3, rel=1e-6)
     assert advantage[1] == pytest.approx(2e-8 / 3, rel=1e-6)
@@ -456,7 +458,7 @@ def test_advantages_are_the_papers() -> None:
 
 def by_hand(estimator: str, scale: str, parts: Any, weights: Any = (1.0,), lengths: Any = None) -> list[list[float]]:
     lengths = lengths or [[1] * len(group) for group in parts]
-    table = reward_table(advantages, parts, list(weights), lengths)
+    table = reward_table(parts, list(weights), lengths)
     return advantages_of(advantages, estimator, scale, table).tolist()
 
 
@@ -520,7 +522,7 @@ def test_gdpo_tells_apart_what_the_sum_does_not() -> None:
 
 @pytest.mark.parametrize("estimator", ["rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "passk", "opo"])
 def test_malformed_rewards_are_refused(estimator: str) -> None:
-    table = advantages.RewardTable(
+    table = RewardTable(
         totals=torch.zeros(2, 1), parts=torch.zeros(2, 1, 1), weights=torch.ones(1), lengths=torch.ones(2, 1)
     )
     with pytest.raises(ValueError, match="rewards must be"):

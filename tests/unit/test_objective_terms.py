@@ -25,7 +25,6 @@ import pytest
 import torch
 
 from grpo_stage.arguments import GRPOArguments
-from grpo_stage.monitors.canary import LogprobDifference
 from grpo_stage.records import metrics as metrics_module
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import Completion, FinishReason, Prompt, Sample, SampleBatch, SamplingSettings, Step
@@ -806,7 +805,6 @@ def package_gradient(
         grpo_args=args,
         objective=objective.Objective(args),
         sampling=SamplingSettings(num_generations=1, max_new_tokens=5, temperature=TEMPERATURE),
-        canary=LogprobDifference(math.inf, "hf"),
         forward=forward,
         budget=tokens,
         frozen=FrozenPass(forward, tokens, nullcontext, TEMPERATURE),

@@ -126,6 +126,27 @@ def test_a_run_without_anything_to_learn_from_is_no_success(tmp_path, options):
         trainer.train()
 
 
+@pytest.mark.parametrize("spoilt", [{0}, {2}, {0, 1}], ids=str)
+def test_a_run_that_learned_nothing_for_two_reasons_names_both(tmp_path, spoilt):
+    trainer = make_trainer(tmp_path, rewards=SameRewards())
+    SpoiltSteps(trainer, spoilt, "loss")
+    both = rf"^{len(spoilt)} of the 3 steps were skipped.*learning_rate.* none of the others .*`reward_funcs`"
+    with pytest.raises(FloatingPointError, match=both):
+        trainer.train()
+
+
+def test_fp16_may_skip_as_many_steps_more_as_its_loss_scale_can_be_halved(tmp_path):
+    trainer = make_trainer(tmp_path, max_skipped_steps=1)
+    learner, step = trainer.learner, collect(trainer)[0]
+    learner._scales_loss = True
+    SpoiltSteps(trainer, {0}, "gradient")
+    for _ in range(17):
+        learner.learn(trainer.model, step, 0)
+        assert not all(p.grad.isfinite().all() for p in trainer.model.parameters()), "the scaler lowers its scale"
+    with pytest.raises(FloatingPointError, match=r"the 17 steps before .`max_skipped_steps: 1`, and 16 more"):
+        learner.learn(trainer.model, step, 0)
+
+
 def test_a_resumed_run_whose_last_step_is_skipped_has_learned_before(tmp_path):
     training = {"save_strategy": "steps", "save_steps": 2}
     SpoiltSteps(whole := make_trainer(tmp_path, training=training), {2}, "loss")
@@ -827,7 +848,7 @@ def test_a_hang_in_native_code_ends_the_process_from_outside(tmp_path):
 import ctypes, sys
 from pathlib import Path
 from grpo_stage.survival import watchdog
-from trainer_on_fakes import FakeEngine, make_trainer
+from tests.unit.trainer_on_fakes import FakeEngine, make_trainer
 
 class Engine(FakeEngine):
     def generate(self, prompts, sampling, step):
@@ -842,7 +863,7 @@ make_trainer(Path({str(tmp_path)!r}), engine=Engine(), rollout_timeout=0.5).trai
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
     )  # fmt: skip
     assert result.returncode == 1, result.stderr
     assert "The rollout took longer than 0.5 s (`rollout_timeout`)" in result.stderr

@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 import torch
 
-import grpo_stage.collector
+from grpo_stage.monitors import table, unrewarded
 from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.monitors.monitor import Monitor
 from grpo_stage.rewards.errors import UnrewardedError
 from grpo_stage.survival.checkpoints import STATE_FILE
 from grpo_stage.types import TrainingProgress
@@ -189,6 +190,51 @@ def test_an_engine_that_does_not_follow_the_policy_stops_the_run(tmp_path, backl
     assert 1 <= trainer.state.global_step <= 6
 
 
+class Witness(Monitor):
+    """Notes how it is called, from the beginning of the run on."""
+
+    def __init__(self):
+        self.calls = []
+
+    def before_sleep(self, engine, groups, version):
+        assert engine.is_awake
+        self.calls.append(["before_sleep", version, len(groups)])
+
+    def after_sleep(self, groups, version, metrics):
+        metrics.add("witness", version)
+        self.calls.append(["after_sleep", version, len(groups)])
+
+    def after_scoring(self, groups, version):
+        assert all(each.has_reward for each in groups)
+        self.calls.append(["after_scoring", version, len(groups)])
+
+    def after_step(self, metrics):
+        self.calls.append(["after_step", metrics.own_mean("entropy") > 0])
+
+    def state_dict(self):
+        return {"calls": self.calls.copy()}
+
+    def load_state_dict(self, state):
+        self.calls = state["calls"]
+
+
+def test_a_row_of_the_table_makes_a_monitor(tmp_path, monkeypatch):
+    """Its hooks are called, what it measures is logged, and its state is in checkpoints: nothing else names it."""
+    witness = Witness()
+    monkeypatch.setattr(table, "MONITORS", {"witness": lambda request: witness, "no use": lambda request: None})
+    run = {"save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(tmp_path, engine=ScoringEngine(), training=run)
+    trainer.train()
+    rollouts = [(0, 2), (1, 2), (2, 1)]
+    hooks = ("before_sleep", "after_sleep", "after_scoring")
+    expected = [[*([hook, *rollout] for hook in hooks), ["after_step", True]] for rollout in rollouts]
+    assert witness.calls == [call for of_step in expected for call in of_step]
+    assert [line["witness"] for line in trainer.state.log_history if "loss" in line] == [0, 1, 2]
+    witness.calls = []
+    make_trainer(tmp_path, engine=ScoringEngine(), training=run).train(str(tmp_path / "checkpoint-1"))
+    assert witness.calls == [call for of_step in expected for call in of_step]
+
+
 class SparseRewards(LengthRewards):
     """Apply to the prompts of the given indices alone."""
 
@@ -252,8 +298,8 @@ def test_a_row_of_prompts_without_a_reward_ends_the_run_whether_it_was_resumed_o
     tmp_path, monkeypatch, options, resumed_at, message
 ):
     """Steps of 5 prompts, of which the first 10 have a reward. What was trained until then is kept."""
-    monkeypatch.setattr(grpo_stage.collector, "UNREWARDED_PROMPTS", 20)
-    monkeypatch.setattr(grpo_stage.collector, "UNREWARDED_ROLLOUTS", 4)
+    monkeypatch.setattr(unrewarded, "UNREWARDED_PROMPTS", 20)
+    monkeypatch.setattr(unrewarded, "UNREWARDED_ROLLOUTS", 4)
     training = {"per_device_train_batch_size": 5, "save_strategy": "steps", "save_steps": 2}
     options = {
         "num_prompts": 50, "rewards": SparseRewards(range(10)), "shuffle": False, "training": training, **options
@@ -275,14 +321,14 @@ def test_ranks_count_rewards_together(tmp_path, monkeypatch, caplog):
     sampler.sync(trainer.model, 0)
     prompts, sampling = trainer.train_dataset[:2], collector._sampling
     groups = sampler.score(sampler.generate(prompts, sampling, 0, 0), TrainingProgress())
-    for others, expected in (((0, 3), 5), ((0, 3), 10), ((1, 3), 0), ((0, 3), 5)):
-        monkeypatch.setattr(grpo_stage.collector, "all_gather", lambda own, others=others: [own, others])
-        collector._count_rewarded(groups, 1, limit=15)
-        assert collector._num_unrewarded == expected
-    assert collector.num_rewarded == 1
-    assert sum("of the 5 prompts" in record.getMessage() for record in caplog.records) == 3
-    with pytest.raises(UnrewardedError, match=r"the 5 prompts .* nor of the 5 before them"):
-        collector._count_rewarded(groups, 1, limit=10)
+    monitor = unrewarded.UnrewardedRollouts(("even",), limit=15, rank=0)
+    for others, expected in (((0, 3), 5), ((0, 3), 10), ((1, 3), 0), ((0, 3), 5), ((0, 3), 10)):
+        monkeypatch.setattr(unrewarded, "all_gather", lambda own, others=others: [own, others])
+        monitor.after_scoring(groups, 0)
+        assert monitor.state_dict() == expected
+    assert sum("of the 5 prompts" in record.getMessage() for record in caplog.records) == 4
+    with pytest.raises(UnrewardedError, match=r"the 5 prompts .* nor of the 10 before them"):
+        monitor.after_scoring(groups, 0)
 
 
 def test_an_evaluation_that_no_function_applies_to_says_so_and_ends_nothing(tmp_path, caplog):

@@ -18,11 +18,12 @@ import pytest
 import torch
 
 from grpo_stage.algorithm.advantages import group_advantages
+from grpo_stage.algorithm.averages import StepTotals, token_weights
 from grpo_stage.algorithm.catalog import canonical
 from grpo_stage.algorithm.correction import correction_weights
 from grpo_stage.algorithm.exploration import highest_entropy_tokens
 from grpo_stage.algorithm.kl import k3
-from grpo_stage.algorithm.losses import LOSSES, LossSettings, StepTotals, TokenInputs, token_weights
+from grpo_stage.algorithm.losses import LOSSES, LossSettings, TokenInputs
 
 
 EPSILON, EPSILON_HIGH, MAX_LENGTH = 0.2, 0.28, 12

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo_stage.algorithm import losses
+from grpo_stage.algorithm import averages, losses
 
 
 LOSSES = ("luspo", "vespo", "dppo_tv", "dppo_kl", "gpg", "dro")
@@ -135,7 +135,7 @@ def package_step(
 ) -> tuple[float, list[list[float]], int]:
     filler = np.random.default_rng(7)  # what stands in the padding must not matter
     used = [c for c in cases if c.used]
-    totals = module.StepTotals(
+    totals = averages.StepTotals(
         num_completions=len(used),
         num_tokens=sum(len(c.policy) for c in used),
         max_completion_length=MAX_LENGTH,
@@ -163,7 +163,7 @@ def package_step(
         )
         output = module.LOSSES[loss].surrogate(inputs, module.LossSettings(**SETTINGS))
         in_loss = mask * f64([[float(c.used)] for c in batch])
-        part = (module.token_weights(in_loss, totals, loss, aggregation) * output.token_losses).sum()
+        part = (averages.token_weights(in_loss, totals, loss, aggregation) * output.token_losses).sum()
         (slope,) = torch.autograd.grad(part, policy)
         assert output.ratios.shape == output.token_losses.shape == mask.shape
         assert (slope[in_loss == 0] == 0).all()
@@ -247,9 +247,9 @@ def test_luspo_weighs_a_completion_by_its_length() -> None:
     output, gradient = surrogate("luspo", [0.55, 0.22, 0.11], [0.5, 0.2, 0.1], 2.0)
     assert output.token_losses[0].tolist() == pytest.approx([-2.2] * 3)
     assert gradient == pytest.approx([-2.2] * 3)
-    totals = losses.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
+    totals = averages.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
     mask = f64([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
-    assert losses.token_weights(mask, totals, "luspo").tolist() == [[0.5] * 3, [0.5, 0, 0], [0, 0, 0]]
+    assert averages.token_weights(mask, totals, "luspo").tolist() == [[0.5] * 3, [0.5, 0, 0], [0, 0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -390,8 +390,8 @@ def test_no_ratio_makes_nan(loss: str, advantage: float, log_ratio: float) -> No
 @pytest.mark.parametrize("loss_type", losses.LOSSES)
 def test_averages_by_hand(loss_type: str, aggregation: str, expected: list[list[float]]) -> None:
     mask = f64([[1, 1, 1], [1, 0, 0], [0, 0, 0]])
-    totals = losses.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
-    weights = losses.token_weights(mask, totals, loss_type, aggregation)
+    totals = averages.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
+    weights = averages.token_weights(mask, totals, loss_type, aggregation)
     assert weights.tolist() == [pytest.approx(row) for row in expected]
 
 
@@ -409,24 +409,24 @@ def test_averages_by_hand(loss_type: str, aggregation: str, expected: list[list[
 )
 def test_auto_is_what_the_loss_has(loss_type: str, aggregation: str) -> None:
     mask = f64([[1, 1, 1], [1, 0, 0]])
-    totals = losses.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
-    own = losses.token_weights(mask, totals, loss_type)
-    assert torch.equal(own, losses.token_weights(mask, totals, loss_type, "auto"))
-    assert torch.equal(own, losses.token_weights(mask, totals, loss_type, aggregation))
+    totals = averages.StepTotals(num_completions=2, num_tokens=4, max_completion_length=5, num_left_out=1)
+    own = averages.token_weights(mask, totals, loss_type)
+    assert torch.equal(own, averages.token_weights(mask, totals, loss_type, "auto"))
+    assert torch.equal(own, averages.token_weights(mask, totals, loss_type, aggregation))
 
 
 @pytest.mark.parametrize("aggregation", AVERAGES)
 def test_a_step_without_completions_weighs_nothing(aggregation: str) -> None:
-    totals = losses.StepTotals(num_completions=0, num_tokens=0, max_completion_length=5)
-    assert torch.equal(losses.token_weights(torch.zeros(2, 3), totals, "dapo", aggregation), torch.zeros(2, 3))
+    totals = averages.StepTotals(num_completions=0, num_tokens=0, max_completion_length=5)
+    assert torch.equal(averages.token_weights(torch.zeros(2, 3), totals, "dapo", aggregation), torch.zeros(2, 3))
 
 
 def test_an_unknown_average_is_refused() -> None:
-    totals = losses.StepTotals(num_completions=1, num_tokens=1, max_completion_length=1)
+    totals = averages.StepTotals(num_completions=1, num_tokens=1, max_completion_length=1)
     with pytest.raises(ValueError, match="loss_aggregation"):
-        losses.token_weights(torch.ones(1, 1), totals, "dapo", "token-mean")
+        averages.token_weights(torch.ones(1, 1), totals, "dapo", "token-mean")
 
 
 def test_all_averages_are_known() -> None:
-    assert tuple(losses.AVERAGES) == AVERAGES
+    assert tuple(averages.AVERAGES) == AVERAGES
     assert {loss.average for loss in losses.LOSSES.values()} <= set(AVERAGES)

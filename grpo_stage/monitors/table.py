@@ -1,0 +1,24 @@
+"""The monitors of a run: a monitor is one file and one row."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from grpo_stage.monitors.canary import LogprobDifference
+from grpo_stage.monitors.monitor import Monitor, MonitorRequest
+from grpo_stage.monitors.slope_test import SlopeTest
+from grpo_stage.monitors.unrewarded import UnrewardedRollouts
+
+
+MONITORS: Mapping[str, Callable[[MonitorRequest], Monitor | None]] = MappingProxyType(
+    {
+        "logprob_difference": LogprobDifference.of,
+        "slope_test": SlopeTest.of,
+        "unrewarded": UnrewardedRollouts.of,
+    }
+)
+"""By the name of their state in checkpoints. Each function makes the monitor that a run needs, or returns None."""
+
+
+def make_monitors(request: MonitorRequest) -> dict[str, Monitor]:
+    """The monitors of a run, in the order in which they are called."""
+    return {name: monitor for name, make in MONITORS.items() if (monitor := make(request)) is not None}
