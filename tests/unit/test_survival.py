@@ -128,7 +128,7 @@ def test_a_run_without_anything_to_learn_from_is_no_success(tmp_path, options):
 
 @pytest.mark.parametrize("spoilt", [{0}, {2}, {0, 1}], ids=str)
 def test_a_run_that_learned_nothing_for_two_reasons_names_both(tmp_path, spoilt):
-    trainer = make_trainer(tmp_path, rewards=SameRewards())
+    trainer = make_trainer(tmp_path, rewards=SameRewards(), disable_zero_advantage_skipping=True)
     SpoiltSteps(trainer, spoilt, "loss")
     both = rf"^{len(spoilt)} of the 3 steps were skipped.*learning_rate.* none of the others .*`reward_funcs`"
     with pytest.raises(FloatingPointError, match=both):
