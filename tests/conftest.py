@@ -9,9 +9,11 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadFileScheduling
 
 
 # Set before transformers, datasets or torch are imported, and inherited by the processes that tests start.
@@ -43,6 +45,17 @@ def missing_tool() -> Callable[[str], None]:
         (pytest.fail if os.environ.get("CI") else pytest.skip)(what)
 
     return leave_out
+
+
+class OneBrowser(LoadFileScheduling):
+    """A process of `make test` gets the tests of a file together, which share what they start, and the browser's."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "browser" if "/test_browser" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneBrowser:
+    return OneBrowser(config, log)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
