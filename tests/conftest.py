@@ -1,14 +1,19 @@
 """What every test shares: an environment without a hub, a tokenizer, and a model small enough for any test."""
 
 import hashlib
+import json
 import os
+import shutil
 import signal
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from filelock import FileLock
+from xdist.scheduler import LoadFileScheduling
 
 
 # Set before transformers, datasets or torch are imported, and inherited by the processes that tests start.
@@ -42,6 +47,17 @@ def missing_tool() -> Callable[[str], None]:
     return leave_out
 
 
+class OneBrowser(LoadFileScheduling):
+    """A process of `make test` gets the tests of a file together, which share what they start, and the browser's."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "browser" if "/test_browser" in nodeid else super()._split_scope(nodeid)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneBrowser:
+    return OneBrowser(config, log)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say at the end, in one line for each reason, what did not run."""
     reasons = Counter(
@@ -58,22 +74,40 @@ def smollm2_tokenizer_dir(request: pytest.FixtureRequest) -> Path:
 
     source = hashlib.sha256(Path(quickstart_model.__file__).read_bytes()).hexdigest()[:12]
     folder = Path(request.config.cache.mkdir("smollm2")) / source
-    if not folder.exists():
-        tokenizer = quickstart_model.load_tokenizer()
-        with quickstart_model.atomic_folder(folder) as unfinished:
-            tokenizer.save_pretrained(unfinished)
+    with FileLock(folder.with_suffix(".lock")):  # `make test` runs two processes of pytest
+        if not folder.exists():
+            tokenizer = quickstart_model.load_tokenizer()
+            with quickstart_model.atomic_folder(folder) as unfinished:
+                tokenizer.save_pretrained(unfinished)
 
     return folder
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(smollm2_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A randomly initialized two-layer Llama in float32 with SmolLM2's tokenizer: an ordinary checkpoint of 13 MB."""
+def short_tokenizer_dir(smollm2_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's tokenizer without its rarer tokens: most of a tiny model's time would go into their logits.
+
+    Its special tokens, its single bytes and then the results of its merges are numbered in this order, so that what
+    stays keeps its number, and any text that the whole one encodes is encoded.
+    """
+    folder = shutil.copytree(smollm2_tokenizer_dir, tmp_path_factory.mktemp("short") / "tokenizer")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    whole, merges = content["model"]["vocab"], content["model"]["merges"]
+    content["model"]["vocab"] = {token: index for token, index in whole.items() if index < 2048}
+    content["model"]["merges"] = [pair for pair in merges if whole["".join(pair)] < 2048]
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(short_tokenizer_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A randomly initialized two-layer Llama in float32 with SmolLM2's first tokens: an ordinary checkpoint."""
     import torch
     from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-llama")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(short_tokenizer_dir)
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(
         vocab_size=len(tokenizer),

@@ -7,11 +7,18 @@ import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
+
+from tests.host_processes import HostProcesses
+
+
+INTERRUPTED_RUN = Path(__file__).with_name("interrupted_run.py")
 
 
 class RewardServer:
@@ -145,11 +152,52 @@ def host_templates() -> Iterator[None]:
     TEMPLATES.update(before)
 
 
+@pytest.fixture(scope="session")
+def host_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProcesses]:
+    processes = HostProcesses(tmp_path_factory.mktemp("processes"))
+    yield processes
+    processes.close()
+
+
+@pytest.fixture
+def interrupt(host_processes: HostProcesses) -> Callable[..., CompletedProcess[str]]:
+    """A run in a process of its own that gets a signal at a point."""
+
+    def run(arguments: dict[str, Any], sign: str, point: str, step: int, *overrides: str) -> CompletedProcess[str]:
+        result = host_processes.run(str(INTERRUPTED_RUN), sign, point, str(step), recipe_file(arguments), *overrides)
+        assert f"striking at {point} of step {step}" in result.stdout, result.stdout[-2000:] + result.stderr[-4000:]
+        return result
+
+    return run
+
+
+@pytest.fixture
+def train_in_ranks(host_processes: HostProcesses) -> Callable[..., None]:
+    """A run as torchrun would start it, one process or several, with a thread each.
+
+    A run of one process that is compared with one of two is such a process, too: rounding differs with the number of
+    threads, and with what other tests have done to this process, and now and then that is another token.
+    """
+    from llamafactory import launcher
+
+    def run(arguments: dict[str, Any], num_ranks: int = 2) -> None:
+        for result in host_processes.run_ranks(num_ranks, launcher.__file__, recipe_file(arguments)):
+            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+
+    return run
+
+
 @pytest.fixture
 def run_exp() -> Callable[[dict[str, Any]], None]:
     from llamafactory.train.tuner import run_exp
 
     return run_exp
+
+
+def recipe_file(arguments: dict[str, Any]) -> str:
+    file = Path(arguments["output_dir"]).with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(arguments))
+    return str(file)
 
 
 def trainer_log(output_dir: str | Path) -> list[dict[str, Any]]:

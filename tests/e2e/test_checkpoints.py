@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +78,12 @@ def flip_a_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(recipe, run_exp, tmp_path):
+def test_a_run_killed_in_a_save_goes_on_as_if_nothing_had_been(recipe, run_exp, host_processes, tmp_path):
     whole, killed = (recipe(output_dir=str(tmp_path / name), **SAVING) for name in ("whole", "killed"))
     run_exp(whole)
-    command = [sys.executable, "-c", DIES_IN_A_SAVE, json.dumps(killed), "optimizer.pt"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    script = tmp_path / "dies_in_a_save.py"
+    script.write_text(DIES_IN_A_SAVE)
+    result = host_processes.run(str(script), json.dumps(killed), "optimizer.pt")
     assert result.returncode == -signal.SIGKILL, result.stderr[-3000:]
     assert checkpoint_names(killed["output_dir"]) == [".tmp-checkpoint-4", "checkpoint-2"]
     assert [line["current_steps"] for line in trainer_log(killed["output_dir"])] == [1, 2, 3, 4]

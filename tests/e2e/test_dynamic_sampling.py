@@ -10,8 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from .conftest import completions, trainer_log
-from .test_interruptions import assert_same, interrupt
-from .test_two_processes import launch, recipe_file
+from .test_interruptions import assert_same
 
 
 SETTINGS: dict[str, Any] = {
@@ -42,7 +41,7 @@ def waiting(arguments: dict[str, Any], step: int, rank: int = 0) -> int:
     return len(json.loads(file.read_text())["filling"]["waiting"])
 
 
-def test_a_run_that_is_killed_and_stopped_goes_on_exactly(recipe, run_exp, picky_reward, tmp_path):
+def test_a_run_that_is_killed_and_stopped_goes_on_exactly(recipe, run_exp, interrupt, picky_reward, tmp_path):
     settings = SETTINGS | {
         "num_iterations": 2,
         "save_strategy": "steps",
@@ -69,15 +68,15 @@ def test_a_run_that_is_killed_and_stopped_goes_on_exactly(recipe, run_exp, picky
     assert_same(broken, whole)
 
 
-def test_two_processes_sample_and_train_as_one_does(recipe, picky_reward, tmp_path):
+def test_two_processes_sample_and_train_as_one_does(recipe, train_in_ranks, picky_reward, tmp_path):
     settings = SETTINGS | {"max_grad_norm": 0.0, "scale_rewards": "batch", "reward_funcs": picky_reward}
-    settings |= {"save_strategy": "steps", "save_steps": 1, "seed": 3}  # one of those by which two groups wait
+    settings |= {"save_strategy": "steps", "save_steps": 1, "seed": 5}  # one of those by which two groups wait
     one, two = (
         recipe(output_dir=str(tmp_path / name), per_device_train_batch_size=size, **settings)
         for name, size in (("one", 4), ("two", 2))
     )
-    launch("llamafactory-cli", "train", recipe_file(one), num_processes=1)
-    launch("llamafactory-cli", "train", recipe_file(two))
+    train_in_ranks(one, num_ranks=1)
+    train_in_ranks(two)
 
     def sampled(arguments: dict[str, Any]) -> list[tuple[Any, ...]]:
         names = ("step", "prompt_index", "policy_version", "completion")
@@ -101,6 +100,6 @@ def test_two_processes_sample_and_train_as_one_does(recipe, picky_reward, tmp_pa
     assert waiting(two, step, 1) > 0
     resumed = dict(two, output_dir=str(tmp_path / "resumed"))
     resumed["resume_from_checkpoint"] = os.path.join(two["output_dir"], f"checkpoint-{step}")
-    launch("llamafactory-cli", "train", recipe_file(resumed))
+    train_in_ranks(resumed)
     weights = [load_file(Path(run["output_dir"], "adapter_model.safetensors")) for run in (resumed, two)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from safetensors.torch import load_file
 
 from .conftest import completions, trainer_log
 
 
-SCRIPT = Path(__file__).with_name("interrupted_run.py")
 # Ten prompts, two held out, two a step, two steps a rollout, used twice: an epoch has 8 steps, and a rollout before
 # steps 0, 4, 8 and 12. Checkpoints hold rollouts that are used up, half used and not yet used.
 SETTINGS: dict[str, Any] = {
@@ -42,22 +40,6 @@ SETTINGS: dict[str, Any] = {
 }
 TIMES = re.compile(r"time|per_second|runtime|percentage|train_loss")
 """What may differ; `train_loss` is Trainer's own mean over the steps since the resume."""
-
-
-def interrupt(
-    arguments: dict[str, Any], sign: str, point: str, step: int, *overrides: str
-) -> "subprocess.CompletedProcess[str]":
-    file = Path(arguments["output_dir"]).with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(arguments))
-    result = subprocess.run(
-        [sys.executable, str(SCRIPT), sign, point, str(step), str(file), *overrides],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert f"striking at {point} of step {step}" in result.stdout, result.stdout[-2000:] + result.stderr[-4000:]
-    return result
 
 
 def untimed(line: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +104,7 @@ KILLS = {
 
 
 @pytest.mark.parametrize("engine", KILLS)
-def test_a_run_goes_on_exactly_however_often_it_is_killed(recipe, run_exp, whole, tmp_path, engine):
+def test_a_run_goes_on_exactly_however_often_it_is_killed(recipe, run_exp, whole, interrupt, tmp_path, engine):
     settings = settings_of(engine)
     arguments = recipe(output_dir=str(tmp_path / "out"), **settings)
     for point, step in KILLS[engine]:
@@ -143,7 +125,7 @@ STOPS = [
 ]
 
 
-def test_a_stopped_run_prints_how_it_goes_on_exactly(recipe, whole, tmp_path):
+def test_a_stopped_run_prints_how_it_goes_on_exactly(recipe, whole, interrupt, tmp_path):
     arguments = recipe(output_dir=str(tmp_path / "out"), **SETTINGS)
     words: list[str] = []
     for sign, point, step in STOPS:

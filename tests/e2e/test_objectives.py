@@ -10,7 +10,14 @@ RUNS = {
     "gspo": {"loss_type": "gspo", "epsilon": 3e-4, "epsilon_high": 4e-4, "steps_per_generation": 2},
     "cispo, rloo": {"loss_type": "cispo", "epsilon_high": 4.0, "advantage_estimator": "rloo"},
     "sapo, opo": {"loss_type": "sapo", "sapo_temperature_neg": 1.1, "advantage_estimator": "opo"},
-    "gmpo, passk": {"loss_type": "gmpo", "epsilon": 0.4, "advantage_estimator": "passk", "scale_rewards": "group"},
+    # The seed: each step has a group with one best completion, and so something to learn.
+    "gmpo, passk": {
+        "loss_type": "gmpo",
+        "epsilon": 0.4,
+        "advantage_estimator": "passk",
+        "scale_rewards": "group",
+        "seed": 1,
+    },
     "dual clip": {"delta": 3.0, "importance_sampling_level": "sequence_token", "advantage_estimator": "dr_grpo"},
     "kl in the reward": {
         "advantage_estimator": "reinforce_plus_plus",

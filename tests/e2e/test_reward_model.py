@@ -110,7 +110,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path) -> list[tuple[
         return scores
 
     monkeypatch.setattr(reward_models.ModelReward, "__call__", watched)
-    monkeypatch.setattr(sampling, "stop_token_ids", lambda *_: tuple(range(0, 49152, 8)))
+    monkeypatch.setattr(sampling, "stop_token_ids", lambda *_: tuple(range(0, 2048, 8)))
     return seen
 
 
@@ -461,7 +461,7 @@ def test_new_tokens_need_a_reward_model_that_has_them(
     tokenizer = AutoTokenizer.from_pretrained(tiny_model_dir)
     tokenizer.add_tokens(["<a>", "<b>"])
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=64)  # as the host does with the policy
     model.save_pretrained(extended)
     tokenizer.save_pretrained(extended)
     shutil.copy(reward_adapter / "value_head.safetensors", extended)

@@ -9,15 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from grpo_stage.survival import checkpoints
 
-from .conftest import completions, trainer_log
+from .conftest import INTERRUPTED_RUN, completions, recipe_file, trainer_log
 
 
-SCRIPT = Path(__file__).with_name("interrupted_run.py")
 SETTINGS: dict[str, Any] = {
     "num_train_epochs": 1,
     "max_steps": -1,
@@ -37,16 +35,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def launch(*command: str, succeeds: bool = True, num_processes: int = 2) -> str:
-    """Run a command of this environment under torchrun, with a thread a process; its output.
-
-    A run of one process that is compared with one of two is launched, too: rounding differs with the number of
-    threads, and with what other tests have done to this process, and now and then that is another token.
-    """
+def launch(*command: str, succeeds: bool = True) -> str:
+    """Run a command of this environment under torchrun, with a thread a process; its output."""
     scripts = Path(sys.executable).parent
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if command[0] != "torchrun":
-        environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": str(num_processes)}
+        environment |= {"FORCE_TORCHRUN": "1", "NPROC_PER_NODE": "2"}
     # torchrun is looked up on the PATH by the host's launcher.
     environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"
     result = subprocess.run(
@@ -60,12 +54,6 @@ def launch(*command: str, succeeds: bool = True, num_processes: int = 2) -> str:
     )
     assert (result.returncode == 0) == succeeds, result.stdout[-8000:]
     return result.stdout
-
-
-def recipe_file(arguments: dict[str, Any]) -> str:
-    file = Path(arguments["output_dir"]).with_suffix(".yaml")
-    file.write_text(yaml.safe_dump(arguments))
-    return str(file)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +71,11 @@ def two(recipe, runs_of_two, tmp_path_factory) -> dict[str, Any]:
     return runs_of_two[0]
 
 
-def test_two_processes_stop_together_and_go_on_exactly(recipe, two, tmp_path):
+def test_two_processes_stop_together_and_go_on_exactly(recipe, two, train_in_ranks, tmp_path):
     """Only the second is asked, in its rollout; the first leaves with it, having finished its own."""
     stopped = recipe(output_dir=str(tmp_path / "out"), per_device_train_batch_size=2, **SETTINGS)
     file = recipe_file(stopped)
-    ranks = ("--standalone", "--nproc_per_node", "2", str(SCRIPT), "SIGTERM", "rollout", "1")
+    ranks = ("--standalone", "--nproc_per_node", "2", str(INTERRUPTED_RUN), "SIGTERM", "rollout", "1")
     output = launch("torchrun", *ranks, file, succeeds=False)
     assert "The run was stopped by SIGTERM" in output
     assert f"resume_from_checkpoint={tmp_path / 'out' / 'checkpoint-1'}" in output
@@ -98,7 +86,7 @@ def test_two_processes_stop_together_and_go_on_exactly(recipe, two, tmp_path):
     }
     assert of_ranks <= checkpoints.read_state(checkpoint)["files"].keys()
 
-    launch("llamafactory-cli", "train", file)
+    train_in_ranks(stopped)
     assert completions(stopped["output_dir"]) == completions(two["output_dir"])
     assert untimed(stopped) == untimed(two)
     weights = [load_file(Path(run["output_dir"]) / "adapter_model.safetensors") for run in (stopped, two)]
@@ -111,10 +99,10 @@ def untimed(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if not clock.search(key)} for line in lines]
 
 
-def test_two_processes_train_as_one_does(recipe, two, tmp_path):
+def test_two_processes_train_as_one_does(recipe, two, train_in_ranks, tmp_path):
     """Same prompts, same completions, same rewards, same weights; the last step of the epoch reaches one rank only."""
     one = recipe(output_dir=str(tmp_path / "one"), per_device_train_batch_size=4, **SETTINGS)
-    launch("llamafactory-cli", "train", recipe_file(one), num_processes=1)
+    train_in_ranks(one, num_ranks=1)
 
     def sampled(arguments):
         rows = [
@@ -144,10 +132,11 @@ def test_two_processes_train_as_one_does(recipe, two, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
+def of_two_ranks(host_processes, tmp_path_factory) -> tuple[list[torch.Tensor], list[torch.Tensor | None]]:
     script = Path(__file__).parents[1] / "unit" / "gradients_of_ranks.py"
     file = tmp_path_factory.mktemp("gradients") / "gradients.pt"
-    launch("torchrun", "--standalone", "--nproc_per_node", "2", str(script), str(file))
+    for result in host_processes.run_ranks(2, str(script), str(file)):
+        assert result.returncode == 0, result.stderr[-8000:]
     return torch.load(file)
 
 

@@ -486,12 +486,25 @@ def test_a_block_inside_another_keeps_a_request_for_the_rest_of_it():
     ("sign", "has_terminal", "code"),
     [("SIGTERM", False, 128 + 15), ("SIGINT", False, 128 + 2), ("SIGHUP", False, 128 + 1), ("SIGINT", True, 0)],
 )
-def test_the_launcher_waits_for_torchrun_and_passes_on_what_a_terminal_does_not(sign, has_terminal, code):
+def test_the_launcher_waits_for_torchrun_and_passes_on_what_a_terminal_does_not(sign, has_terminal, code, tmp_path):
     """Ctrl-C reaches torchrun without us; the stand-in for it ends with 1 when it is asked, as torchrun does."""
-    torchrun = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(1)); time.sleep(1.5)"
+    ready, struck = str(tmp_path / "ready"), str(tmp_path / "struck")
+    torchrun = f"""
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+open({ready!r}, "w").close()
+while not os.path.exists({struck!r}):
+    time.sleep(0.02)
+time.sleep({0.5 if has_terminal else 30})
+"""
     launcher = f"""
 import threading
-threading.Timer(0.8, os.kill, (os.getpid(), signal.{sign})).start()
+def strike():
+    while not os.path.exists({ready!r}):
+        time.sleep(0.02)
+    os.kill(os.getpid(), signal.{sign})
+    open({struck!r}, "w").close()
+threading.Thread(target=strike).start()
 sys.exit(stop.run_and_pass_on([sys.executable, "-c", {torchrun!r}]).returncode)
 """
     if not has_terminal:

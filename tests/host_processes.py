@@ -1,0 +1,110 @@
+"""Python programs that use the host, each a fork of a process that has imported it: alone that takes seven seconds.
+
+For tests of what a run does, and of how one ends. That `llamafactory-cli` and torchrun come to start one, and what
+happens before and while the host is imported, is shown by tests that start those.
+"""
+
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+class HostProcesses:
+    """Starts the process that forks with the first program, and again after one that had to be ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._server: subprocess.Popen[str] | None = None
+
+    def run(self, *command: str, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
+        """What `subprocess.run` of this Python gives for a script and its arguments."""
+        return self._run(command, [dict(os.environ)], timeout)[0]
+
+    def run_ranks(
+        self, num_ranks: int, *command: str, timeout: float = 500
+    ) -> "list[subprocess.CompletedProcess[str]]":
+        """The same in several processes, each with what torchrun tells a rank and with one thread."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
+        size = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+        return self._run(command, [os.environ | address | size | rank for rank in ranks], timeout)
+
+    def close(self) -> None:
+        """End it, and what it has forked."""
+        if self._server is not None:
+            os.killpg(self._server.pid, signal.SIGKILL)
+            self._server.communicate()
+            self._server = None
+
+    def _run(
+        self, command: tuple[str, ...], environments: list[dict[str, str]], timeout: float
+    ) -> "list[subprocess.CompletedProcess[str]]":
+        if self._server is None:
+            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+            self._server = subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes)
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        outputs = [
+            [str(self._folder / f"{rank}.{end}") for end in ("out", "err")] for rank in range(len(environments))
+        ]
+        request = {
+            "command": command,
+            "folder": os.getcwd(),
+            "processes": list(zip(environments, outputs, strict=True)),
+        }
+        print(json.dumps(request), file=self._server.stdin, flush=True)
+        if not select.select([self._server.stdout], [], [], timeout)[0]:
+            self.close()
+            raise subprocess.TimeoutExpired(command, timeout, "".join(Path(file).read_text() for file in outputs[0]))
+        return [
+            subprocess.CompletedProcess(command, code, *(Path(file).read_text() for file in files))
+            for code, files in zip(json.loads(self._server.stdout.readline()), outputs, strict=True)
+        ]
+
+
+def _serve() -> None:
+    for module in ("llamafactory.train.tuner", "grpo_stage.workflow"):
+        importlib.import_module(module)
+    gc.collect()
+    gc.freeze()
+    for line in sys.stdin:
+        request = json.loads(line)
+        children = []
+        for environment, outputs in request["processes"]:
+            children.append(os.fork())
+            if children[-1] == 0:
+                _become(request["command"], request["folder"], environment, outputs)
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+        print(json.dumps(codes), flush=True)
+
+
+def _become(command: list[str], folder: str, environment: dict[str, str], outputs: list[str]) -> None:
+    """Be the process of a program, to its ordinary end."""
+    import torch
+
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # libgomp has read that of its own start
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, file in enumerate(outputs, start=1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = command
+    sys.path[0] = os.path.dirname(command[0])
+    runpy.run_path(command[0], run_name="__main__")
+    sys.exit()
+
+
+if __name__ == "__main__":
+    _serve()
