@@ -151,7 +151,9 @@ def draw(series: list[tuple[str, list[dict[str, Any]]]], file: Path) -> None:
         for row, key in zip(panels, ("seconds", "peak_gib"), strict=True):
             panel, label = row[names.index(axis)], f"{points[0]['layout']}, {points[0]['logits']}"
             panel.plot([point[axis] for point in points], [point[key] for point in points], "o-", label=label)
-            panel.set(xlabel=axis.replace("_", " "), ylabel=key.replace("_", " "), xlim=0, ylim=0)
+            panel.set(xlabel=axis.replace("_", " "), ylabel=key.replace("_", " "))
+    for panel in panels.flat:
+        panel.set(xlim=0, ylim=0)
     panels[0, 0].legend()
     plt.savefig(file)
 
