@@ -4,10 +4,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from grpo_stage.distributed import all_gather
@@ -22,7 +21,7 @@ logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host
 TOLERANCE, HALF_PRECISION_TOLERANCE = 1e-4, 0.1
 """Mean difference of log-probabilities, in nats. Both ways round differently, by 1e-6 in float32 and 0.01 to 0.05 in
 half precision (or TF32); a completion that sees another one, or not its prompt, differs by far more."""
-PROMPT_TOKENS, COMPLETION_TOKENS = 1024, (12, 5)
+PROMPT_TOKENS, COMPLETION_TOKENS = 256, (12, 5)
 """Of what is compared: the ends of two prompts, and completions made of the other one's tokens."""
 
 
@@ -45,10 +44,13 @@ def settle(
     if isinstance(forward.layout, PaddedLayout) and not forward.is_chunked:
         return
     rows = probe_rows(prompts)
-    expected = _logprobs(Forward(plain, is_chunked=False), model, rows, autocast)
+    compare = partial(_logprobs, model=model, rows=rows, autocast=autocast)
+    expected, failure = _attempt(partial(compare, Forward(plain, is_chunked=False)))
     problems = []
     for candidate in _candidates(forward, plain):
-        problem = _problem(candidate, model, rows, autocast, expected)
+        actual, problem = (None, failure) if expected is None else _attempt(partial(compare, candidate))
+        if expected is not None and actual is not None:
+            problem = _difference(actual, expected, model, autocast)
         problem = next((each for each in all_gather(problem) if each is not None), None)
         if problem is None:
             break
@@ -74,16 +76,19 @@ def _candidates(forward: Forward, plain: PaddedLayout) -> Iterator[Forward]:
             yield replace(forward, layout=layout, is_chunked=is_chunked)
 
 
-def _problem(
-    candidate: Forward, model: nn.Module, rows: Sequence[Row], autocast: Any, expected: torch.Tensor
-) -> str | None:
-    """Why a way is not exact; None if it is."""
+def _attempt(compare: Callable[[], torch.Tensor]) -> tuple[torch.Tensor | None, str | None]:
+    """Log-probabilities, or why there are none: any error of the model's own code. The plain way needs none of it, and
+    if that fails as well, the first pass of the run says so."""
     try:
-        logprobs = _logprobs(candidate, model, rows, autocast)
-    except Exception as error:  # any model's own code; the reason is told, and the plain way needs nothing of it
-        if should_reduce_batch_size(error):
-            raise
-        return f"{type(error).__name__}: {error}"
+        return compare(), None
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
+
+
+def _difference(
+    logprobs: torch.Tensor, expected: torch.Tensor, model: nn.Module, autocast: Callable[[], AbstractContextManager]
+) -> str | None:
+    """In words; None if it is rounding."""
     difference = (logprobs - expected).abs().mean().item()
     with autocast():
         is_half = torch.is_autocast_enabled(logprobs.device.type)
@@ -95,7 +100,9 @@ def _problem(
 
 
 @torch.no_grad()
-def _logprobs(forward: Forward, model: nn.Module, rows: Sequence[Row], autocast: Any) -> torch.Tensor:
+def _logprobs(
+    forward: Forward, *, model: nn.Module, rows: Sequence[Row], autocast: Callable[[], AbstractContextManager]
+) -> torch.Tensor:
     """[B, T] at temperature 1."""
     batch = forward.layout.tokens(rows)
     with attention_of(model, batch.inputs.shared_prompts), autocast():

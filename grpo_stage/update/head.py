@@ -5,13 +5,14 @@ M completion tokens    H hidden size    V vocabulary
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft import PeftModel
 from torch import nn
 
 
+T = TypeVar("T")
 MAX_LOGITS = 2**25
 """Logits that are held at once: 128 MiB in float32, times a few for what is computed from them."""
 
@@ -74,15 +75,42 @@ class OutputLayer:
         return TokenStatistics(*_InChunks.apply(call, hidden, targets, *trained))
 
 
-def separate(model: Any) -> tuple[nn.Module, OutputLayer] | None:
-    """The body and the output layer of a causal language model, wrapped or not; None if it is not made of two."""
-    while hasattr(model, "module"):  # DDP
-        model = model.module
-    if isinstance(model, PeftModel):  # adapters are layers of the model itself
-        model = model.get_base_model()
-    body = getattr(model, "base_model", model)
-    head = OutputLayer.of(model) if hasattr(model, "get_output_embeddings") else None
-    return None if body is model or head is None else (body, head)
+@dataclass(frozen=True, slots=True)
+class Halves:
+    """A causal language model as a body, which gives hidden states, and an output layer."""
+
+    model: Any
+    """The Hugging Face model of both; adapters are layers of it."""
+    body: nn.Module
+    head: OutputLayer
+
+    @classmethod
+    def of(cls, model: Any) -> "Halves | None":
+        """Those of a model, wrapped or not; None if it is not made of two."""
+        while hasattr(model, "module"):  # DDP
+            model = model.module
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
+        body = getattr(model, "base_model", model)
+        head = OutputLayer.of(model) if hasattr(model, "get_output_embeddings") else None
+        return None if body is model or head is None else cls(model, body, head)
+
+    def call(self, wrapped: nn.Module, run: Callable[[], T], **arguments: Any) -> T:
+        """What `run` gives in the place of the model's forward pass, inside of all that wraps the model.
+
+        Args:
+            wrapped: the model as it was given to `of`; its wrappers and hooks act as in every forward pass.
+            run: calls body and head.
+            **arguments: for the wrappers to see.
+        """
+        own = vars(self.model).get("forward")
+        self.model.forward = lambda *args, **kwargs: run()
+        try:
+            return wrapped(**arguments)
+        finally:
+            del self.model.forward
+            if own is not None:
+                self.model.forward = own
 
 
 def statistics_of_logits(logits: torch.Tensor, targets: torch.Tensor, temperature: float) -> TokenStatistics:

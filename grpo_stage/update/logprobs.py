@@ -17,7 +17,7 @@ from grpo_stage.algorithm.advantages import gradient_energies
 from grpo_stage.types import ModelInputs, TokenBatch
 from grpo_stage.update.attention import attention_of
 from grpo_stage.update.batch import Layout, Sequenced
-from grpo_stage.update.head import TokenStatistics, separate, statistics_of_logits
+from grpo_stage.update.head import Halves, TokenStatistics, statistics_of_logits
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
@@ -50,13 +50,17 @@ class Forward:
         """
         mask = batch.completion_mask.bool()
         targets = batch.completion_ids[mask]  # [M]
-        parts = separate(model) if self.is_chunked else None
-        if parts is None:
+        halves = Halves.of(model) if self.is_chunked else None
+        if halves is None:
             of_tokens = statistics_of_logits(_logits(model, batch.inputs), targets, temperature)
         else:
-            body, head = parts
-            hidden = body(**_arguments(batch.inputs)).last_hidden_state.flatten(0, 1)  # [R x N, hidden]
-            of_tokens = head.statistics(hidden[batch.inputs.predictors[: len(targets)]], targets, temperature)
+            body, head, arguments = halves.body, halves.head, _arguments(batch.inputs)
+
+            def in_chunks() -> TokenStatistics:
+                hidden = body(**arguments).last_hidden_state.flatten(0, 1)  # [R x N, hidden]
+                return head.statistics(hidden[batch.inputs.predictors[: len(targets)]], targets, temperature)
+
+            of_tokens = halves.call(model, in_chunks, **arguments)
         return TokenStatistics(*(torch.zeros_like(batch.completion_mask).masked_scatter(mask, x) for x in of_tokens))
 
 

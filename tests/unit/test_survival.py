@@ -225,7 +225,7 @@ def run(name, fails):
     trainer = make_trainer(folder, num_prompts=8, max_tokens_per_micro_batch=40)
     calls = []
     def forward(module, args, kwargs):
-        if module.training:
+        if module.training and torch.is_grad_enabled():
             calls.append(kwargs["input_ids"].shape[0])
             if os.environ["RANK"] == "1" and len(calls) in fails:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -293,10 +293,12 @@ def strike(trainer, where, at_step):
 
         trainer.rewards.score = slow_score
     else:
-        trainer.model.register_forward_hook(lambda *call: send() if call[0].training else None)
+        trainer.model.register_forward_hook(
+            lambda *call: send() if call[0].training and torch.is_grad_enabled() else None
+        )
 
 
-RUN = {"num_iterations": 2, "steps_per_generation": 2, "max_tokens_per_micro_batch": 20}
+RUN = {"num_iterations": 2, "steps_per_generation": 2, "max_tokens_per_micro_batch": 10}
 UNTIMED = re.compile(r"time|seconds?|per_second|runtime")
 
 
