@@ -37,15 +37,19 @@ class CardMemory:
         gc.collect()
         torch.cuda.empty_cache()
         self._before = self._peak = _used_bytes()
-        threading.Thread(target=self._watch, daemon=True).start()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
 
     def peak_gib(self) -> float:
+        """Ends the measurement."""
+        self._over.set()
+        self._thread.join()
         return (self._peak - self._before) / 2**30
 
     def _watch(self) -> None:
-        while True:
+        while not self._over.wait(SAMPLING_S):
             self._peak = max(self._peak, _used_bytes())
-            time.sleep(SAMPLING_S)
 
 
 def _status_kib(name: str) -> int:
