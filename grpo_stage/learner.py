@@ -25,6 +25,7 @@ from .update.exactness import probe_rows, settle
 from .update.gradient import PolicyGradient
 from .update.logprobs import Forward, FrozenPass
 from .update.objective import Objective
+from .update.reference import ReferencePolicy
 from .update.routing import RouterLoss
 from .update.strategy import choose_strategy
 from .update.token_budget import PolicyBudget
@@ -109,9 +110,13 @@ class Learner:
         self._phases = phases
         self._tracker = phases.tracker
 
-    def prepare(self, policy: nn.Module, prompts: Sequence[Prompt]) -> None:
-        """Find out how this model can be trained on these prompts; before the first step, on all ranks together."""
+    def prepare(self, policy: nn.Module, reference: ReferencePolicy | None, prompts: Sequence[Prompt]) -> None:
+        """Find out how these models can be trained on these prompts; before the first step, on all ranks together."""
         settle(self.forward, self._plain, policy, prompts, self._autocast)
+        if reference is not None:
+            with reference.activate(policy) as model:
+                if model is not policy:
+                    settle(self.forward, self._plain, model, prompts, self._autocast)
         if self._checkpoints_if_needed:
             longest = max(len(prompt.token_ids) for prompt in prompts) + self._sampling.max_new_tokens
             max_tokens = max(self.budget.max_tokens, longest)

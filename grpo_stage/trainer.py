@@ -216,7 +216,7 @@ class GRPOTrainer(ResumableTrainer):
         return steps_of_run(self.args, self.collector.steps_per_epoch)
 
     def prepare_from(self, step: int) -> None:
-        self.learner.prepare(self.model, self.train_dataset)
+        self.learner.prepare(self.model, self.reference, self.train_dataset)
         if self.grpo_args.log_completions:
             # A rollout that waits for its first use was logged under the next step, and is not sampled again.
             self.collector.completions_log.drop_after(step + 1 if self.collector.queue else step)

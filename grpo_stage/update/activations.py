@@ -1,12 +1,15 @@
 """Gradient checkpointing by memory: activations are kept for the backward pass where they fit, which is faster."""
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from peft import PeftModel
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -56,10 +59,18 @@ def keep_activations_if_they_fit(
         for layer in layers:
             layer.gradient_checkpointing = is_on
 
+    if base.config._attn_implementation == "eager":  # what it keeps grows with the square of the length
+        return None
+    device = next(model.parameters()).device
     switch(False)
-    needed = _kept_bytes(forward, model, rows, max_tokens, autocast) + OF_A_LOGIT * MAX_LOGITS
-    needed += OF_ADAM * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    free = _free_bytes(next(model.parameters()).device)
+    try:
+        needed = _kept_bytes(forward, model, rows, max_tokens, autocast) + OF_A_LOGIT * MAX_LOGITS[device.type]
+        needed += OF_ADAM * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    except Exception as error:
+        if not should_reduce_batch_size(error):
+            raise
+        needed = math.inf
+    free = _free_bytes(device)
     fits = all(all_gather(needed <= free))
     logger.info(
         f"Gradient checkpointing is {'off' if fits else 'on'}: without it a micro-batch of {max_tokens} tokens takes "
@@ -104,7 +115,16 @@ def _measure(forward: Forward, model: nn.Module, rows: Sequence[Sequenced], auto
 
 def _free_bytes(device: torch.device) -> float:
     if device.type != "cuda":
-        return USABLE["cpu"] * psutil.virtual_memory().available / len(all_gather(None))
+        return USABLE["cpu"] * min(psutil.virtual_memory().available, _free_in_container()) / len(all_gather(None))
     free, _ = torch.cuda.mem_get_info(device)
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return USABLE["cuda"] * (free + unused)
+
+
+def _free_in_container() -> float:
+    """Bytes that the control group of this process leaves; infinite without a limit."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        return int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or `max`
+        return math.inf

@@ -8,10 +8,10 @@ are those of the prompt and its own; so the kernels are dense ones and nothing o
     N tokens of the stream    H heads    D head size
 """
 
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import repeat_kv
+from transformers.utils import is_flash_attn_2_available
 
 
 NAME = "grpo_stage_shared_prompts"
@@ -68,6 +69,8 @@ class SharedPrompts:
             block.end - block.start for blocks in self._blocks for block in blocks
         ]  # of the stream, in its order
         self._varlen: _Lengths | None = None
+        self.windows: set[int | None] = set()
+        """The sliding windows that the layers have asked for."""
 
     def attend(
         self,
@@ -80,12 +83,11 @@ class SharedPrompts:
         softcap: float | None,
     ) -> torch.Tensor:
         """[1, N, H, D] of queries [1, H, N, D], keys and values [1, H or fewer, N, D]."""
-        if (
-            query.is_cuda
-            and softcap is None
-            and query.dtype in (torch.float16, torch.bfloat16)
-            and query.size(-1) <= 256
-        ):
+        self.windows.add(sliding_window)
+        if torch.is_autocast_enabled(query.device.type):  # norms of queries and keys may have raised their precision
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        if softcap is None and _has_varlen_kernel(query, value):
             return self._attend_varlen(query, key, value, scaling, sliding_window)
         groups = query.size(1) // key.size(1)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -121,22 +123,22 @@ class SharedPrompts:
             return None
         key = (number, block, window, dtype)
         if key not in self._masks:
-            owners = torch.tensor([-1, *range(len(family.completions))]).repeat_interleave(
-                torch.tensor([family.prompt, *family.completions])
-            )
-            positions = torch.cat(
-                [torch.arange(family.prompt), *(family.prompt + torch.arange(n) for n in family.completions)]
-            )
-            queries = torch.arange(block.start, block.end)
-            keys = queries if block.start == 0 else torch.cat([torch.arange(family.prompt), queries])
-            of_prompt = owners[keys] == -1
-            sees = of_prompt | (owners[queries].unsqueeze(1) == owners[keys])
-            distance = positions[queries].unsqueeze(1) - positions[keys]
-            sees &= distance >= 0
+            lengths = torch.tensor([family.prompt, *family.completions], device=self._device)
+            owners = torch.arange(-1, len(family.completions), device=self._device).repeat_interleave(lengths)
+            starts = lengths.cumsum(0) - lengths - family.prompt
+            starts[0] = 0
+            positions = torch.arange(family.length, device=self._device) - starts.repeat_interleave(lengths)
+            queries = torch.arange(block.start, block.end, device=self._device)
+            keys = queries
+            if block.start > 0:
+                keys = torch.cat([torch.arange(family.prompt, device=self._device), queries])
+            sees = (owners[keys] == -1) | (owners[queries].unsqueeze(1) == owners[keys])
+            sees &= positions[queries].unsqueeze(1) >= positions[keys]
             if window is not None:
-                sees &= distance < window
-            mask = torch.zeros(sees.shape, dtype=dtype).masked_fill_(~sees, -torch.inf)
-            self._masks[key] = mask.to(self._device)
+                sees &= positions[queries].unsqueeze(1) < positions[keys] + window
+            self._masks[key] = torch.zeros(sees.shape, dtype=dtype, device=self._device).masked_fill_(
+                ~sees, -torch.inf
+            )
         return self._masks[key]
 
     def _attend_varlen(
@@ -149,12 +151,13 @@ class SharedPrompts:
         q, k, v = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))  # [N, H, D]
         k, v = k.index_select(0, lengths.keys), v.index_select(0, lengths.keys)
         left = -1 if window is None else window - 1
-        if importlib.util.find_spec("flash_attn") is not None:
+        if _has_flash_attention():
             from flash_attn import flash_attn_varlen_func
 
             output = flash_attn_varlen_func(
                 q, k, v, lengths.cu_queries, lengths.cu_keys, lengths.max_queries, lengths.max_keys,
                 softmax_scale=scaling, causal=True, window_size=(left, 0 if left >= 0 else -1),
+                deterministic=torch.are_deterministic_algorithms_enabled(),
             )  # fmt: skip
         else:
             from torch.nn.attention.varlen import varlen_attn
@@ -195,6 +198,18 @@ class _Lengths:
         num_keys = [len(each) for each in keys]
         cu_queries, cu_keys = (torch.tensor([0, *each]).cumsum(0).int().to(device) for each in (queries, num_keys))
         return cls(cu_queries, cu_keys, torch.cat(keys).to(device), max(queries), max(num_keys))
+
+
+def _has_varlen_kernel(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether the kernels for sequences of different lengths take such heads."""
+    size = query.size(-1)
+    fits = query.dtype in (torch.float16, torch.bfloat16) and size == value.size(-1) and size % 8 == 0 and size <= 256
+    return query.is_cuda and fits and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
+@cache
+def _has_flash_attention() -> bool:
+    return bool(is_flash_attn_2_available())
 
 
 def _blocks(family: Family) -> list[_Block]:
@@ -262,7 +277,9 @@ def attention_of(model: Any, shared_prompts: SharedPrompts | None) -> Iterator[N
     while hasattr(model, "module"):  # DDP
         model = model.module
     config = model.config
-    own = config._attn_implementation
+    parts = {key: getattr(config, key, None) for key in config.sub_configs}
+    own = {"": config._attn_implementation}
+    own |= {key: part._attn_implementation for key, part in parts.items() if part is not None}
     config._attn_implementation = NAME
     try:
         yield

@@ -106,6 +106,9 @@ class PolicyGradient:
         metrics = MetricTracker()
         loss = torch.zeros((), device=self._device)
         samples = [sample for sample in step.samples if self._has_gradient(sample)]
+        fresh = [sample for sample in step.samples if sample.policy_version == number]
+        if fresh and not any(sample.policy_version == number for sample in samples):
+            samples.append(fresh[0])  # for the canary, which has to see every rollout
         is_checked = not any(sample.policy_version == number for sample in samples)
 
         def run(positions: Sequence[int]) -> bool:
@@ -134,7 +137,7 @@ class PolicyGradient:
                     model.zero_grad()
                     if isinstance(outcome, OutOfMemory):
                         chunk = [samples[position] for position in positions]
-                        self._budget.give_way(len(chunk), layout.num_tokens(chunk), outcome)
+                        self._budget.give_way(len(chunk), layout.num_tokens(chunk), outcome, keeps_activations=True)
                     return None
                 is_checked = is_checked or outcome is True
         return loss, metrics

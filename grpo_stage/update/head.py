@@ -13,8 +13,8 @@ from torch import nn
 
 
 T = TypeVar("T")
-MAX_LOGITS = 2**25
-"""Logits that are held at once: 128 MiB in float32, times a few for what is computed from them."""
+MAX_LOGITS = {"cuda": 2**27, "cpu": 2**25}
+"""Logits that are held at once: 512 and 128 MiB in float32, times a few for what is computed from them."""
 
 
 class TokenStatistics(NamedTuple):
@@ -69,7 +69,7 @@ class OutputLayer:
         chunks, and the backward pass computes the logits of a chunk again, except those of the last one, which it
         still has.
         """
-        chunk = max(1, (max_logits or MAX_LOGITS) // self.vocabulary)
+        chunk = max(1, (max_logits or MAX_LOGITS[hidden.device.type]) // self.vocabulary)
         trained = [p for p in self.module.parameters() if p.requires_grad]
         call = _Call(self, temperature, chunk, torch.is_grad_enabled(), _autocast(hidden.device.type))
         return TokenStatistics(*_InChunks.apply(call, hidden, targets, *trained))

@@ -62,13 +62,21 @@ class PolicyBudget(TokenBudget):
 
         super().__init__(max_tokens, message)
 
-    def give_way(self, num_completions: int, num_tokens: int, failure: OutOfMemory) -> None:
+    def give_way(
+        self, num_completions: int, num_tokens: int, failure: OutOfMemory, *, keeps_activations: bool = False
+    ) -> None:
         """Make micro-batches smaller than one of so many completions and tokens, which did not fit.
+
+        Args:
+            num_completions: of the micro-batch.
+            num_tokens: of the micro-batch.
+            failure: what happened.
+            keeps_activations: whether the pass was one for a gradient.
 
         Raises:
             RuntimeError: if there is nothing left to split.
         """
-        if self.relief is not None:
+        if keeps_activations and self.relief is not None:
             self.relief()
             self.relief = None
             clear_device_cache(garbage_collection=True)

@@ -77,9 +77,11 @@ def test_memory_that_runs_out_brings_checkpointing_back_before_micro_batches_shr
     budget, calls = PolicyBudget(4096, 0), []
     budget.relief = lambda: calls.append(1)
     failure = OutOfMemory(RuntimeError("CUDA out of memory."))
-    budget.give_way(1, 700, failure)
-    assert (calls, budget.max_tokens) == ([1], 4096)
-    budget.give_way(8, 4000, failure)
-    assert (calls, budget.max_tokens) == ([1], 2000)
+    budget.give_way(8, 8192, failure)
+    assert (calls, budget.max_tokens) == ([], 2048), "a pass without gradient keeps no activations"
+    budget.give_way(1, 700, failure, keeps_activations=True)
+    assert (calls, budget.max_tokens) == ([1], 2048)
+    budget.give_way(8, 2000, failure, keeps_activations=True)
+    assert (calls, budget.max_tokens) == ([1], 1000)
     with pytest.raises(RuntimeError, match="nothing left to split"):
         budget.give_way(1, 700, failure)

@@ -17,6 +17,7 @@ from grpo_stage.algorithm.losses import LOSSES
 from grpo_stage.algorithm.ratios import LEVELS
 from grpo_stage.algorithm.reward_table import RewardTable
 from grpo_stage.arguments import GRPOArguments
+from grpo_stage.monitors.canary import StaleRolloutError
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import RolloutGroup, SampleBatch, ScoredGroup, Step
 from grpo_stage.update.batch import PaddedLayout
@@ -681,3 +682,10 @@ class RewardsOfHalf(LengthRewards):
             own if self.share and g.prompt.index % 2 else [[1.0]] * len(own)
             for own, g in zip(scores, groups, strict=True)
         ]
+
+
+def test_the_canary_sees_a_rollout_that_teaches_nothing(tmp_path):
+    """Its first step may be one of equal groups alone, and the others of later versions."""
+    trainer = make_trainer(tmp_path, rewards=RewardsOfHalf(share=0.0), bound=1e-3)
+    with pytest.raises(StaleRolloutError):
+        trainer.learner.learn(trainer.model, collect(trainer)[0], 0)

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GraniteConfig,
     LlamaConfig,
@@ -18,12 +19,13 @@ from transformers import (
     MistralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     Qwen3MoeConfig,
 )
 
 from grpo_stage.types import Completion, FinishReason, Prompt
-from grpo_stage.update import exactness
+from grpo_stage.update import exactness, head
 from grpo_stage.update.attention import Family, SharedPrompts, attention_of
 from grpo_stage.update.batch import PaddedLayout, Row, SharedPromptLayout
 from grpo_stage.update.head import OutputLayer, statistics_of_logits
@@ -129,7 +131,7 @@ def attention_for(name: str) -> str:
 @pytest.mark.parametrize("is_chunked", [True, False])
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probabilities_entropies_and_gradient_are_those_of_padded_rows(name, is_chunked, monkeypatch):
-    monkeypatch.setattr("grpo_stage.update.head.MAX_LOGITS", 97 * 40)
+    monkeypatch.setitem(head.MAX_LOGITS, "cpu", 97 * 40)
     model = make_model(MODELS[name], attention_for(name))
     check_equal(model, make_rows(), Forward(SHARED, is_chunked))
     check_equal(model, make_rows(), Forward(SHARED, is_chunked), max_tokens=60)
@@ -160,7 +162,7 @@ def test_random_groups(seed):
     ids=["lora", "lora_of_the_head", "head_trained_whole"],
 )
 def test_adapters_in_the_body_and_in_the_head(settings, monkeypatch):
-    monkeypatch.setattr("grpo_stage.update.head.MAX_LOGITS", 97 * 40)
+    monkeypatch.setitem(head.MAX_LOGITS, "cpu", 97 * 40)
     check_equal(adapted(make_model(MODELS["llama"]), **settings), make_rows(), Forward(SHARED), max_tokens=200)
 
 
@@ -191,7 +193,7 @@ def test_half_precision_is_within_its_rounding():
 def test_chunks_of_any_size_give_the_statistics_and_slopes_of_whole_logits(num_tokens, temperature, softcap):
     torch.manual_seed(0)
     layer = nn.Linear(8, 31, bias=True)
-    head = OutputLayer(layer, 31, scale=1.5, softcap=softcap)
+    output = OutputLayer(layer, 31, scale=1.5, softcap=softcap)
     hidden = (2 * torch.randn(num_tokens, 8)).requires_grad_()
     targets = torch.randint(31, (num_tokens,))
     weights = torch.randn(2, num_tokens)
@@ -200,10 +202,10 @@ def test_chunks_of_any_size_give_the_statistics_and_slopes_of_whole_logits(num_t
         total = (weights[0] * statistics.logprobs + weights[1] * statistics.entropies).sum()
         return torch.autograd.grad(total, [hidden, *layer.parameters()])
 
-    expected = statistics_of_logits(head(hidden), targets, temperature)
+    expected = statistics_of_logits(output(hidden), targets, temperature)
     of_expected = slopes(expected)
     for max_logits in (1, 31 * 7, 31 * 40):
-        actual = head.statistics(hidden, targets, temperature, max_logits)
+        actual = output.statistics(hidden, targets, temperature, max_logits)
         for own, whole in zip([*actual, *slopes(actual)], [*expected, *of_expected], strict=True):
             assert torch.allclose(own, whole, rtol=1e-4, atol=1e-5)
 
@@ -217,9 +219,9 @@ def test_no_more_logits_are_held_than_allowed(monkeypatch):
             Counting.largest = max(Counting.largest, logits.numel())
             return logits
 
-    head = OutputLayer(Counting(8, 31), 31)
+    output = OutputLayer(Counting(8, 31), 31)
     hidden = torch.randn(100, 8, requires_grad=True)
-    head.statistics(hidden, torch.zeros(100, dtype=torch.long), 1.0, max_logits=31 * 10).logprobs.sum().backward()
+    output.statistics(hidden, torch.zeros(100, dtype=torch.long), 1.0, max_logits=31 * 10).logprobs.sum().backward()
     assert Counting.largest == 31 * 10
 
 
@@ -292,18 +294,18 @@ def test_one_prompt_and_short_prompts_are_enough_to_compare():
         ("gemma2", "sdpa", None),  # leaves out the soft cap, which we do not
         ("mamba", "eager", None),
         ("llama", "sdpa", "mixes"),
+        ("qwen2_moe", "sdpa", None),  # does not hand on its sliding window, which is longer than what is compared
     ],
 )
 def test_a_model_that_cannot_share_prompts_is_trained_in_plain_rows(name, attention, change, caplog):
-    config = MODELS.get(name) or MambaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        state_size=4,
-        num_hidden_layers=2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
+    others = {
+        "mamba": MambaConfig(vocab_size=97, hidden_size=32, state_size=4, num_hidden_layers=2, pad_token_id=0),
+        "qwen2_moe": Qwen2MoeConfig(
+            **SIZES, use_sliding_window=True, sliding_window=300, max_window_layers=2, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        ),
+    }  # fmt: skip
+    config = MODELS.get(name) or others[name]
     model = make_model(config, attention)
     if change == "mixes":  # as a convolution or a state over the stream would
         layer = model.model.layers[0].mlp
@@ -334,3 +336,43 @@ def test_what_the_recipe_switches_off_stays_off():
     for layout, is_chunked in itertools.product((PLAIN, SHARED), (True, False)):
         way = settled(model, Forward(layout, is_chunked))
         assert (way.layout, way.is_chunked) == (layout, is_chunked)
+
+
+def test_a_leak_into_the_shortest_completion_alone_is_found(monkeypatch):
+    """It is judged by the completion that differs most, over its own tokens."""
+    model = make_model(MODELS["llama"])
+    plain = exactness._logprobs
+
+    def leaky(forward, **kwargs):
+        logprobs = plain(forward, **kwargs).clone()
+        if forward.layout is SHARED:
+            logprobs[1, 1:5] += 3e-4
+        return logprobs
+
+    monkeypatch.setattr(exactness, "_logprobs", leaky)
+    assert settled(model, Forward(SHARED)).layout is PLAIN
+
+
+def test_a_kernel_without_a_backward_pass_is_found_before_the_run(monkeypatch):
+    class OneWay(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, slope):
+            raise RuntimeError("head size is not supported in the backward pass")
+
+    attend = SharedPrompts.attend
+    monkeypatch.setattr(SharedPrompts, "attend", lambda self, *args, **kw: OneWay.apply(attend(self, *args, **kw)))
+    assert settled(make_model(MODELS["llama"]), Forward(SHARED)).layout is PLAIN
+
+
+def test_the_attention_of_every_part_of_a_model_is_given_back():
+    config = Gemma3Config(text_config=SIZES | {"head_dim": 8})
+    model = nn.Module()
+    model.config = config
+    config._attn_implementation = {"": "sdpa", "text_config": "eager", "vision_config": "sdpa"}
+    with attention_of(model, SharedPrompts([Family(2, (1,))], CPU)):
+        assert config.text_config._attn_implementation == "grpo_stage_shared_prompts"
+    assert (config._attn_implementation, config.text_config._attn_implementation) == ("sdpa", "eager")

@@ -255,7 +255,9 @@ def _prefilled(model: Any, prompts: Sequence[Prompt]) -> DynamicCache | None:
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     attends = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-    if len(unique) == len(prompts) or model._is_stateful or not attends or not model._supports_default_dynamic_cache():
+    # Models with rotary positions in several dimensions shift those of a filled cache by what they saw last.
+    is_plain = attends and not model._is_stateful and not hasattr(model.base_model, "rope_deltas")
+    if len(unique) == len(prompts) or not is_plain or not model._supports_default_dynamic_cache():
         return None
     input_ids, attention_mask = (each[:, :-1].to(model.device) for each in _left_padded(unique))
     if input_ids.shape[1] == 0:
