@@ -1,5 +1,6 @@
 """A user's functions in processes of their own: same scores, killed when they hang, there until the trainer is not."""
 
+import contextlib
 import multiprocessing
 import os
 import random
@@ -235,9 +236,14 @@ C_CODE = 're.match("(a+)+$", "a" * 60 + "b")'
 )
 def test_a_function_that_never_ends_is_ended(load: Load, body: str, frame: str) -> None:
     modules = "os, re, subprocess, threading, time"
-    source = f"import {modules}\ndef f(completions):\n    {body}\ndef g(completions): return [1]\n"
+    first = "if completions == ['first']: return [1]"
+    source = f"import {modules}\ndef f(completions):\n    {first}\n    {body}\ndef g(completions): return [1]\n"
     suite = load(source, "f", "g", timeout_s=1.0)
     before = workers()
+    has_loaded = False
+    while not has_loaded:  # that counts towards the first call, and takes longer where others work
+        with contextlib.suppress(RewardTimeoutError):
+            has_loaded = suite.score(groups("first")) == [[[1.0, 1.0]]]
     started = time.monotonic()
     with pytest.raises(RewardTimeoutError) as caught:
         suite.score(groups("a"))
