@@ -29,8 +29,9 @@ from grpo_stage.rollout.engines.hf import HFEngine
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings
-from grpo_stage.update.batch import PaddedLayout, rows_of
-from grpo_stage.update.logprobs import token_logprobs
+from grpo_stage.update.attention import attention_of
+from grpo_stage.update.batch import SharedPromptLayout, rows_of
+from grpo_stage.update.logprobs import Forward
 
 
 FAULTS = ("none", "one behind", "half", "twice", "base", "not delivered")
@@ -123,12 +124,13 @@ class Run:
                 parameter.data = data
 
     def _logprobs(self, groups: Any) -> list[torch.Tensor]:
-        rows, layout = rows_of(groups), PaddedLayout(pad_token_id=0, device=self.device)
+        rows, layout = rows_of(groups), SharedPromptLayout(pad_token_id=0, device=self.device)
         result: dict[int, torch.Tensor] = {}
         for positions in layout.split(rows, max_tokens=1 << 14):
             batch = layout.tokens([rows[position] for position in positions])
-            with torch.autocast(self.device.type, torch.bfloat16):
-                logprobs, _ = token_logprobs(self.policy, batch, 1.0)
+            attending = attention_of(self.policy, batch.inputs.shared_prompts)
+            with attending, torch.autocast(self.device.type, torch.bfloat16):
+                logprobs = Forward(layout).statistics(self.policy, batch, 1.0).logprobs
             for own, position in zip(logprobs, positions, strict=True):
                 result[position] = own[: len(rows[position].completion.token_ids)]
         return [result[position] for position in sorted(result)]

@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
     "max_steps": -1,
     "log_completions": True,
     "beta": 0.05,
-    "max_tokens_per_micro_batch": 200,  # several in an update
+    "max_tokens_per_micro_batch": 60,  # several in an update
     "learning_rate": 5e-3,
 }
 

@@ -33,7 +33,7 @@ SETTINGS: dict[str, Any] = {
     "save_steps": 5,
     "logging_steps": 2,
     "log_completions": True,
-    "max_tokens_per_micro_batch": 200,
+    "max_tokens_per_micro_batch": 60,
     "beta": 0.05,
     "lr_scheduler_type": "cosine",
     "learning_rate": 5e-3,

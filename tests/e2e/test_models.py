@@ -57,10 +57,10 @@ def test_tied_layers_trained_whole_are_exported_as_trained_with_the_config_that_
 
 
 @pytest.fixture(scope="module")
-def one_sided_mixture_dir(smollm2_tokenizer_dir, tmp_path_factory):
+def one_sided_mixture_dir(short_tokenizer_dir, tmp_path_factory):
     """Two layers of four experts, of which two get nearly all tokens; its config asks for transformers' own loss."""
     folder = tmp_path_factory.mktemp("tiny-mixture")
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_tokenizer_dir)
+    tokenizer = AutoTokenizer.from_pretrained(short_tokenizer_dir)
     special_ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = Qwen3MoeConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,

@@ -86,7 +86,8 @@ def trainer_of(num_ranks: int, **options: Any) -> Any:
 
 def gradients_of_experts(num_ranks: int) -> list[torch.Tensor | None]:
     """On each rank the whole gradient of each output layer."""
-    trainer = trainer_of(num_ranks)
+    # An output layer that looks at the rows of its input needs them whole, each with its prompt.
+    trainer = trainer_of(num_ranks, disable_prompt_sharing=True, disable_logit_chunking=True)
     experts = Experts(trainer.model)
     trainer.learner.learn(trainer.model, collect(trainer)[0], 0)
     return [head.weight.grad for head in experts.heads]

@@ -30,7 +30,7 @@ from grpo_stage.rollout.engines.vllm_options import (
     known_options,
     refuse_options,
 )
-from grpo_stage.trainer import _without_token
+from grpo_stage.survival.resumable import _without_token
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 

@@ -294,7 +294,7 @@ def strike(trainer, where, at_step):
         trainer.rewards.score = slow_score
     else:
         trainer.model.register_forward_hook(
-            lambda *call: send() if call[0].training and torch.is_grad_enabled() else None
+            lambda *call: send() if trainer.collector.queue and torch.is_grad_enabled() else None
         )
 
 
