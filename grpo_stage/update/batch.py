@@ -58,6 +58,10 @@ def count_totals(samples: Sequence[Sample], max_new_tokens: int) -> StepTotals:
     )
 
 
+ENOUGH_FOR_A_CPU = 512
+"""Tokens that go through the model together on a CPU: more takes memory and no less time (docs/performance.md)."""
+
+
 class Layout(ABC):
     """How the tokens of completions and their prompts are placed for the model.
 
@@ -216,13 +220,14 @@ class SharedPromptLayout(Layout):
     """
 
     def split(self, sequences: Sequence[Sequenced], max_tokens: int) -> Iterator[list[int]]:
-        """The completions of a prompt go together, as far as they fit."""
+        """The completions of a prompt go together, as far as they fit; other prompts join while that saves time."""
+        enough = min(max_tokens, ENOUGH_FOR_A_CPU) if self._device.type == "cpu" else max_tokens
         families = sorted(_families(sequences), key=lambda each: _length(sequences, each), reverse=True)
         chunk: list[int] = []
         size = 0
         for family in families:
             prompt = len(sequences[family[0]].prompt.token_ids)
-            if chunk and size + _length(sequences, family) > max_tokens:
+            if chunk and size + _length(sequences, family) > enough:
                 yield chunk
                 chunk, size = [], 0
             is_new = True
