@@ -74,7 +74,7 @@ def one_sided_mixture_dir(short_tokenizer_dir, tmp_path_factory):
         model.model.embed_tokens.weight += 0.05
         for layer in model.model.layers:
             layer.mlp.gate.weight *= 10
-            layer.mlp.gate.weight[:2] += 0.03
+            layer.mlp.gate.weight[:2] += 0.3
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
