@@ -4,7 +4,7 @@
     python benchmarks/cost_slopes.py --head [--picture head.png] > head.jsonl
 
 An update is forward and backward of one group under LoRA, in one micro-batch, through the stage's own passes: in both
-layouts (`share_prompt`), with logits in chunks and whole (`chunk_logits`). One length changes at a time, the others
+layouts (shared prompts and padded rows), with logits in chunks and whole. One length changes at a time, the others
 stay at `MIDDLE`. The last line of a series has the slopes of straight lines through it; `r2` says how well the seconds
 lie on theirs. Memory is what the process (on CUDA torch) held at most above what it held before. `--layers` keeps the
 model's first layers alone: all of SmolLM2-135M's take 29 GB at the longest prompt. `--head` is the output layer alone,
