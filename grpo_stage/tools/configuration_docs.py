@@ -28,8 +28,8 @@ default `cutoff_len` + `max_new_tokens`), `vllm_gpu_util` (0.3), `vllm_enforce_e
 `ref_model_quantization_bit` name another reference; `per_device_train_batch_size` and `gradient_accumulation_steps`
 count prompts; `moe_aux_loss_coef` weighs the loss that keeps the load of a mixture's experts even (TRL's
 `router_aux_loss_coef`; off by default); without `disable_gradient_checkpointing`, checkpointing is off where memory
-allows it; `disable_shuffling`, `plot_loss`, `val_size` and `eval_dataset` are as everywhere. `logging_steps` is 1 unless you write it. A host key that would have no effect in this stage is refused
-with the reason.
+allows it; `disable_shuffling`, `plot_loss`, `val_size` and `eval_dataset` are as everywhere. `logging_steps` is 1
+unless you write it. A host key that would have no effect in this stage is refused with the reason.
 """
 
 
