@@ -127,6 +127,22 @@ def _kl_in_reward_rules() -> Iterator[Rule]:
             )
 
 
+def _zero_advantage_rules() -> Iterator[Rule]:
+    """Where something acts on completions without an advantage, they go through the update anyway."""
+    for text, acts in (
+        ("beta: {beta}", lambda v: v.beta > 0 and (not v.kl_in_reward or v.kl_target is not None)),
+        ("entropy_coef: {entropy_coef}", lambda v: v.entropy_coef > 0),
+        ("entropy_target: {entropy_target}", lambda v: v.entropy_target is not None),
+        ("covariance_control: kl_cov", lambda v: v.covariance_control == "kl_cov"),
+        ("loss_type: {loss_type}", lambda v: not LOSS_TYPES[v.loss_type].vanishes_without_advantage),
+    ):
+        yield Rule(
+            lambda v, acts=acts: v.disable_zero_advantage_skipping and acts(v),  # type: ignore[misc]
+            f"`disable_zero_advantage_skipping: true` would have no effect with `{text}`, which acts on completions "
+            "without an advantage as well: none of them is skipped. Leave it out.",
+        )
+
+
 def _token_advantage_rules() -> Iterator[Rule]:
     """An advantage for each token has no place where a completion has one loss, or one weight."""
     whole = [
@@ -185,6 +201,7 @@ RULES = (
         "`covariance_control: clip_cov`.",
     ),
     *_tokenwise_rules(),
+    *_zero_advantage_rules(),
 )
 
 

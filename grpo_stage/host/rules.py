@@ -142,6 +142,11 @@ RULES = (
         "`lr_scheduler_type: cosine`.",
     ),
     Rule(
+        lambda v: bool(v.moe_aux_loss_coef) and v.disable_zero_advantage_skipping,
+        "`disable_zero_advantage_skipping: true` would have no effect with `moe_aux_loss_coef: {moe_aux_loss_coef}`, "
+        "which acts on completions without an advantage as well: none of them is skipped. Leave it out.",
+    ),
+    Rule(
         lambda v: bool(v.moe_aux_loss_coef) and v.use_reentrant_gc and not v.disable_gradient_checkpointing,
         "`moe_aux_loss_coef: {moe_aux_loss_coef}` is not possible with reentrant gradient checkpointing, which is on "
         "by default: what the routers give in it has no gradient, so that the loss would teach nothing. Write "

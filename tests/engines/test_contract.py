@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from grpo_stage.rollout.engines.hf import HFEngine
+from grpo_stage.rollout.engines.hf import HFEngine, _prefilled
 from grpo_stage.types import FinishReason, Prompt, RolloutEngine, RolloutGroup, SamplingSettings
 
 from .conftest import STOPS, logprob_difference, policy_logprobs, vllm_engine
@@ -270,3 +270,12 @@ def test_scores_are_the_policys_at_temperature_1_and_change_nothing(
     for ours, theirs in zip(scores, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     assert tokens(engine.generate(prompts, sampling, step=6)) == tokens(groups)
+
+
+def test_a_model_that_shifts_positions_by_what_it_saw_last_is_not_prefilled(tiny_model_dir):
+    """Qwen2.5-VL and Qwen3-VL add the `rope_deltas` of the previous call, of another batch, to a filled cache's."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    prompts = [Prompt(index=0, token_ids=(5, 6, 7), messages=(), reference=None)] * 2
+    assert _prefilled(model, prompts).get_seq_length() == 2
+    model.base_model.rope_deltas = None
+    assert _prefilled(model, prompts) is None

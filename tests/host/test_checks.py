@@ -124,6 +124,14 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"use_unsloth_gc": True}, ["use_unsloth_gc: true", "Leave it out"]),
     ({"use_kt": True}, ["use_kt: true", "Leave it out"]),
     (
+        {"moe_aux_loss_coef": 0.01, "use_reentrant_gc": False, "disable_zero_advantage_skipping": True},
+        ["disable_zero_advantage_skipping: true", "moe_aux_loss_coef: 0.01", "Leave it out"],
+    ),
+    (
+        {"disable_zero_advantage_skipping": True, "beta": 0.1},
+        ["disable_zero_advantage_skipping: true", "beta: 0.1", "Leave it out"],
+    ),
+    (
         {"moe_aux_loss_coef": 0.01},
         ["moe_aux_loss_coef: 0.01", "gradient checkpointing", "use_reentrant_gc: false", "leave it out"],
     ),

@@ -120,6 +120,21 @@ def test_the_budget_holds_for_all_but_single_completions(max_tokens, layout):
         assert size <= max_tokens or len(positions) == 1
 
 
+@layouts
+def test_each_sequence_counts_all_its_tokens_but_the_one_that_predicts_no_other(layout):
+    counts = layout.tokens(SAMPLES).inputs.counts
+    lengths = [len(each.prompt.token_ids) + len(each.completion.token_ids) for each in SAMPLES]
+    assert counts.sum().item() == sum(length - 1 for length in lengths)
+    assert layout.dummy().inputs.counts.tolist() == [[0.0] * layout.dummy().inputs.input_ids.numel()]
+
+
+def test_on_a_cpu_prompts_stay_apart_once_that_costs_no_time():
+    samples = make_samples([[60, 60], [60, 60], [60, 60]], [200, 201, 202])
+    assert [len(chunk) for chunk in LAYOUTS[1].split(samples, 10_000)] == [2, 2, 2]
+    on_a_card = SharedPromptLayout(0, torch.device("cuda"))
+    assert [len(chunk) for chunk in on_a_card.split(samples, 10_000)] == [6]
+
+
 def test_completions_of_a_prompt_stay_together_and_share_its_tokens():
     (_, batch), *others = split(42, layout=LAYOUTS[1])
     assert not others

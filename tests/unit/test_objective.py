@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from grpo_stage.algorithm.advantages import ADVANTAGE_ESTIMATORS
 from grpo_stage.algorithm.averages import AVERAGES
 from grpo_stage.algorithm.catalog import ESTIMATORS, LOSS_TYPES, canonical
+from grpo_stage.algorithm.combinations import _zero_advantage_rules
 from grpo_stage.algorithm.kl import KL_ESTIMATORS
 from grpo_stage.algorithm.losses import LOSSES
 from grpo_stage.algorithm.ratios import LEVELS
@@ -660,6 +662,9 @@ def test_leaving_out_completions_without_an_advantage_changes_no_gradient(tmp_pa
     acts |= options["beta"] > 0 and not options.get("kl_in_reward", False)
     for sample in data.samples:
         assert objective.has_gradient(sample) == (sample.is_used if acts else sample.teaches)
+    chosen = dataclasses.asdict(GRPOArguments(**options)) | {"disable_zero_advantage_skipping": True}
+    broken = [rule for rule in _zero_advantage_rules() if rule.broken(SimpleNamespace(**chosen))]
+    assert bool(broken) == acts, "where the key has no effect it is refused"
     assert all(every.learner.objective.has_gradient(sample) for sample in data.samples)
 
 

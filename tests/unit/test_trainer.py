@@ -1,5 +1,6 @@
 """The trainer with a fake engine: which prompts, when, and what gradient."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -14,7 +15,8 @@ from grpo_stage.monitors.monitor import Monitor
 from grpo_stage.rewards.errors import UnrewardedError
 from grpo_stage.survival.checkpoints import STATE_FILE
 from grpo_stage.types import TrainingProgress
-from grpo_stage.update.reference import InitialWeightsReference
+from grpo_stage.update.batch import PaddedLayout, SharedPromptLayout
+from grpo_stage.update.reference import InitialWeightsReference, ModelReference
 
 from .trainer_on_fakes import (
     FakeEngine,
@@ -379,3 +381,34 @@ def test_metrics_are_logged_under_their_names(tmp_path):
     assert first["completions/mean_length"] == pytest.approx(sum(line["num_tokens"] for line in of_first_step) / 8)
     assert first["completions/clipped_ratio"] == sum(line["finish_reason"] == "length" for line in of_first_step) / 8
     assert [line["advantage"] for line in of_first_step] != [0.0] * 8
+
+
+def test_the_update_logs_the_tokens_it_trains_on_and_how_they_are_packed(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    step = collect(trainer)[0]
+    length = sum(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in step.samples)
+    trainer.learner.learn(trainer.model, step, 0)
+    means = trainer.tracker.state_dict()["means"]
+    assert means["update_tokens_per_second"] == (length, means["time/update"][0])
+    fed = trainer.learner.forward.layout.num_tokens(step.samples)
+    assert all(sample.teaches for sample in step.samples)
+    assert means["packing_ratio"] == (length, fed)
+    assert length > fed, "completions share their prompts"
+
+
+def test_a_reference_of_another_kind_is_compared_as_well(tmp_path):
+    """What is exact for the policy need not be for `ref_model`."""
+
+    def reference(policy):
+        other = copy.deepcopy(policy)
+        layer = other.model.layers[0].mlp
+        own = layer.forward
+        layer.forward = lambda x: own(x + 0.5 * x.roll(1, dims=1))  # looks at the neighbor in the stream
+        return ModelReference(other)
+
+    trainer = make_trainer(tmp_path, beta=0.1, reference=reference)
+    trainer.learner.prepare(trainer.model, trainer.reference, trainer.train_dataset)
+    assert isinstance(trainer.learner.forward.layout, PaddedLayout)
+    trainer.learner.forward.layout = shared = SharedPromptLayout(0, torch.device("cpu"))
+    trainer.learner.prepare(trainer.model, None, trainer.train_dataset)
+    assert trainer.learner.forward.layout is shared
