@@ -66,7 +66,7 @@ def keep_activations_if_they_fit(
     try:
         needed = _kept_bytes(forward, model, rows, max_tokens, autocast) + OF_A_LOGIT * MAX_LOGITS[device.type]
         needed += OF_ADAM * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    except Exception as error:
+    except Exception as error:  # PyTorch says by words alone that memory ran out; all else is raised
         if not should_reduce_batch_size(error):
             raise
         needed = math.inf
