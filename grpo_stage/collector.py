@@ -176,7 +176,7 @@ class Collector:
                 scored = self._beside_greedy(scored, self._sampler.score(greedy, progress))
         self._record(scored, clock.seconds)
         for monitor in self._monitors:
-            monitor.after_scoring(scored, version)
+            monitor.after_scoring(scored, version, self._tracker)
         return scored
 
     def _greedy(self, prompts: Sequence[Prompt], version: int) -> list[RolloutGroup]:

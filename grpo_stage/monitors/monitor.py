@@ -50,8 +50,8 @@ class Monitor:
     def after_sleep(self, groups: Sequence[RolloutGroup], version: int, metrics: MetricTracker) -> None:
         """Called once the engine has given up its memory, and before the groups are scored."""
 
-    def after_scoring(self, groups: Sequence[ScoredGroup], version: int) -> None:
-        """Called with the rewards of the same groups."""
+    def after_scoring(self, groups: Sequence[ScoredGroup], version: int, metrics: MetricTracker) -> None:
+        """Called with the rewards of the same groups; what it adds to `metrics` is logged with the step."""
 
     def after_step(self, metrics: MetricTracker) -> None:
         """Called with the metrics of a step whose gradient is computed, before the weights change."""

@@ -1,8 +1,9 @@
-"""The monitors of a run: a monitor is one file and one row."""
+"""The monitors and watches of a run: each is one file and one row."""
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from grpo_stage.monitors.alarm import Watch
 from grpo_stage.monitors.canary import LogprobDifference
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
 from grpo_stage.monitors.slope_test import SlopeTest
@@ -22,3 +23,7 @@ MONITORS: Mapping[str, Callable[[MonitorRequest], Monitor | None]] = MappingProx
 def make_monitors(request: MonitorRequest) -> dict[str, Monitor]:
     """The monitors of a run, in the order in which they are called."""
     return {name: monitor for name, make in MONITORS.items() if (monitor := make(request)) is not None}
+
+
+WATCHES: Mapping[str, type[Watch]] = MappingProxyType({})
+"""By the name that alarms and `on_alarm` use."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
+from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.rewards.errors import NO_REWARD_REMEDY, UnrewardedError
 from grpo_stage.types import ScoredGroup
 
@@ -35,7 +36,7 @@ class UnrewardedRollouts(Monitor):
         limit = max(UNREWARDED_PROMPTS, UNREWARDED_ROLLOUTS * request.prompts_per_rollout)
         return cls(request.reward_names, limit, request.rank)
 
-    def after_scoring(self, groups: Sequence[ScoredGroup], version: int) -> None:
+    def after_scoring(self, groups: Sequence[ScoredGroup], version: int, metrics: MetricTracker) -> None:
         ranks = all_gather((sum(each.has_reward for each in groups), len(groups)))
         num_rewarded, num_groups = (sum(column) for column in zip(*ranks, strict=True))
         self._num_unrewarded = 0 if num_rewarded > 0 else self._num_unrewarded + num_groups

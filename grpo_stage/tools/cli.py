@@ -1,4 +1,8 @@
-"""The console command `grpo-stage`."""
+"""The console command `grpo-stage`.
+
+Exit codes: 0, nothing is wrong; 1, the command could not do its work, or the recipe is refused; 2, the command line is
+wrong; 3 (`recipe_file.ATTENTION`), it did its work and found something that needs a person.
+"""
 
 import argparse
 import sys
@@ -12,12 +16,20 @@ SUBCOMMANDS = (quickstart_model, try_rewards, configuration_docs)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Each module of `SUBCOMMANDS` has NAME, HELP, `add_arguments` and `run`, and imports nothing heavy at its top."""
+    """Each module of `SUBCOMMANDS` has NAME, HELP, `add_arguments` and `run`, and imports nothing heavy at its top.
+
+    `run` returns the exit code, or None for 0.
+    """
     parser = argparse.ArgumentParser(prog="grpo-stage", description="Tools beside LLaMA-Factory's `stage: grpo`.")
     parser.add_argument("--version", action="version", version=__version__)
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in SUBCOMMANDS:
-        subparser = subparsers.add_parser(module.NAME, help=module.HELP, description=module.__doc__)
+        subparser = subparsers.add_parser(
+            module.NAME,
+            help=module.HELP,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)
 
@@ -28,12 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a `ValueError` is a user's mistake and is printed without a traceback."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        return args.run(args) or 0
     except ValueError as error:
         print(f"grpo-stage: {error}", file=sys.stderr)
         return 1
-
-    return 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from grpo_stage.survival.stop import ending_at_once
+from grpo_stage.tools.recipe_file import (
+    add_recipe_arguments,
+    errors_explained,
+    parse_without_run,
+    quiet_host,
+    read_recipe,
+    write_json,
+)
 
 
 if TYPE_CHECKING:
@@ -33,15 +40,6 @@ HELP = "score perfect, broken or sampled completions with a recipe's rewards, be
 SHOWN_CHARACTERS = 80
 # The parser reads the model's config. A config of this type has no limit of positions and no quantization.
 _STAND_IN_CONFIG = {"model_type": "t5"}
-# References need no device, so a recipe for a GPU can be tried without one.
-_WITHOUT_DEVICE = {
-    "use_cpu": True,
-    "bf16": False,
-    "fp16": False,
-    "pure_bf16": False,
-    "tf32": None,
-    "flash_attn": "auto",
-}
 _IN_BYTES = (
     "No model is chosen, so that lengths are counted in bytes: `num_tokens`, and what `length`, `overlong` and "
     "`repetition` see, are not what they will be in a run. Name `model_name_or_path` to count its tokens."
@@ -63,8 +61,7 @@ class TrialResult:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="the recipe, a YAML or JSON file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys that replace those of the file")
+    add_recipe_arguments(parser)
     parser.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the dataset (default: 4)")
     parser.add_argument(
         "--completions",
@@ -72,57 +69,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="reference",
         help="made from the reference answers (default), or also sampled from the model, `num_generations` a row",
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to this file, too")
 
 
 def run(args: argparse.Namespace) -> None:
     if args.rows < 1:
         raise ValueError(f"`--rows {args.rows}` must be at least 1.")
-    # Before the host is imported, since its import reads the variable.
-    os.environ.setdefault("LLAMAFACTORY_VERBOSITY", "WARNING")
-    # Before torch looks for devices: the host refuses several devices in one process.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    # The host prints and logs to stdout. Ctrl-C as an exception could be handled by a reward function.
-    with contextlib.redirect_stdout(sys.stderr), ending_at_once():
-        result = _try(args)
-    if args.json is not None:
-        _write(args.json, result)
-    _print(result)
-
-
-def _try(args: argparse.Namespace) -> TrialResult:
-    from datasets.exceptions import DatasetsError
-
-    from grpo_stage.plugin.contract import UnsupportedHostError, check_contract
-    from grpo_stage.plugin.registration import install
-    from grpo_stage.records.redaction import errors_masked
-    from grpo_stage.rewards.errors import RewardError
-
-    configuration = _read(args.config, args.overrides)
-    install()
-    try:
-        check_contract()
-        with errors_masked(configuration):
-            return _try_recipe(configuration, args.rows, samples=args.completions == "model")
-    except (RewardError, UnsupportedHostError) as error:
-        raise ValueError(str(error)) from error
-    except (OSError, DatasetsError) as error:  # files of the model or of a dataset are missing or damaged
-        named = ", ".join(f"`{key}: {configuration.get(key)}`" for key in ("model_name_or_path", "dataset"))
-        raise ValueError(f"One of {named} cannot be loaded: {error} {error.__cause__ or ''}".rstrip()) from error
-
-
-def _read(config: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The recipe as the host reads it.
-
-    Raises:
-        ValueError: if it is no mapping, or a recipe of another stage.
-    """
-    from grpo_stage.host.configuration_file import STAGE, read_command_line, stage_of
-
-    configuration = read_command_line([str(config), *overrides])
-    if not isinstance(configuration, dict) or stage_of(configuration) != STAGE:
-        raise ValueError(f"{config} is no recipe of `stage: {STAGE}`, the stage that has rewards.")
-    return configuration
+    # Ctrl-C as an exception could be handled by a reward function.
+    with quiet_host(), ending_at_once():
+        configuration = read_recipe(args.config, args.overrides)
+        with errors_explained(configuration):
+            result = _try_recipe(configuration, args.rows, samples=args.completions == "model")
+    write_json(args.json, dataclasses.asdict(result))
+    if str(args.json) != "-":
+        _print(result)
 
 
 def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
@@ -194,21 +153,12 @@ def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], l
 
 def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_device: bool) -> "RunArguments":
     """The arguments, parsed as for a run, with harmless values for keys that only a run needs."""
-    from grpo_stage.host.parser import parse
-
     with tempfile.TemporaryDirectory(prefix="grpo-stage-try-") as folder:
-        values = {
-            **configuration,
-            "do_train": True,
-            "output_dir": os.path.join(folder, "output"),  # never made; the user's own folder may hold a run
-            "resume_from_checkpoint": None,
-        }
-        if not on_device:
-            values |= _WITHOUT_DEVICE
+        values = dict(configuration)
         if not has_model:
             Path(folder, "config.json").write_text(json.dumps(_STAND_IN_CONFIG), encoding="utf-8")
             values["model_name_or_path"] = folder
-        arguments = parse(values)
+        arguments = parse_without_run(values, on_device=on_device)
 
     data = arguments.data
     data.max_samples = min(num_rows, data.max_samples or num_rows)  # of each dataset
@@ -262,17 +212,6 @@ def _sample(
         engine.sync(model, version=0)
         groups = engine.generate(prompts, sampling_settings(arguments, model, template, tokenizer), step=0)
     return [group.completions for group in groups]
-
-
-def _write(path: Path, result: TrialResult) -> None:
-    """Write the file at once, so that a program that waits for it reads it whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        unfinished.write_text(json.dumps(dataclasses.asdict(result), indent=2, allow_nan=False), encoding="utf-8")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _print(result: TrialResult) -> None:

@@ -3,11 +3,14 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from playwright.sync_api import Locator, Page, expect
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 
 from grpo_stage.board.locales import texts
 
@@ -72,6 +75,24 @@ def append_line(folder: Path, **values: Any) -> None:
     """Another line of a run's log."""
     with (folder / "trainer_log.jsonl").open("a") as log:
         log.write(json.dumps({**PROGRESS, **values}) + "\n")
+
+
+def list_run(page: Page, name: str) -> Locator:
+    """A run in the list of output folders, as a person finds it: the host lists them when the field is entered.
+
+    The list may be that of the model chosen before, if its event is still on its way. A person looks again.
+    """
+    field, run = page.get_by_label("Output dir", exact=True), page.get_by_role("option", name=name, exact=True)
+    deadline = time.monotonic() + PATIENCE_MS / 1000
+    while time.monotonic() < deadline:
+        field.click()
+        with suppress(PlaywrightTimeoutError):
+            run.wait_for(timeout=3_000)
+            break
+        page.get_by_label("Dataset", exact=True).first.click()  # leave the field
+        page.keyboard.press("Escape")
+    expect(run).to_be_visible()
+    return run
 
 
 def open_run(page: Page, name: str) -> None:

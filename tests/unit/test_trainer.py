@@ -12,6 +12,7 @@ import torch
 from grpo_stage.monitors import table, unrewarded
 from grpo_stage.monitors.canary import StaleRolloutError
 from grpo_stage.monitors.monitor import Monitor
+from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.rewards.errors import UnrewardedError
 from grpo_stage.survival.checkpoints import STATE_FILE
 from grpo_stage.types import TrainingProgress
@@ -206,7 +207,7 @@ class Witness(Monitor):
         metrics.add("witness", version)
         self.calls.append(["after_sleep", version, len(groups)])
 
-    def after_scoring(self, groups, version):
+    def after_scoring(self, groups, version, metrics):
         assert all(each.has_reward for each in groups)
         self.calls.append(["after_scoring", version, len(groups)])
 
@@ -326,11 +327,11 @@ def test_ranks_count_rewards_together(tmp_path, monkeypatch, caplog):
     monitor = unrewarded.UnrewardedRollouts(("even",), limit=15, rank=0)
     for others, expected in (((0, 3), 5), ((0, 3), 10), ((1, 3), 0), ((0, 3), 5), ((0, 3), 10)):
         monkeypatch.setattr(unrewarded, "all_gather", lambda own, others=others: [own, others])
-        monitor.after_scoring(groups, 0)
+        monitor.after_scoring(groups, 0, MetricTracker())
         assert monitor.state_dict() == expected
     assert sum("of the 5 prompts" in record.getMessage() for record in caplog.records) == 4
     with pytest.raises(UnrewardedError, match=r"the 5 prompts .* nor of the 10 before them"):
-        monitor.after_scoring(groups, 0)
+        monitor.after_scoring(groups, 0, MetricTracker())
 
 
 def test_an_evaluation_that_no_function_applies_to_says_so_and_ends_nothing(tmp_path, caplog):
