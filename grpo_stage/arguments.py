@@ -26,6 +26,7 @@ else:
 
 ROLLOUT, REWARDS, OBJECTIVE, EVALUATION = "Rollout", "Rewards", "Objective", "Evaluation"
 MEMORY, LIMITS, MONITORING = "Memory", "Limits", "Monitoring"
+ALARM_ACTIONS = ("warn", "stop", "recover")
 MOST_GENERATIONS = 16_384
 """Far more completions of one prompt than any paper has."""
 LONGEST_TIMEOUT_S = 1e9
@@ -551,6 +552,21 @@ class GRPOArguments:
         "batch of each is written to the output folder.",
         min=0,
     )
+    on_alarm: dict | str = _key(
+        "warn",
+        MONITORING,
+        "What an alarm of a monitor does: `warn` tells it and goes on, `stop` ends the run with a checkpoint, "
+        "`recover` goes back to the last checkpoint before the fault and goes on with the remedy that it names. "
+        'One word for all, or a mapping (or a JSON string) by monitor, e.g. {"entropy_collapse": "recover"}; '
+        "docs/monitors.md has their names.",
+    )
+    max_recoveries: int = _key(
+        2,
+        MONITORING,
+        "How often a run may go back by `on_alarm: recover`; after that such an alarm stops it.",
+        min=1,
+        most=100,
+    )
     resume_with_changes: bool = _key(
         False,
         LIMITS,
@@ -588,6 +604,7 @@ class GRPOArguments:
             self.reward_kwargs = _mapping("reward_kwargs", self.reward_kwargs, '{"length": {"max_length": 512}}')
         if isinstance(self.structured_outputs, str):
             self.structured_outputs = _mapping("structured_outputs", self.structured_outputs, '{"regex": "[0-9]+"}')
+        self.on_alarm = actions_of_alarms(self.on_alarm)
         if isinstance(self.reward_columns, str):
             self.reward_columns = _mapping("reward_columns", self.reward_columns, REWARD_COLUMNS_EXAMPLE)
 
@@ -618,12 +635,29 @@ class GRPOArguments:
         read: Any = self  # `__post_init__` has made lists and mappings of texts
         check_rewards(read.reward_funcs, read.reward_weights, read.reward_kwargs or {}, read.reward_columns or {})
         check_filter(self.filter_metric, read.reward_funcs)
+        _check_on_alarm(read.on_alarm)
         refuse_contradictions(values)
 
 
 def grpo_field_names() -> frozenset[str]:
     """The YAML keys that only this stage knows."""
     return frozenset(f.name for f in dataclasses.fields(GRPOArguments))
+
+
+def actions_of_alarms(on_alarm: dict | str) -> dict[str, str] | str:
+    """`on_alarm` as one word, or as a mapping from monitors to words."""
+    if isinstance(on_alarm, str) and on_alarm.lstrip().startswith("{"):
+        return _mapping("on_alarm", on_alarm, '{"entropy_collapse": "recover"}')
+    return on_alarm
+
+
+def _check_on_alarm(on_alarm: Any) -> None:
+    for action in on_alarm.values() if isinstance(on_alarm, dict) else [on_alarm]:
+        if action not in ALARM_ACTIONS:
+            raise ValueError(
+                f"`on_alarm: {action}` is no action: an alarm can {', '.join(ALARM_ACTIONS)}. Write one of these for "
+                'all monitors, or a mapping by monitor such as {"entropy_collapse": "recover"}.'
+            )
 
 
 def _check_bounds(spec: "dataclasses.Field[Any]", value: Any) -> None:

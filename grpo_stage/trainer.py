@@ -10,7 +10,8 @@ One Trainer step is one optimizer step:
 import copy
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
@@ -23,8 +24,9 @@ from .collector import Collector
 from .distributed import all_gather
 from .evaluator import Evaluator
 from .learner import Learner
+from .monitors.alarms import Alarms
 from .monitors.monitor import Monitor, MonitorRequest
-from .monitors.table import make_monitors
+from .monitors.table import make_monitors, make_watches
 from .records.metrics import MetricTracker
 from .rewards.suite import RewardSuite
 from .rollout.epochs import prompts_of_step, steps_of_run
@@ -66,6 +68,9 @@ class GRPOTrainer(ResumableTrainer):
         reference: ReferencePolicy | None,
         max_sampling_logprob_diff: float,
         tests_slope: bool = False,
+        settings: Mapping[str, Any] = MappingProxyType({}),
+        possible_settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+        may_recover: bool = False,
         checkpoints_if_needed: bool = False,
         router_aux_loss_coef: float = 0.0,
         shuffle: bool = True,
@@ -88,6 +93,15 @@ class GRPOTrainer(ResumableTrainer):
         self.tracker = MetricTracker()
         phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
+        self.alarms = Alarms(
+            make_watches(settings),
+            grpo_args.on_alarm,
+            possible_settings,
+            may_recover,
+            self.args.output_dir,
+            self.args.process_index,
+            self.tracker,
+        )
         self.monitors = self._make_monitors(prompts_per_step, rewards.names, max_sampling_logprob_diff, tests_slope)
         self.learner = Learner(
             args=self.args,
@@ -149,6 +163,7 @@ class GRPOTrainer(ResumableTrainer):
             "filling": Part(collector.filling, Scope.RANK, is_undone=True),
             "tracker": Part(self.tracker, Scope.RANK, is_undone=True),
             "collector": Part(collector, Scope.RANK, is_undone=True),
+            "alarms": Part(self.alarms, Scope.RUN, is_optional=True),
             "learner": Part(learner, Scope.RANK),
             "budget": Part(learner.budget, Scope.RANK),
         }
@@ -203,6 +218,7 @@ class GRPOTrainer(ResumableTrainer):
             if self.grpo_args.log_completions and self.is_world_process_zero():
                 self.collector.completions_log.print_table()
         super().log(logs, start_time)
+        self.alarms.judge(self.state.log_history)  # before the step is saved: a resume tells nothing twice
 
     # The questions that ResumableTrainer asks
 
@@ -217,6 +233,7 @@ class GRPOTrainer(ResumableTrainer):
 
     def prepare_from(self, step: int) -> None:
         self.learner.prepare(self.model, self.reference, self.train_dataset)
+        self.alarms.drop_after(step)
         if self.grpo_args.log_completions:
             # A rollout that waits for its first use was logged under the next step, and is not sampled again.
             self.collector.completions_log.drop_after(step + 1 if self.collector.queue else step)
@@ -245,6 +262,7 @@ class GRPOTrainer(ResumableTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.state.epoch = self.collector.epochs.done(self.state.epoch)
         super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.alarms.act()
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.train_dataset)

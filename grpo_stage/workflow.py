@@ -1,5 +1,8 @@
 """run_grpo(): the composition root. Reads like the host's run_dpo."""
 
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -7,35 +10,43 @@ from transformers import TrainerCallback
 
 from .host import facade
 from .host.engine import start_engine
-from .host.inputs import load_inputs
+from .host.inputs import RunInputs, load_inputs
 from .host.policy import load_policy
 from .host.precision import canary_bound
 from .host.recipe import check_resume, recipe_of, training_record
+from .host.recovery import Recoveries, possible
 from .host.reference import reference_policy
 from .host.reward_models import load_reward_model
 from .host.run_arguments import RunArguments
 from .host.run_end import finish
 from .host.sampling import sampling_settings
+from .monitors.alarms import RecoveryRequested
 from .monitors.canary import TIGHT_BOUND
 from .records.redaction import errors_masked
 from .rewards.loading import load_rewards
+from .rewards.suite import RewardSuite
 from .trainer import GRPOTrainer
+from .types import RolloutEngine
 
 
 logger = facade.get_logger(__name__)
 
 
-def run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
+def run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], list[TrainerCallback]]) -> None:
     """Train with GRPO as the arguments say, and save what the host's chat and export load.
+
+    Args:
+        arguments: the recipe's.
+        callbacks_of: makes the callbacks of an attempt: a run that recovers from a fault has several.
 
     Raises:
         ValueError: if the data or the model's files show an error; raised before the weights are loaded.
     """
     with errors_masked(*(vars(part) for part in (arguments.model, arguments.training, arguments.finetuning))):
-        _run_grpo(arguments, callbacks)
+        _run_grpo(arguments, callbacks_of)
 
 
-def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
+def _run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], list[TrainerCallback]]) -> None:
     training_args, finetuning_args = arguments.training, arguments.finetuning
     recipe = recipe_of(arguments)  # before the host's loaders change the arguments
     rewards = load_rewards(
@@ -49,21 +60,44 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
         announce=logger.info_rank0,
     )
     inputs = load_inputs(arguments)
-    tokenizer, template, prompts = inputs.tokenizer, inputs.template, inputs.prompts
+    prompts = inputs.prompts
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
     record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
     if training_args.resume_from_checkpoint:
         check_resume(arguments, record, len(prompts.train))
+    with contextlib.ExitStack() as resources:
+        resources.callback(rewards.close)
+        run = _Run(inputs, rewards, {"recipe": recipe, **record}, callbacks_of, resources)
+        recoveries = Recoveries.of(arguments)
+        while (request := run.attempt(recoveries.apply(arguments), recoveries.is_allowed)) is not None:
+            recoveries.add(request)
 
-    model = load_policy(arguments, tokenizer)
-    sampling = sampling_settings(arguments, model, template, tokenizer)
-    reference = reference_policy(arguments, model)
-    if finetuning_args.reward_model is not None:
-        rewards.model = load_reward_model(arguments, model, template, tokenizer)
-    engine = start_engine(arguments, model, tokenizer, sampling)
-    bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
-    try:
+
+@dataclass
+class _Run:
+    """What the attempts of a run share; there is one, unless an alarm makes the run go back (`on_alarm: recover`)."""
+
+    inputs: RunInputs
+    rewards: RewardSuite
+    record: dict[str, Any]
+    callbacks_of: Callable[[RunArguments], list[TrainerCallback]]
+    resources: contextlib.ExitStack
+    engine: RolloutEngine | None = None
+
+    def attempt(self, arguments: RunArguments, may_recover: bool) -> RecoveryRequested | None:
+        """Train to the end, from the start or from a checkpoint. Returns the alarms that ask to go back, if any."""
+        training_args, finetuning_args = arguments.training, arguments.finetuning
+        tokenizer, template, prompts = self.inputs.tokenizer, self.inputs.template, self.inputs.prompts
+        model = load_policy(arguments, tokenizer)
+        sampling = sampling_settings(arguments, model, template, tokenizer)
+        reference = reference_policy(arguments, model)
+        if finetuning_args.reward_model is not None:
+            self.rewards.model = load_reward_model(arguments, model, template, tokenizer)
+        if self.engine is None:
+            self.engine = start_engine(arguments, model, tokenizer, sampling)
+            self.resources.callback(self.engine.close)
+        bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
         trainer = GRPOTrainer(
             model=model,
             args=training_args,
@@ -71,26 +105,30 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
             sampling=sampling,
             prompts=prompts.train,
             eval_prompts=prompts.evaluation,
-            engine=engine,
-            rewards=rewards,
+            engine=self.engine,
+            rewards=self.rewards,
             reference=reference,
             max_sampling_logprob_diff=bound,
             tests_slope=bound > TIGHT_BOUND,
+            settings=vars(arguments.values()),
+            possible_settings=partial(possible, arguments),
+            may_recover=may_recover,
             checkpoints_if_needed="disable_gradient_checkpointing" not in arguments.given,
             router_aux_loss_coef=arguments.model.moe_aux_loss_coef or 0.0,
-            recipe={"recipe": recipe, **record},
+            recipe=self.record,
             shuffle=not finetuning_args.disable_shuffling,
             optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),
             prepare_scheduler=facade.create_custom_scheduler,
             processing_class=tokenizer,
-            callbacks=callbacks,
+            callbacks=self.callbacks_of(arguments),
         )
-        if inputs.processor is not None:
-            trainer.add_callback(facade.SaveProcessorCallback(inputs.processor))
-        _run(trainer, arguments)
-    finally:
-        engine.close()
-        rewards.close()
+        if self.inputs.processor is not None:
+            trainer.add_callback(facade.SaveProcessorCallback(self.inputs.processor))
+        try:
+            _run(trainer, arguments)
+        except RecoveryRequested as request:
+            return request.with_traceback(None)  # which would keep the model
+        return None
 
 
 def _run(trainer: GRPOTrainer, arguments: RunArguments) -> None:

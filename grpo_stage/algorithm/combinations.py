@@ -8,7 +8,16 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from grpo_stage.algorithm.catalog import ENGINE_KEYS, ESTIMATORS, LOSS_TYPES, TERMS, Part
-from grpo_stage.algorithm.conditions import Allowed, Given, Rule, applies, refuse_broken, shown, shown_condition
+from grpo_stage.algorithm.conditions import (
+    Allowed,
+    Given,
+    Naming,
+    Rule,
+    applies,
+    refuse_broken,
+    shown,
+    shown_condition,
+)
 
 
 # Parts of a run beside the objective.
@@ -16,6 +25,7 @@ _OTHERS = (
     Part("dynamic_sampling", (False,), reads=("kl_in_reward", "mask_zero_std_groups")),
     Part("dynamic_sampling", (True,), reads=("max_resample_times", "filter_metric", "filter_min_range")),
     Part("mask_zero_std_groups", (False,), reads=("kl_in_reward",)),
+    Part("on_alarm", Naming("recover"), reads=("max_recoveries",)),
     Part("log_completions", (True,), reads=("num_completions_to_print",)),
     Part("eval_strategy", ("steps",), reads=("eval_steps",)),
     Part("eval_strategy", ("steps", "epoch"), reads=("eval_num_generations", "eval_temperature")),

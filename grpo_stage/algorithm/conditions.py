@@ -51,7 +51,20 @@ class Given:
         return "..."
 
 
-Allowed = Above | Below | Given | tuple[Any, ...]
+@dataclass(frozen=True)
+class Naming:
+    """Stands for a word, and for a mapping (or its JSON text) in which it is a value."""
+
+    word: str
+
+    def __contains__(self, value: Any) -> bool:
+        return self.word in (value.values() if isinstance(value, Mapping) else str(value))
+
+    def __str__(self) -> str:
+        return self.word
+
+
+Allowed = Above | Below | Given | Naming | tuple[Any, ...]
 """Values of a key, one by one or by what they have in common."""
 
 

@@ -97,7 +97,7 @@ class FormField:
         if self.kind == "list":
             items = argument.split(",") if isinstance(argument, str) else argument or []
             return [str(item).strip() for item in items]
-        if self.kind == "mapping" and isinstance(argument, Mapping):
+        if isinstance(argument, Mapping):
             return json.dumps(argument, ensure_ascii=False)
         if self.kind in ("text", "mapping"):
             return "" if argument is None else _as_text(argument)
@@ -171,8 +171,10 @@ def _own_field(spec: "dataclasses.Field[Any]", hint: Any) -> FormField:
             choices = (None, *choices)
     elif spec.name in _LISTS:
         kind, choices = "list", tuple(_LISTS[spec.name])
-    elif dict in types:
+    elif dict in types and spec.default is None:
         kind = "mapping"
+    elif dict in types:  # a word or a mapping, which the arguments read out of its text
+        kind = "text"
     else:
         kinds: dict[type, Kind] = {bool: "flag", int: "whole", float: "number", str: "text"}
         kind = kinds[types[0]]

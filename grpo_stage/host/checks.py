@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
 from grpo_stage.algorithm.conditions import as_yaml, refuse_broken
+from grpo_stage.arguments import actions_of_alarms
 from grpo_stage.host.adapters import adapter_config, adapter_folder, is_adapter_on_hub, items, lora_rank
 from grpo_stage.host.advice import warn
 from grpo_stage.host.bounds import refuse_out_of_bounds
@@ -31,6 +32,7 @@ from grpo_stage.host.output_folder import check_output_folder, check_resume
 from grpo_stage.host.rules import RULES
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.host.unsupported import UNSUPPORTED
+from grpo_stage.monitors.table import WATCHES
 from grpo_stage.rollout.engines.table import ENGINES
 
 
@@ -84,6 +86,7 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
             engine.refuse_adapter(adapter, config)
     check_reward_adapter(values)
     _check_names(values)
+    _check_monitors(values.on_alarm)
     _check_mixing(values)
     keys = [(key, name) for key in ("dataset", "eval_dataset") for name in items(getattr(values, key))]
     check_descriptions(keys, values.dataset_dir)
@@ -134,6 +137,16 @@ def _check_names(values: SimpleNamespace) -> None:
             raise ValueError(
                 f"`report_to: {name}` is not known. {did_you_mean(name, [*INTEGRATION_TO_CALLBACK, 'none'])}Write "
                 f"`none` or `all`, or one or a YAML list of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."
+            )
+
+
+def _check_monitors(on_alarm: dict | str) -> None:
+    actions = actions_of_alarms(on_alarm)
+    for name in actions if isinstance(actions, dict) else ():
+        if name not in WATCHES:
+            raise ValueError(
+                f"`on_alarm` names the monitor `{name}`, which is not known. {did_you_mean(name, WATCHES)}Name some "
+                f"of {', '.join(sorted(WATCHES))}, or write one word for all, such as `on_alarm: warn`."
             )
 
 

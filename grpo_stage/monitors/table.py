@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from grpo_stage.monitors.alarm import Watch
 from grpo_stage.monitors.canary import LogprobDifference
@@ -27,3 +28,8 @@ def make_monitors(request: MonitorRequest) -> dict[str, Monitor]:
 
 WATCHES: Mapping[str, type[Watch]] = MappingProxyType({})
 """By the name that alarms and `on_alarm` use."""
+
+
+def make_watches(settings: Mapping[str, Any]) -> dict[str, Watch]:
+    """The watches of a run with these settings, see `Watch`."""
+    return {name: watch(settings) for name, watch in WATCHES.items()}

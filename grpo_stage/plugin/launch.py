@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from grpo_stage.host.facade import get_logger, stage_callbacks
 from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.monitors.alarms import AlarmStop
 from grpo_stage.survival.run_lock import owned
 from grpo_stage.survival.stop import StopRequested
 from grpo_stage.workflow import run_grpo
@@ -16,22 +17,32 @@ from grpo_stage.workflow import run_grpo
 
 logger = get_logger(__name__)
 
+ALARM_EXIT = 3
+"""The exit code of a run that `on_alarm: stop` has ended, as `grpo-stage` exits where it found something."""
+
 
 def run(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
     """Run the stage with the caller's callbacks and the host's own.
 
     Raises:
         ValueError: if another run is in `output_dir`.
-        SystemExit: if a signal stopped the run, with the exit code of a process that the signal ended.
+        SystemExit: if a signal stopped the run, with the exit code of a process that the signal ended; if an alarm
+            did, with `ALARM_EXIT`.
     """
     training = arguments.training
     training.output_dir = os.path.abspath(training.output_dir)  # a reward function may change the working directory
     try:
         with owned(training.output_dir) if training.should_save else contextlib.nullcontext():
-            run_grpo(arguments, callbacks + stage_callbacks(arguments))
+            run_grpo(arguments, lambda attempt: callbacks + stage_callbacks(attempt))
     except StopRequested as request:
         logger.warning_rank0(f"The run was {request}. {_how_to_go_on(request.checkpoint, sys.argv[1:])}")
         raise SystemExit(128 + request.signal) from None
+    except AlarmStop as stop:
+        logger.warning_rank0(
+            f"The run was {stop}. Change the recipe as the alarm says and start anew; to go on as it is: "
+            f"{_how_to_go_on(stop.checkpoint, sys.argv[1:])}"
+        )
+        raise SystemExit(ALARM_EXIT) from None
 
 
 def _how_to_go_on(checkpoint: str | None, command_line: list[str]) -> str:

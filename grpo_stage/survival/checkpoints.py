@@ -122,7 +122,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
         return
     kept = {newest.absolute()} | ({Path(best).absolute()} if best else set())
     others = [folder.absolute() for _, folder in _checkpoints(newest.parent) if folder.absolute() not in kept]
-    others.sort(key=lambda folder: _step(folder) < _step(newest))  # stable: by steps in each part
+    others.sort(key=lambda folder: step_of(folder) < step_of(newest))  # stable: by steps in each part
     for folder in others[: max(0, len(others) - max(0, limit - len(kept)))]:
         if (problem := _remove(folder)) is not None:
             logger.warning(problem)
@@ -130,7 +130,7 @@ def rotate(newest: Path, limit: int | None, best: str | None) -> None:
 
 def warn_of_later_ones(resumed: Path) -> None:
     """Warn if a run resumes from a checkpoint and its folder holds later ones. Called on the saving rank."""
-    later = [folder.name for step, folder in _checkpoints(resumed.parent) if step > _step(resumed)]
+    later = [folder.name for step, folder in _checkpoints(resumed.parent) if step > step_of(resumed)]
     if later:
         logger.warning(
             f"Going on from {resumed}, with {', '.join(later)} of the same run beside it. They stay until this run "
@@ -175,6 +175,14 @@ def discard_earlier_run(output_dir: str) -> None:
             f"Starting afresh in {output_dir}: the checkpoints of the earlier run there are deleted "
             f"({', '.join(folder.name for folder in discarded)})."
         )
+
+
+def put_aside(output_dir: Path, after: int, place: Path) -> None:
+    """Move the checkpoints of later steps than `after` into the folder `place`. Called on the saving rank."""
+    remove_unfinished(str(output_dir))
+    for step, folder in _checkpoints(output_dir):
+        if step > after:
+            folder.rename(place / folder.name)
 
 
 def is_over(folder: Path, output_dir: str, num_steps: int, evaluates_at_end: bool) -> bool:
@@ -224,9 +232,14 @@ def mark_done(output_dir: str, step: int, part: str) -> None:
     """Add to `parts_done`. Called on the saving rank."""
     noted = _noted(output_dir)
     parts = [*(noted["parts"] if noted["step"] == step else ()), part]
-    temporary = Path(output_dir, f"{FINISHED_FILE}.tmp")
-    temporary.write_text(json.dumps({"step": step, "parts": parts}), encoding="utf-8")
-    temporary.replace(Path(output_dir, FINISHED_FILE))
+    write_json(Path(output_dir, FINISHED_FILE), {"step": step, "parts": parts})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(path)
 
 
 def mark_unfinished(output_dir: str) -> None:
@@ -335,7 +348,8 @@ def _checkpoints(output_dir: Path) -> list[tuple[int, Path]]:
     return sorted((int(name[1]), folder) for name, folder in found if name is not None)
 
 
-def _step(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint, from its name; -1 where it has another name."""
     name = _NAME.fullmatch(folder.name)
     return int(name[1]) if name else -1
 

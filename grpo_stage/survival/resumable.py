@@ -22,7 +22,7 @@ from grpo_stage.rewards.errors import RewardError, UnrewardedError
 from grpo_stage.survival import checkpoints
 from grpo_stage.survival.checkpoints import ROLLOUT_FILE, TENSORS_FILE
 from grpo_stage.survival.run_state import RunState, Scope
-from grpo_stage.survival.stop import SafeStop, StopRequested
+from grpo_stage.survival.stop import RunStopped, SafeStop
 from grpo_stage.survival.watchdog import HangError, Watchdog
 
 
@@ -123,7 +123,7 @@ class ResumableTrainer(Trainer):
 
         Raises:
             ValueError: if the checkpoint's run is finished: Trainer would train a step more each time.
-            StopRequested: if a signal has asked for a stop, after a checkpoint was saved.
+            RunStopped: after a checkpoint was saved.
         """
         step = 0
         if resume_from_checkpoint:
@@ -150,8 +150,8 @@ class ResumableTrainer(Trainer):
         with self.stop.listening():
             try:
                 yield
-            except StopRequested as request:
-                request.checkpoint = self.save_progress()
+            except RunStopped as stop:
+                stop.checkpoint = self.save_progress()
                 raise
             except (HangError, RewardError, UnrewardedError) as error:
                 # One rank alone cannot save the state of all. The weights are those of the last finished step.
@@ -310,6 +310,19 @@ class ResumableTrainer(Trainer):
                 else:
                     states[name] = callback.state()
         self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer does; if a recovery has changed the learning rate since, the schedule goes on at the new one."""
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        rates = list(getattr(schedule, "base_lrs", ()))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not rates or rates == schedule.base_lrs:
+            return
+        for group, rate, before in zip(self.optimizer.param_groups, rates, schedule.base_lrs, strict=True):
+            group["lr"] *= rate / before
+            group["initial_lr"] = rate
+        schedule.base_lrs = rates
+        schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_progress(self, folder: str) -> int:
         """Restore the run's state. Returns the optimizer step of the checkpoint."""

@@ -133,14 +133,25 @@ def _end_anyway(exit_code: int) -> None:
         os._exit(exit_code)
 
 
-class StopRequested(BaseException):
-    """A stop was asked for. Not an Exception, so that no code handles it as a failure."""
+class RunStopped(BaseException):
+    """The run ends before its last step, on purpose. Not an Exception, so that no code handles it as a failure."""
+
+    def __init__(self, reason: str) -> None:
+        """
+        Args:
+            reason: such as `stopped by SIGTERM`.
+        """
+        super().__init__(reason)
+        self.checkpoint: str | None = None
+        """The checkpoint of what was trained; None if no step was finished."""
+
+
+class StopRequested(RunStopped):
+    """A signal has asked for a stop."""
 
     def __init__(self, signum: signal.Signals) -> None:
         super().__init__(f"stopped by {signum.name}")
         self.signal = signum
-        self.checkpoint: str | None = None
-        """The checkpoint of what was trained; None if no step was finished."""
 
 
 class SafeStop:

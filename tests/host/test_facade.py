@@ -83,7 +83,9 @@ def test_a_resumed_run_keeps_the_adapter_that_pissa_began_with(tmp_path):
 def test_a_run_owns_its_folder_before_anything_of_it_begins(tmp_path, monkeypatch, is_used):
     begun = []
     monkeypatch.setattr(launch, "stage_callbacks", lambda _: begun.append("callbacks") or [])
-    monkeypatch.setattr(launch, "run_grpo", lambda *_: begun.append(sorted(os.listdir(tmp_path / "out"))))
+    monkeypatch.setattr(
+        launch, "run_grpo", lambda *given: begun.append((given[1](None), os.listdir(tmp_path / "out")))
+    )
     monkeypatch.chdir(tmp_path)
     training = SimpleNamespace(output_dir="out", should_save=True)
     hold = (
@@ -97,7 +99,7 @@ def test_a_run_owns_its_folder_before_anything_of_it_begins(tmp_path, monkeypatc
             other.stdout.readline()
             others.enter_context(pytest.raises(ValueError, match=rf"is in use: process {other.pid} "))
         launch.run(SimpleNamespace(training=training), [])
-    assert begun == ([] if is_used else ["callbacks", ["_grpo_stage.lock"]])
+    assert begun == ([] if is_used else ["callbacks", ([], ["_grpo_stage.lock"])])
     assert training.output_dir == str(tmp_path / "out"), "wherever a reward function changes to"
 
 

@@ -111,7 +111,8 @@ class HFEngine:
         return scores
 
     def sleep(self) -> None:
-        """There is nothing to free: the trainer's own model samples."""
+        """The trainer's own model samples; it is let go of until the next `sync`, so that a new one can replace it."""
+        self._policy = None
 
     def close(self) -> None:
         self._policy = None

@@ -1,0 +1,152 @@
+"""What an alarm does to a run: it warns, stops it, or sends it back to go on with a remedy."""
+
+import json
+import shutil
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo_stage.monitors import table
+from grpo_stage.monitors.alarm import Alarm, History, Watch
+from grpo_stage.survival import checkpoints
+
+from .conftest import completions, trainer_log
+
+
+RATE, LOWER_RATE = 1e-3, 2.5e-4
+
+
+class TooFast(Watch):
+    """Finds a fault in step 4 and after it while the learning rate is high."""
+
+    def judge(self, history: History) -> Alarm | None:
+        if self.settings["learning_rate"] <= LOWER_RATE or history.step < 4:
+            return None
+        return Alarm(
+            monitor="too_fast",
+            step=history.step,
+            onset=3,
+            seen=f"The learning rate is {self.settings['learning_rate']}.",
+            meaning="That is too much.",
+            remedy="Lower it.",
+            settings={"learning_rate": LOWER_RATE, "kl_estimator": "k2"},  # the second has no effect without beta
+        )
+
+
+@pytest.fixture
+def watched(recipe, monkeypatch):
+    """A recipe of six steps whose learning rate `TooFast` finds too high."""
+    monkeypatch.setattr(table, "WATCHES", MappingProxyType({"too_fast": TooFast}))
+    monkeypatch.setattr("grpo_stage.host.checks.WATCHES", table.WATCHES)
+
+    def make(**changes: Any) -> dict[str, Any]:
+        saves = {"save_strategy": "steps", "save_steps": 2}
+        return recipe(**{"max_steps": 6, "log_completions": True, "learning_rate": RATE, **saves, **changes})
+
+    return make
+
+
+def alarms(output_dir: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(output_dir, "alarms.jsonl").read_text().splitlines()]
+
+
+def rates(output_dir: str) -> list[float]:
+    """The learning rate that each step of the log was taken with."""
+    return [line["learning_rate"] for line in trainer_log(output_dir) if "loss" in line]
+
+
+def weights(output_dir: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(output_dir, "adapter_model.safetensors"))
+
+
+def assert_same(one: str, other: str) -> None:
+    assert completions(one) == completions(other)
+    assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
+
+
+def test_a_run_goes_back_to_before_the_fault_and_on_with_the_remedy(watched, run_exp, tmp_path):
+    """And a resume of it goes on with the remedy, as if it had not been interrupted."""
+    arguments = watched(on_alarm="recover")
+    run_exp(arguments)
+    out = arguments["output_dir"]
+    assert rates(out) == [RATE] * 2 + [LOWER_RATE] * 4
+    (noted,) = json.loads(Path(out, "recoveries.json").read_text())
+    assert noted == {
+        **{"alarms": ["too_fast"], "step": 4, "resumed_step": 2},
+        "settings": {"learning_rate": LOWER_RATE},
+    }
+    abandoned = Path(out, "before-recovery-1")
+    assert rates(str(abandoned)) == [RATE] * 4
+    assert completions(str(abandoned))[-1]["step"] == 4
+    checkpoints.verify(abandoned / "checkpoint-4")
+    (alarm,) = alarms(out)
+    assert (alarm["step"], alarm["action"], alarm["remedy"]) == (4, "recover", "Lower it.")
+
+    killed = watched(on_alarm="recover", output_dir=str(tmp_path / "killed"))
+    later = ("checkpoint-6", "grpo_finished.json")
+    shutil.copytree(out, killed["output_dir"], ignore=shutil.ignore_patterns(*later))
+    run_exp(killed)
+    assert rates(killed["output_dir"]) == rates(out)
+    assert_same(killed["output_dir"], out)
+
+
+def test_without_a_sound_checkpoint_a_run_starts_anew(watched, run_exp, tmp_path):
+    """It is then the run that the remedied recipe gives from the start."""
+    arguments = watched(on_alarm={"too_fast": "recover"}, save_steps=5)
+    run_exp(arguments)
+    slow = watched(learning_rate=LOWER_RATE, output_dir=str(tmp_path / "slow"))
+    run_exp(slow)
+    assert rates(arguments["output_dir"]) == [LOWER_RATE] * 6
+    assert_same(arguments["output_dir"], slow["output_dir"])
+    assert not Path(slow["output_dir"], "alarms.jsonl").exists()
+
+    run_exp({**arguments, "overwrite_output_dir": True, "on_alarm": "warn"})
+    assert rates(arguments["output_dir"]) == [RATE] * 6, "a new run forgets the recoveries of the one before"
+
+
+def test_an_alarm_stops_a_run_that_can_go_on_afterwards(watched, run_exp, caplog):
+    arguments = watched(on_alarm="stop")
+    with pytest.raises(SystemExit) as stop:
+        run_exp(arguments)
+    assert stop.value.code == 3
+    out = arguments["output_dir"]
+    checkpoints.verify(Path(out, "checkpoint-4"))
+    assert rates(out) == [RATE] * 4
+    run_exp(arguments)
+    assert rates(out) == [RATE] * 6
+    assert [(line["step"], line["action"]) for line in alarms(out)] == [(4, "stop")], "it was told once"
+
+
+def test_a_run_that_may_not_go_back_again_stops(watched, run_exp, monkeypatch):
+    monkeypatch.setattr("tests.e2e.test_recovery.LOWER_RATE", RATE / 2)
+    monkeypatch.setattr(TooFast, "judge", lambda self, history: _always(history))
+    arguments = watched(on_alarm="recover", max_recoveries=1)
+    with pytest.raises(SystemExit):
+        run_exp(arguments)
+    assert [line["action"] for line in alarms(arguments["output_dir"])] == ["recover", "stop"]
+
+
+def _always(history: History) -> Alarm | None:
+    found = {"seen": "It.", "meaning": "It.", "remedy": "It.", "settings": {"learning_rate": RATE / 2}}
+    return Alarm(monitor="too_fast", step=history.step, onset=1, **found) if history.step == 2 else None
+
+
+def test_an_alarm_that_only_warns_lets_the_run_end(watched, run_exp):
+    arguments = watched(save_strategy="no")
+    run_exp(arguments)
+    out = arguments["output_dir"]
+    assert [(line["step"], line["action"]) for line in alarms(out)] == [(4, "warn")]
+    assert [line.get("alarms/too_fast") for line in trainer_log(out) if "loss" in line] == [None] * 4 + [1.0, None]
+
+
+def test_an_unknown_monitor_or_action_is_refused(watched, run_exp):
+    with pytest.raises(ValueError, match=r"names the monitor `too_slow`, which is not known.*too_fast"):
+        run_exp(watched(on_alarm={"too_slow": "stop"}))
+    with pytest.raises(ValueError, match=r"`on_alarm: halt` is no action: an alarm can warn, stop, recover"):
+        run_exp(watched(on_alarm="halt"))
+    with pytest.raises(ValueError, match=r"`max_recoveries: 5` would have no effect with `on_alarm: warn`"):
+        run_exp(watched(max_recoveries=5))
