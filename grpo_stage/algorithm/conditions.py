@@ -99,6 +99,11 @@ def as_yaml(value: Any) -> str:
     return json.dumps(plain) if plain is None or isinstance(plain, bool | dict | list) else str(plain)
 
 
+def as_lines(settings: Mapping[str, Any]) -> str:
+    """Keys with their values as the lines of a recipe."""
+    return "\n".join(f"{key}: {as_yaml(value)}" for key, value in settings.items())
+
+
 def applies(conditions: Mapping[str, Allowed], values: Mapping[str, Any]) -> bool:
     """Whether a key with these conditions on others has an effect; a key that `values` lacks stands in no way."""
     return all(values[key] in allowed for key, allowed in conditions.items() if key in values)

@@ -13,11 +13,12 @@ import gradio as gr
 import pandas as pd
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir
 
+from grpo_stage.algorithm.conditions import as_lines
 from grpo_stage.board.locales import message
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.board.tables import number, table
 from grpo_stage.records.completions import COMPLETIONS_FILE
-from grpo_stage.records.run_files import LOG_FILE, CompletionPages, MetricCurves, Point
+from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, CompletionPages, MetricCurves, Point
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,16 +76,18 @@ class _Run:
 
     curves: MetricCurves
     completions: CompletionPages
+    alarms: AlarmLines
     lock: Lock = field(default_factory=Lock)
 
     def update(self) -> None:
         self.curves.update()
         self.completions.update()
+        self.alarms.update()
 
     @property
     def version(self) -> Any:
         """A version that depends on the files alone, so that reading a run again gives the same one."""
-        return self.curves.version, self.completions.version
+        return self.curves.version, self.completions.version, self.alarms.version
 
 
 class RunView:
@@ -96,6 +99,7 @@ class RunView:
         self.elements: dict[str, gr.blocks.Block] = {}
         with gr.Accordion(open=True, visible=False, elem_id="grpo_run") as self.panel:
             self._status = gr.Markdown(elem_id="grpo_run_status")
+            self._alarms = gr.HTML(visible=False, elem_id="grpo_run_alarms", max_height=400, padding=False)
             for row in (PLOTS[:3], PLOTS[3:6], PLOTS[6:9], PLOTS[9:]):
                 with gr.Row():
                     for plot in row:
@@ -139,7 +143,7 @@ class RunView:
         place = [top("top.lang"), top("top.model_name"), top("top.finetuning_type"), train["output_dir"]]
         inputs = [*place, self._typed, self._step, self._order, self._page, self._seen]
         plots = [self.elements[plot.element] for plot in PLOTS]
-        outputs = [self._status, *plots, self._table, self._page, self._seen]
+        outputs = [self._status, self._alarms, *plots, self._table, self._page, self._seen]
         quietly = {"show_progress": "hidden", "queue": False}
 
         def refresh(
@@ -184,13 +188,13 @@ class RunView:
                 frames = list(drawn)
             place, completions, page_shown = _completions(run, lang, step, order, page)  # also counts damaged lines
             said = [_progress(run, lang), *_faults(run, lang), place] if is_own else [message("foreign_folder", lang)]
-        return [" ".join(filter(None, said)), *plots, completions, page_shown, (now, frames)]
+        return [" ".join(filter(None, said)), _alarms(run, lang), *plots, completions, page_shown, (now, frames)]
 
     def _run(self, folder: str) -> _Run:
         with self._lock:
             if folder not in self._runs:
                 path = Path(folder or os.path.join(DEFAULT_SAVE_DIR, ".no-run"))
-                self._runs[folder] = _Run(MetricCurves(path), CompletionPages(path))
+                self._runs[folder] = _Run(MetricCurves(path), CompletionPages(path), AlarmLines(path))
             self._runs.move_to_end(folder)
             while len(self._runs) > _KEPT_RUNS:
                 self._runs.popitem(last=False)
@@ -223,7 +227,11 @@ def _progress(run: _Run, lang: str) -> str:
 
 def _faults(run: _Run, lang: str) -> list[str]:
     """The parts of the run's files that are not shown, and why."""
-    files: dict[str, MetricCurves | CompletionPages] = {LOG_FILE: run.curves, COMPLETIONS_FILE: run.completions}
+    files: dict[str, MetricCurves | CompletionPages | AlarmLines] = {
+        LOG_FILE: run.curves,
+        COMPLETIONS_FILE: run.completions,
+        ALARMS_FILE: run.alarms,
+    }
     unreadable = [
         message("unreadable", lang, file=name, error=file.error) for name, file in files.items() if file.error
     ]
@@ -233,6 +241,21 @@ def _faults(run: _Run, lang: str) -> list[str]:
         if file.num_damaged_lines
     ]
     return [*unreadable, *damaged]
+
+
+def _alarms(run: _Run, lang: str) -> dict[str, Any]:
+    """A table of the run's alarms, the newest first."""
+    rows = [
+        [
+            str(alarm["step"]),
+            f"{alarm['monitor']}\n({alarm['action']})",
+            f"{alarm['seen']}\n{alarm['meaning']}",
+            f"{alarm['remedy']}\n{as_lines(alarm['settings'])}".strip(),
+        ]
+        for alarm in reversed(run.alarms.records)
+    ]
+    headers = message("alarm_headers", lang).split("|")
+    return gr.update(value=table(headers, rows, [1, 2.5, 8, 8]), visible=bool(rows))
 
 
 def _drawn(run: _Run, plot: Plot) -> tuple[pd.DataFrame, dict[str, Any]]:

@@ -22,9 +22,9 @@ from grpo_stage.distributed import all_gather
 from grpo_stage.host.bounds import refuse_out_of_bounds
 from grpo_stage.host.log import get_logger
 from grpo_stage.host.run_arguments import RunArguments
-from grpo_stage.monitors.alarms import ALARMS_FILE, RecoveryRequested, indented
+from grpo_stage.monitors.alarms import RecoveryRequested, indented
 from grpo_stage.records.completions import COMPLETIONS_FILE
-from grpo_stage.records.run_files import LOG_FILE
+from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE
 from grpo_stage.survival import checkpoints
 
 

@@ -8,18 +8,17 @@ from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any
 
-import yaml
-
+from grpo_stage.algorithm.conditions import as_lines
 from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.records.line_log import LineLog
 from grpo_stage.records.metrics import MetricTracker
+from grpo_stage.records.run_files import ALARMS_FILE
 from grpo_stage.survival.stop import RunStopped
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
 
-ALARMS_FILE = "alarms.jsonl"
 QUIET_STEPS = 20
 """A watch that has found something is heard again once it has found nothing for this many steps: a fault that lasts is
 told once, and one that comes and goes does not fill the log."""
@@ -157,6 +156,5 @@ class Alarms:
 
 
 def indented(settings: Mapping[str, Any]) -> str:
-    """Keys as the lines of a YAML file, set off from a text."""
-    lines = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True).strip().splitlines()
-    return "\n".join(f"    {line}" for line in lines)
+    """Keys as the lines of a recipe, set off from a text."""
+    return "\n".join(f"    {line}" for line in as_lines(settings).splitlines())

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, Literal
 from grpo_stage.records.completions import COMPLETIONS_FILE
 
 
-LOG_FILE = "trainer_log.jsonl"
+LOG_FILE, ALARMS_FILE = "trainer_log.jsonl", "alarms.jsonl"
 Order = Literal["best", "worst", "sampled"]
 
 _MAX_STEP = 10**18
@@ -99,6 +99,29 @@ class MetricCurves(_GrowingFile):
         """
         names = dict.fromkeys(name for pattern in patterns for name in self._points if fnmatch(name, pattern))
         return {name: thinned(self._points[name], max_points) for name in names}
+
+
+class AlarmLines(_GrowingFile):
+    """The alarms of a run, as `monitors.alarms` writes them."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / ALARMS_FILE)
+        self.records: list[dict[str, Any]] = []
+        """In the order in which they were raised."""
+        self.num_damaged_lines = 0
+
+    def update(self) -> bool:
+        """Read the new lines. Returns False if there are none."""
+        added, is_new = self.read_new()
+        if is_new:
+            self.records, self.num_damaged_lines = [], 0
+        for line in added.split(b"\n")[:-1]:
+            record = _record(line)
+            if _is_alarm(record):
+                self.records.append(record)
+            else:
+                self.num_damaged_lines += 1
+        return bool(added) or is_new
 
 
 def thinned(points: Sequence[Point], max_points: int) -> list[Point]:
@@ -186,6 +209,12 @@ def _is_number(value: Any) -> bool:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
         return False
+
+
+def _is_alarm(record: dict[str, Any]) -> bool:
+    texts = ("monitor", "seen", "meaning", "remedy", "action")
+    is_whole = all(isinstance(record.get(name), str) for name in texts) and isinstance(record.get("settings"), dict)
+    return is_whole and isinstance(record.get("step"), int)
 
 
 def _is_completion(record: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """The view of a run, without a browser: which files it reads, and what it makes of them."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from .browser import append_line, write_run
 
 
 FOLDER = Path("saves/Custom/lora/run")
-NAMES = ("status", *(plot.name for plot in PLOTS), "table", "page", "seen")
+NAMES = ("status", "alarms", *(plot.name for plot in PLOTS), "table", "page", "seen")
 
 
 class View:
@@ -150,6 +151,25 @@ def test_what_cannot_be_shown_is_said() -> None:
     assert "Damaged lines of `trainer_log.jsonl` that are left out: 1." in status
     assert "Damaged lines of `completions.jsonl` that are left out: 1." in status
     assert "Step 1 of 100" in status
+
+
+def test_alarms_are_shown_with_their_remedy_the_newest_first() -> None:
+    view = View()
+    write_run(FOLDER, [{"reward": 0.5}])
+    assert not view.look()["alarms"]["visible"]
+    words = {"seen": "<b>Fell</b>.", "meaning": "Bad.", "remedy": "Lower it.", "action": "warn"}
+    with (FOLDER / "alarms.jsonl").open("w") as file:
+        for step, settings in ((3, {}), (7, {"learning_rate": 1e-6})):
+            line = {"monitor": "entropy_collapse", "step": step, "onset": 1, **words, "settings": settings}
+            file.write(json.dumps(line) + "\n")
+        file.write("torn {\n")
+    answer = view.look()
+    shown = answer["alarms"]["value"]
+    assert answer["alarms"]["visible"]
+    assert shown.index(">7<") < shown.index(">3<")
+    assert "Lower it.\nlearning_rate: 1e-06" in shown
+    assert "&lt;b&gt;Fell&lt;/b&gt;" in shown
+    assert "Damaged lines of `alarms.jsonl` that are left out: 1." in answer["status"]
 
 
 def test_nothing_is_read_from_a_folder_that_is_not_the_persons(tmp_path: Path) -> None:
