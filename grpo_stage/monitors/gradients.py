@@ -1,5 +1,6 @@
 """Spikes of the gradient."""
 
+from collections.abc import Sequence
 from statistics import quantiles
 
 from grpo_stage.monitors.alarm import Alarm, History, Watch
@@ -51,9 +52,9 @@ class GradientSpikes(Watch):
             settings={"max_grad_norm": float(f"{self._usual(norms.values):.2g}")} if clip is not None else {},
         )
 
-    def _usual(self, values: "list[float]") -> float:  # type: ignore[override]
+    def _usual(self, values: Sequence[float]) -> float:
         before = [value for value in values[-self.WINDOW - 1 : -1] if value > 0]
         return quantiles(before, n=10)[-1] if len(before) >= self.LEAST_LINES else float("inf")
 
-    def _excess(self, values: "list[float]") -> float:
+    def _excess(self, values: Sequence[float]) -> float:
         return values[-1] / self._usual(values)

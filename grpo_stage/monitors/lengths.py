@@ -58,8 +58,8 @@ class LengthExplosion(Watch):
                 "causes are a reward that pays for length, or a loss that weighs long wrong completions less."
             ),
             remedy=(
-                "Go back to before the growth with a lower learning rate; add `overlong` to `reward_funcs`, or `length` in "
-                "the place of `accuracy`, which pays correct answers more the shorter they are."
+                "Go back to before the growth with a lower learning rate; add `overlong` to `reward_funcs`, or `length` "
+                "in the place of `accuracy`, which pays correct answers more the shorter they are."
             ),
             settings=lower_rate(self.settings),
         )

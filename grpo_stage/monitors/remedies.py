@@ -37,7 +37,7 @@ def kept_entropy(settings: Mapping[str, Any], nats: float) -> dict[str, Any]:
 def legal(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`changes`, or nothing where a key of the stage contradicts the run's other keys."""
     names = grpo_field_names()
-    keys = {name: settings[name] for name in names if name in settings} | changes
+    keys = {name: settings[name] for name in names if name in settings} | dict(changes)
     keys.setdefault("reward_funcs", "accuracy")
     try:
         GRPOArguments(**keys).validate(given=[*changes])

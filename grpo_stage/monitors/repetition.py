@@ -1,6 +1,8 @@
 """Completions that repeat themselves, and those that end in a loop."""
 
 from collections.abc import Sequence
+from functools import partial
+from operator import ge
 
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
@@ -96,9 +98,7 @@ class Repetitions(Watch):
             return Alarm(
                 monitor="repetition",
                 step=history.step,
-                onset=last_step(
-                    history.series(name).last(100), lambda value: value <= max(bound, start) / 2 + start / 2
-                ),
+                onset=last_step(history.series(name).last(100), partial(ge, start + self.RISE / 2)),
                 seen=f"{now:.0%} {words}; at the start it was {start:.0%}.",
                 meaning=(
                     "The model repeats itself instead of going on. Such completions seldom earn anything, take the "

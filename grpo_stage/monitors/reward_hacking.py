@@ -3,10 +3,10 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from statistics import StatisticsError, correlation, fmean
+from statistics import StatisticsError, correlation, fmean, median
 
 from grpo_stage.distributed import all_gather
-from grpo_stage.monitors.alarm import Alarm, History, Series, Watch
+from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
 from grpo_stage.monitors.remedies import lower_rate, stronger_anchor
 from grpo_stage.monitors.statistics import current, last_step, level, level_at_start, mann_kendall, movement
@@ -52,7 +52,10 @@ class PaidCompletions(Monitor):
                 pass
             reference = scored.group.prompt.reference
             own.append(
-                ([(_hash(completion.text), total) for completion, total in pairs], reference and _hash(reference))
+                (
+                    [(_hash(completion.text), total) for completion, total in pairs],
+                    _hash(reference) if reference else None,
+                )
             )
         rows = [row for rank in all_gather(own) for row in rank]  # every rank adds the same once
         if len(rows) < LEAST_PROMPTS:
@@ -87,8 +90,8 @@ class RewardHacking(Watch):
     """The training reward rises while a held-out evaluation, or one of the rewards that it is made of, falls.
 
     - Evaluation: `eval_reward` falls over the last `EVALUATIONS` evaluations or fewer (at least `LEAST_EVALUATIONS`;
-      Mann-Kendall at 0.5 %) by more than `LOSS` of its best, while `reward` rises over the same steps or has risen
-      since the start.
+      Mann-Kendall at 0.5 %) by more than `LOSS` of its best, while `reward` is above what it was at the start
+      and does not fall.
     - Another reward: `rewards/{function}/mean` loses more than `PART_LOSS` of what it was over the last `WINDOW`
       lines, by more than `PART_ERRORS` standard errors, while `reward` rises over them.
     """
@@ -116,9 +119,7 @@ class RewardHacking(Watch):
             reward = history.series("reward").last(1000)
             during = [v for step, v in zip(reward.steps, reward.values, strict=True) if step >= some.steps[0]]
             start = level_at_start(history, "reward")
-            if movement(during) < 1 and not (
-                start is not None and during and level(during) > start and movement(during) > -1
-            ):
+            if start is None or not during or level(during) <= start or movement(during) < -1:
                 continue
             return self._alarm(
                 history,
@@ -167,8 +168,8 @@ class RewardHacking(Watch):
                 "training prompts by heart. From here on the reward's curve says nothing about the task."
             ),
             remedy=(
-                "Read the best-paid completions (`log_completions`), mend the reward (`grpo-stage try-rewards` attacks "
-                "it) or its weights, and go back to the best evaluation. A KL to the reference (`beta`) slows it down."
+                "Read the best-paid completions (`log_completions`), mend the reward (`grpo-stage try-rewards` "
+                "attacks it) or its weights, and go back to the best evaluation. A KL to the reference (`beta`) slows it down."
             ),
             settings=stronger_anchor(self.settings),
         )
@@ -231,7 +232,7 @@ class PaidLength(Watch):
         start = level_at_start(history, "completions/mean_length")
         if len(paid) < self.WINDOW or start is None or not len(lengths):
             return None
-        strength, now = _median(paid), level(lengths.values)
+        strength, now = median(paid.values), level(lengths.values)
         if strength < self.CORRELATION or now < self.FACTOR * start:
             return None
         return Alarm(
@@ -251,9 +252,3 @@ class PaidLength(Watch):
             ),
             settings=stronger_anchor(self.settings),
         )
-
-
-def _median(series: Series) -> float:
-    from statistics import median
-
-    return median(series.values)

@@ -5,6 +5,7 @@ are medians, trends are Theil-Sen slopes, and a trend counts where the Mann-Kend
 none of them.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
@@ -49,7 +50,7 @@ def movement(values: Sequence[float]) -> float:
     if size < 2:
         return 0.0
     difference = fmean(values[-size:]) - fmean(values[:size])
-    steps = [b - a for a, b in zip(values, values[1:], strict=False)]
+    steps = [b - a for a, b in itertools.pairwise(values)]
     noise = math.sqrt(fmean(step * step for step in steps) / 2)
     error = noise * math.sqrt(2 / size)
     return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
