@@ -1,6 +1,7 @@
 """Groups whose completions all earn the same, split into those that are all right and those that are all wrong."""
 
 from collections.abc import Sequence
+from statistics import fmean
 
 from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.alarm import Alarm, History, Watch
@@ -63,33 +64,43 @@ class DeadGroups(Watch):
     """Nearly all groups teach nothing, and not since they are all right.
 
     The share of groups of equal totals that are not all right (`frac_reward_zero_std` less the share of all right) is
-    above `WRONG_FRAC` over `WINDOW` lines, and the reward does not rise over them. Groups that are all right are no
+    above `WRONG_FRAC` over `WINDOW` lines, and the reward does not rise over them; or it is above `ALL_FRAC` in each
+    of `ALL_LINES` lines. Groups that are all right are no
     fault: they say that the policy knows these prompts.
     """
 
-    WINDOW = 30
-    """Lines without a rise of the reward: a hard task may need as long for its first successes."""
+    WINDOW = 60
+    """Lines without a rise of the reward: a hard task that is learned in the end may show none for 40."""
     WRONG_FRAC = 0.7
     """Ten prompts are then sampled for three that teach. A model that is right once in 25 times has this with 8
     completions a prompt."""
 
+    ALL_LINES, ALL_FRAC = 15, 0.99
+    """So many lines in which nothing at all was taught."""
+
     def judge(self, history: History) -> Alarm | None:
         dead = current(history, "frac_reward_zero_std", self.WINDOW)
         right = history.series(ALL_RIGHT).last(self.WINDOW)
-        if len(dead) < self.WINDOW or list(right.steps) != list(dead.steps) or rises(history, "reward", self.WINDOW):
+        if len(dead) < self.ALL_LINES or list(right.steps) != list(dead.steps):
             return None
         silent = [all_equal - all_right for all_equal, all_right in zip(dead.values, right.values, strict=True)]
-        share = sum(silent) / len(silent)
-        if share < self.WRONG_FRAC or level(silent) < self.WRONG_FRAC:
+        is_lasting = (
+            len(dead) == self.WINDOW
+            and min(fmean(silent), level(silent)) > self.WRONG_FRAC
+            and not rises(history, "reward", self.WINDOW)
+        )
+        if not is_lasting and min(silent[-self.ALL_LINES :]) < self.ALL_FRAC:
             return None
-        wrong = history.series(ALL_WRONG).last(self.WINDOW).values
+        num_lines = self.WINDOW if is_lasting else self.ALL_LINES
+        share = fmean(silent[-num_lines:])
+        wrong = history.series(ALL_WRONG).last(num_lines).values
         return Alarm(
             monitor="dead_groups",
             step=history.step,
             onset=last_step(type(dead)(dead.steps, silent), lambda value: value < self.WRONG_FRAC),
             seen=(
-                f"In the last {self.WINDOW} log lines {share:.0%} of the groups had completions that all earn the "
-                f"same without being all right ({sum(wrong) / len(wrong):.0%} all wrong), and the reward does not "
+                f"In the last {num_lines} log lines {share:.0%} of the groups had completions that all earn the "
+                f"same without being all right ({fmean(wrong):.0%} all wrong), and the reward does not "
                 "rise."
             ),
             meaning=(

@@ -4,14 +4,14 @@ from statistics import median
 
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.remedies import legal, lower_rate, stronger_anchor
-from grpo_stage.monitors.statistics import current, last_step, level, level_at_start, rises
+from grpo_stage.monitors.statistics import current, last_step, level, level_at_start, rises_at_all
 
 
 class KLExplosion(Watch):
     """The policy is far from the reference, and the reward does not rise.
 
     The present level of `kl` is above `LEAST` nats a token and `FACTOR` times that at the start, and `reward` does not
-    rise over `WINDOW` lines.
+    rise.
     """
 
     WINDOW = 20
@@ -24,7 +24,7 @@ class KLExplosion(Watch):
         if start is None or len(kl) < 10:
             return None
         now = level(kl.values)
-        if now < max(self.LEAST, self.FACTOR * start) or rises(history, "reward", self.WINDOW):
+        if now < max(self.LEAST, self.FACTOR * start) or rises_at_all(history, "reward"):
             return None
         return Alarm(
             monitor="kl_explosion",

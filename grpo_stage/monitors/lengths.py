@@ -7,16 +7,12 @@ from grpo_stage.monitors.remedies import legal, lower_rate
 from grpo_stage.monitors.statistics import current, falls, last_step, level, level_at_start, movement, rises
 
 
-WINDOW = 100
-"""Lines over which growth is judged: lengths of reasoning grow over hundreds of steps."""
-
-
 class LengthExplosion(Watch):
     """Completions become much longer, and what they earn does not.
 
-    The mean length is `FACTOR` times that at the start and rises over the last `WINDOW` lines, while over the same
-    lines `reward` does not rise, or held-out `eval_reward` (at least `EVALUATIONS` values) does not although `reward`
-    does. Longer completions that earn more are what training to reason looks like.
+    The mean length is `FACTOR` times that at the start, and since it was the present one divided by `FACTOR` `reward`
+    has not risen, or `reward` has and held-out `eval_reward` (at least `EVALUATIONS` values) has not. Longer
+    completions that earn more are what training to reason looks like.
     """
 
     FACTOR = 1.6
@@ -24,18 +20,24 @@ class LengthExplosion(Watch):
     EVALUATIONS = 6
     """Over which `eval_reward` gains less than `GAIN` of its level."""
     GAIN = 0.1
+    SEARCHED = 300
+    """Lines in which growth is looked for: lengths of reasoning grow over hundreds of steps."""
     LEAST_TOKENS = 32
     """Growth below it costs nothing and means nothing."""
 
     def judge(self, history: History) -> Alarm | None:
-        lengths = current(history, "completions/mean_length", WINDOW)
+        lengths = current(history, "completions/mean_length", self.SEARCHED)
         start = level_at_start(history, "completions/mean_length")
         if start is None or len(lengths) < 20:
             return None
         now = level(lengths.values)
-        if now < max(self.FACTOR * start, self.LEAST_TOKENS) or movement(lengths.values) < 2.5:
+        if now < max(self.FACTOR * start, self.LEAST_TOKENS):
             return None
-        if rises(history, "reward", WINDOW):
+        since = last_step(lengths, lambda value: value <= now / self.FACTOR)
+        num_lines = max(20, sum(step > since for step in lengths.steps))
+        if movement(lengths.values[-num_lines:]) < 2.5:
+            return None
+        if rises(history, "reward", num_lines):
             evaluations = history.series("eval_reward").last(self.EVALUATIONS).values
             if len(evaluations) < self.EVALUATIONS:
                 return None
@@ -49,16 +51,14 @@ class LengthExplosion(Watch):
         return Alarm(
             monitor="length_explosion",
             step=history.step,
-            onset=last_step(
-                history.series("completions/mean_length").last(300), lambda v: v < (1 + self.FACTOR) / 2 * start
-            ),
+            onset=last_step(lengths, lambda value: value < (1 + self.FACTOR) / 2 * start),
             seen=f"Completions grew from {start:.0f} to {now:.0f} tokens on average, while {cause}.",
             meaning=(
                 "The model writes more without solving more. Steps take longer and completions will be cut. Usual "
                 "causes are a reward that pays for length, or a loss that weighs long wrong completions less."
             ),
             remedy=(
-                "Go back to before the growth with a lower learning rate; add `overlong` to `reward_funcs`, or `length` "
+                "Go back to before it with a lower learning rate; add `overlong` to `reward_funcs`, or `length` "
                 "in the place of `accuracy`, which pays correct answers more the shorter they are."
             ),
             settings=lower_rate(self.settings),

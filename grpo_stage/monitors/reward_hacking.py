@@ -90,13 +90,13 @@ class RewardHacking(Watch):
     """The training reward rises while a held-out evaluation, or one of the rewards that it is made of, falls.
 
     - Evaluation: `eval_reward` falls over the last `EVALUATIONS` evaluations or fewer (at least `LEAST_EVALUATIONS`;
-      Mann-Kendall at 0.5 %) by more than `LOSS` of its best, while `reward` is above what it was at the start
+      Mann-Kendall at 1 %) by more than `LOSS` of its best, while `reward` is above what it was at the start
       and does not fall.
     - Another reward: `rewards/{function}/mean` loses more than `PART_LOSS` of what it was over the last `WINDOW`
       lines, by more than `PART_ERRORS` standard errors, while `reward` rises over them.
     """
 
-    EVALUATIONS, LEAST_EVALUATIONS = 8, 5
+    EVALUATIONS, LEAST_EVALUATIONS = 10, 5
     LOSS = 0.1
     """Of the best: an evaluation of 100 prompts varies by about 5 points by itself."""
     WINDOW = 60
@@ -114,7 +114,7 @@ class RewardHacking(Watch):
         for count in range(self.LEAST_EVALUATIONS, len(evaluations) + 1):
             some = evaluations.last(count)
             best, now = max(some.values), fmean(some.values[-2:])
-            if best - now <= self.LOSS * max(abs(best), 1e-9) or not -0.005 < mann_kendall(some.values) < 0:
+            if best - now <= self.LOSS * max(abs(best), 1e-9) or not -0.01 < mann_kendall(some.values) < 0:
                 continue
             reward = history.series("reward").last(1000)
             during = [v for step, v in zip(reward.steps, reward.values, strict=True) if step >= some.steps[0]]
@@ -169,7 +169,8 @@ class RewardHacking(Watch):
             ),
             remedy=(
                 "Read the best-paid completions (`log_completions`), mend the reward (`grpo-stage try-rewards` "
-                "attacks it) or its weights, and go back to the best evaluation. A KL to the reference (`beta`) slows it down."
+                "attacks it) or its weights, and go back to the best evaluation. A KL to the reference (`beta`) slows "
+                "it down."
             ),
             settings=stronger_anchor(self.settings),
         )

@@ -31,8 +31,8 @@ class SlowRewards(Watch):
             meaning="Nothing is wrong with what is learned, but the device waits for the reward functions.",
             remedy=(
                 "Find the slow function by leaving out one at a time in `grpo-stage try-rewards`. Score a whole batch "
-                "at once, cache what repeats, bound what may run long (`timeout` in `reward_kwargs`), or serve a reward "
-                "model on another device (`reward_model_type: api`)."
+                "at once, cache what repeats, bound what may run long (`timeout` in `reward_kwargs`), or serve a "
+                "reward model on another device (`reward_model_type: api`)."
             ),
             settings={},
         )

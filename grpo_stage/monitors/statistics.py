@@ -61,6 +61,15 @@ def rises(history: History, name: str, count: int) -> bool:
     return movement(history.series(name).last(count).values) > MOVES
 
 
+def rises_at_all(history: History, name: str) -> bool:
+    """Whether a metric rises over its last 20 or 40 values, as far as one can hope: for alarms that a rise refutes.
+
+    A slow rise in small batches is lost in the noise of 20 lines. In 40 it is seen; and a recent one in the last 20.
+    """
+    values = history.series(name).last(40).values
+    return movement(values) > MOVES or movement(values[-20:]) > 1.0
+
+
 def falls(history: History, name: str, count: int) -> bool:
     return movement(history.series(name).last(count).values) < -MOVES
 
