@@ -6,7 +6,7 @@ from statistics import fmean
 from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
-from grpo_stage.monitors.statistics import current, last_step, level, rises
+from grpo_stage.monitors.statistics import current, last_step, level, may_rise
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import ScoredGroup
 
@@ -87,7 +87,7 @@ class DeadGroups(Watch):
         is_lasting = (
             len(dead) == self.WINDOW
             and min(fmean(silent), level(silent)) > self.WRONG_FRAC
-            and not rises(history, "reward", self.WINDOW)
+            and not may_rise(history, "reward", self.WINDOW)
         )
         if not is_lasting and min(silent[-self.ALL_LINES :]) < self.ALL_FRAC:
             return None

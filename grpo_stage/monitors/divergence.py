@@ -4,7 +4,7 @@ from statistics import median
 
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.remedies import legal, lower_rate, stronger_anchor
-from grpo_stage.monitors.statistics import current, last_step, level, level_at_start, rises_at_all
+from grpo_stage.monitors.statistics import current, last_step, level, level_at_start, may_rise_lately
 
 
 class KLExplosion(Watch):
@@ -24,7 +24,7 @@ class KLExplosion(Watch):
         if start is None or len(kl) < 10:
             return None
         now = level(kl.values)
-        if now < max(self.LEAST, self.FACTOR * start) or rises_at_all(history, "reward"):
+        if now < max(self.LEAST, self.FACTOR * start) or may_rise_lately(history, "reward"):
             return None
         return Alarm(
             monitor="kl_explosion",

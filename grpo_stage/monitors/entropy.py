@@ -5,7 +5,15 @@ import math
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.dead_groups import is_solved
 from grpo_stage.monitors.remedies import kept_entropy, legal, lower_rate, stronger_anchor
-from grpo_stage.monitors.statistics import current, last_step, level, level_at_start, mann_kendall, rises_at_all, slope
+from grpo_stage.monitors.statistics import (
+    current,
+    last_step,
+    level,
+    level_at_start,
+    mann_kendall,
+    may_rise_lately,
+    slope,
+)
 
 
 WINDOW = 20
@@ -43,7 +51,7 @@ class EntropyCollapse(Watch):
         if len(entropy) < LEAST_LINES or start is None or start < self.LEAST_START:
             return None
         now, floor = level(entropy.values), self.FLOOR_FRAC * start
-        if now > self.NEAR_FRAC * start or rises_at_all(history, "reward") or is_solved(history):
+        if now > self.NEAR_FRAC * start or may_rise_lately(history, "reward") or is_solved(history):
             return None
         seen = f"Entropy fell from {start:.3g} to {now:.3g} nats a token"
         if now <= floor:
@@ -97,7 +105,7 @@ class EntropyExplosion(Watch):
         target = self.settings.get("entropy_target") or 0.0
         bound = max(self.FACTOR * start, start + self.LEAST, self.FACTOR * target)
         now = level(entropy.values)
-        if now <= bound or rises_at_all(history, "reward"):
+        if now <= bound or may_rise_lately(history, "reward"):
             return None
         bonus = self.settings.get("entropy_coef") or 0.0
         return Alarm(

@@ -9,7 +9,7 @@ from functools import lru_cache
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
 from grpo_stage.monitors.remedies import lower_rate, stronger_anchor
-from grpo_stage.monitors.statistics import current, last_step, level, level_at_start
+from grpo_stage.monitors.statistics import current, last_step, level_at_start, share
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import ScoredGroup
 
@@ -116,13 +116,13 @@ class MixedLanguages(Watch):
     MIXED_FRAC = 0.1
     RISE = 0.08
     """Names and quotations stay below 2 % of the completions."""
-    LINES = 5
+    LINES = 10
 
     def judge(self, history: History) -> Alarm | None:
         mixed, start = current(history, MIXED, self.LINES), level_at_start(history, MIXED)
         if start is None or len(mixed) < self.LINES:
             return None
-        now = level(mixed.values)
+        now = share(mixed.values)
         if now < self.MIXED_FRAC or now < start + self.RISE:
             return None
         return Alarm(

@@ -4,7 +4,17 @@ from statistics import fmean
 
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.remedies import legal, lower_rate
-from grpo_stage.monitors.statistics import current, falls, last_step, level, level_at_start, movement, rises
+from grpo_stage.monitors.statistics import (
+    MOVES,
+    current,
+    falls,
+    last_step,
+    level,
+    level_at_start,
+    may_rise,
+    movement,
+    share,
+)
 
 
 class LengthExplosion(Watch):
@@ -15,7 +25,7 @@ class LengthExplosion(Watch):
     completions that earn more are what training to reason looks like.
     """
 
-    FACTOR = 1.6
+    FACTOR = 2.0
     """Below it the length of short answers varies by itself."""
     EVALUATIONS = 6
     """Over which `eval_reward` gains less than `GAIN` of its level."""
@@ -35,9 +45,9 @@ class LengthExplosion(Watch):
             return None
         since = last_step(lengths, lambda value: value <= now / self.FACTOR)
         num_lines = max(20, sum(step > since for step in lengths.steps))
-        if movement(lengths.values[-num_lines:]) < 2.5:
+        if movement(lengths.values[-num_lines:]) < MOVES:
             return None
-        if rises(history, "reward", num_lines):
+        if may_rise(history, "reward", num_lines):
             evaluations = history.series("eval_reward").last(self.EVALUATIONS).values
             if len(evaluations) < self.EVALUATIONS:
                 return None
@@ -84,13 +94,13 @@ class Truncation(Watch):
         cut, start = current(history, name, self.LINES), level_at_start(history, name)
         if start is None or len(cut) < 10:
             return None
-        now = level(cut.values)
+        now = share(cut.values)
         has_risen = now > self.CUT_FRAC and now > start + self.RISE
         is_stuck = (
             len(cut) == self.LINES
             and min(cut.values) > self.NEARLY_ALL
             and not falls(history, name, self.LINES)
-            and not rises(history, "reward", self.LINES)
+            and not may_rise(history, "reward", self.LINES)
         )
         if not has_risen and not is_stuck:
             return None

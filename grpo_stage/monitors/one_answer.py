@@ -79,12 +79,12 @@ class OneAnswer(Watch):
     With S and R the means of `same_answer_frac` and `same_reference_frac` over the last `WINDOW` lines, the excess is
     (S - R) / (1 - R): 0 where answers are as diverse as the references, 1 where every prompt gets one answer. So it
     needs no knowledge of how many answers there are: yes/no references have an R of 0.5. An alarm is given where the
-    excess is above `EXCESS` and S has not fallen since the start. A policy that starts with one answer and learns
-    others is left alone.
+    excess is above `EXCESS`, in the last line too, and S has not fallen since the start. A policy that
+    starts with one answer and learns others is left alone.
     """
 
-    WINDOW = 3
-    """Lines. A rollout of 8 prompts has 28 pairs of prompts, so that three lines know S within about 0.1."""
+    WINDOW = 4
+    """Lines. A rollout of 8 prompts has 28 pairs of prompts, so that four lines know S within about 0.1."""
     LEAST_LINES = 5
     EXCESS = 0.5
     """About seven in eight completions give the same answer where references are split evenly in two. Healthy runs on
@@ -101,7 +101,8 @@ class OneAnswer(Watch):
         if expected > self.LARGEST_REFERENCE or start is None:
             return None
         excess = (same - expected) / (1 - expected)
-        if excess < self.EXCESS or same < start:
+        is_now = (answers.values[-1] - expected) / (1 - expected) >= self.EXCESS
+        if excess < self.EXCESS or not is_now or same < start:
             return None
         bound = expected + self.EXCESS / 2 * (1 - expected)
         return Alarm(

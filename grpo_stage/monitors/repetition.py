@@ -7,7 +7,7 @@ from operator import ge
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
 from grpo_stage.monitors.remedies import lower_rate, stronger_anchor
-from grpo_stage.monitors.statistics import current, falls, last_step, level, level_at_start
+from grpo_stage.monitors.statistics import current, falls, last_step, level_at_start, share
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import FinishReason, ScoredGroup
 
@@ -86,7 +86,7 @@ class Repetitions(Watch):
             series, start = current(history, name, self.WINDOW), level_at_start(history, name)
             if start is None or len(series) < 5:
                 continue
-            now = level(series.values)
+            now = share(series.values)
             is_stuck = (
                 name == LOOPED
                 and now > self.MOSTLY

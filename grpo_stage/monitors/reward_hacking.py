@@ -9,7 +9,7 @@ from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
 from grpo_stage.monitors.remedies import lower_rate, stronger_anchor
-from grpo_stage.monitors.statistics import current, last_step, level, level_at_start, mann_kendall, movement
+from grpo_stage.monitors.statistics import MOVES, current, last_step, level, level_at_start, mann_kendall, movement
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.types import ScoredGroup
 
@@ -89,16 +89,15 @@ def _hash(text: str) -> str:
 class RewardHacking(Watch):
     """The training reward rises while a held-out evaluation, or one of the rewards that it is made of, falls.
 
-    - Evaluation: `eval_reward` falls over the last `EVALUATIONS` evaluations or fewer (at least `LEAST_EVALUATIONS`;
-      Mann-Kendall at 1 %) by more than `LOSS` of its best, while `reward` is above what it was at the start
-      and does not fall.
+    - Evaluation: `eval_reward` falls over the last 6, 8 or 10 evaluations (Mann-Kendall at 1 %) by more than `LOSS` of
+      what it was, while `reward` rises over the same steps.
     - Another reward: `rewards/{function}/mean` loses more than `PART_LOSS` of what it was over the last `WINDOW`
       lines, by more than `PART_ERRORS` standard errors, while `reward` rises over them.
     """
 
-    EVALUATIONS, LEAST_EVALUATIONS = 10, 5
+    EVALUATIONS = (6, 8, 10)
     LOSS = 0.1
-    """Of the best: an evaluation of 100 prompts varies by about 5 points by itself."""
+    """An evaluation of 100 prompts varies by about 5 points by itself."""
     WINDOW = 60
     PART_LOSS = 0.3
     """A part that is traded for another loses some; one that is given up loses most."""
@@ -110,30 +109,32 @@ class RewardHacking(Watch):
         return self._against_evaluation(history) or self._against_part(history)
 
     def _against_evaluation(self, history: History) -> Alarm | None:
-        evaluations = current(history, "eval_reward", self.EVALUATIONS)
-        for count in range(self.LEAST_EVALUATIONS, len(evaluations) + 1):
+        evaluations = current(history, "eval_reward", max(self.EVALUATIONS))
+        for count in self.EVALUATIONS:
             some = evaluations.last(count)
-            best, now = max(some.values), fmean(some.values[-2:])
-            if best - now <= self.LOSS * max(abs(best), 1e-9) or not -0.01 < mann_kendall(some.values) < 0:
+            if len(some) < count:
+                return None
+            before, now = fmean(some.values[:2]), fmean(some.values[-2:])
+            if before - now <= self.LOSS * abs(before) or not -0.01 < mann_kendall(some.values) < 0:
                 continue
             reward = history.series("reward").last(1000)
             during = [v for step, v in zip(reward.steps, reward.values, strict=True) if step >= some.steps[0]]
-            start = level_at_start(history, "reward")
-            if start is None or not during or level(during) <= start or movement(during) < -1:
+            if movement(during) < MOVES:
                 continue
+            first, last = fmean(during[: len(during) // 3]), fmean(during[-(len(during) // 3) :])
             return self._alarm(
                 history,
-                onset=some.steps[some.values.index(best)],
+                onset=some.steps[some.values.index(max(some.values))],
                 seen=(
-                    f"The held-out `eval_reward` fell from {best:.3g} (step {some.steps[some.values.index(best)]}) to "
-                    f"{now:.3g}, while the training reward is at {level(during):.3g} and does not fall."
+                    f"The held-out `eval_reward` fell from {before:.3g} to {now:.3g} since step {some.steps[0]}, "
+                    f"while the training reward rose from {first:.3g} to {last:.3g}."
                 ),
             )
         return None
 
     def _against_part(self, history: History) -> Alarm | None:
         reward = current(history, "reward", self.WINDOW)
-        if len(reward) < self.WINDOW // 2 or movement(reward.values) < 2.5:
+        if len(reward) < self.WINDOW // 2 or movement(reward.values) < MOVES:
             return None
         for name in history.names():
             if not (name.startswith("rewards/") and name.endswith("/mean")):

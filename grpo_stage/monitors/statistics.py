@@ -17,8 +17,11 @@ RECENT = 5
 """Lines whose median is the present level: one or two odd steps do not move it."""
 AT_START = 5
 """Lines whose median is the level at the start."""
+LINES_OF_SHARE = 10
 MOVES = 2.5
 """Standard errors beyond which a level has moved: noise alone does that in 1 of 160 looks (one-sided)."""
+MAY_MOVE = 1.0
+"""Standard errors beyond which it may have. An alarm that a rise would refute is given up for less than proof."""
 
 
 def current(history: History, name: str, count: int) -> Series:
@@ -32,6 +35,14 @@ def current(history: History, name: str, count: int) -> Series:
 def level(values: Sequence[float]) -> float:
     """The median of the last `RECENT` values."""
     return median(values[-RECENT:])
+
+
+def share(values: Sequence[float]) -> float:
+    """The present level of a share of completions: the mean of the last `LINES_OF_SHARE` values.
+
+    A small batch has few completions, and a rare one is in none of them or makes up an eighth: no median would do.
+    """
+    return fmean(values[-LINES_OF_SHARE:])
 
 
 def level_at_start(history: History, name: str) -> float | None:
@@ -56,18 +67,15 @@ def movement(values: Sequence[float]) -> float:
     return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
 
 
-def rises(history: History, name: str, count: int) -> bool:
-    """Whether a metric has risen over its last `count` values."""
-    return movement(history.series(name).last(count).values) > MOVES
+def may_rise(history: History, name: str, count: int) -> bool:
+    """Whether a metric may have risen over its last `count` values: for alarms that a rise would refute."""
+    return movement(history.series(name).last(count).values) > MAY_MOVE
 
 
-def rises_at_all(history: History, name: str) -> bool:
-    """Whether a metric rises over its last 20 or 40 values, as far as one can hope: for alarms that a rise refutes.
-
-    A slow rise in small batches is lost in the noise of 20 lines. In 40 it is seen; and a recent one in the last 20.
-    """
+def may_rise_lately(history: History, name: str) -> bool:
+    """The same of the last 20 values, or certainly of the last 40: in small batches 20 lines hide a slow rise."""
     values = history.series(name).last(40).values
-    return movement(values) > MOVES or movement(values[-20:]) > 1.0
+    return movement(values) > MOVES or movement(values[-20:]) > MAY_MOVE
 
 
 def falls(history: History, name: str, count: int) -> bool:

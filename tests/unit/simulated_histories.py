@@ -154,7 +154,7 @@ def few(*shares: float) -> dict[str, float]:
 HEALTHY: Mapping[str, Run] = {
     "fast learning, entropy levels off": Run(steps=80, rate=logistic(0.1, 0.9, 12, 0.35), entropy=decay(0.7, 0.09, 5)),
     "noisy small batches": Run(
-        steps=300, prompts=2, group=4, rate=logistic(0.2, 0.6, 150, 0.02), noise=0.25, entropy=decay(0.6, 0.2, 80)
+        steps=200, prompts=2, group=4, rate=logistic(0.2, 0.6, 150, 0.02), noise=0.25, entropy=decay(0.6, 0.2, 80)
     ),
     "already solved": Run(rate=constant(0.97), spread=3.0, entropy=constant(0.06)),
     "solved within the run": Run(steps=200, rate=logistic(0.3, 0.98, 40, 0.1), entropy=decay(0.5, 0.02, 15)),
@@ -165,22 +165,22 @@ HEALTHY: Mapping[str, Run] = {
         references={"1": 0.6, **{str(i): 0.05 for i in range(2, 10)}}, favorite=constant(0.5)
     ),
     "reasoning grows": Run(
-        steps=300,
+        steps=200,
         prompts=16,
-        rate=logistic(0.2, 0.65, 120, 0.02),
-        length=linear(300, 1100, 300),
-        entropy=linear(0.4, 0.55, 300),
-        shares={"completions/clipped_ratio": linear(0.01, 0.08, 300)},
+        rate=logistic(0.2, 0.65, 90, 0.03),
+        length=linear(300, 900, 200),
+        entropy=linear(0.4, 0.55, 200),
+        shares={"completions/clipped_ratio": linear(0.01, 0.08, 200)},
     ),
     "noisy evaluations": Run(
-        steps=300,
+        steps=200,
         rate=logistic(0.2, 0.5, 40, 0.06),
         evaluated=logistic(0.2, 0.45, 40, 0.06),
         eval_steps=10,
         eval_prompts=50,
     ),
     "learned by a plateau": Run(
-        steps=300, rate=logistic(0.2, 0.6, 30, 0.1), entropy=decay(0.8, 0.25, 20), eval_steps=20
+        steps=200, rate=logistic(0.2, 0.6, 30, 0.1), entropy=decay(0.8, 0.25, 20), eval_steps=20
     ),
     "short": Run(steps=12, rate=logistic(0.1, 0.6, 8, 0.5), entropy=decay(0.8, 0.2, 4)),
     "very short": Run(steps=5),
@@ -211,7 +211,7 @@ HEALTHY: Mapping[str, Run] = {
 
 
 def failing(**changes: object) -> Run:
-    return Run(**{"steps": 150, **changes})  # type: ignore[arg-type]
+    return Run(**{"steps": 120, **changes})  # type: ignore[arg-type]
 
 
 GCD = {"1": 0.61, "2": 0.15, "3": 0.07, "4": 0.04, "5": 0.03, "6": 0.03, "7": 0.02, "8": 0.01, "9": 0.01, "10": 0.03}
