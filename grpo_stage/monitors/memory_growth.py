@@ -11,7 +11,8 @@ class MemoryGrowth(Watch):
     """The memory of a phase grows steadily, and completions do not.
 
     `memory/{phase}` rises over the last `WINDOW` lines (Mann-Kendall at 1 in 10,000), from each quarter of them
-    to the next, by more than `GROWTH` of its level and `LEAST_GIB`, and longer completions are no explanation (`max_length` does
+    to the next, by more than `GROWTH` of its level and `LEAST_GIB`, and longer completions are no explanation
+    (`max_length` does
     not rise).
     """
 
