@@ -79,7 +79,8 @@ class Truncation(Watch):
     """Many completions are cut, more than at the start; or nearly all of them are, and it does not get better.
 
     The present level of `clipped_ratio` is above `CUT_FRAC` and by at least `RISE` above that at the start; or above
-    `NEARLY_ALL` over `LINES` lines without falling, while the reward does not rise.
+    `NEARLY_ALL` over `LINES` lines without falling, while `DEAD_FRAC` of the groups earn the same and the reward does
+    not rise.
     """
 
     CUT_FRAC = 0.25
@@ -87,6 +88,8 @@ class Truncation(Watch):
     RISE = 0.15
     NEARLY_ALL = 0.9
     """A limit of 256 tokens for reasoning cuts 97-99 %: hours without a reward, seen again and again."""
+    DEAD_FRAC = 0.7
+    """Of the groups: a reward that tells cut completions apart teaches in spite of it."""
     LINES = 20
 
     def judge(self, history: History) -> Alarm | None:
@@ -99,6 +102,7 @@ class Truncation(Watch):
         is_stuck = (
             len(cut) == self.LINES
             and min(cut.values) > self.NEARLY_ALL
+            and fmean(history.series("frac_reward_zero_std").last(self.LINES).values or [0.0]) > self.DEAD_FRAC
             and not falls(history, name, self.LINES)
             and not may_rise(history, "reward", self.LINES)
         )
@@ -108,7 +112,9 @@ class Truncation(Watch):
         return Alarm(
             monitor="truncation",
             step=history.step,
-            onset=last_step(history.series(name).last(200), lambda value: value <= start + self.RISE / 2),
+            onset=max(0, cut.steps[0] - 1)
+            if is_stuck
+            else last_step(history.series(name).last(200), lambda value: value <= start + self.RISE / 2),
             seen=(
                 f"{now:.0%} of the completions are cut at `max_new_tokens`{f' ({limit})' if limit else ''}; at the "
                 f"start it was {start:.0%}."

@@ -186,6 +186,14 @@ def test_longer_completions_that_earn_more_in_training_alone_are() -> None:
     assert "held-out `eval_reward` went from" in first_alarms(lines_of(run, 0))["length_explosion"].seen
 
 
+def test_completions_that_are_all_cut_are_a_fault_where_none_earns_anything() -> None:
+    cut = {"completions/clipped_ratio": constant(0.98)}
+    alarm = first_alarms(lines_of(Run(steps=40, rate=constant(0.01), shares=cut), 0))["truncation"]
+    assert (alarm.step, alarm.onset) == (20, 0)
+    assert alarm.settings == {}
+    assert "truncation" not in first_alarms(lines_of(Run(steps=40, rate=constant(0.3), shares=cut), 0))
+
+
 def test_a_reward_that_is_given_up_is_named() -> None:
     run = Run(steps=100, prompts=16, rate=linear(0.2, 0.8, 100), others={"rewards/format/mean": linear(0.9, 0.2, 100)})
     assert "`format` fell from" in first_alarms(lines_of(run, 0))["reward_hacking"].seen
