@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from statistics import StatisticsError, correlation, fmean, median
+from statistics import correlation, fmean, median
 
 from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.alarm import Alarm, History, Watch
@@ -45,11 +45,9 @@ class PaidCompletions(Monitor):
                 for completion, total in zip(scored.group.completions, scored.total_rewards, strict=True)
                 if total is not None
             ]
-            try:
-                lengths = [len(completion.token_ids) for completion, _ in pairs]
-                metrics.add(LENGTH_CORRELATION, correlation(lengths, [total for _, total in pairs]))
-            except StatisticsError:  # fewer than two, or all equal
-                pass
+            lengths, totals_of_group = [len(completion.token_ids) for completion, _ in pairs], [t for _, t in pairs]
+            if len(set(lengths)) > 1 and len(set(totals_of_group)) > 1:
+                metrics.add(LENGTH_CORRELATION, correlation(lengths, totals_of_group))
             reference = scored.group.prompt.reference
             own.append(
                 (

@@ -98,7 +98,7 @@ def test_settings_of_an_alarm_are_keys_of_a_run_that_can_be_run(name: str) -> No
         assert all(settings.get(key) != value for key, value in alarm.settings.items())
 
 
-@pytest.mark.parametrize("name", ["gcd_seed44", "gcd_seed45"])
+@pytest.mark.parametrize("name", sorted(path.stem for path in HISTORIES.glob("gcd_*.jsonl")))
 def test_one_answer_for_all_prompts_is_seen_by_step_10(name: str) -> None:
     alarm = first_alarms(history(name))["one_answer"]
     assert alarm.step <= 10
