@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 from unittest.mock import patch
 
+import psutil
 import pytest
 
 from grpo_stage.monitors import dead_groups, one_answer, reward_hacking
@@ -16,6 +17,7 @@ from grpo_stage.monitors.one_answer import AnswerDiversity, agreement
 from grpo_stage.monitors.repetition import Repetition, ends_in_loop, repeated_frac
 from grpo_stage.monitors.reward_hacking import PaidCompletions
 from grpo_stage.records.metrics import MetricTracker
+from grpo_stage.survival.phase import Phases
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, ScoredGroup
 
 
@@ -259,3 +261,23 @@ def test_words_are_counted_by_script() -> None:
 def test_the_share_of_mixed_completions() -> None:
     found = measured(LanguageMixing(), group([0, 0], ["nine", "还剩九个苹果"], "19", question="How many are left?"))
     assert found == {"mixed_language_frac": 0.5}
+
+
+def test_answers_are_read_of_as_many_completions_of_each_prompt() -> None:
+    groups = [group([0, 0], ["1", "2"], "1"), group([0, 0], ["1", "3"], "1")]
+    with patch.object(one_answer, "MOST_COMPLETIONS", 3):
+        assert measured(AnswerDiversity(), *groups)["same_answer_frac"] == 1
+    assert measured(AnswerDiversity(), *groups)["same_answer_frac"] == pytest.approx(0.25)
+
+
+# Memory
+
+
+def test_a_phase_logs_its_memory() -> None:
+    metrics = MetricTracker()
+    with Phases(None, None, metrics).timed("reward"):  # type: ignore[arg-type]
+        pass
+    logged = metrics.take()
+    held = psutil.Process().memory_info().rss / 2**30
+    assert logged.keys() == {"time/reward", "memory/reward"}
+    assert logged["memory/reward"] == pytest.approx(held, rel=0.2)
