@@ -88,7 +88,7 @@ class Truncation(Watch):
     RISE = 0.15
     NEARLY_ALL = 0.9
     """A limit of 256 tokens for reasoning cuts 97-99 %: hours without a reward, seen again and again."""
-    DEAD_FRAC = 0.7
+    DEAD_FRAC = 0.9
     """Of the groups: a reward that tells cut completions apart teaches in spite of it."""
     LINES = 20
 
