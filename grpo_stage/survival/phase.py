@@ -1,8 +1,11 @@
-"""A phase of a step: it is timed, it has a time limit, and a stop leaves it on all ranks together."""
+"""A phase of a step: it is measured, it has a time limit, and a stop leaves it on all ranks together."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+
+import psutil
+import torch
 
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.survival.stop import SafeStop
@@ -38,10 +41,13 @@ class Phases:
 
     @contextmanager
     def timed(self, name: str) -> Iterator[Clock]:
-        """Log the block's seconds as time/{name}."""
+        """Log the block's seconds as time/{name}, and its memory in GiB as memory/{name}."""
         clock = Clock()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         yield clock
         self.tracker.add(f"time/{name}", clock.stop())
+        self.tracker.highest(f"memory/{name}", _memory_bytes() / 2**30)
 
     @contextmanager
     def phase(self, name: str, *, is_timed: bool = True) -> Iterator[Clock]:
@@ -67,3 +73,10 @@ class Phases:
             self._stop.interruptible() if is_interruptible else nullcontext(),
         ):
             yield
+
+
+def _memory_bytes() -> int:
+    """The most that was allocated on the card since the last reset; without a card what the process holds now."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

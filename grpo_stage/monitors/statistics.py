@@ -1,0 +1,111 @@
+"""What watches ask of a metric's last values: where it stands, where it stood, whether it moves beyond its noise.
+
+Metrics of small batches are noisy, and their noise is not normal (a few prompts, all right or all wrong). So levels
+are medians, trends are Theil-Sen slopes, and a trend counts where the Mann-Kendall test finds it: one bad step moves
+none of them.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, median
+
+from grpo_stage.monitors.alarm import History, Series
+
+
+RECENT = 5
+"""Lines whose median is the present level: one or two odd steps do not move it."""
+AT_START = 5
+"""Lines whose median is the level at the start."""
+LINES_OF_SHARE = 10
+MOVES = 2.5
+"""Standard errors beyond which a level has moved: noise alone does that in 1 of 160 looks (one-sided)."""
+MAY_MOVE = 1.0
+"""Standard errors beyond which it may have. An alarm that a rise would refute is given up for less than proof."""
+
+
+def current(history: History, name: str, count: int) -> Series:
+    """The last `count` values of a metric; empty unless the last line has it, so that no line is judged twice."""
+    series = history.series(name)
+    if len(series) == 0 or series.steps[-1] != history.step:
+        return Series([], [])
+    return series.last(count)
+
+
+def level(values: Sequence[float]) -> float:
+    """The median of the last `RECENT` values."""
+    return median(values[-RECENT:])
+
+
+def share(values: Sequence[float]) -> float:
+    """The present level of a share of completions: the mean of the last `LINES_OF_SHARE` values.
+
+    A small batch has few completions, and a rare one is in none of them or makes up an eighth: no median would do.
+    """
+    return fmean(values[-LINES_OF_SHARE:])
+
+
+def level_at_start(history: History, name: str) -> float | None:
+    """The median of a metric's first values; None while there are fewer than `AT_START`."""
+    first = history.series(name).values[:AT_START]
+    return median(first) if len(first) == AT_START else None
+
+
+def movement(values: Sequence[float]) -> float:
+    """By how many standard errors the mean of the last third is above that of the first third.
+
+    The noise is taken from successive differences, which a trend does not inflate. 0 with fewer than 6 values, and
+    infinite where values without noise move.
+    """
+    size = len(values) // 3
+    if size < 2:
+        return 0.0
+    difference = fmean(values[-size:]) - fmean(values[:size])
+    steps = [b - a for a, b in itertools.pairwise(values)]
+    noise = math.sqrt(fmean(step * step for step in steps) / 2)
+    error = noise * math.sqrt(2 / size)
+    return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
+
+
+def may_rise(history: History, name: str, count: int) -> bool:
+    """Whether a metric may have risen over its last `count` values: for alarms that a rise would refute."""
+    return movement(history.series(name).last(count).values) > MAY_MOVE
+
+
+def may_rise_lately(history: History, name: str) -> bool:
+    """The same of the last 20 values, or certainly of the last 40: in small batches 20 lines hide a slow rise."""
+    values = history.series(name).last(40).values
+    return movement(values) > MOVES or movement(values[-20:]) > MAY_MOVE
+
+
+def falls(history: History, name: str, count: int) -> bool:
+    return movement(history.series(name).last(count).values) < -MOVES
+
+
+def mann_kendall(values: Sequence[float]) -> float:
+    """The probability of a trend as strong as this one, in this direction, in values without any (one-sided).
+
+    Positive where it rises and negative where it falls, so that `-0.01 < p < 0` is a fall at the 1 % level. Exact for
+    few values without ties. Mann 1945, Kendall 1975.
+    """
+    from scipy.stats import kendalltau
+
+    if len(values) < 3 or min(values) == max(values):
+        return 1.0
+    tau, two_sided = kendalltau(range(len(values)), values)
+    return math.copysign(float(two_sided) / 2, float(tau))
+
+
+def slope(series: Series) -> float:
+    """The Theil-Sen slope: the median of the slopes between all pairs of points, a step."""
+    from scipy.stats import theilslopes
+
+    return float(theilslopes(series.values, series.steps)[0])
+
+
+def last_step(series: Series, is_sound: Callable[[float], bool]) -> int:
+    """The last step with a sound value; the step before the first one where none is."""
+    for step, value in zip(reversed(series.steps), reversed(series.values), strict=True):
+        if is_sound(value):
+            return step
+    return max(0, series.steps[0] - 1)
