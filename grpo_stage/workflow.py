@@ -1,16 +1,14 @@
 """run_grpo(): the composition root. Reads like the host's run_dpo."""
 
 from functools import partial
-from typing import Any, cast
 
 from transformers import TrainerCallback
 
 from .host import facade
 from .host.engine import start_engine
-from .host.inputs import load_inputs
+from .host.inputs import prepare
 from .host.policy import load_policy
 from .host.precision import canary_bound
-from .host.recipe import check_resume, recipe_of, training_record
 from .host.reference import reference_policy
 from .host.reward_models import load_reward_model
 from .host.run_arguments import RunArguments
@@ -18,7 +16,6 @@ from .host.run_end import finish
 from .host.sampling import sampling_settings
 from .monitors.canary import TIGHT_BOUND
 from .records.redaction import errors_masked
-from .rewards.loading import load_rewards
 from .trainer import GRPOTrainer
 
 
@@ -37,25 +34,9 @@ def run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
 
 def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
     training_args, finetuning_args = arguments.training, arguments.finetuning
-    recipe = recipe_of(arguments)  # before the host's loaders change the arguments
-    rewards = load_rewards(
-        cast(list[str], finetuning_args.reward_funcs),
-        cast(list[float] | None, finetuning_args.reward_weights),
-        cast(dict[str, Any] | None, finetuning_args.reward_kwargs),
-        max_new_tokens=arguments.generating.max_new_tokens,
-        timeout_s=finetuning_args.reward_timeout,
-        dump_dir=training_args.output_dir,
-        fields=tuple(finetuning_args.reward_columns or ()),
-        announce=logger.info_rank0,
-    )
-    inputs = load_inputs(arguments)
+    prepared = prepare(arguments)
+    inputs, rewards = prepared.inputs, prepared.rewards
     tokenizer, template, prompts = inputs.tokenizer, inputs.template, inputs.prompts
-    rewards.check(prompts.train)
-    rewards.check(prompts.evaluation)
-    record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
-    if training_args.resume_from_checkpoint:
-        check_resume(arguments, record, len(prompts.train))
-
     model = load_policy(arguments, tokenizer)
     sampling = sampling_settings(arguments, model, template, tokenizer)
     reference = reference_policy(arguments, model)
@@ -78,7 +59,7 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
             tests_slope=bound > TIGHT_BOUND,
             checkpoints_if_needed="disable_gradient_checkpointing" not in arguments.given,
             router_aux_loss_coef=arguments.model.moe_aux_loss_coef or 0.0,
-            recipe={"recipe": recipe, **record},
+            recipe=prepared.state,
             shuffle=not finetuning_args.disable_shuffling,
             optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),
             prepare_scheduler=facade.create_custom_scheduler,

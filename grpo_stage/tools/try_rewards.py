@@ -283,14 +283,8 @@ def _print(result: TrialResult) -> None:
     console.print(_table_of_rows(result))
     if result.attacks:
         console.print(_table_of_attacks(result))
-    if (constant := result.constant_answer) is not None:
-        earns = "nothing can be said" if constant.share is None else f"earns {constant.share:.0%} of the references"
-        console.print(
-            Text(
-                f"Best constant answer: {constant.answer!r:.80} to every prompt {earns}; it is the answer of "
-                f"{constant.frequency:.0%} of {constant.num_prompts} prompts."
-            )
-        )
+    if result.constant_answer is not None:
+        console.print(Text(result.constant_answer.sentence))
     for finding in result.findings:
         console.print(Text(f"Found: {finding}"))
     for note in result.notes:
