@@ -151,7 +151,7 @@ def _check(values: Mapping[str, Any], written: Any, num_rows: int, warnings: Seq
     from grpo_stage.rewards.options import REWARD_MODEL
     from grpo_stage.types import TrainingProgress
 
-    arguments = parse(values)
+    arguments = parse(dict(values))
     groups = _grouped(arguments, written)
     prepared = prepare(arguments)
     with contextlib.closing(prepared.rewards):
