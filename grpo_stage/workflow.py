@@ -4,16 +4,14 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
 
 from transformers import TrainerCallback
 
 from .host import facade
 from .host.engine import start_engine
-from .host.inputs import RunInputs, load_inputs
+from .host.inputs import Preparation, prepare
 from .host.policy import load_policy
 from .host.precision import canary_bound
-from .host.recipe import check_resume, recipe_of, training_record
 from .host.recovery import Recoveries, possible
 from .host.reference import reference_policy
 from .host.reward_models import load_reward_model
@@ -23,8 +21,6 @@ from .host.sampling import sampling_settings
 from .monitors.alarms import RecoveryRequested
 from .monitors.canary import TIGHT_BOUND
 from .records.redaction import errors_masked
-from .rewards.loading import load_rewards
-from .rewards.suite import RewardSuite
 from .trainer import GRPOTrainer
 from .types import RolloutEngine
 
@@ -47,28 +43,10 @@ def run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], lis
 
 
 def _run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], list[TrainerCallback]]) -> None:
-    training_args, finetuning_args = arguments.training, arguments.finetuning
-    recipe = recipe_of(arguments)  # before the host's loaders change the arguments
-    rewards = load_rewards(
-        cast(list[str], finetuning_args.reward_funcs),
-        cast(list[float] | None, finetuning_args.reward_weights),
-        cast(dict[str, Any] | None, finetuning_args.reward_kwargs),
-        max_new_tokens=arguments.generating.max_new_tokens,
-        timeout_s=finetuning_args.reward_timeout,
-        dump_dir=training_args.output_dir,
-        fields=tuple(finetuning_args.reward_columns or ()),
-        announce=logger.info_rank0,
-    )
-    inputs = load_inputs(arguments)
-    prompts = inputs.prompts
-    rewards.check(prompts.train)
-    rewards.check(prompts.evaluation)
-    record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
-    if training_args.resume_from_checkpoint:
-        check_resume(arguments, record, len(prompts.train))
+    prepared = prepare(arguments)
     with contextlib.ExitStack() as resources:
-        resources.callback(rewards.close)
-        run = _Run(inputs, rewards, {"recipe": recipe, **record}, callbacks_of, resources)
+        resources.callback(prepared.rewards.close)
+        run = _Run(prepared, callbacks_of, resources)
         recoveries = Recoveries.of(arguments)
         while (request := run.attempt(recoveries.apply(arguments), recoveries.is_allowed)) is not None:
             recoveries.add(request)
@@ -78,9 +56,7 @@ def _run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], li
 class _Run:
     """What the attempts of a run share; there is one, unless an alarm makes the run go back (`on_alarm: recover`)."""
 
-    inputs: RunInputs
-    rewards: RewardSuite
-    record: dict[str, Any]
+    prepared: Preparation
     callbacks_of: Callable[[RunArguments], list[TrainerCallback]]
     resources: contextlib.ExitStack
     engine: RolloutEngine | None = None
@@ -88,12 +64,13 @@ class _Run:
     def attempt(self, arguments: RunArguments, may_recover: bool) -> RecoveryRequested | None:
         """Train to the end, from the start or from a checkpoint. Returns the alarms that ask to go back, if any."""
         training_args, finetuning_args = arguments.training, arguments.finetuning
-        tokenizer, template, prompts = self.inputs.tokenizer, self.inputs.template, self.inputs.prompts
+        inputs, rewards = self.prepared.inputs, self.prepared.rewards
+        tokenizer, template, prompts = inputs.tokenizer, inputs.template, inputs.prompts
         model = load_policy(arguments, tokenizer)
         sampling = sampling_settings(arguments, model, template, tokenizer)
         reference = reference_policy(arguments, model)
         if finetuning_args.reward_model is not None:
-            self.rewards.model = load_reward_model(arguments, model, template, tokenizer)
+            rewards.model = load_reward_model(arguments, model, template, tokenizer)
         if self.engine is None:
             self.engine = start_engine(arguments, model, tokenizer, sampling)
             self.resources.callback(self.engine.close)
@@ -106,7 +83,7 @@ class _Run:
             prompts=prompts.train,
             eval_prompts=prompts.evaluation,
             engine=self.engine,
-            rewards=self.rewards,
+            rewards=rewards,
             reference=reference,
             max_sampling_logprob_diff=bound,
             tests_slope=bound > TIGHT_BOUND,
@@ -115,15 +92,15 @@ class _Run:
             may_recover=may_recover,
             checkpoints_if_needed="disable_gradient_checkpointing" not in arguments.given,
             router_aux_loss_coef=arguments.model.moe_aux_loss_coef or 0.0,
-            recipe=self.record,
+            recipe=self.prepared.state,
             shuffle=not finetuning_args.disable_shuffling,
             optimizer_factory=partial(facade.create_custom_optimizer, finetuning_args=finetuning_args),
             prepare_scheduler=facade.create_custom_scheduler,
             processing_class=tokenizer,
             callbacks=self.callbacks_of(arguments),
         )
-        if self.inputs.processor is not None:
-            trainer.add_callback(facade.SaveProcessorCallback(self.inputs.processor))
+        if inputs.processor is not None:
+            trainer.add_callback(facade.SaveProcessorCallback(inputs.processor))
         try:
             _run(trainer, arguments)
         except RecoveryRequested as request:

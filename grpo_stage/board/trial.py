@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from grpo_stage.board.tables import number
+from grpo_stage.rewards.trial import SHOWN_KINDS
 
 
 Source = Literal["reference", "model"]
@@ -55,26 +56,29 @@ def try_rewards(arguments: Mapping[str, Any], num_rows: int, source: Source) -> 
                 process.terminate()  # its reward workers end with the process
                 process.wait()
         elapsed_s = time.monotonic() - started
-        if process.returncode != 0:
+        if not answer.is_file():  # with a result, an exit code tells whether something was found
             said = errors.read_text(encoding="utf-8", errors="replace").strip()
             said = said.rpartition("grpo-stage: ")[2]  # the host's warnings come before it
             yield Trial(elapsed_s, error=said or f"Exit code {process.returncode}", is_done=True)
             return
         found = json.loads(answer.read_text(encoding="utf-8"))
     names = found["functions"]
+    rows = [(row["prompt"], row) for row in found["rows"] if row["kind"] in SHOWN_KINDS or not row["reference"]]
+    # The means of each attack stand below, with the number of prompts in the place of one.
+    rows += [(f"{score['num_prompts']} x", score) for score in found["attacks"]]
     yield Trial(
         elapsed_s,
         headers=names,
         rows=[
             [
-                row["prompt"],
+                prompt,
                 row["kind"],
                 row["completion"],
                 *(number(row["rewards"][name]) for name in names),
                 number(row["reward"]),
             ]
-            for row in found["rows"]
+            for prompt, row in rows
         ],
-        notes=found["notes"],
+        notes=[*found["findings"], *found["notes"]],
         is_done=True,
     )

@@ -1,7 +1,8 @@
-"""What a run reads before its model: the tokenizer, the template and the prompts, each with its checks."""
+"""What a run reads before its model: rewards, tokenizer, template and prompts, each with its checks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -9,7 +10,13 @@ from grpo_stage.host import facade
 from grpo_stage.host.datasets import PromptData, load_prompts
 from grpo_stage.host.model_checks import refuse_tied_adapters, refuse_unknown_tokens, refuse_unloadable
 from grpo_stage.host.other_model_checks import check_other_models
+from grpo_stage.host.recipe import check_resume, recipe_of, training_record
 from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.rewards.loading import load_rewards
+from grpo_stage.rewards.suite import RewardSuite
+
+
+logger = facade.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -21,6 +28,45 @@ class RunInputs:
     """None for a text-only model."""
     template: Any
     prompts: PromptData
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that a run has once everything is checked that can be checked without weights."""
+
+    inputs: RunInputs
+    rewards: RewardSuite
+    """Without its reward model, which may stand on the policy. To be closed."""
+    state: Mapping[str, Any]
+    """The record of recipe, rows and reward code in every checkpoint."""
+
+
+def prepare(arguments: RunArguments) -> Preparation:
+    """Everything that comes before the weights; `grpo-stage check` does the same and stops there.
+
+    Raises:
+        ValueError: for errors that the rewards, the data, the models' files or a checkpoint show.
+    """
+    training_args, finetuning_args = arguments.training, arguments.finetuning
+    recipe = recipe_of(arguments)  # before the host's loaders change the arguments
+    rewards = load_rewards(
+        cast(list[str], finetuning_args.reward_funcs),
+        cast(list[float] | None, finetuning_args.reward_weights),
+        cast(dict[str, Any] | None, finetuning_args.reward_kwargs),
+        max_new_tokens=arguments.generating.max_new_tokens,
+        timeout_s=finetuning_args.reward_timeout,
+        dump_dir=training_args.output_dir,
+        fields=tuple(finetuning_args.reward_columns or ()),
+        announce=logger.info_rank0,
+    )
+    inputs = load_inputs(arguments)
+    prompts = inputs.prompts
+    rewards.check(prompts.train)
+    rewards.check(prompts.evaluation)
+    record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
+    if training_args.resume_from_checkpoint:
+        check_resume(arguments, record, len(prompts.train))
+    return Preparation(inputs, rewards, {"recipe": recipe, **record})
 
 
 def load_inputs(arguments: RunArguments) -> RunInputs:

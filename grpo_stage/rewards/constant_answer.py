@@ -65,6 +65,19 @@ class ConstantAnswer:
         )
 
     @property
+    def sentence(self) -> str:
+        """What it is and earns."""
+        earns = (
+            "earns nothing that can be compared"
+            if self.share is None
+            else f"earns {self.share:.0%} of what the references earn"
+        )
+        return (
+            f"Best constant answer: {self.answer!r:.80} to every prompt {earns}, and is the answer of "
+            f"{self.frequency:.0%} of {self.num_prompts} prompts ({self.num_answers} different answers)."
+        )
+
+    @property
     def warning(self) -> str:
         """What a user should know before a run; empty unless the answer is tempting."""
         if not self.is_tempting:

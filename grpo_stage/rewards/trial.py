@@ -1,12 +1,22 @@
 """Rewards tried on completions of known worth: the scores and warnings of `grpo-stage try-rewards`."""
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from grpo_stage.rewards.answers.verdict import unjudged_reason
+from grpo_stage.rewards.attacks import (
+    EMPTY,
+    IN_TAGS,
+    REFERENCE,
+    REPEATED,
+    TRUNCATED,
+    UNFINISHED,
+    WRONG_ANSWER,
+    Task,
+    texts_of,
+)
 from grpo_stage.rewards.errors import RewardError, RewardTimeoutError
 from grpo_stage.rewards.registry import names_that_ask_checker
 from grpo_stage.rewards.suite import RewardSuite
@@ -17,17 +27,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-REFERENCE, EMPTY, TRUNCATED, WRONG_NUMBER, REPEATED = "reference", "empty", "truncated", "wrong_number", "repeated"
 SAMPLED = "sampled"
+SHOWN_KINDS = (REFERENCE, REFERENCE + IN_TAGS, WRONG_ANSWER, TRUNCATED, REPEATED, SAMPLED)
+"""What is shown of each prompt; the attacks are shown by their means."""
 
-REPETITIONS = 20
-_UNFINISHED = (TRUNCATED, REPEATED)
-_BELOW_THE_REFERENCE = {EMPTY: "an empty one", WRONG_NUMBER: "one whose last number is wrong"}
 _REMEDY = (
-    "Either the rewards do not say what you mean, or the reference answer is no example of what they reward, such as "
-    "a bare number where `format` wants tags."
+    "Either the rewards do not say what you mean, or the reference answer is no example of what they reward, as it is "
+    "or in `<answer>` tags."
 )
-_TO_LAST_DIGIT = re.compile(r".*([0-9])", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,27 +53,16 @@ class TrialRow:
     reward: float | None
     """The weighted sum."""
 
-
-def texts_from(reference: str | None) -> dict[str, str]:
-    """A perfect completion and broken ones by kind; those left out that cannot be made of `reference`."""
-    if reference is None or not reference.strip():
-        return {EMPTY: ""}
-    texts = {REFERENCE: reference, EMPTY: "", TRUNCATED: reference[: len(reference) // 2]}
-    if not texts[TRUNCATED].strip():
-        del texts[TRUNCATED]
-    if match := _TO_LAST_DIGIT.match(reference):
-        start, end = match.span(1)
-        other_digit = "8" if match[1] == "9" else str(int(match[1]) + 1)
-        texts[WRONG_NUMBER] = reference[:start] + other_digit + reference[end:]
-    texts[REPEATED] = "\n".join([reference] * REPETITIONS)
-    return texts
+    def of(self, name: str | None) -> float | None:
+        """What the function `name` gave, or the weighted sum."""
+        return self.reward if name is None else self.rewards[name]
 
 
-def completions_from(reference: str | None, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Completion]:
-    """`texts_from` as an engine would return them: no end token where generation would have been cut."""
+def completions_for(task: Task, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Completion]:
+    """`texts_of` as an engine would return them: no end token where generation would have been cut."""
     return {
-        kind: completion_of(text, tokenizer, is_finished=kind not in _UNFINISHED)
-        for kind, text in texts_from(reference).items()
+        kind: completion_of(text, tokenizer, is_finished=kind not in UNFINISHED)
+        for kind, text in texts_of(task).items()
     }
 
 
@@ -125,33 +121,69 @@ def _score(rewards: RewardSuite, groups: Sequence[RolloutGroup]) -> list[list[li
         raise
 
 
-def warnings_about(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
-    """What a user should know before training with these rewards; empty where nothing is wrong."""
-    by_prompt: dict[int, list[TrialRow]] = {}
-    for row in rows:
-        by_prompt.setdefault(row.prompt_index, []).append(row)
-    warnings = [
+def findings_in(rows: Sequence[TrialRow], names: Sequence[str]) -> list[str]:
+    """Defects of the rewards, or of the references for them; empty where there are none."""
+    findings = [
         f"`{name}` applied to none of the completions, so that it has no say. Look at when it returns None."
         for name in names
         if all(row.rewards[name] is None for row in rows)
     ]
     if judged_by := names_that_ask_checker(names):
-        warnings += _unjudged(rows, min(judged_by))
-    if not any(row.kind == REFERENCE for row in rows):
-        warnings.append(
-            "No row has a reference answer, so that there is no perfect completion to compare a broken one with. "
-            "`--completions model` samples some; `reference_column` names the column that holds the answers."
-        )
-    is_compared = len(rows) > len(by_prompt)
+        findings += _unjudged(rows, min(judged_by))
+    groups = by_prompt(rows)
+    is_compared = len(rows) > len(groups)
     if is_compared and len({row.reward for row in rows}) == 1:
         return [
-            *warnings,
+            *findings,
             f"All completions have the same total reward ({_shown(rows[0].reward)}): nothing can be learned from "
             f"that. {_REMEDY}",
         ]
-    groups = list(by_prompt.values())
-    not_told_apart = [_not_told_apart(groups, kind, words) for kind, words in _BELOW_THE_REFERENCE.items()]
-    return warnings + [warning for warning in (*not_told_apart, _equal_groups(groups)) if warning]
+    not_told_apart = (
+        _not_told_apart([(one[REFERENCE + form], one[EMPTY]) for one, form in groups if EMPTY in one], "an empty one"),
+        _not_told_apart(
+            [(one[REFERENCE + form], one[WRONG_ANSWER + form]) for one, form in groups if WRONG_ANSWER + form in one],
+            "a wrong one in the same form",
+        ),
+    )
+    return findings + [finding for finding in not_told_apart if finding]
+
+
+def remarks_on(rows: Sequence[TrialRow]) -> list[str]:
+    """What the rows cannot tell, which is no defect by itself."""
+    remarks = []
+    if not any(row.kind == REFERENCE for row in rows):
+        remarks.append(
+            "No row has a reference answer, so that there is no perfect completion to compare a broken one with. "
+            "`--completions model` samples some; `reference_column` names the column that holds the answers."
+        )
+    sampled: dict[int, list[float | None]] = {}
+    for row in rows:
+        if row.kind == SAMPLED:
+            sampled.setdefault(row.prompt_index, []).append(row.reward)
+    if level := sum(len(set(rewards)) == 1 for rewards in sampled.values()):
+        remarks.append(
+            f"In {level} of {len(sampled)} rows all sampled completions earn the same: a run learns nothing from such "
+            "a group. Where that stays so, the task is too hard or too easy for the model, or the reward too coarse."
+        )
+    return remarks
+
+
+def by_prompt(rows: Sequence[TrialRow]) -> list[tuple[dict[str, TrialRow], str]]:
+    """The rows of each prompt that has a reference, by kind, without sampled ones; and the form that earns more.
+
+    The form is the end of a kind's name: `IN_TAGS`, or nothing for the form of the reference.
+    """
+    prompts: dict[int, dict[str, TrialRow]] = {}
+    for row in rows:
+        if row.kind != SAMPLED:
+            prompts.setdefault(row.prompt_index, {})[row.kind] = row
+    return [(of_prompt, best_form(of_prompt)) for of_prompt in prompts.values() if REFERENCE in of_prompt]
+
+
+def best_form(of_prompt: Mapping[str, TrialRow], name: str | None = None) -> str:
+    """The form in which the right answer earns more, of the function `name` or in all."""
+    tagged = of_prompt.get(REFERENCE + IN_TAGS)
+    return IN_TAGS if tagged is not None and is_above(tagged.of(name), of_prompt[REFERENCE].of(name)) else ""
 
 
 def _unjudged(rows: Sequence[TrialRow], name: str) -> list[str]:
@@ -167,32 +199,19 @@ def _unjudged(rows: Sequence[TrialRow], name: str) -> list[str]:
     ]
 
 
-def _not_told_apart(groups: Sequence[Sequence[TrialRow]], kind: str, words: str) -> str:
-    by_kind = [{row.kind: row for row in group} for group in groups]
-    pairs = [(group[REFERENCE], group[kind]) for group in by_kind if REFERENCE in group and kind in group]
-    wrong = [(perfect, broken) for perfect, broken in pairs if not _is_above(perfect.reward, broken.reward)]
+def _not_told_apart(pairs: Sequence[tuple[TrialRow, TrialRow]], words: str) -> str:
+    wrong = [(perfect, broken) for perfect, broken in pairs if not is_above(perfect.reward, broken.reward)]
     if not wrong:
         return ""
     perfect, broken = wrong[0]
     return (
-        f"In {len(wrong)} of {len(pairs)} rows the reference answer earns no more than {words} (`{kind}`), first for "
-        f"the prompt of index {perfect.prompt_index}: {_shown(perfect.reward)} against {_shown(broken.reward)}. "
-        f"{_REMEDY}"
+        f"In {len(wrong)} of {len(pairs)} rows the right answer (`{perfect.kind}`) earns no more than {words} "
+        f"(`{broken.kind}`), first for the prompt of index {perfect.prompt_index}: {_shown(perfect.reward)} against "
+        f"{_shown(broken.reward)}. {_REMEDY}"
     )
 
 
-def _equal_groups(groups: Sequence[Sequence[TrialRow]]) -> str:
-    sampled = [rewards for group in groups if (rewards := [row.reward for row in group if row.kind == SAMPLED])]
-    level = [rewards for rewards in sampled if len(set(rewards)) == 1]
-    if not level:
-        return ""
-    return (
-        f"In {len(level)} of {len(sampled)} rows all sampled completions earn the same: a run learns nothing from "
-        "such a group. Where that stays so, the task is too hard or too easy for the model, or the reward too coarse."
-    )
-
-
-def _is_above(perfect: float | None, broken: float | None) -> bool:
+def is_above(perfect: float | None, broken: float | None) -> bool:
     """True if the update prefers the perfect completion. One without a reward takes no part in it."""
     return perfect is not None and (broken is None or perfect > broken)
 

@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 ATTENTION = 3
 """The exit code of a command that did its work and found something that needs a person."""
 
-# References and shapes need no device, so a recipe for a GPU can be read without one.
-_WITHOUT_DEVICE = {
+WITHOUT_DEVICE = {
     "use_cpu": True,
     "bf16": False,
     "fp16": False,
@@ -27,6 +26,7 @@ _WITHOUT_DEVICE = {
     "tf32": None,
     "flash_attn": "auto",
 }
+"""Keys with which a recipe for a GPU is read without one: references and shapes need none."""
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +106,7 @@ def parse_without_run(configuration: Mapping[str, Any], *, on_device: bool) -> "
             "do_train": True,
             "output_dir": os.path.join(folder, "output"),  # never made; the user's own folder may hold a run
             "resume_from_checkpoint": None,
-            **({} if on_device else _WITHOUT_DEVICE),
+            **({} if on_device else WITHOUT_DEVICE),
         }
         return parse(values)
 

@@ -1,7 +1,13 @@
-"""Try a recipe's rewards on its own dataset before a run: do they tell a perfect completion from a broken one?
+"""Try a recipe's rewards on its own dataset before a run: do they tell right from wrong, and do they pay attacks?
 
-Scores completions that are made from the reference answers, or sampled from the model. Needs no GPU, and without
-`--completions model` no model either. Nothing is written but the file of `--json`.
+Scores completions that are made from the reference answers, or sampled from the model: right, wrong and broken ones,
+and attacks, which a policy can write without solving the task. Needs no GPU, and without `--completions model` no
+model either. Nothing is written but the file of `--json`.
+
+Exit codes: 0, nothing is wrong; 3, something was found, such as an attack that is paid; 1, the recipe is refused or a
+function failed.
+
+    grpo-stage try-rewards yaml_examples/quickstart.yaml --rows 4
 """
 
 import argparse
@@ -16,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from grpo_stage.survival.stop import ending_at_once
 from grpo_stage.tools.recipe_file import (
+    ATTENTION,
     add_recipe_arguments,
     errors_explained,
     parse_without_run,
@@ -26,18 +33,24 @@ from grpo_stage.tools.recipe_file import (
 
 
 if TYPE_CHECKING:
+    from rich.table import Table
     from transformers import PreTrainedTokenizerBase
 
     from grpo_stage.host.run_arguments import RunArguments
+    from grpo_stage.rewards.attacks import Task
+    from grpo_stage.rewards.constant_answer import ConstantAnswer
+    from grpo_stage.rewards.paid_attacks import AttackScore
     from grpo_stage.rewards.suite import RewardSuite
     from grpo_stage.rewards.trial import TrialRow
     from grpo_stage.types import Completion, Prompt
 
 
 NAME = "try-rewards"
-HELP = "score perfect, broken or sampled completions with a recipe's rewards, before a run"
+HELP = "score right, wrong and sampled completions and attacks with a recipe's rewards, before a run"
 
 SHOWN_CHARACTERS = 80
+ROWS_READ = 1000
+"""Rows of each dataset that are read, for the best constant answer and for the answers that attacks are made of."""
 # The parser reads the model's config. A config of this type has no limit of positions and no quantization.
 _STAND_IN_CONFIG = {"model_type": "t5"}
 _IN_BYTES = (
@@ -56,7 +69,12 @@ class TrialResult:
 
     functions: Sequence[str]
     weights: Sequence[float]
+    findings: Sequence[str]
+    """What needs a person before a run; the exit code is `ATTENTION` with any."""
     notes: Sequence[str]
+    attacks: "Sequence[AttackScore]"
+    """The right and a wrong answer come first."""
+    constant_answer: "ConstantAnswer | None"
     rows: "Sequence[TrialRow]"
 
 
@@ -71,7 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     if args.rows < 1:
         raise ValueError(f"`--rows {args.rows}` must be at least 1.")
     # Ctrl-C as an exception could be handled by a reward function.
@@ -82,18 +100,21 @@ def run(args: argparse.Namespace) -> None:
     write_json(args.json, dataclasses.asdict(result))
     if str(args.json) != "-":
         _print(result)
+    return ATTENTION if result.findings else 0
 
 
 def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
+    from grpo_stage.rewards.constant_answer import best_constant_answer
     from grpo_stage.rewards.loading import load_rewards
     from grpo_stage.rewards.options import REWARD_MODEL
-    from grpo_stage.rewards.trial import SAMPLED, completions_from, try_rewards, warnings_about
+    from grpo_stage.rewards.paid_attacks import attack_findings, attack_scores
+    from grpo_stage.rewards.trial import SAMPLED, completions_for, findings_in, remarks_on, try_rewards
     from grpo_stage.types import TrainingProgress
 
     has_model = bool(configuration.get("model_name_or_path"))
     if samples and not has_model:
         raise ValueError("`--completions model` samples from `model_name_or_path`, which is missing. Name a model.")
-    arguments = _parse(configuration, num_rows, has_model, on_device=samples)
+    arguments = _parse(configuration, has_model, on_device=samples)
     names, weights, is_without_model = _functions(arguments, has_model)
     rewards = load_rewards(
         names,
@@ -106,22 +127,63 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
     )
     rewards.progress = TrainingProgress(max_steps=max(1, arguments.training.max_steps))
     with contextlib.closing(rewards):
-        tokenizer, template, prompts = _load_prompts(arguments, num_rows, has_model, rewards)
-        if REWARD_MODEL in rewards.names:
+        tokenizer, template, all_prompts = _load_prompts(arguments, has_model, rewards)
+        prompts = [all_prompts[i * len(all_prompts) // num_rows] for i in range(min(num_rows, len(all_prompts)))]
+        asks_model = REWARD_MODEL in rewards.names
+        if asks_model:
             from grpo_stage.host.reward_models import server_reward
 
             rewards.model = server_reward(arguments, template, tokenizer)
-        completions = [list(completions_from(prompt.reference, tokenizer).items()) for prompt in prompts]
+        tasks = _tasks(arguments, tokenizer, prompts, all_prompts)
+        completions = [list(completions_for(task, tokenizer).items()) for task in tasks]
         if samples:
             for of_prompt, sampled in zip(completions, _sample(arguments, tokenizer, template, prompts), strict=True):
                 of_prompt += [(SAMPLED, completion) for completion in sampled]
         rows = try_rewards(rewards, prompts, completions)
-    notes = [
-        *warnings_about(rows, rewards.names),
-        *([_WITHOUT_REWARD_MODEL] if is_without_model else []),
-        *([] if has_model else [_IN_BYTES]),
+        # A server would be asked about a thousand completions.
+        constant = None if asks_model else best_constant_answer(rewards, all_prompts, tokenizer)
+    attacks = attack_scores(rows, dict(zip(rewards.names, rewards.weights, strict=True)))
+    return TrialResult(
+        functions=rewards.names,
+        weights=rewards.weights,
+        findings=[
+            *findings_in(rows, rewards.names),
+            *attack_findings(attacks),
+            *([constant.warning] if constant and constant.warning else []),
+        ],
+        notes=[
+            *remarks_on(rows),
+            *([_WITHOUT_REWARD_MODEL] if is_without_model else []),
+            *([] if has_model else [_IN_BYTES]),
+        ],
+        attacks=attacks,
+        constant_answer=constant,
+        rows=rows,
+    )
+
+
+def _tasks(
+    arguments: "RunArguments",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: "Sequence[Prompt]",
+    all_prompts: "Sequence[Prompt]",
+) -> "list[Task]":
+    from grpo_stage.rewards.answers.final_answer import final_answer
+    from grpo_stage.rewards.attacks import Task
+
+    references = [prompt.reference for prompt in all_prompts if prompt.reference]
+    answers = tuple(dict.fromkeys(final_answer(text, is_reference=True).text for text in references))
+    kwargs = cast(dict[str, dict[str, Any]], arguments.finetuning.reward_kwargs or {})
+    return [
+        Task(
+            prompt.text,
+            prompt.reference,
+            answers,
+            think_prefilled=bool(kwargs.get("format", {}).get("think_prefilled"))
+            or tokenizer.decode(prompt.token_ids[-8:]).rstrip().endswith("<think>"),
+        )
+        for prompt in prompts
     ]
-    return TrialResult(functions=rewards.names, weights=rewards.weights, notes=notes, rows=rows)
 
 
 def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], list[float] | None, bool]:
@@ -151,7 +213,7 @@ def _functions(arguments: "RunArguments", has_model: bool) -> tuple[list[str], l
     return [names[i] for i in others], None if weights is None else [weights[i] for i in others], True
 
 
-def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_device: bool) -> "RunArguments":
+def _parse(configuration: Mapping[str, Any], has_model: bool, on_device: bool) -> "RunArguments":
     """The arguments, parsed as for a run, with harmless values for keys that only a run needs."""
     with tempfile.TemporaryDirectory(prefix="grpo-stage-try-") as folder:
         values = dict(configuration)
@@ -161,7 +223,7 @@ def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_
         arguments = parse_without_run(values, on_device=on_device)
 
     data = arguments.data
-    data.max_samples = min(num_rows, data.max_samples or num_rows)  # of each dataset
+    data.max_samples = min(ROWS_READ, data.max_samples or ROWS_READ)  # of each dataset
     data.preprocessing_num_workers = None
     data.val_size, data.eval_dataset = 0.0, None
     if not has_model:
@@ -171,7 +233,7 @@ def _parse(configuration: Mapping[str, Any], num_rows: int, has_model: bool, on_
 
 
 def _load_prompts(
-    arguments: "RunArguments", num_rows: int, has_model: bool, rewards: "RewardSuite"
+    arguments: "RunArguments", has_model: bool, rewards: "RewardSuite"
 ) -> "tuple[PreTrainedTokenizerBase, Any, list[Prompt]]":
     """The tokenizer, the template, and prompts from all of the recipe's datasets."""
     from transformers import ByT5Tokenizer
@@ -192,8 +254,7 @@ def _load_prompts(
         arguments.finetuning,
     ).train
     rewards.check(prompts)
-    num_rows = min(num_rows, len(prompts))
-    return tokenizer, template, [prompts[i * len(prompts) // num_rows] for i in range(num_rows)]
+    return tokenizer, template, prompts
 
 
 def _sample(
@@ -216,30 +277,70 @@ def _sample(
 
 def _print(result: TrialResult) -> None:
     from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    console.print(_table_of_rows(result))
+    if result.attacks:
+        console.print(_table_of_attacks(result))
+    if result.constant_answer is not None:
+        console.print(Text(result.constant_answer.sentence))
+    for finding in result.findings:
+        console.print(Text(f"Found: {finding}"))
+    for note in result.notes:
+        console.print(Text(f"Note: {note}"))
+
+
+def _table_of_rows(result: TrialResult) -> "Table":
+    """What is made of each reference and what was sampled: attacks have a table of their own."""
     from rich.table import Column, Table
     from rich.text import Text
 
+    from grpo_stage.rewards.trial import SHOWN_KINDS
+
     table = Table("prompt", Column("kind", no_wrap=True), "completion")
-    for name, weight in zip(result.functions, result.weights, strict=True):
-        table.add_column(Text(f"{name}\nx {weight:g}"), justify="right")
-    table.add_column("total", justify="right")
+    _add_columns(table, result)
     last_index = None
     for row in result.rows:
         is_first = row.prompt_index != last_index
         if is_first:
             table.add_section()
         last_index = row.prompt_index
+        if row.kind in SHOWN_KINDS or not row.reference:
+            table.add_row(
+                Text(_shortened(row.prompt) if is_first else ""),  # Text: brackets are no markup
+                row.kind,
+                Text(_shortened(row.completion)),
+                *(_number(value) for value in row.rewards.values()),
+                _number(row.reward),
+            )
+    return table
+
+
+def _table_of_attacks(result: TrialResult) -> "Table":
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    table = Table(Column("attack", no_wrap=True), "completion (the first prompt's)")
+    _add_columns(table, result)
+    table.add_column("paid by")
+    for score in result.attacks:
         table.add_row(
-            Text(_shortened(row.prompt) if is_first else ""),  # Text: brackets are no markup
-            row.kind,
-            Text(_shortened(row.completion)),
-            *(_number(value) for value in row.rewards.values()),
-            _number(row.reward),
+            score.kind,
+            Text(_shortened(score.completion)),
+            *(_number(value) for value in score.rewards.values()),
+            _number(score.reward),
+            ", ".join(score.paid_by),
         )
-    console = Console()
-    console.print(table)
-    for note in result.notes:
-        console.print(Text(f"Note: {note}"))
+    return table
+
+
+def _add_columns(table: "Table", result: TrialResult) -> None:
+    from rich.text import Text
+
+    for name, weight in zip(result.functions, result.weights, strict=True):
+        table.add_column(Text(f"{name}\nx {weight:g}"), justify="right")
+    table.add_column("total", justify="right")
 
 
 def _shortened(text: str) -> str:

@@ -98,7 +98,7 @@ def test_rewards_are_tried(page: Page, workplace: Path) -> None:
     page.get_by_role("button", name="Try the rewards").click()
     table = page.locator("#grpo_try_table")
     expect(table).to_be_visible(timeout=120_000)
-    expect(table.get_by_text("wrong_number").first).to_be_visible()
+    expect(table.get_by_text("wrong_answer").first).to_be_visible()
     expect(table.get_by_text("<img src=x onerror").first).to_be_visible()  # text, and no picture
     assert table.locator("img[src=x]").count() == 0
     expect(page.locator("#grpo_try_report textarea")).to_have_value(containing("No model is chosen"))

@@ -15,7 +15,7 @@ import yaml
 from grpo_stage.tools import cli
 
 
-KINDS = ["reference", "empty", "truncated", "wrong_number", "repeated"]
+KINDS = ["reference", "wrong_answer", "reference_in_tags", "wrong_answer_in_tags", "truncated", "repeated", "empty"]
 RUN_KEYS = ("do_train", "output_dir", "model_name_or_path", "template", "use_cpu")
 
 
@@ -93,7 +93,7 @@ def test_references_are_tried_without_a_model(
 
     captured = capsys.readouterr()
     assert "What is 7 + 7?" in captured.out
-    assert "wrong_number" in captured.out
+    assert "wrong_answer" in captured.out
     assert "Note: No model is chosen" in captured.out
     assert "training example" not in captured.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "recipe.yaml"]

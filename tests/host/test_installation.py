@@ -65,6 +65,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "README.md", "LICENSE", "grpo_stage_autoload.pth"):
         shutil.copy(ROOT / name, source)
     shutil.copytree(ROOT / "grpo_stage", source / "grpo_stage", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "requirements", source / "requirements")
     build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, source]
     done = subprocess.run(build, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -106,6 +107,7 @@ def test_the_wheel_holds_the_package_and_the_hook(wheel: Path) -> None:
         (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
         requires = email.message_from_bytes(archive.read(metadata)).get_all("Requires-Dist", [])
     assert hook.strip() == "import grpo_stage._autoload"
+    assert {"grpo_stage/requirements/cpu.txt", "grpo_stage/requirements/gpu.txt"} <= names  # for `grpo-stage doctor`
     assert {name.split("/")[0] for name in names} == {
         "grpo_stage",
         "grpo_stage_autoload.pth",
