@@ -57,7 +57,7 @@ def write_lines(path: Path, records: Iterable[Mapping[str, Any] | str]) -> None:
     """Write a line for each record; a text is a line as it is."""
     with path.open("a", encoding="utf-8") as file:
         for record in records:
-            line = record if isinstance(record, str) else json.dumps(record, ensure_ascii=False)
+            line = record if isinstance(record, str) else json.dumps(record)
             file.write(f"{line}\n")
 
 

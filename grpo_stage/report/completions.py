@@ -32,6 +32,10 @@ MAX_CHARACTERS = 2_500
 LAST_SHARE = 0.1
 """Best, worst and most frequent completions are those of this last part of the steps."""
 _MAX_STEP = 10**18
+_MARGIN = 2_000
+"""A secret that the cut goes through is masked if it is not longer."""
+_LONG_SECRET = "PRIVATE KEY-----"
+"""Is in the only secrets that may be longer."""
 _HAN = r"\u2e80-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_HAN}]|[^\W{_HAN}]+\s*|[^\w\s]\s*|\s+")
 """A word with the space after it, or a sign; Chinese and Japanese do not put spaces between words."""
@@ -300,10 +304,22 @@ def _finite(value: Any) -> float | None:
 
 
 def _cut(text: str, secrets: frozenset[str], limit: int = MAX_CHARACTERS) -> str:
+    """The text with secrets masked, without its middle where it is long."""
+    half, cut = limit // 2, len(text) - limit
+    if cut > 2 * _MARGIN and _LONG_SECRET not in text:  # what is left out need not be searched
+        begin, end = _clean(text[: half + _MARGIN], secrets), _clean(text[-half - _MARGIN :], secrets)
+        return f"{begin[:half]}{_gap(cut)}{end[-half:]}"
+    text = _clean(text, secrets)
+    return text if len(text) <= limit else f"{text[:half]}{_gap(len(text) - limit)}{text[-half:]}"
+
+
+def _clean(text: str, secrets: frozenset[str]) -> str:
     # A half of a surrogate pair, which JSON can hold, has no UTF-8.
-    text = mask_text(text.encode("utf-8", "replace").decode("utf-8"), secrets)
-    half = limit // 2
-    return text if len(text) <= limit else f"{text[:half]} [... {len(text) - limit:,} characters ...] {text[-half:]}"
+    return mask_text(text.encode("utf-8", "replace").decode("utf-8"), secrets)
+
+
+def _gap(num_characters: int) -> str:
+    return f" [... {num_characters:,} characters ...] "
 
 
 def _changes(before: str, after: str) -> Iterator[tuple[str, str]]:

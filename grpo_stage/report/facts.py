@@ -20,7 +20,9 @@ from grpo_stage.report.run_folder import ALARMS_FILE, Outcome, Run, read_run
 from grpo_stage.report.settings import shown
 
 
-MAX_RUNS = 20
+MAX_RUNS = 12
+MAX_ALARMS = 50
+"""Of a run, on the page."""
 _END_SHARE = 0.1
 """The start and the end of a curve are means over this part of it."""
 _MISSING = "–"  # noqa: RUF001
@@ -129,7 +131,7 @@ def _run_facts(run: Run, name: str) -> RunFacts:
         total_steps=run.log.total_steps,
         elapsed_s=run.log.elapsed_s,
         changes=changes,
-        alarms=[_masked(alarm, secrets) for alarm in run.alarms.found],
+        alarms=[_masked(alarm, secrets) for alarm in run.alarms.found[:MAX_ALARMS]],
         alarms_are_judged_now=run.alarms.are_judged_now,
         notes=_notes(run, completions),
         phases=_phases(run),
@@ -141,7 +143,9 @@ def _run_facts(run: Run, name: str) -> RunFacts:
 
 
 def _masked(alarm: Alarm, secrets: frozenset[str]) -> Alarm:
-    texts = {name: mask_text(getattr(alarm, name), secrets) for name in ("monitor", "seen", "meaning", "remedy")}
+    texts = {
+        name: mask_text(getattr(alarm, name), secrets)[:3000] for name in ("monitor", "seen", "meaning", "remedy")
+    }
     return dataclasses.replace(alarm, **texts, settings={k: shown(v) for k, v in mask(alarm.settings).items()})
 
 
@@ -264,6 +268,8 @@ def _notes(run: Run, completions: Completions) -> list[str]:
         f"{name} was NaN or infinite {count:,} {'time' if count == 1 else 'times'}, first at step {step:,}."
         for name, (count, step) in sorted(log.not_finite.items())[:20]
     ]
+    if len(run.alarms.found) > MAX_ALARMS:
+        notes.append(f"Of {len(run.alarms.found):,} alarms the first {MAX_ALARMS} are shown.")
     if not log.num_lines:
         notes.append(f"There is no {LOG_FILE}, so there are no curves.")
     if not completions.num:
@@ -334,10 +340,9 @@ def number(value: float | None) -> str:
     """A number as a person would write it."""
     if value is None:
         return _MISSING
-    if value == 0 or 0.001 <= abs(value) < 1e5:
-        digits = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 0.1 or value == 0 else 4
-        return f"{round(value, digits) + 0.0:,.{digits}f}"
-    return f"{value:.2e}"
+    if value == 0 or 0.001 <= abs(value) < 1e6:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value + 0.0:.3g}"
+    return f"{value:.3g}"
 
 
 def share(value: float | None) -> str:
