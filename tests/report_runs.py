@@ -76,14 +76,14 @@ def write_log(folder: Path, num_steps: int, seed: int = 0, eval_steps: int = 0) 
     write_lines(folder / "trainer_log.jsonl", lines())
 
 
-def completion(step: int, prompt: int = 0, text: str = "4", reward: float | None = 1.0, **more: Any) -> dict[str, Any]:
+def completion(step: int, index: int = 0, text: str = "4", reward: float | None = 1.0, **more: Any) -> dict[str, Any]:
     """A line of completions.jsonl."""
     return {
         "step": step,
-        "prompt_index": prompt,
-        "prompt": f"What is {prompt} + 4?",
+        "prompt_index": index,
+        "prompt": f"What is {index} + 4?",
         "completion": text,
-        "reference": str(prompt + 4),
+        "reference": str(index + 4),
         "rewards": {"accuracy": reward},
         "reward": reward,
         "advantage": 0.5,

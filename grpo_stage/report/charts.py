@@ -12,7 +12,7 @@ from grpo_stage.monitors.alarm import History, Series
 from grpo_stage.records.definitions import definition_of
 
 
-Unit = Literal["", "share", "tokens", "seconds", "bytes"]
+Unit = Literal["", "share", "tokens", "seconds", "GiB"]
 MAX_NUMBERS = 400_000
 """In all curves of a page: about 3 MB of it."""
 MIN_POINTS, MAX_POINTS = 40, 500
@@ -101,7 +101,7 @@ SECTIONS = (
             Chart("Seconds of a step by phase", (r"time/\w+",), "seconds", is_stacked=True),
             Chart("Seconds of a step", (r"step_time",), "seconds"),
             Chart("Tokens a second", (r"rollout_tokens_per_second", r"update_tokens_per_second")),
-            Chart("Memory", (r"memory/.+",), "bytes"),
+            Chart("Most memory by phase", (r"memory/.+",), "GiB"),
         ),
     ),
 )

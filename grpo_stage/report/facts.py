@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -64,6 +64,8 @@ class RunFacts:
     notes: Sequence[str]
     """What was damaged, is missing, or was not a number."""
     phases: Sequence[Phase]
+    memory: Mapping[str, float]
+    """GiB by phase: the most of any log line."""
     settings: Mapping[str, str]
     settings_sources: Sequence[str]
     versions: Mapping[str, str]
@@ -126,7 +128,7 @@ def _run_facts(run: Run, name: str) -> RunFacts:
         name=mask_text(name, secrets),
         folder=mask_text(str(run.folder), secrets),
         outcome=run.outcome,
-        sentences=[mask_text(text, secrets) for text in _sentences(run, changes)],
+        sentences=[mask_text(text, secrets) for text in _sentences(run)],
         steps=run.steps,
         total_steps=run.log.total_steps,
         elapsed_s=run.log.elapsed_s,
@@ -135,6 +137,7 @@ def _run_facts(run: Run, name: str) -> RunFacts:
         alarms_are_judged_now=run.alarms.are_judged_now,
         notes=_notes(run, completions),
         phases=_phases(run),
+        memory=_memory(run.log.history),
         settings={key: mask_text(shown(value), secrets) for key, value in sorted(run.settings.values.items())},
         settings_sources=run.settings.sources,
         versions={key: mask_text(value, secrets) for key, value in run.settings.versions.items()},
@@ -182,21 +185,23 @@ def change_of(history: History, metric: str) -> Change | None:
     return Change(metric=metric, start=float(f"{start:.5g}"), end=float(f"{end:.5g}"))
 
 
-def _sentences(run: Run, changes: Sequence[Change]) -> list[str]:
-    return [text for text in (_what(run), _how(changes), *_beside(run.log.history), _speed(run), _ill(run)) if text]
+def _sentences(run: Run) -> list[str]:
+    return [text for text in (_what(run), *_how(run.log.history), _speed(run), _ill(run)) if text]
 
 
 def _what(run: Run) -> str:
     """What was trained, on what."""
     values: Mapping[str, Any] = run.settings.values
 
-    def known(*keys: str) -> str:
-        return next((shown(values[key]) for key in keys if values.get(key) not in (None, "")), "")
+    def known(key: str) -> str:
+        value = values.get(key) or ""
+        return ", ".join(map(shown, value)) if isinstance(value, list) else shown(value)
 
     model, dataset, tuning = known("model_name_or_path"), known("dataset"), known("finetuning_type")
     rank, rewards = known("lora_rank"), known("reward_funcs")
+    tuning = tuning or ("lora" if rank else "")
     how = f" with {tuning}" if tuning else ""
-    how += f" of rank {rank}" if rank and tuning in ("lora", "") else ""
+    how += f" of rank {rank}" if rank and tuning == "lora" else ""
     rows = run.settings.rows.get("num")
     on = f" on {dataset}" if dataset else ""
     on += f" ({rows:,} prompts)" if isinstance(rows, int) else ""
@@ -206,31 +211,28 @@ def _what(run: Run) -> str:
     return f"GRPO of {model or 'a model'}{how}{on}{paid}."
 
 
-def _how(changes: Sequence[Change]) -> str:
-    by_name = {change.metric: change for change in changes}
-    total, evaluation = by_name.get("reward"), by_name.get("eval_reward")
-    if total is None:
-        return "No reward is in its log: it is a run of another stage, or it ended before its first steps."
-    direction = "rose" if total.end > total.start else "fell" if total.end < total.start else "stayed"
-    text = f"The reward {direction} from {number(total.start)} to {number(total.end)}"
-    if evaluation is not None:
-        text += f", and on held-out prompts went from {number(evaluation.start)} to {number(evaluation.end)}"
-    return f"{text}."
-
-
-def _beside(history: History) -> list[str]:
-    """What a reward's curve does not show."""
-    said: list[str] = []
-    for metric, sentence in (
-        ("completions/mean_length", "A completion had {} tokens at first and {} in the end."),
-        ("entropy", "Entropy went from {} to {} nats."),
-        ("frac_reward_zero_std", "Dead groups went from {} to {}."),
+def _how(history: History) -> list[str]:
+    """How it went: the rewards, and what a reward's curve does not show."""
+    total = history.series("reward")
+    if not len(total):
+        return ["No reward is in its log: it is a run of another stage, or it ended before its first step."]
+    if len(total) == 1:
+        return [f"The reward was {number(total.values[0])} in its only log line."]
+    said = []
+    for name, metric, form in (
+        ("The reward", "reward", number),
+        ("On held-out prompts it", "eval_reward", number),
+        ("Tokens of a completion", "completions/mean_length", number),
+        ("Entropy", "entropy", number),
+        ("Dead groups", "frac_reward_zero_std", share),
     ):
         change = change_of(history, metric)
-        if change is not None:
-            form: Callable[[float], str] = share if metric.startswith("frac") else number
-            said.append(sentence.format(form(change.start), form(change.end)))
-    return said
+        if change is None:
+            continue
+        start, end = form(change.start), form(change.end)
+        went = f"stayed at {end}" if start == end else f"went from {start} to {end}"
+        said.append(f"{name} {went}")
+    return [f"{each}." for each in said]
 
 
 def _speed(run: Run) -> str:
@@ -239,7 +241,7 @@ def _speed(run: Run) -> str:
         return ""
     tokens = run.log.history.series("num_tokens").values
     sampled = f" and {tokens[-1]:,.0f} tokens" if tokens and math.isfinite(tokens[-1]) else ""
-    return f"It took {duration(elapsed_s)} for {steps:,} steps{sampled}, {number(elapsed_s / steps)} s a step."
+    return f"It took {duration(elapsed_s)} for {steps:,} {'step' if steps == 1 else 'steps'}{sampled}, {number(elapsed_s / steps)} s a step."
 
 
 def _ill(run: Run) -> str:
@@ -300,6 +302,15 @@ def _phases(run: Run) -> list[Phase]:
         for name, value in sorted(seconds.items(), key=lambda item: -item[1])
         if value > 0
     ]
+
+
+def _memory(history: History) -> dict[str, float]:
+    most = {
+        name.removeprefix("memory/"): max(filter(math.isfinite, history.series(name).values), default=0.0)
+        for name in history.names()
+        if name.startswith("memory/")
+    }
+    return {name: value for name, value in sorted(most.items(), key=lambda item: -item[1]) if value > 0}
 
 
 def _sum(series: Series, steps_of_one: int) -> float:

@@ -26,7 +26,7 @@ function text(content, name = "span", parent = null) {  // never innerHTML: name
 function shown(value, unit) {
   const size = Math.abs(value);
   if (unit === "share") return `${(100 * value).toPrecision(size >= 0.1 ? 3 : 2)} %`;
-  if (unit === "bytes" && size >= 1e6) return `${(value / 2 ** 30).toPrecision(3)} GiB`;
+  if (unit === "GiB") return `${value.toFixed(2)} GiB`;
   if (size !== 0 && (size < 0.001 || size >= 1e6)) return value.toExponential(2);
   return value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 6 : 4 });
 }
@@ -34,7 +34,6 @@ function shown(value, unit) {
 function label(value, unit) {
   const size = Math.abs(value);
   if (unit === "share") return `${Number((100 * value).toPrecision(3))}%`;
-  if (unit === "bytes" && size >= 1e6) return `${Number((value / 2 ** 30).toPrecision(2))}G`;
   if (size >= 1e9 || (size !== 0 && size < 1e-3)) return value.toExponential(size < 1e-3 ? 1 : 0).replace("+", "");
   if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
   if (size >= 1e3) return `${Number((value / 1e3).toPrecision(3))}k`;

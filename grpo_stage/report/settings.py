@@ -16,6 +16,8 @@ from grpo_stage.survival.checkpoints import STATE_FILE
 
 BOARD_FILE = "training_args.yaml"
 """Written by LLaMA Board beside the runs it starts."""
+RUN_RECORD = "grpo_run.json"
+"""What a run was started with: its recipe as its user wrote it, versions, hashes of its data and reward code."""
 MODEL_CARD = "README.md"
 _MAX_BYTES = 2**20
 _CARD_LINE = re.compile(r"- ([\w .-]+): (.+)")
@@ -47,11 +49,13 @@ class Settings:
 def settings_of(folder: Path, checkpoint: Path | None) -> Settings:
     """The settings of the run in `folder`, whose newest checkpoint is `checkpoint`."""
     state = read_object(checkpoint / STATE_FILE) if checkpoint else {}
+    record = read_object(folder / RUN_RECORD)
     card = _read_text(folder / MODEL_CARD)
     places = [folder, *([checkpoint] if checkpoint else [])]
     adapter = next(filter(None, (read_object(place / "adapter_config.json") for place in places)), {})
     parts = {
         f"{checkpoint.name}/{STATE_FILE}" if checkpoint else "": _mapping(state.get("recipe")),
+        RUN_RECORD: _mapping(record.get("recipe")),
         BOARD_FILE: _read_yaml(folder / BOARD_FILE),
         "adapter_config.json": {ours: adapter[name] for name, ours in _ADAPTER_KEYS.items() if name in adapter},
         f"{MODEL_CARD} (LLaMA-Factory's names)": _listed(card, "Training hyperparameters"),
@@ -60,19 +64,37 @@ def settings_of(folder: Path, checkpoint: Path | None) -> Settings:
     for part in parts.values():
         values |= {key: value for key, value in part.items() if key not in values}
     model = next(filter(None, (read_object(place / "config.json") for place in places)), {})
-    versions = {
+    versions: dict[str, str] = {
+        **_hashes(record),
         **{f"reward {name}": str(code)[:40] for name, code in _mapping(state.get("reward_code")).items()},
         **_listed(card, "Framework versions"),
         **({"PEFT": str(adapter["peft_version"])} if "peft_version" in adapter else {}),
         **({"Transformers": str(model["transformers_version"])} if "transformers_version" in model else {}),
     }
+    # Under the names that the other files have for the same packages.
+    versions = {
+        name: value for name, value in versions.items() if name.lower() not in _mapping(record.get("versions"))
+    }
+    versions |= {name: str(value) for name, value in _mapping(record.get("versions")).items()}
     return Settings(
         values=mask(values),
         sources=tuple(name for name, part in parts.items() if part),
         versions=dict(sorted(versions.items())),
-        rows=_mapping(state.get("rows")),
+        rows=_mapping(state.get("rows")) or ({"num": record["rows"]} if isinstance(record.get("rows"), int) else {}),
         secrets=frozenset(secrets_in(values)),
     )
+
+
+def _hashes(record: Mapping[str, Any]) -> dict[str, str]:
+    """Of the files of datasets and reward functions."""
+    datasets = {
+        f"data {name}: {file}": str(content)
+        for name, dataset in _mapping(record.get("datasets")).items()
+        for file, content in _mapping(_mapping(dataset).get("files")).items()
+    }
+    code = record.get("reward_code")
+    described = [each for each in code if isinstance(each, Mapping)] if isinstance(code, list) else []
+    return datasets | {f"reward {each.get('spec')}": str(each.get("sha256")) for each in described}
 
 
 def shown(value: Any) -> str:

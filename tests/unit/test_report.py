@@ -199,10 +199,31 @@ def test_settings_come_from_every_file_that_has_them_and_hold_no_secret(folder: 
     assert (run.settings["beta"], run.settings["lora_rank"]) == ("0.1", "8")
     assert run.settings["optimizer"] == "Use adamw and more"
     assert run.versions == {"PEFT": "0.18.1", "Pytorch": "2.11.0", "reward accuracy": "grpo-stage 0.1"}
-    assert run.sentences[0] == 'GRPO of m/*** with lora of rank 8 on sums (40 prompts), rewarded by ["accuracy"].'
+    assert run.sentences[0] == "GRPO of m/*** with lora of rank 8 on sums (40 prompts), rewarded by accuracy."
     page = page_of(facts_of([folder], {}))
     assert TOKEN not in page
     assert "verysecret" not in page
+
+
+def test_what_a_run_wrote_at_its_start_is_read(folder: Path) -> None:
+    write_log(folder, 4)
+    record = {
+        "recipe": {"model_name_or_path": "m", "num_generations": 4},
+        "versions": {"peft": "0.18.1", "python": "3.12.1"},
+        "rows": 40,
+        "datasets": {"sums": {"files": {"sums.json": "sha256:ab"}}},
+        "reward_code": [{"spec": "mine.py:even", "sha256": "cd"}],
+    }
+    (folder / "grpo_run.json").write_text(json.dumps(record))
+    (folder / "adapter_config.json").write_text('{"peft_version": "0.17"}')
+    run = report(folder).runs[0]
+    assert run.settings == {"model_name_or_path": "m", "num_generations": "4"}
+    hashes = {"data sums: sums.json": "sha256:ab", "reward mine.py:even": "cd"}
+    assert run.versions == {**hashes, "peft": "0.18.1", "python": "3.12.1"}
+    assert "(40 prompts)" in run.sentences[0]
+    for damaged in ("{", "[]", '{"recipe": 1, "versions": [], "datasets": {"a": 2}, "reward_code": [3]}'):
+        (folder / "grpo_run.json").write_text(damaged)
+        assert report(folder).runs[0].versions == {"PEFT": "0.17"}
 
 
 def test_only_what_differs_between_runs_is_listed(tmp_path: Path) -> None:
@@ -285,8 +306,10 @@ def test_time_counts_a_rollout_once_however_often_it_is_used(folder: Path) -> No
     write_checkpoint(folder, 8, steps_per_generation=2, num_iterations=2)
     # Every 4 steps: a rollout of 30 s used by 4 updates of 10 s, so that a step takes 18 s and 2 of it are unnamed.
     line = {"time/rollout": 30.0, "time/update": 10.0, "step_time": 19.5}
-    write_lines(folder / "trainer_log.jsonl", [{"current_steps": step, **line} for step in (4, 8)])
+    lines = [{"current_steps": step, **line, "memory/update": step / 4, "memory/sync": 0.0} for step in (8, 4)]
+    write_lines(folder / "trainer_log.jsonl", lines[::-1])
     phases = {phase.name: (phase.seconds, round(phase.share, 4)) for phase in report(folder).runs[0].phases}
+    assert report(folder).runs[0].memory == {"update": 2.0}
     assert phases == {"update": (80.0, 0.5128), "rollout": (60.0, 0.3846), "other": (16.0, 0.1026)}
 
 
@@ -422,7 +445,7 @@ def test_the_command_writes_the_page_and_the_same_facts(folder: Path, capsys: py
     output = capsys.readouterr()
     facts = json.loads(output.out)
     assert facts["runs"][0]["outcome"]["state"] == "finished"
-    assert facts["runs"][0]["sentences"][1].startswith("The reward rose from ")
+    assert facts["runs"][0]["sentences"][1].startswith("The reward went from ")
     assert "The page is " in output.err
     assert "a-run" in (folder / "report.html").read_text()
     write_lines(folder / "alarms.jsonl", [{"monitor": "kl", "step": 2}])
