@@ -146,10 +146,17 @@ def _run_facts(run: Run, name: str) -> RunFacts:
 
 
 def _masked(alarm: Alarm, secrets: frozenset[str]) -> Alarm:
-    texts = {
-        name: mask_text(getattr(alarm, name), secrets)[:3000] for name in ("monitor", "seen", "meaning", "remedy")
-    }
-    return dataclasses.replace(alarm, **texts, settings={k: shown(v) for k, v in mask(alarm.settings).items()})
+    def clean(text: str) -> str:
+        return mask_text(text, secrets)[:3000]
+
+    return dataclasses.replace(
+        alarm,
+        monitor=clean(alarm.monitor),
+        seen=clean(alarm.seen),
+        meaning=clean(alarm.meaning),
+        remedy=clean(alarm.remedy),
+        settings={key: shown(value) for key, value in mask(alarm.settings).items()},
+    )
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
@@ -240,8 +247,8 @@ def _speed(run: Run) -> str:
     if not steps or not elapsed_s:
         return ""
     tokens = run.log.history.series("num_tokens").values
-    sampled = f" and {tokens[-1]:,.0f} tokens" if tokens and math.isfinite(tokens[-1]) else ""
-    return f"It took {duration(elapsed_s)} for {steps:,} {'step' if steps == 1 else 'steps'}{sampled}, {number(elapsed_s / steps)} s a step."
+    sampled = f" for {tokens[-1]:,.0f} tokens" if tokens and math.isfinite(tokens[-1]) else ""
+    return f"It took {duration(elapsed_s)}{sampled}: {number(elapsed_s / steps)} s a step."
 
 
 def _ill(run: Run) -> str:

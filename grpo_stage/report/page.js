@@ -182,7 +182,7 @@ class Plot {
     curve.line = smoothed(curve.x, curve.y);
     const style = `stroke: ${curve.color}`;
     if (curve.x.length === 1) {
-      svg("circle", { cx: this.px(curve.x[0]), cy: this.py(curve.y[0]), r: 3.5, style: `fill: ${curve.color}` }, parent);
+      svg("circle", { class: "point", cx: this.px(curve.x[0]), cy: this.py(curve.y[0]), r: 3.5, style: `fill: ${curve.color}` }, parent);
       return;
     }
     if (curve.low.length) {

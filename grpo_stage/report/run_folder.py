@@ -98,9 +98,7 @@ def read_run(folder: Path, watches: Mapping[str, type[Watch]] | None = None) -> 
     alarms, num_damaged_alarms = _written_alarms(folder)
     judge = None
     if alarms is None:
-        if watches is None:
-            from grpo_stage.monitors.table import WATCHES as watches  # loads torch
-        judge = Judge(watches, settings.values)
+        judge = Judge(_watches() if watches is None else watches, settings.values)
     log = _read_log(_log_lines(folder, checkpoint), judge)
     if judge is not None:
         alarms = Alarms(found=judge.found, are_judged_now=True, notes=judge.notes)
@@ -114,6 +112,14 @@ def read_run(folder: Path, watches: Mapping[str, type[Watch]] | None = None) -> 
         settings=settings,
         num_damaged_alarms=num_damaged_alarms,
     )
+
+
+def _watches() -> Mapping[str, type[Watch]]:
+    from grpo_stage.monitors.table import (
+        WATCHES,  # loads torch and peft, which a run that has its alarms does not need
+    )
+
+    return WATCHES
 
 
 def _refuse_other_folders(folder: Path, checkpoint: Path | None) -> None:
