@@ -209,9 +209,10 @@ class _Rows:
 
     def most_sampled(self) -> list[int]:
         """The prompts that were sampled at the most steps (two at least); of equals those whose rewards changed."""
-        pairs = np.unique(np.stack([self._prompts, self.steps]), axis=1)
+        steps, number = np.unique(self.steps, return_inverse=True)
         num_prompts = int(self._prompts.max()) + 1
-        num_steps = np.bincount(pairs[0], minlength=num_prompts)
+        pairs = np.unique(self._prompts * len(steps) + number)
+        num_steps = np.bincount(pairs // len(steps), minlength=num_prompts)
         known = np.isfinite(self.rewards)
         weights, counts = (
             np.bincount(self._prompts[known], minlength=num_prompts, weights=values)
