@@ -23,8 +23,9 @@ ALARMS_FILE = "alarms.jsonl"
 TRAINER_STATE = "trainer_state.json"
 State = Literal["finished", "running", "stopped", "failed", "unknown"]
 _MAX_STEP = 10**18
-_SAME_FAULT_LINES = 20
-"""An alarm of a watch that was silent for at most so many log lines is one about the same fault."""
+_SAME_FAULT_LINES, _SAME_FAULT_SHARE = 20, 0.1
+"""An alarm of a watch that was silent for at most so many log lines, or this part of all so far, is about the same
+fault: what sways around a threshold is one fault."""
 _DURATION = re.compile(r"(?:(\d+) days?, )?(\d+):(\d+):(\d+)")
 # Neutral, as in the parser: a recipe in a checkpoint has them all, other files do not.
 _GENERATION = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "repetition_penalty": 1.0}
@@ -219,7 +220,7 @@ class Judge:
         self.found: list[Alarm] = []
         self.notes: list[str] = []
         self._watches: dict[str, Watch] = {}
-        self._last_fired: dict[str, int] = {}
+        self._last_fired: dict[str, float] = {}
         self._num_lines = 0
         known = {**_GENERATION, **defaults, **settings}
         for name, watch in watches.items():
@@ -239,7 +240,8 @@ class Judge:
                 continue
             if alarm is None:
                 continue
-            if self._num_lines - self._last_fired.get(name, -_SAME_FAULT_LINES - 1) > _SAME_FAULT_LINES:
+            silent = self._num_lines - self._last_fired.get(name, -math.inf)
+            if silent > max(_SAME_FAULT_LINES, _SAME_FAULT_SHARE * self._num_lines):
                 self.found.append(alarm)
             self._last_fired[name] = self._num_lines
 

@@ -1,5 +1,7 @@
 """`grpo-stage report`: what it reads out of a run's folder, and what it makes of it."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -167,13 +169,13 @@ def test_written_alarms_are_shown_and_the_log_is_not_judged_again(folder: Path) 
 
 def test_a_run_without_alarms_is_judged_now_and_one_fault_is_one_alarm(folder: Path) -> None:
     folder.mkdir()
-    rewards = [0.9] * 5 + [0.1, 0.6] * 20 + [0.9] * 40 + [0.1]
+    rewards = [0.9] * 5 + [0.1, 0.6] * 20 + [0.9] * 40 + [0.1] + [0.9] * 300 + [0.1] + [0.9] * 30 + [0.1]
     write_lines(
         folder / "trainer_log.jsonl", [{"current_steps": i, "reward": r} for i, r in enumerate(rewards, start=1)]
     )
     run = report(folder, low=Falling, demanding=Demanding).runs[0]
     assert run.alarms_are_judged_now
-    assert [alarm.step for alarm in run.alarms] == [6, 86]
+    assert [alarm.step for alarm in run.alarms] == [6, 86, 387]
     # A setting that the folder does not tell silences one watch alone, and that is said.
     assert [note for note in run.notes if "demanding" in note] == [
         "demanding did not judge this run: its folder does not tell 'max_new_tokens'."
@@ -434,6 +436,8 @@ def test_the_page_asks_for_nothing(folder: Path) -> None:
     write_log(folder, 4)
     page = page_of(facts_of([folder], {}))
     assert "default-src 'none'" in page
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
+    assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in page
     assert set(re.findall(r"https?://[^\s\"'<]+", page)) == {"http://www.w3.org/2000/svg"}  # a name, not an address
 
 
