@@ -25,7 +25,7 @@ help:
 	@echo "make check        ruff, ruff format, mypy"
 	@echo "make build        wheel and sdist in dist/"
 	@echo "make bench        compare with TRL's GRPOTrainer"
-	@echo "make docs         write docs/configuration.md anew from the help texts"
+	@echo "make docs         write docs/configuration.md and the tables of docs/metrics.md anew from the code"
 	@echo "make lock         write requirements/cpu.txt and gpu.txt anew from pyproject.toml"
 	@echo "make install      only the environment, in $(VENV)"
 
@@ -75,7 +75,7 @@ bench: $(STAMP)
 	$(VENV)/bin/python benchmarks/compare_trl.py
 
 docs: $(STAMP)
-	grpo-stage configuration-docs --output docs/configuration.md
+	grpo-stage configuration-docs --output docs/configuration.md --metrics docs/metrics.md
 
 # Pins stay where they can; `make lock LOCK_FLAGS=--upgrade` renews them.
 LOCK := $(VENV)/bin/uv pip compile pyproject.toml --universal --fork-strategy fewest --python-version 3.11 \

@@ -10,6 +10,7 @@ from typing import Any
 from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.algorithm.conditions import shown_condition
 from grpo_stage.arguments import GRPOArguments
+from grpo_stage.records.definitions import with_tables
 
 
 NAME = "configuration-docs"
@@ -35,6 +36,7 @@ unless you write it. A host key that would have no effect in this stage is refus
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, help="write to this file instead")
+    parser.add_argument("--metrics", type=Path, help="also write the tables of docs/metrics.md, this file, anew")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -42,6 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
         print(configuration_page(), end="")
     else:
         arguments.output.write_text(configuration_page(), encoding="utf-8")
+    if arguments.metrics is not None:
+        page = arguments.metrics.read_text(encoding="utf-8")
+        arguments.metrics.write_text(with_tables(page), encoding="utf-8")
 
 
 def configuration_page() -> str:

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collector", "learner"),
     ("rollout.sampler", "survival.resumable"),
     ("survival.phase",),
+    ("report",),
     ("monitors", "records", "rewards", "rollout", "update"),
     ("arguments",),
     ("rewards.options", "rewards.registry"),

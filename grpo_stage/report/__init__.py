@@ -1,0 +1,1 @@
+"""`grpo-stage report`: what a run's folder tells, on one page."""
