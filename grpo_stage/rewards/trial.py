@@ -64,18 +64,23 @@ def texts_from(reference: str | None) -> dict[str, str]:
 
 def completions_from(reference: str | None, tokenizer: "PreTrainedTokenizerBase") -> dict[str, Completion]:
     """`texts_from` as an engine would return them: no end token where generation would have been cut."""
-    completions = {}
-    for kind, text in texts_from(reference).items():
-        token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
-        if kind not in _UNFINISHED:
-            token_ids += (tokenizer.eos_token_id,)
-        completions[kind] = Completion(
-            token_ids=token_ids,
-            sampling_logprobs=(0.0,) * len(token_ids),
-            finish_reason=FinishReason.LENGTH if kind in _UNFINISHED else FinishReason.STOP,
-            text=text,
-        )
-    return completions
+    return {
+        kind: completion_of(text, tokenizer, is_finished=kind not in _UNFINISHED)
+        for kind, text in texts_from(reference).items()
+    }
+
+
+def completion_of(text: str, tokenizer: "PreTrainedTokenizerBase", *, is_finished: bool = True) -> Completion:
+    """`text` as an engine would return it: with an end token, unless generation would have been cut."""
+    token_ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    if is_finished:
+        token_ids += (tokenizer.eos_token_id,)
+    return Completion(
+        token_ids=token_ids,
+        sampling_logprobs=(0.0,) * len(token_ids),
+        finish_reason=FinishReason.STOP if is_finished else FinishReason.LENGTH,
+        text=text,
+    )
 
 
 def try_rewards(

@@ -56,14 +56,18 @@ def unjudged_reason(reference: str) -> str:
     return "is JSON" if gold.text.startswith(("{", "[")) else ""
 
 
-def voted_answer(completion: str) -> str | None:
-    r"""What `completion` votes for in maj@k: equal texts for equal answers; None if it is empty or unfinished.
+def voted_answer(text: str, *, is_reference: bool = False) -> str | None:
+    r"""What a completion votes for in maj@k: equal texts for equal answers; None if it is empty or unfinished.
 
     The final answer as `accuracy` finds it: the value of a number however it is written (`1,000.0`, `3/6`), the letter
     of an option, else the text regardless of case, white space and surrounding punctuation. Formulas are compared as
     text: deciding which are equal may take arbitrarily long.
+
+    Args:
+        text: a completion, or a reference answer.
+        is_reference: it is a reference.
     """
-    answer = final_answer(completion)
+    answer = final_answer(text, is_reference=is_reference)
     if (number := number_in(answer)) is not None:
         return str(number.value)
     return letter_in(answer) or _as_text(answer.text) or None
