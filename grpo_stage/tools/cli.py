@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from grpo_stage import __version__
-from grpo_stage.tools import configuration_docs, quickstart_model, sweep, try_rewards
+from grpo_stage.tools import configuration_docs, probe, quickstart_model, sweep, try_rewards
 
 
-SUBCOMMANDS = (quickstart_model, try_rewards, sweep, configuration_docs)
+SUBCOMMANDS = (quickstart_model, try_rewards, probe, sweep, configuration_docs)
 
 
 def build_parser() -> argparse.ArgumentParser:

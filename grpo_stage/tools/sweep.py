@@ -169,7 +169,7 @@ def plan(
 ) -> list[PlannedRun]:
     """The runs, seed by seed, so that a sweep that is not finished compares all settings on the seeds it has."""
     first = int(configuration.get("seed") or DEFAULT_SEED)
-    planned = []
+    planned: list[PlannedRun] = []
     for seed, (position, setting) in itertools.product(range(first, first + num_seeds), enumerate(settings)):
         words = ", ".join(f"{key}={_shown(value)}" for key, value in setting.items())
         slug = re.sub(r"[^\w.=+-]+", "-", words)[:80]

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collector", "learner"),
     ("rollout.sampler", "survival.resumable"),
     ("survival.phase",),
+    ("forecast",),
     ("monitors", "records", "rewards", "rollout", "update"),
     ("arguments",),
     ("rewards.options", "rewards.registry"),
