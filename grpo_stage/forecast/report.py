@@ -359,8 +359,8 @@ def _verdicts(report: ProbeReport, constant_is_tempting: bool) -> list[Verdict]:
         text = (
             f"Do a cold start: {report.accuracy.value:.1%} of the completions are right, {most} samples find a right "
             f"one for {report.pass_at_k[most].value:.0%} of the prompts, and only {share} would have different "
-            "rewards to learn from. Train on some worked answers first (`stage: sft`) and continue from that adapter; or "
-            "take easier prompts, or a reward that gives part of the score for part of the way."
+            "rewards to learn from. Train on some worked answers first (`stage: sft`) and continue from that "
+            "adapter; or take easier prompts, or a reward that gives part of the score for part of the way."
         )
         verdicts.append(Verdict(advice=Advice.COLD_START, text=text))
     if constant_is_tempting and report.constant_answer:

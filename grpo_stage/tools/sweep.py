@@ -169,13 +169,12 @@ def plan(
 ) -> list[PlannedRun]:
     """The runs, seed by seed, so that a sweep that is not finished compares all settings on the seeds it has."""
     first = int(configuration.get("seed") or DEFAULT_SEED)
-    planned: list[PlannedRun] = []
-    for seed, (position, setting) in itertools.product(range(first, first + num_seeds), enumerate(settings)):
-        words = ", ".join(f"{key}={_shown(value)}" for key, value in setting.items())
-        slug = re.sub(r"[^\w.=+-]+", "-", words)[:80]
-        if any(re.sub(r"[^\w.=+-]+", "-", other.setting)[:80] == slug != words for other in planned):
-            slug = f"{slug}-{position}"
-        name = f"{slug}-seed={seed}"
+    names = [", ".join(f"{key}={_shown(value)}" for key, value in setting.items()) for setting in settings]
+    slugs = [re.sub(r"[^\w.=+-]+", "-", name)[:80] for name in names]
+    slugs = [f"{slug}-{i}" if slugs.count(slug) > 1 else slug for i, slug in enumerate(slugs)]
+    planned = []
+    for seed, i in itertools.product(range(first, first + num_seeds), range(len(settings))):
+        name = f"{slugs[i]}-seed={seed}"
         own = {
             "do_train": True,
             "seed": seed,
@@ -185,7 +184,8 @@ def plan(
             "overwrite_output_dir": False,
             "resume_from_checkpoint": None,
         }
-        planned.append(PlannedRun(setting=words, seed=seed, name=name, recipe={**configuration, **setting, **own}))
+        recipe = {**configuration, **settings[i], **own}
+        planned.append(PlannedRun(setting=names[i], seed=seed, name=name, recipe=recipe))
     return planned
 
 
