@@ -55,7 +55,7 @@ def test_intervals_cover_what_is_true_of_the_prompts_at_their_rate(population, n
     many = population(rng, 200_000)
     truth = {size: (np.mean(many**size + (1 - many) ** size), expected_std(many, size).mean()) for size in sizes}
     covered = {name: 0 for size in sizes for name in ((size, 0), (size, 1))}
-    trials = 60
+    trials = 50
     for _ in range(trials):
         right = rng.binomial(num_samples, population(rng, 64))
         found = binary_moments(right, [num_samples] * 64, sizes, rng, num_draws=150)
@@ -63,8 +63,8 @@ def test_intervals_cover_what_is_true_of_the_prompts_at_their_rate(population, n
             draws = (found.dead, found.std)[which][:, sizes.index(size)]
             _, low, high = interval(draws)
             covered[size, which] += low <= truth[size][which] <= high
-    # Of 60 intervals of 95 %, 57 cover; fewer than 52 do in 1 of 100 tests.
-    assert all(count >= 52 for count in covered.values()), covered
+    # Of 50 intervals of 95 % fewer than 43 cover in 1 of 100 tests.
+    assert all(count >= 43 for count in covered.values()), covered
     assert sum(covered.values()) < 4 * trials  # neither are they so wide that they always do
 
 
