@@ -46,8 +46,7 @@ def part_hopeless(rng: np.random.Generator, count: int) -> np.ndarray:
     return np.where(rng.random(count) < 0.5, 0.0, rng.uniform(0.2, 0.8, size=count))
 
 
-@pytest.mark.parametrize("population", [beta, part_hopeless])
-@pytest.mark.parametrize("num_samples", [4, 16])
+@pytest.mark.parametrize(("population", "num_samples"), [(beta, 16), (part_hopeless, 4)])
 def test_intervals_cover_what_is_true_of_the_prompts_at_their_rate(population, num_samples: int) -> None:
     """Also beyond the k samples: of groups of 16, whose dead share 4 samples a prompt cannot show."""
     rng = np.random.default_rng(1)
