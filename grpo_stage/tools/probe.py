@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -70,25 +71,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name, least in (("n", 1), ("k", 2), ("gradient_prompts", 0)):
-        if getattr(args, name) < least:
-            raise ValueError(
-                f"`{'-' * (1 + (len(name) > 1))}{name.replace('_', '-')} {getattr(args, name)}` must be "
-                f"at least {least}."
-            )
+    for flag, value, least in (("-n", args.n, 1), ("-k", args.k, 2), ("--gradient-prompts", args.gradient_prompts, 0)):
+        if value < least:
+            raise ValueError(f"`{flag} {value}` must be at least {least}.")
     # Ctrl-C as an exception could be handled by a reward function.
     with quiet_host(), ending_at_once():
         configuration = read_recipe(args.config, args.overrides)
         with errors_explained(configuration):
             report, prompts = _probe(configuration, args)
-        if args.picture:
-            _draw(args.picture, report)
-        kept = _write(args.write, report, prompts) if args.write else None
     write_json(args.json, dataclasses.asdict(report))
-    if str(args.json) != "-":
+    is_shown = str(args.json) != "-"
+    if is_shown:
         _print(report)
-        if kept is not None:
-            print(kept)
+    if args.write:
+        words = _write(args.write, report, prompts)
+        print(words, file=sys.stdout if is_shown else sys.stderr)
+    if args.picture:
+        _draw(args.picture, report)
     return ATTENTION if any(verdict.needs_attention for verdict in report.verdicts) else 0
 
 
