@@ -147,7 +147,7 @@ def resampled_moments(
 
     Args:
         rewards: [n] prompts, each with at least 2 samples.
-        sizes: [S] group sizes.
+        sizes: [S] group sizes, ascending.
         rng: of the draws.
         num_draws: R.
 
@@ -178,7 +178,9 @@ def resampled_moments(
             moments[:, i, j] = is_dead.mean(), np.sqrt(variance).mean(), variance.mean()
     weights = prompt_weights(len(rewards), num_draws, rng)
     dead, std, square = (weights @ one for one in moments)
-    return GroupMoments(sizes=tuple(sizes), dead=np.clip(dead, 0.0, 1.0), std=std, square=square)
+    # A larger group is never dead more often, while one drawn with replacement has fewer different rewards.
+    dead = np.minimum.accumulate(np.clip(dead, 0.0, 1.0), axis=1)
+    return GroupMoments(sizes=tuple(sizes), dead=dead, std=std, square=square)
 
 
 def _change_of_equals(rewards: Sequence[Sequence[float]]) -> float:

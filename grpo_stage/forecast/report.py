@@ -343,7 +343,7 @@ def _verdicts(report: ProbeReport, constant_is_tempting: bool) -> list[Verdict]:
     live = 1 - own.dead.value
     share = f"{live:.0%} of groups of {own.size} ({1 - own.dead.high:.0%} to {1 - own.dead.low:.0%})"
     if 1 - own.dead.high >= LEAST_LIVE or live >= LEAST_LIVE:
-        verdicts.append(Verdict(advice=Advice.LEARN, text=_learning(report, share)))
+        verdicts.append(Verdict(advice=Advice.LEARN, text=_learning(report, share, own.dead.value)))
     elif len(report.rewards) < 2 and not 0 < report.accuracy.value < 1 and report.right.startswith("nothing"):
         text = "All completions earn the same, and nothing says whether that is much: `--right-at` does."
         verdicts.append(Verdict(advice=Advice.REWARD, text=text))
@@ -380,7 +380,7 @@ def _truncation(report: ProbeReport) -> str:
     )
 
 
-def _learning(report: ProbeReport, share: str) -> str:
+def _learning(report: ProbeReport, share: str, dead: float) -> str:
     text = f"GRPO can learn here: {share} would have different rewards."
     passing = report.pass_at_k
     if len(passing) > 1:
@@ -389,7 +389,7 @@ def _learning(report: ProbeReport, share: str) -> str:
             f" One sample is right for {passing[1].value:.0%}, the best of {most} for {passing[most].value:.0%}: what "
             "lies between is within reach of sharpening (arXiv:2504.13837)."
         )
-    if report.mixed < 0.5:
+    if dead > 0.5:
         text += " `--write` keeps the prompts worth sampling; `dynamic_sampling: true` skips the others in a run."
     return text
 

@@ -156,7 +156,13 @@ def draw(path: Path, runs: Sequence[RunResult], budget: Budget) -> None:
         xs = [x for x, _ in columns]
         color = f"C{i % 10}"
         axes.plot(
-            xs, [fmean(c) for _, c in columns], color=color, linestyle=_DASHES[i % len(_DASHES)], lw=2, label=setting
+            xs,
+            [fmean(c) for _, c in columns],
+            color=color,
+            linestyle=_DASHES[i % len(_DASHES)],
+            lw=2,
+            marker=".",
+            label=setting,
         )
         if len(curves) > 1:
             lows, highs = [min(c) for _, c in columns], [max(c) for _, c in columns]
@@ -164,7 +170,9 @@ def draw(path: Path, runs: Sequence[RunResult], budget: Budget) -> None:
     num_seeds = len({run.seed for run in runs})
     axes.set_xlabel({"tokens": "sampled tokens (prompts included)", "steps": "steps", "seconds": "s"}[budget.unit])
     axes.set_ylabel("training reward")
-    axes.set_title(f"Equal budgets of {budget}" + (f"; band: {num_seeds} seeds" if num_seeds > 1 else ""))
+    axes.set_title(
+        f"Equal budgets of {budget.limit:,} {budget.unit}" + (f"; band: {num_seeds} seeds" if num_seeds > 1 else "")
+    )
     axes.set_xlim(0, budget.limit)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -133,6 +133,8 @@ def test_equal_rewards_are_not_dead_for_ever() -> None:
     found = resampled_moments([[0.0] * 4] * 6 + [[0.0, 0.0, 0.0, 0.5]] * 6, (2, 64), rng, num_draws=60)
     dead_of_2, dead_of_64 = found.dead.mean(axis=0)
     assert dead_of_2 > 0.7
+    some = resampled_moments([[0.0, 0.0, 0.5, 1.0]] * 6, (2, 4, 8), rng, num_draws=60).dead
+    assert np.all(np.diff(some, axis=1) <= 0)  # though 8 of these four, with replacement, may be equal
     assert dead_of_64 < 0.7  # a prompt with four equal rewards has another one in 64 with a fair chance
 
 
