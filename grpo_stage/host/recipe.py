@@ -66,8 +66,6 @@ def recipe_of(arguments: RunArguments) -> dict[str, Any]:
     renewed secret does not change the recipe.
     """
     training = arguments.training
-    schedule = training.lr_scheduler_type
-    open_ended = schedule in _OPEN_ENDED_SCHEDULES and (training.warmup_steps >= 1 or not training.warmup_steps)
     methods = [spec.name for cls in _TUNING_METHODS for spec in dataclasses.fields(cls)]
     stage = [
         f.name
@@ -78,13 +76,19 @@ def recipe_of(arguments: RunArguments) -> dict[str, Any]:
     parts = (
         (arguments.model, _MODEL.split()),
         (arguments.data, _DATA.split()),
-        (training, _TRAINING.split() + ([] if open_ended else _LENGTH.split())),
+        (training, _TRAINING.split() + ([] if is_open_ended(training) else _LENGTH.split())),
         (arguments.finetuning, _FINETUNING.split() + methods + stage),
         (arguments.generating, _GENERATING.split()),
     )
     recipe = {name: getattr(owner, name) for owner, names in parts for name in names}
     recipe |= arguments.finetuning.as_written
     return mask(json.loads(json.dumps(recipe, default=str), parse_float=_number))
+
+
+def is_open_ended(training: Any) -> bool:
+    """Whether the learning rate of a step depends on the step alone, and not on the number of steps of the run."""
+    is_warmup_counted = training.warmup_steps >= 1 or not training.warmup_steps
+    return training.lr_scheduler_type in _OPEN_ENDED_SCHEDULES and is_warmup_counted
 
 
 def training_record(

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from grpo_stage.host.facade import get_logger, stage_callbacks
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.monitors.alarms import AlarmStop
+from grpo_stage.survival.budget import budget_callbacks
 from grpo_stage.survival.run_lock import owned
 from grpo_stage.survival.stop import StopRequested
 from grpo_stage.workflow import run_grpo
@@ -33,7 +34,7 @@ def run(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
     training.output_dir = os.path.abspath(training.output_dir)  # a reward function may change the working directory
     try:
         with owned(training.output_dir) if training.should_save else contextlib.nullcontext():
-            run_grpo(arguments, lambda attempt: callbacks + stage_callbacks(attempt))
+            run_grpo(arguments, lambda attempt: callbacks + stage_callbacks(attempt) + budget_callbacks())
     except StopRequested as request:
         logger.warning_rank0(f"The run was {request}. {_how_to_go_on(request.checkpoint, sys.argv[1:])}")
         raise SystemExit(128 + request.signal) from None

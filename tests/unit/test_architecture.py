@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collector", "learner"),
     ("rollout.sampler", "survival.resumable"),
     ("survival.phase",),
-    ("report",),
+    ("report", "forecast"),
     ("monitors", "records", "rewards", "rollout", "update"),
     ("arguments",),
     ("rewards.options", "rewards.registry"),
