@@ -112,7 +112,7 @@ class CheckResult:
     written: Mapping[str, Mapping[str, Any]]
     """Keys of the recipe by group."""
     defaults: Mapping[str, Mapping[str, Any]]
-    """Keys that matter and are not written, by group."""
+    """Keys that matter, are not written and have a value, by group."""
     constant_answer: "ConstantAnswer | None"
     findings: Sequence[str]
     """What needs a person before the run."""
@@ -199,7 +199,7 @@ def arithmetic_of(arguments: "RunArguments", prompts: "Sequence[Prompt]") -> Ari
 
 
 def _grouped(arguments: "RunArguments", written: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """The keys that are written, and those that matter and are not, by group; secrets masked."""
+    """The keys that are written, and those that matter and have a value by default, by group; secrets masked."""
     from grpo_stage.host.coercion import as_plain
     from grpo_stage.records.redaction import mask
 
@@ -211,8 +211,10 @@ def _grouped(arguments: "RunArguments", written: Any) -> tuple[dict[str, dict[st
     left: dict[str, dict[str, Any]] = {}
     for group, keys in by_group.items():
         for key in keys:
-            if key in values:
-                (said if key in written else left).setdefault(group, {})[key] = as_plain(values[key])
+            if key in written and key in values:
+                said.setdefault(group, {})[key] = as_plain(values[key])
+            elif values.get(key) is not None:
+                left.setdefault(group, {})[key] = as_plain(values[key])
     return mask(said), mask(left)
 
 

@@ -12,6 +12,7 @@ function failed.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import json
 import sys
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from grpo_stage.rewards.attacks import Task
     from grpo_stage.rewards.constant_answer import ConstantAnswer
     from grpo_stage.rewards.paid_attacks import AttackScore
-    from grpo_stage.rewards.suite import RewardSuite
     from grpo_stage.rewards.trial import TrialRow
     from grpo_stage.types import Completion, Prompt
 
@@ -127,8 +127,13 @@ def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) 
     )
     rewards.progress = TrainingProgress(max_steps=max(1, arguments.training.max_steps))
     with contextlib.closing(rewards):
-        tokenizer, template, all_prompts = _load_prompts(arguments, has_model, rewards)
-        prompts = [all_prompts[i * len(all_prompts) // num_rows] for i in range(min(num_rows, len(all_prompts)))]
+        tokenizer, processor, template = _load_tokenizer(arguments, has_model)
+        first, all_prompts = (
+            _load_prompts(arguments, count, tokenizer, processor, template) for count in (num_rows, ROWS_READ)
+        )
+        rewards.check(all_prompts)
+        num_rows = min(num_rows, len(first))
+        prompts = [first[i * len(first) // num_rows] for i in range(num_rows)]  # of every dataset some
         asks_model = REWARD_MODEL in rewards.names
         if asks_model:
             from grpo_stage.host.reward_models import server_reward
@@ -223,7 +228,6 @@ def _parse(configuration: Mapping[str, Any], has_model: bool, on_device: bool) -
         arguments = parse_without_run(values, on_device=on_device)
 
     data = arguments.data
-    data.max_samples = min(ROWS_READ, data.max_samples or ROWS_READ)  # of each dataset
     data.preprocessing_num_workers = None
     data.val_size, data.eval_dataset = 0.0, None
     if not has_model:
@@ -232,29 +236,28 @@ def _parse(configuration: Mapping[str, Any], has_model: bool, on_device: bool) -
     return arguments
 
 
-def _load_prompts(
-    arguments: "RunArguments", has_model: bool, rewards: "RewardSuite"
-) -> "tuple[PreTrainedTokenizerBase, Any, list[Prompt]]":
-    """The tokenizer, the template, and prompts from all of the recipe's datasets."""
+def _load_tokenizer(arguments: "RunArguments", has_model: bool) -> "tuple[PreTrainedTokenizerBase, Any, Any]":
+    """The tokenizer, the processor and the template."""
     from transformers import ByT5Tokenizer
 
     from grpo_stage.host import facade
-    from grpo_stage.host.datasets import load_prompts
 
     module = facade.load_tokenizer(arguments.model) if has_model else {"tokenizer": ByT5Tokenizer(), "processor": None}
     tokenizer = module["tokenizer"]
-    template = facade.get_template_and_fix_tokenizer(tokenizer, arguments.data)
-    prompts = load_prompts(
-        template,
-        tokenizer,
-        module["processor"],
-        arguments.model,
-        arguments.data,
-        arguments.training,
-        arguments.finetuning,
+    return tokenizer, module["processor"], facade.get_template_and_fix_tokenizer(tokenizer, arguments.data)
+
+
+def _load_prompts(
+    arguments: "RunArguments", num_rows: int, tokenizer: "PreTrainedTokenizerBase", processor: Any, template: Any
+) -> "list[Prompt]":
+    """The prompts of the first rows of each of the recipe's datasets."""
+    from grpo_stage.host.datasets import load_prompts
+
+    data = copy.copy(arguments.data)
+    data.max_samples = min(num_rows, data.max_samples or num_rows)
+    return load_prompts(
+        template, tokenizer, processor, arguments.model, data, arguments.training, arguments.finetuning
     ).train
-    rewards.check(prompts)
-    return tokenizer, template, prompts
 
 
 def _sample(

@@ -71,11 +71,16 @@ def test_references_are_tried_without_a_model(
     options = ["reward_weights=2.0,1.0", "--rows", "8"]
     assert run(*options, reward_funcs="exact_match,overlong", cutoff_len=4, bf16=True) == 0
     tried = result()
-    assert set(tried) == {"functions", "weights", "notes", "rows"}
+    assert set(tried) == {"functions", "weights", "findings", "notes", "attacks", "constant_answer", "rows"}
+    assert tried["findings"] == []
     assert (tried["functions"], tried["weights"]) == (["exact_match", "overlong"], [2.0, 1.0])
     assert len({row["prompt_index"] for row in tried["rows"]}) == 8
     last = [row for row in tried["rows"] if row["prompt_index"] == 7]
-    assert [row["kind"] for row in last] == KINDS
+    assert [row["kind"] for row in last[: len(KINDS)]] == KINDS
+    assert {row["kind"] for row in last[len(KINDS) :]} > {"unsure", "all_numbers", "all_numbers_in_tags", "question"}
+    assert [score["kind"] for score in tried["attacks"]][:3] == ["reference", "wrong_answer", "empty"]
+    assert all(score["paid_by"] == [] for score in tried["attacks"])
+    assert tried["constant_answer"]["num_prompts"] == 10
     assert last[0] == {
         "prompt_index": 7,
         "prompt": "What is 7 + 7?",
@@ -86,8 +91,10 @@ def test_references_are_tried_without_a_model(
         "rewards": {"exact_match": 1.0, "overlong": 0.0},
         "reward": 2.0,
     }
-    assert [row["completion"] for row in last[1:4]] == ["", "1", "15"]
-    assert [row["reward"] for row in last] == [2.0, 0.0, 0.0, 0.0, -1.0]
+    by_kind = {row["kind"]: row for row in last}
+    assert [by_kind[kind]["completion"] for kind in ("empty", "truncated", "wrong_answer")] == ["", "1", "15"]
+    kinds = ("reference", "empty", "truncated", "wrong_answer", "repeated")
+    assert [by_kind[kind]["reward"] for kind in kinds] == [2.0, 0.0, 0.0, 0.0, -1.0]
     assert len(tried["notes"]) == 1
     assert "counted in bytes" in tried["notes"][0]
 
@@ -106,17 +113,17 @@ def test_each_dataset_of_the_recipe_is_tried(
     assert list(dict.fromkeys(row["prompt"] for row in result()["rows"])) == ["What is 0 + 0?", "What is 20 + 20?"]
 
 
-def test_a_function_that_cannot_tell_gets_a_note(
+def test_a_function_that_cannot_tell_is_found(
     run: Callable[..., int],
     own: Callable[[str], str],
     result: Callable[[], dict[str, Any]],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     function = own("def f(completions, answer, value=0.0):\n    return [value] * len(completions)\n")
-    assert run(reward_funcs=function, reward_kwargs={"f": {"value": 0.25}}) == 0
+    assert run(reward_funcs=function, reward_kwargs={"f": {"value": 0.25}}) == 3
     assert {row["rewards"]["f"] for row in result()["rows"]} == {0.25}
-    assert "All completions have the same total reward (0.25)" in result()["notes"][0]
-    assert "Note: All completions have the same total reward" in capsys.readouterr().out
+    assert "All completions have the same total reward (0.25)" in result()["findings"][0]
+    assert "Found: All completions have the same total reward" in capsys.readouterr().out
     assert multiprocessing.active_children() == []
 
 
@@ -154,10 +161,10 @@ def test_a_model_s_completions_are_tried_beside_the_references(
     checkpoint.mkdir(parents=True)
     assert run("--completions", "model", "--rows", "2", without=("do_train",), reward_funcs="exact_match") == 0
     tried = result()
-    assert [row["kind"] for row in tried["rows"] if row["prompt_index"] == 1] == [
-        *(kind for kind in KINDS if kind != "truncated"),  # of a reference of one character
-        *["sampled"] * 4,
-    ]
+    kinds = [row["kind"] for row in tried["rows"] if row["prompt_index"] == 1]
+    assert "truncated" not in kinds  # of a reference of one character
+    assert kinds[-4:] == ["sampled"] * 4
+    assert kinds.count("sampled") == 4
     sampled = [row for row in tried["rows"] if row["kind"] == "sampled"]
     assert len({row["completion"] for row in sampled}) > 1
     assert all(1 <= row["num_tokens"] <= 8 for row in sampled)
@@ -186,7 +193,8 @@ def test_a_reward_server_is_asked_about_the_completions(
     run: Callable[..., int], result: Callable[[], dict[str, Any]], reward_server_here: Any
 ) -> None:
     keys = {"reward_model": reward_server_here.url, "reward_model_type": "api", "reward_funcs": None}
-    assert run("--rows", "2", without=("do_train", "output_dir"), **keys) == 0
+    # The server pays length, and so what is wrong, too.
+    assert run("--rows", "2", without=("do_train", "output_dir"), **keys) == 3
     rows = result()["rows"]
     texts = {text: float(len(text)) for text in reward_server_here.texts[1:]}
     reference = next(row for row in rows if row["kind"] == "reference")
@@ -294,5 +302,5 @@ def test_what_will_run_is_shown(
     run: Callable[..., int], own: Callable[[str], str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     function = own("def f(completions):\n    return [0.0] * len(completions)\n")
-    assert run(reward_funcs=function) == 0
+    assert run(reward_funcs=function) == 3  # it tells nothing apart
     assert f"Reward code that will run: function `f` of {tmp_path}/own.py, sha256 " in capsys.readouterr().err
