@@ -79,7 +79,7 @@ SECTIONS = (
         "How much the policy explores, how far it has moved, and how large its updates are.",
     ),
     Section(
-        "Completions",
+        "Lengths",
         (
             Chart("Length", (r"completions/(?:mean|min|max)_length", r"eval_completions/mean_length"), "tokens"),
             Chart("Length of those that ended", (r"completions/(?:mean|min|max)_terminated_length",), "tokens"),

@@ -136,11 +136,12 @@ class Plot {
       });
     }
     if (!(high >= low)) { low = 0; high = 1; }
+    const isShare = this.chart.unit === "share" && low >= 0;
     if (high / 2 - low / 2 <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) {
       const reach = Math.abs(low) / 2 || 1;
       low -= reach; high += reach;
     }
-    if (this.chart.unit === "share" && low >= 0) low = 0;
+    if (isShare) low = 0;
     const right = width - RIGHT, bottom = HEIGHT - BOTTOM;
     const px = (x) => LEFT + ((x - first) / (last - first)) * (right - LEFT);
     const py = (y) => bottom - (y / (high - low) - low / (high - low)) * (bottom - TOP);

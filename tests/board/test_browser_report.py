@@ -58,7 +58,7 @@ def test_the_report_of_ten_thousand_steps(chromium: Browser, tmp_path: Path) -> 
     figure.locator(".plot").hover(position={"x": 200, "y": 80})
     tip = page.locator("#tip")
     expect(tip).to_have_text(
-        re.compile(r"step [\d,]+.*one · reward0\.\d+ \(0\.\d+ to 0\.\d+\).*two · eval_reward0\.\d+")
+        re.compile(r"step [\d,]+.*one · reward0\.\d+ \(0\.\d+ to 0\.\d+\).*two · eval_reward \(step \d+\)0\.")
     )
     page.get_by_role("button", name="one · reward").click()  # its key in the legend
     figure.locator(".plot").hover(position={"x": 210, "y": 80})
