@@ -280,7 +280,7 @@ def test_the_bound_is_tight_where_nothing_is_rounded(
 
 
 def test_an_adapter_in_float32_is_refused_on_a_gpu() -> None:
-    keys = SimpleNamespace(vllm_sleep=0, finetuning_type="lora")
+    keys = SimpleNamespace(vllm_sleep=0, finetuning_type="lora", vllm_lora="native")
     request: Any = SimpleNamespace(keys=keys, device_type="cuda", compute_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"float32.*half precision alone.*`bf16: true`"):
         ENGINES["vllm"].build(request)
