@@ -31,6 +31,8 @@ def start_vllm(request: EngineRequest) -> VLLMEngine:
     serves_adapter = _serves_adapter(keys)
     sleep_level, dtype = _sleep_level(request), _dtype(request)
     max_lora_rank = _max_lora_rank(request) if serves_adapter else 0
+    if keys.finetuning_type == "lora" and not serves_adapter:
+        servable_config(request.policy, is_merged=True)  # before anything is written
     with _model_to_start_from(request) as (path, quantization):
         request.announce(f"Starting vLLM with {path}.")
         started = time.perf_counter()
