@@ -513,6 +513,14 @@ class GRPOArguments:
         "model that is trained (on a GPU a 4-bit base stays in 4 bits), and otherwise has the trainer's written out "
         "once, dequantized; `trainer` always has it written out.",
     )
+    vllm_lora: Literal["native", "merged"] = _key(
+        "native",
+        MEMORY,
+        "How vLLM gets a LoRA adapter: `native` as an adapter on the model that it holds, a few megabytes at each "
+        "delivery; `merged` as all weights with the adapter in them, so that DoRA and any rank are possible and "
+        "sampling is that of a model without an adapter. In half precision merged weights are rounded, so that vLLM "
+        "differs more from the trainer.",
+    )
     vllm_sleep: int = _key(
         0,
         MEMORY,

@@ -24,6 +24,7 @@ from .update.batch import PaddedLayout, SharedPromptLayout
 from .update.exactness import probe_rows, settle
 from .update.gradient import PolicyGradient
 from .update.logprobs import Forward, FrozenPass
+from .update.model_flops import flops_of_update, peak_flops
 from .update.objective import Objective
 from .update.reference import ReferencePolicy
 from .update.routing import RouterLoss
@@ -106,6 +107,8 @@ class Learner:
         self._grpo_args = grpo_args
         self._sampling = sampling
         self._scales_loss = accelerator.scaler is not None
+        self._peak_flops = peak_flops(accelerator.device)
+        self._is_mixed = accelerator.mixed_precision != "no"
         self._monitors = tuple(monitors)
         self._phases = phases
         self._tracker = phases.tracker
@@ -147,8 +150,7 @@ class Learner:
             # where no parameter has a gradient.
             if not self._scales_loss and not any(all_gather(is_used)):
                 model.zero_grad()
-        tokens = sum(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in step.samples)
-        self._tracker.add("update_tokens_per_second", tokens * self._args.world_size, clock.seconds)
+        self._record_speed(model, step, marked, global_step, clock.seconds)
         loss = loss * self._args.world_size  # Trainer logs the mean over ranks
         self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
         if is_finite:
@@ -199,6 +201,16 @@ class Learner:
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.num_learned, self.num_skipped = state["num_learned"], state["num_skipped"]
         self._num_skipped_in_row = state["num_skipped_in_row"]
+
+    def _record_speed(self, model: nn.Module, step: Step, marked: Step, global_step: int, seconds: float) -> None:
+        tokens = sum(len(each.prompt.token_ids) + len(each.completion.token_ids) for each in step.samples)
+        self._tracker.add("update_tokens_per_second", tokens * self._args.world_size, seconds)
+        policy = self.strategy.unwrap(model)
+        tflop = flops_of_update(policy, self.gradient.trained(marked.samples, global_step)) / 1e12
+        self._tracker.add("update_tflops", tflop, seconds)  # every rank brings its own seconds: a mean over devices
+        is_half = self._is_mixed or next(policy.parameters()).dtype in (torch.bfloat16, torch.float16)
+        if self._peak_flops is not None and is_half:
+            self._tracker.add("update_mfu", tflop, seconds * self._peak_flops / 1e12)
 
     def _skip(self, model: nn.Module, step: Step, loss: torch.Tensor, global_step: int) -> None:
         """Leave the weights as they are: optimizers ignore a parameter without a gradient."""

@@ -269,7 +269,7 @@ TERMS = (
 ENGINE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "vllm": (
-            *("vllm_base", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
+            *("vllm_base", "vllm_lora", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
             *("vllm_enforce_eager", "vllm_config", "structured_outputs"),
         ),
         "hf": (),

@@ -83,7 +83,7 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
         is_trained = i == len(adapters) - 1 and not values.create_new_adapter
         config = _checked_adapter(adapter, values.adapter_folder)
         if is_trained and config is not None:
-            engine.refuse_adapter(adapter, config)
+            engine.refuse_adapter(adapter, config, values)
     check_reward_adapter(values)
     _check_names(values)
     _check_monitors(values.on_alarm)

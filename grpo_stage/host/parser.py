@@ -132,7 +132,8 @@ def _derive(arguments: RunArguments) -> None:
     if "vllm_gpu_util" not in arguments.given:
         model.vllm_gpu_util = DEFAULT_VLLM_GPU_UTIL
     values = arguments.values()
-    if "vllm_max_lora_rank" not in arguments.given and applies(ONLY_WITH["vllm_max_lora_rank"], vars(values)):
+    is_served = applies(ONLY_WITH["vllm_max_lora_rank"], vars(values)) and values.vllm_lora == "native"
+    if "vllm_max_lora_rank" not in arguments.given and is_served:
         model.vllm_max_lora_rank = rank_with_room(lora_rank(values))
 
 

@@ -105,10 +105,7 @@ class PolicyGradient:
         """This rank's loss and its gradient; None and no gradient if memory ran out on any rank."""
         metrics = MetricTracker()
         loss = torch.zeros((), device=self._device)
-        samples = [sample for sample in step.samples if self._has_gradient(sample)]
-        fresh = [sample for sample in step.samples if sample.policy_version == number]
-        if fresh and not any(sample.policy_version == number for sample in samples):
-            samples.append(fresh[0])  # for the canary, which has to see every rollout
+        samples = self.trained(step.samples, number)
         is_checked = not any(sample.policy_version == number for sample in samples)
 
         def run(positions: Sequence[int]) -> bool:
@@ -164,6 +161,14 @@ class PolicyGradient:
         if self.router_loss is not None:
             loss = loss + self.router_loss.of_micro_batch(router_outputs, batch.inputs, metrics)
         return loss
+
+    def trained(self, samples: Sequence[Sample], number: int) -> list[Sample]:
+        """Those of a step's samples, as its terms have marked them, that go through the model in step `number`."""
+        trained = [sample for sample in samples if self._has_gradient(sample)]
+        fresh = [sample for sample in samples if sample.policy_version == number]
+        if fresh and not any(sample.policy_version == number for sample in trained):
+            trained.append(fresh[0])  # for the canary, which has to see every rollout
+        return trained
 
     def _has_gradient(self, sample: Sample) -> bool:
         """Whether it has to go through the model: what the loss uses does, for the routers, whatever its advantage."""

@@ -54,6 +54,7 @@ METHODS = {
     "QLoRA, 4 bits": {"quantization_bit": 4},
     "several adapters": {"adapter_name_or_path": "{0},{1}"},
     "PiSSA": {"pissa_init": True},
+    "DoRA on 4 bits, merged": {"vllm_lora": "merged", "use_dora": True, "quantization_bit": 4},
 }
 
 
@@ -152,17 +153,31 @@ def test_the_rank_of_an_adapter_is_known_once_it_is_loaded(recipe, started_with,
         run_exp(recipe(**hub, vllm_max_lora_rank=1))
 
 
+def test_an_engine_serves_an_adapter_or_takes_all_weights(recipe, started_with):
+    native = started_with(recipe(rollout_backend="vllm")).copy()
+    merged = started_with(recipe(rollout_backend="vllm", vllm_lora="merged", vllm_sleep=0))
+    assert (native["adapter"], merged["adapter"], merged["max_lora_rank"]) == (True, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("vllm_lora", "extra", "said"),
+    [
+        ("native", {"rank_pattern": {"q_proj": 4}}, "vLLM cannot serve this adapter: a rank of its own"),
+        ("merged", {"bias": "lora_only"}, "cannot be merged for vLLM: bias: lora_only"),
+    ],
+)
 def test_an_adapter_that_vllm_does_not_serve_is_refused_before_anything_is_written(
-    recipe, run_exp, adapters, monkeypatch, tmp_path
+    vllm_lora, extra, said, recipe, run_exp, adapters, monkeypatch, tmp_path
 ):
     """That of an adapter on a hub is known when it was loaded, and no earlier."""
     folder = shutil.copytree(adapters[0], tmp_path / "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps(config | {"rank_pattern": {"q_proj": 4}}))
+    (folder / "adapter_config.json").write_text(json.dumps(config | extra))
     monkeypatch.setattr(checks, "_checked_adapter", lambda *args: None)
     monkeypatch.setattr(vllm_start, "write_base", None)
-    with pytest.raises(ValueError, match="vLLM cannot serve this adapter: a rank of its own"):
-        run_exp(recipe(rollout_backend="vllm", vllm_base="trainer", adapter_name_or_path=str(folder)))
+    own = {"vllm_base": "trainer", "vllm_lora": vllm_lora, "adapter_name_or_path": str(folder)}
+    with pytest.raises(ValueError, match=said):
+        run_exp(recipe(rollout_backend="vllm", **own))
 
 
 def test_vllm_reads_the_hub_as_the_trainer_does(recipe, started_with, tmp_path):

@@ -279,8 +279,27 @@ def test_the_bound_is_tight_where_nothing_is_rounded(
     assert canary_bound(arguments, model) == bound
 
 
+@pytest.mark.parametrize(("vllm_lora", "quantization"), [("native", "bitsandbytes"), ("merged", None)])
+def test_four_bits_cannot_hold_a_merged_adapter(
+    vllm_lora: str, quantization: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the engine starts from the trainer's base, dequantized, where it would quantize the files as the trainer."""
+    written: list[Path] = []
+    monkeypatch.setattr(vllm_start, "_quantizes_alike", lambda request: True)
+    monkeypatch.setattr(vllm_start, "write_base", lambda policy, folder: written.append(folder))
+    keys = SimpleNamespace(vllm_base="auto", vllm_lora=vllm_lora, model_name_or_path="files")
+    request: Any = SimpleNamespace(
+        keys=keys, changes_to_files=("quantized",), device_type="cuda", local_process_index=0, policy=None,
+        announce=lambda message: None,
+    )  # fmt: skip
+    with vllm_start._model_to_start_from(request) as (path, kept):
+        assert kept == quantization
+        assert [path] == ([str(folder) for folder in written] or ["files"])
+    assert bool(written) == (vllm_lora == "merged")
+
+
 def test_an_adapter_in_float32_is_refused_on_a_gpu() -> None:
-    keys = SimpleNamespace(vllm_sleep=0, finetuning_type="lora")
+    keys = SimpleNamespace(vllm_sleep=0, finetuning_type="lora", vllm_lora="native")
     request: Any = SimpleNamespace(keys=keys, device_type="cuda", compute_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"float32.*half precision alone.*`bf16: true`"):
         ENGINES["vllm"].build(request)

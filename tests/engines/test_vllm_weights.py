@@ -3,6 +3,7 @@
 Faults are found as the canary finds them, as in test_vllm_delivery.
 """
 
+import copy
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, OFTConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from grpo_stage.rollout.engines import vllm_process
@@ -19,7 +20,7 @@ from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_delivery import _ReloadReport
 from grpo_stage.types import Prompt, SamplingSettings
 
-from .conftest import FAULTY, SOUND, logprob_difference, vllm_engine
+from .conftest import FAULTY, SOUND, logprob_difference, randomize_adapter, vllm_engine
 
 
 Measure = Callable[[], float]
@@ -188,9 +189,29 @@ def test_a_delivery_that_failed_is_an_error_and_leaves_no_version(
         engine.generate(prompts, sampling, step=1)
 
 
-def test_an_adapter_would_be_lost_and_is_refused(engine: VLLMEngine, make_policy: Callable[..., PeftModel]) -> None:
-    with pytest.raises(ValueError, match="adapter=True"):
-        engine.sync(make_policy(), version=1)
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_an_adapter_is_delivered_in_the_weights(
+    use_dora: bool, engine: VLLMEngine, policy: LlamaForCausalLM, prompts: list[Prompt], sampling: SamplingSettings
+) -> None:
+    """Within the bound of one that is served as an adapter, and anew at each version."""
+    adapted = get_peft_model(policy, LoraConfig(r=4, target_modules="all-linear", use_dora=use_dora))
+    for version in (1, 2):
+        randomize_adapter(adapted, seed=version, scale=0.1)
+        engine.sync(adapted, version)
+        groups = engine.generate(prompts, sampling, step=version)
+        assert logprob_difference(adapted, groups, sampling.temperature) < SOUND
+        with adapted.disable_adapter():
+            assert logprob_difference(adapted, groups, sampling.temperature) > FAULTY
+
+
+def test_an_adapter_that_cannot_be_merged_is_refused(engine: VLLMEngine, policy: LlamaForCausalLM) -> None:
+    """It would be lost in part, or whole."""
+    for config, said in (
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"]), "modules saved whole"),
+        (OFTConfig(target_modules=["q_proj"], oft_block_size=4), "OFT"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            engine.sync(get_peft_model(copy.deepcopy(policy), config), version=1)
 
 
 def test_the_same_requests_are_bit_equal_after_any_other(

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,6 +71,38 @@ def test_a_quantized_base_is_written_dequantized(bits: int, stored: bool, checkp
         assert (logprobs(read) - logprobs(policy)).abs().mean() < 5e-6
     unquantized = AutoModelForCausalLM.from_pretrained(checkpoint)
     assert (logprobs(read) - logprobs(unquantized)).abs().mean() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [{}, {"use_dora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"o_proj": 40}}],
+    ids=["LoRA", "DoRA", "patterns"],
+)
+@pytest.mark.parametrize("base", ["whole", "4 bits", "bfloat16"])
+def test_a_merged_adapter_is_in_the_weights_and_the_policy_is_only_read(
+    base: str, adapter: dict[str, Any], checkpoint: Path
+) -> None:
+    settings: dict[str, Any] = {"dtype": torch.bfloat16 if base == "bfloat16" else torch.float32}
+    if base == "4 bits":
+        settings |= {"quantization_config": four_bits(), "device_map": {"": "cpu"}}
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, **settings)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **adapter)
+    policy = get_peft_model(model, lora)
+    with torch.no_grad():
+        for name, parameter in policy.named_parameters():
+            if "lora_magnitude" in name:  # DoRA: trained away from the norm that it begins as
+                parameter.mul_(torch.linspace(0.8, 1.3, len(parameter)))
+    before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
+    expected = logprobs(policy)
+    weights = checkpoint_weights(policy, is_merged=True)
+    plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    without = logprobs(plain)
+    plain.load_state_dict(weights)
+    difference = (logprobs(plain) - expected).abs().mean()
+    assert difference < (0.05 if base == "bfloat16" else 5e-6)
+    assert (without - expected).abs().mean() > 0.1
+    assert policy.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.state_dict().items())
 
 
 def test_a_residual_base_is_written_as_it_is(

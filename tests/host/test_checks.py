@@ -210,6 +210,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"vllm_enforce_eager": True}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"vllm_sleep": 1}, ["rollout_backend: hf", "rollout_backend: vllm", "no effect"]),
     ({"vllm_base": "trainer"}, ["rollout_backend: hf", "rollout_backend: vllm", "no effect"]),
+    ({"vllm_lora": "merged"}, ["rollout_backend: hf", "rollout_backend: vllm", "no effect"]),
     ({"ddp_broadcast_buffers": True}, ["ddp_broadcast_buffers: true", "memory"]),
     (VLLM | {"finetuning_type": "full", "vllm_max_lora_rank": 16}, ["vllm_max_lora_rank: 16", "no adapter"]),
     ({"num_completions_to_print": 2}, ["num_completions_to_print: 2", "log_completions: true"]),
@@ -276,7 +277,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["greater_is_better: false", "more of it is better", "Leave it out"],
     ),
     # what vLLM does not serve
-    (VLLM | {"use_dora": True}, ["use_dora: true", "rollout_backend: hf"]),
+    (VLLM | {"use_dora": True}, ["use_dora: true", "vllm_lora: merged", "rollout_backend: hf"]),
+    (VLLM | {"vllm_lora": "merged", "finetuning_type": "full"}, ["vllm_lora: merged", "no LoRA adapter", "Leave it"]),
+    (VLLM | {"vllm_lora": "merged", "vllm_max_lora_rank": 8}, ["vllm_max_lora_rank: 8", "vllm_lora: merged"]),
+    (VLLM | {"vllm_lora": "merged", "additional_target": "lm_head"}, ["additional_target: lm_head"]),
     (VLLM | {"additional_target": "lm_head"}, ["additional_target: lm_head", "rollout_backend: hf"]),
     (VLLM | {"additional_target": ["lm_head"]}, ["additional_target: lm_head", "rollout_backend: hf"]),
     (VLLM | {"finetuning_type": "oft"}, ["finetuning_type: oft", "rollout_backend: hf"]),
@@ -290,8 +294,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         VLLM | {"add_tokens": "<a>", "adapter_name_or_path": "a/b", "create_new_adapter": True},
         ["add_tokens", "finetuning_type: full"],
     ),
-    (VLLM | {"vllm_sleep": 2}, ["vllm_sleep: 2", "finetuning_type: lora", "vllm_sleep: 1"]),
-    (VLLM | {"lora_rank": 513}, ["lora_rank: 513", "512", "lower `lora_rank`"]),
+    (VLLM | {"vllm_sleep": 2}, ["vllm_sleep: 2", "finetuning_type: lora", "vllm_sleep: 1", "vllm_lora: merged"]),
+    (VLLM | {"lora_rank": 513}, ["lora_rank: 513", "512", "vllm_lora: merged", "lower `lora_rank`"]),
     (VLLM | {"lora_rank": 16, "vllm_max_lora_rank": 8}, ["vllm_max_lora_rank: 8", "Leave it out"]),
     (VLLM | {"vllm_max_lora_rank": 48}, ["vllm_max_lora_rank: 48", "64", "Leave it out"]),
     (VLLM | {"vllm_maxlen": 95}, ["vllm_maxlen: 95", "cutoff_len: 64", "max_new_tokens: 32", "Leave it out"]),
@@ -526,6 +530,7 @@ def test_rope_scaling_is_refused_since_the_host_cannot_apply_it(recipe):
         {"adapter_name_or_path": "a/b", "create_new_adapter": True},
         {"adapter_name_or_path": "a/b", "resize_vocab": True},
         {"pissa_init": True, "vllm_base": "trainer"},
+        {"vllm_lora": "merged", "use_dora": True, "lora_rank": 1024, "vllm_sleep": 2, "quantization_bit": 4},
         {"train_from_scratch": True},
     ],
     ids=", ".join,
@@ -577,9 +582,16 @@ def test_an_adapter_in_a_subfolder(recipe, adapter):
 def test_an_adapter_that_vllm_does_not_serve(recipe, adapter, key, value):
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
-    message = refusal(recipe | VLLM | {"adapter_name_or_path": str(adapter)})
+    own = recipe | VLLM | {"adapter_name_or_path": str(adapter)}
+    message = refusal(own)
     assert f"`{key}: " in message
     assert "rollout_backend: hf" in message
+    if key in ("use_dora", "rank_pattern", "alpha_pattern"):
+        assert "vllm_lora: merged" in message
+        parse(own | {"vllm_lora": "merged"})
+    else:
+        assert "vllm_lora" not in message
+        assert f"`{key}: " in refusal(own | {"vllm_lora": "merged"})
     parse(recipe | {"adapter_name_or_path": str(adapter)})
     if key != "peft_type":
         parse(recipe | VLLM | {"adapter_name_or_path": str(adapter), "create_new_adapter": True})  # merged

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
@@ -166,6 +167,20 @@ def test_adapters_in_the_body_and_in_the_head(settings, monkeypatch):
     check_equal(adapted(make_model(MODELS["llama"]), **settings), make_rows(), Forward(SHARED), max_tokens=200)
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "lm_head"]], ids=["body", "with_head"])
+def test_an_adapter_on_4_bit_layers(targets, monkeypatch):
+    """QLoRA, with bitsandbytes' own layers for the CPU, which compute in float32 here; the head is one of them."""
+    monkeypatch.setitem(head.MAX_LOGITS, "cpu", 97 * 40)
+    model = make_model(MODELS["llama"])
+    for name, layer in [each for each in model.named_modules() if isinstance(each[1], nn.Linear)]:
+        quantized = Linear4bit(layer.in_features, layer.out_features, bias=False, compute_dtype=torch.float32)
+        quantized.load_state_dict(layer.state_dict())
+        model.set_submodule(name, quantized.to("cpu"))  # which quantizes
+    assert model.lm_head.weight.dtype == torch.uint8
+    model.requires_grad_(False)
+    check_equal(adapted(model, target_modules=targets), make_rows(), Forward(SHARED), max_tokens=200)
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_attends_alike_in_the_backward_pass(use_reentrant):
     model = adapted(make_model(MODELS["gemma3"]), target_modules="all-linear")
@@ -208,6 +223,33 @@ def test_chunks_of_any_size_give_the_statistics_and_slopes_of_whole_logits(num_t
         actual = output.statistics(hidden, targets, temperature, max_logits)
         for own, whole in zip([*actual, *slopes(actual)], [*expected, *of_expected], strict=True):
             assert torch.allclose(own, whole, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_statistics_and_slopes_are_those_of_liger(temperature, missing_tool):
+    """Its function of the same purpose: a kernel on some GPUs, and in torch elsewhere."""
+    try:
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+    except ModuleNotFoundError:
+        missing_tool("liger-kernel is not installed, with which the output layer is compared")
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 31, bias=False)
+    hidden = (2 * torch.randn(700, 8)).requires_grad_()  # more than one of its chunks of 512
+    targets = torch.randint(31, (700,))
+    weights = torch.randn(2, 700)
+
+    def slopes(logprobs, entropies):
+        total = (weights[0] * logprobs + weights[1] * entropies).sum()
+        return torch.autograd.grad(total, [hidden, layer.weight])
+
+    own = OutputLayer(layer, 31).statistics(hidden, targets, temperature, max_logits=31 * 90)
+    losses, entropies = LigerFusedLinearScaledCrossEntropyFunction.apply(
+        hidden, layer.weight, targets, temperature, return_entropy=True
+    )
+    for mine, theirs in zip(
+        [*own[:2], *slopes(*own[:2])], [-losses, entropies, *slopes(-losses, entropies)], strict=True
+    ):
+        assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_no_more_logits_are_held_than_allowed(monkeypatch):

@@ -17,6 +17,7 @@ from grpo_stage.rewards.errors import UnrewardedError
 from grpo_stage.survival.checkpoints import STATE_FILE
 from grpo_stage.types import TrainingProgress
 from grpo_stage.update.batch import PaddedLayout, SharedPromptLayout
+from grpo_stage.update.model_flops import flops_of_update
 from grpo_stage.update.reference import InitialWeightsReference, ModelReference
 
 from .trainer_on_fakes import (
@@ -396,6 +397,26 @@ def test_the_update_logs_the_tokens_it_trains_on_and_how_they_are_packed(tmp_pat
     assert all(sample.teaches for sample in step.samples)
     assert means["packing_ratio"] == (length, fed)
     assert length > fed, "completions share their prompts"
+    tflop = flops_of_update(trainer.model, step.samples) / 1e12
+    assert means["update_tflops"] == (tflop, means["time/update"][0])
+    assert "update_mfu" not in means, "a CPU has no peak that is known"
+
+
+@pytest.mark.parametrize("precision", ["float32", "pure_bf16", "autocast"])
+def test_the_update_logs_its_share_of_the_devices_peak_in_half_precision(tmp_path, precision, monkeypatch):
+    monkeypatch.setattr("grpo_stage.learner.peak_flops", lambda device: 2e9)
+    trainer = make_trainer(
+        tmp_path,
+        training={"bf16": precision == "autocast"},
+        change_model=lambda model: model.bfloat16() if precision == "pure_bf16" else model,
+    )
+    step = collect(trainer)[0]
+    dead = dataclasses.replace(step.samples[0], advantage=0.0)
+    trainer.learner.learn(trainer.model, dataclasses.replace(step, samples=(dead, *step.samples[1:])), 0)
+    means = trainer.tracker.state_dict()["means"]
+    tflop, seconds = means["update_tflops"]
+    assert tflop == flops_of_update(trainer.model, step.samples[1:]) / 1e12, "of what goes through the model"
+    assert means.get("update_mfu") == (None if precision == "float32" else (tflop, seconds * 0.002))
 
 
 def test_a_reference_of_another_kind_is_compared_as_well(tmp_path):

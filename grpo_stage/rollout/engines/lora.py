@@ -27,9 +27,19 @@ LORA_EXTRAS: Mapping[str, str] = MappingProxyType(
 """Keys of adapter_config.json that make more of an adapter than a LoRA of one rank, and what each makes of it."""
 
 
-def lora_extras(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The entries of an adapter's configuration that make more of it than a plain LoRA."""
-    return {key: config[key] for key in LORA_EXTRAS if config.get(key) and config[key] != _PLAIN_VALUES.get(key)}
+_MERGED_EXTRAS = frozenset({"use_dora", "rank_pattern", "alpha_pattern"})
+"""Those that are gone once the adapter is merged into its weights."""
+
+
+def lora_extras(config: Mapping[str, Any], *, is_merged: bool = False) -> dict[str, Any]:
+    """The entries of an adapter's configuration that make more of it than a plain LoRA.
+
+    Args:
+        config: the content of adapter_config.json, or as much.
+        is_merged: leave out what is gone once the adapter is merged into the weights that it changes.
+    """
+    keys = [key for key in LORA_EXTRAS if not (is_merged and key in _MERGED_EXTRAS)]
+    return {key: config[key] for key in keys if config.get(key) and config[key] != _PLAIN_VALUES.get(key)}
 
 
 def asks_for_new_tokens(v: SimpleNamespace) -> bool:

@@ -22,8 +22,8 @@ class EngineEntry:
     rules: tuple[Rule, ...] = ()
     """Of the keys alone, before the host parses them. `adapter_rank`, the rank of the adapter that is trained, is
     among the values that they see."""
-    refuse_adapter: Callable[[str, Mapping[str, Any]], None] = lambda path, config: None
-    """Asked about the adapter that is trained further: its path, and what its adapter_config.json says."""
+    refuse_adapter: Callable[[str, Mapping[str, Any], SimpleNamespace], None] = lambda path, config, values: None
+    """Asked about the adapter that is trained further: its path, what its adapter_config.json says, and the keys."""
     refuse_unfit: Callable[[SimpleNamespace], None] = lambda values: None
     """Asked about the parsed keys, with `device_type`, `model_quantization` (the method that the model's files are
     quantized with, or None) and `model_positions` (how many tokens the model was made for, or None) among them."""

@@ -1,7 +1,8 @@
 """Rollouts with vLLM in the trainer's own process: one engine a rank, brought to the policy by `sync`.
 
 Where the policy is a base with a LoRA adapter, vLLM serves the adapter natively, a new one for each version. Where it
-is a whole model, vLLM's own reload takes its weights. An engine does one or the other.
+is a whole model, or the adapter is merged into its weights, vLLM's own reload takes all weights. An engine does one or
+the other.
 """
 
 import contextlib
@@ -62,8 +63,8 @@ class VLLMEngine:
             RuntimeError: if the engine holds anything but what was delivered afterwards, or keys of an earlier one.
         """
         self._is_synced = False
-        if self._settings.adapter:
-            servable_config(policy)
+        if self._settings.adapter or isinstance(policy, PeftModel):
+            servable_config(policy, is_merged=not self._settings.adapter)
         self._deliveries += 1
         self._versions = {self._deliveries: version}
         with vllm_process.random_states_unchanged():
@@ -118,11 +119,13 @@ class VLLMEngine:
             engine.add_lora(self._lora)
 
     def _deliver_weights(self, policy: torch.nn.Module) -> None:
-        """Hand the weights to vLLM's own reload, which copies them: no file, and no second model in memory."""
-        if isinstance(policy, PeftModel):
-            raise ValueError("The policy has an adapter, which whole weights leave out: start with adapter=True.")
+        """Hand the weights to vLLM's own reload, which copies them: no file, and no second model in memory.
+
+        Those that an adapter changes have it merged in, and are in memory twice meanwhile.
+        """
         self._loaded_weights = None
-        if lost := vllm_delivery.reload_weights(self._llm, iter(checkpoint_weights(policy).items())):
+        weights = checkpoint_weights(policy, is_merged=isinstance(policy, PeftModel))
+        if lost := vllm_delivery.reload_weights(self._llm, iter(weights.items())):
             raise RuntimeError(
                 f"vLLM did not take all weights of version {self._versions[self._deliveries]}: {_few(lost)}. "
                 "Write `rollout_backend: hf`, and please report the model."

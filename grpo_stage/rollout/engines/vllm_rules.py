@@ -12,6 +12,7 @@ from grpo_stage.rollout.engines.vllm_options import LORA_RANKS, refuse_options
 
 
 USE_HF = "Write `rollout_backend: hf`, which samples with the trained model itself"
+USE_MERGED = "Write `vllm_lora: merged`, which gives vLLM the weights with the adapter in them"
 
 
 def _vllm(broken: Callable[[SimpleNamespace], bool], what: str, reason: str, remedy: str = USE_HF) -> Rule:
@@ -23,7 +24,7 @@ RANK_RULES = (
         lambda v: v.adapter_rank > LORA_RANKS[-1],
         "`lora_rank: {adapter_rank}` is not possible",
         f"vLLM serves ranks up to {LORA_RANKS[-1]}",
-        f"{USE_HF}, or lower `lora_rank`",
+        f"{USE_MERGED}. Or lower `lora_rank`",
     ),
     _vllm(
         lambda v: v.vllm_max_lora_rank is not None and v.vllm_max_lora_rank not in LORA_RANKS,
@@ -54,7 +55,24 @@ VLLM_RULES = (
         "vLLM serves LoRA adapters only",
         f"{USE_HF}, or `finetuning_type: lora`",
     ),
-    _vllm(lambda v: v.use_dora, "`use_dora: true` is not possible", "vLLM does not serve DoRA"),
+    _vllm(
+        lambda v: v.use_dora and v.vllm_lora == "native",
+        "`use_dora: true` is not possible",
+        "vLLM does not serve DoRA",
+        f"{USE_MERGED}. Or write `rollout_backend: hf`",
+    ),
+    _vllm(
+        lambda v: v.vllm_lora == "merged" and v.finetuning_type != "lora",
+        "`vllm_lora: merged` is not possible",
+        "`finetuning_type: {finetuning_type}` trains no LoRA adapter, so that it would have no effect",
+        "Leave it out",
+    ),
+    _vllm(
+        lambda v: v.vllm_lora == "merged" and v.vllm_max_lora_rank is not None,
+        "`vllm_max_lora_rank: {vllm_max_lora_rank}` is not possible with `vllm_lora: merged`",
+        "vLLM then holds no adapter, so that it would have no effect",
+        "Leave it out",
+    ),
     _vllm(
         lambda v: bool(v.additional_target),
         "`additional_target: {additional_target}` is not possible",
@@ -74,10 +92,11 @@ VLLM_RULES = (
         f"{USE_HF}, or train with `finetuning_type: full` or `freeze`, or save the resized model first",
     ),
     _vllm(
-        lambda v: v.vllm_sleep == 2 and v.finetuning_type == "lora",
+        lambda v: v.vllm_sleep == 2 and v.finetuning_type == "lora" and v.vllm_lora == "native",
         "`vllm_sleep: 2` is not possible with `finetuning_type: lora`",
         "the engine would forget the model under the adapter, and the adapter alone is delivered to it again",
-        "Write `vllm_sleep: 1`, which keeps that model in main memory",
+        "Write `vllm_sleep: 1`, which keeps that model in main memory, or `vllm_lora: merged`, which delivers all "
+        "weights",
     ),
     _vllm(
         lambda v: v.vllm_max_lora_rank is not None and v.finetuning_type in ("full", "freeze"),
@@ -85,7 +104,10 @@ VLLM_RULES = (
         "`finetuning_type: {finetuning_type}` trains no adapter, so that it would have no effect",
         "Leave it out",
     ),
-    *RANK_RULES,
+    *(
+        Rule(lambda v, rule=rule: v.vllm_lora == "native" and rule.broken(v), rule.message)  # type: ignore[misc]
+        for rule in RANK_RULES
+    ),
     _vllm(
         lambda v: v.vllm_maxlen is not None and v.vllm_maxlen < v.cutoff_len + v.max_new_tokens,
         "`vllm_maxlen: {vllm_maxlen}` is not possible",
@@ -141,17 +163,18 @@ def refuse_unfit(v: SimpleNamespace) -> None:
     refuse_broken(_MODEL_RULES, v)
 
 
-def refuse_adapter(path: str, config: Mapping[str, Any]) -> None:
-    """Refuse to train an adapter that vLLM does not serve, by its adapter_config.json.
+def refuse_adapter(path: str, config: Mapping[str, Any], v: SimpleNamespace) -> None:
+    """Refuse to train an adapter that vLLM does not serve and that cannot be merged, by its adapter_config.json.
 
     Raises:
         ValueError: naming the adapter, what it has, and the remedy.
     """
-    if extras := lora_extras(config):
+    if extras := lora_extras(config, is_merged=v.vllm_lora == "merged"):
         shown = ", ".join(f"`{key}: {as_yaml(value)}`" for key, value in extras.items())
+        remedy = USE_HF if lora_extras(config, is_merged=True) else f"{USE_MERGED}. Or write `rollout_backend: hf`"
         raise ValueError(
             f"`adapter_name_or_path: {path}` is not possible with `rollout_backend: vllm`: its adapter_config.json "
-            f"has {shown}, which vLLM does not serve. {USE_HF}."
+            f"has {shown}, which vLLM does not serve. {remedy}."
         )
 
 

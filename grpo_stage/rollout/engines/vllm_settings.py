@@ -12,8 +12,8 @@ class VLLMSettings:
     """The checkpoint that the engine starts from: the model under the adapter as it is trained, or a model of the
     policy's architecture."""
     adapter: bool
-    """True where the policy is that base with a LoRA adapter; False where it is a whole model, all of whose weights
-    are delivered."""
+    """True where the policy is that base with a LoRA adapter, and the adapter is delivered; False where all weights
+    are delivered: those of a whole model, or with an adapter merged in."""
     max_model_len: int
     """The longest prompt and completion together."""
     max_lora_rank: int

@@ -28,15 +28,17 @@ def start_vllm(request: EngineRequest) -> VLLMEngine:
         ValueError: for a precision or an adapter that vLLM cannot serve, as far as the rules could not tell.
     """
     keys = request.keys
-    is_lora = keys.finetuning_type == "lora"
+    serves_adapter = _serves_adapter(keys)
     sleep_level, dtype = _sleep_level(request), _dtype(request)
-    max_lora_rank = _max_lora_rank(request) if is_lora else 0
+    max_lora_rank = _max_lora_rank(request) if serves_adapter else 0
+    if keys.finetuning_type == "lora" and not serves_adapter:
+        servable_config(request.policy, is_merged=True)  # before anything is written
     with _model_to_start_from(request) as (path, quantization):
         request.announce(f"Starting vLLM with {path}.")
         started = time.perf_counter()
         settings = VLLMSettings(
             model_name_or_path=path,
-            adapter=is_lora,
+            adapter=serves_adapter,
             # To be scored, a whole completion needs room for one more token.
             max_model_len=keys.vllm_maxlen + (request.sampling.structured_outputs is not None),
             max_lora_rank=max_lora_rank,
@@ -59,6 +61,10 @@ def start_vllm(request: EngineRequest) -> VLLMEngine:
     return engine
 
 
+def _serves_adapter(keys: SimpleNamespace) -> bool:
+    return keys.finetuning_type == "lora" and keys.vllm_lora == "native"
+
+
 def _sleep_level(request: EngineRequest) -> int:
     level = request.keys.vllm_sleep
     if request.device_type == "cpu" and level:
@@ -70,10 +76,10 @@ def _sleep_level(request: EngineRequest) -> int:
 def _dtype(request: EngineRequest) -> torch.dtype:
     if request.device_type == "cpu":
         return torch.float32
-    if request.keys.finetuning_type == "lora" and request.compute_dtype == torch.float32:
+    if _serves_adapter(request.keys) and request.compute_dtype == torch.float32:
         raise ValueError(
             "The run computes in float32, and vLLM's kernels for a LoRA adapter on a GPU know half precision alone. "
-            "Write `bf16: true`, or use `rollout_backend: hf` or `finetuning_type: full`."
+            "Write `bf16: true` or `vllm_lora: merged`, or use `rollout_backend: hf` or `finetuning_type: full`."
         )
     return request.compute_dtype
 
@@ -98,7 +104,8 @@ def _model_to_start_from(request: EngineRequest) -> Iterator[tuple[str, str | No
         if not changes:
             yield path, None
             return
-        if changes == ("quantized",) and request.device_type == "cuda" and _quantizes_alike(request):
+        is_kept = request.device_type == "cuda" and request.keys.vllm_lora == "native"  # 4 bits hold no merged weight
+        if changes == ("quantized",) and is_kept and _quantizes_alike(request):
             yield path, "bitsandbytes"
             return
     is_writer = request.local_process_index == 0

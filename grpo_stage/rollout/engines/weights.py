@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -43,8 +44,8 @@ def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
     config.save_pretrained(str(folder))
 
 
-def servable_config(policy: torch.nn.Module) -> LoraConfig:
-    """The configuration of the policy's adapter, checked against what vLLM serves.
+def servable_config(policy: torch.nn.Module, *, is_merged: bool = False) -> LoraConfig:
+    """The configuration of the policy's adapter, checked against what vLLM serves, or what can be merged for it.
 
     vLLM refuses some of these by itself, but rank and alpha patterns it ignores: every module would then be scaled
     with the adapter's own alpha / rank, and completions would come from another policy.
@@ -64,11 +65,11 @@ def servable_config(policy: torch.nn.Module) -> LoraConfig:
             f"vLLM serves one LoRA adapter named `{ADAPTER}`, and the policy has: {kinds}. "
             "Use `finetuning_type: lora`, or `rollout_backend: hf`."
         )
-    if extras := lora_extras({key: getattr(config, key, None) for key in LORA_EXTRAS}):
+    extras = lora_extras({key: getattr(config, key, None) for key in LORA_EXTRAS}, is_merged=is_merged)
+    if extras:
         refused = [LORA_EXTRAS[key].format(value) for key, value in extras.items()]
-        raise ValueError(
-            f"vLLM cannot serve this adapter: {'; '.join(refused)}. Train a plain LoRA, or use `rollout_backend: hf`."
-        )
+        problem = "This adapter cannot be merged for vLLM" if is_merged else "vLLM cannot serve this adapter"
+        raise ValueError(f"{problem}: {'; '.join(refused)}. Train a plain LoRA, or use `rollout_backend: hf`.")
     return config
 
 
@@ -81,11 +82,15 @@ def adapted_modules(policy: torch.nn.Module) -> list[str]:
     ]
 
 
-def checkpoint_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
+def checkpoint_weights(policy: torch.nn.Module, *, is_merged: bool = False) -> dict[str, torch.Tensor]:
     """The policy's weights, without its adapter, as the files of its model would hold them.
 
     That is: under a checkpoint's names, which transformers changes when it loads one; each tied weight once; and
     dequantized. They share the policy's memory where nothing had to be computed.
+
+    Args:
+        policy: the model; it is only read.
+        is_merged: with the adapter merged into the weights that it changes.
     """
     model = _base_model(policy)
     owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
@@ -96,10 +101,25 @@ def checkpoint_weights(policy: torch.nn.Module) -> dict[str, torch.Tensor]:
         if type(weight).__name__ in _QUANTIZED_PARAMETERS:
             # Not on the device: it would hold the whole model a second time, and larger.
             tensors[f"{name}.weight"] = dequantize_bnb_weight(weight, getattr(module, "state", None)).detach().cpu()
+    if is_merged:
+        for name in adapted_modules(policy):
+            key = f"{name}.base_layer.weight"
+            tensors[key] = _merged(model.get_submodule(name), tensors[key])
     if isinstance(policy, PeftModel):
         prefix = policy.base_model.prefix  # PEFT's own test of what belongs to an adapter
         tensors = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if prefix not in name}
     return revert_weight_conversion(_unquantized_view(model), remove_tied_weights_from_state_dict(tensors, model))
+
+
+@torch.no_grad()
+def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight with its adapter in it, as PEFT merges one, in memory of its own and off the device."""
+    own = weight.to(layer.lora_A[ADAPTER].weight.device, copy=True) if ADAPTER in layer.lora_A else weight.clone()
+    if ADAPTER in layer.lora_variant:  # DoRA
+        merged = layer.lora_variant[ADAPTER].merge_safe(layer, ADAPTER, own)
+    else:
+        merged = own + layer.get_delta_weight(ADAPTER)  # in the more precise of both
+    return merged.to(weight.dtype).cpu()
 
 
 def write_base(policy: torch.nn.Module, folder: Path) -> None:
