@@ -10,6 +10,7 @@ from .host.engine import start_engine
 from .host.inputs import load_inputs
 from .host.policy import load_policy
 from .host.precision import canary_bound
+from .host.provenance import run_record
 from .host.recipe import check_resume, recipe_of, training_record
 from .host.reference import reference_policy
 from .host.reward_models import load_reward_model
@@ -18,6 +19,7 @@ from .host.run_end import finish
 from .host.sampling import sampling_settings
 from .monitors.canary import TIGHT_BOUND
 from .records.redaction import errors_masked
+from .records.run_record import write_run_record
 from .rewards.loading import load_rewards
 from .trainer import GRPOTrainer
 
@@ -55,6 +57,8 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
     record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
     if training_args.resume_from_checkpoint:
         check_resume(arguments, record, len(prompts.train))
+    if training_args.should_save:
+        write_run_record(training_args.output_dir, run_record(arguments, record["rows"]))
 
     model = load_policy(arguments, tokenizer)
     sampling = sampling_settings(arguments, model, template, tokenizer)
