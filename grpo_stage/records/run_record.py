@@ -34,8 +34,8 @@ def read_run_record(folder: Path) -> dict[str, Any]:
     path = folder / RUN_FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {RUN_FILE}, which a run of `stage: grpo` writes when it starts. Name the `output_dir` of "
-            "a run of this version."
+            f"{folder} has no {RUN_FILE}, which a run of `stage: grpo` writes when it starts. Name the `output_dir` "
+            "of a run of this version."
         )
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
