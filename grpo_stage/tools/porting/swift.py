@@ -131,7 +131,7 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         made.note,
         not made.is_exact,
     )
-    defaults = {
+    defaults: dict[str, dict[str, Any]] = {
         "learning_rate": {"learning_rate": 1.0e-4 if is_lora else 1.0e-5},
         "weight_decay": {"weight_decay": 0.1},
         "adam_beta2": {"adam_beta2": 0.95},

@@ -272,7 +272,7 @@ class _Nested:
 
     def _defaults(self) -> None:
         port = self.port
-        given = {
+        given: dict[str, dict[str, Any]] = {
             f"{self.lr}.lr": {"learning_rate": 1.0e-6},
             f"{self.lr}.weight_decay": {"weight_decay": 1.0e-2},
             "data.max_prompt_length": {"cutoff_len": 512},
