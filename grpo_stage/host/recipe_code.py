@@ -33,3 +33,13 @@ def code_of(recipe: Mapping[str, Any], names: Collection[str], folder: Path) -> 
     if TRUSTED in asked:
         found[TRUSTED] = f"{TRUSTED}: Python code from the repository of {recipe.get('model_name_or_path')}"
     return found
+
+
+def own_files(recipe: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The files of the reward functions that are not of an installed package: what there is to read.
+
+    Raises:
+        ValueError: as `code_of`.
+    """
+    functions = [name for name in code_names(recipe) if name != TRUSTED]
+    return list(dict.fromkeys(code.file for code in describe(functions, folder) if not code.is_installed))

@@ -138,10 +138,11 @@ def export(run: Path, folder: Path) -> list[str]:
     recipe, removed = without_private(record["recipe"] | ({"reward_funcs": functions} if specs else {}))
     notes += removed
     descriptions = _descriptions(record)
-    if not isinstance(recipe.get("dataset_dir"), Mapping):
-        recipe["dataset_dir"] = DATA_FOLDER
-    else:
+    place = recipe.get("dataset_dir")
+    if isinstance(place, Mapping) or place == "ONLINE" or str(place).startswith("REMOTE:"):
         descriptions = {}
+    else:
+        recipe["dataset_dir"] = DATA_FOLDER
     provenance = {
         "versions": record.get("versions", {}),
         "models": _models(record),
@@ -158,8 +159,8 @@ def export(run: Path, folder: Path) -> list[str]:
     if descriptions:
         (folder / DATA_FOLDER).mkdir(exist_ok=True)
         _write_json(folder / DATA_FOLDER / DATA_CONFIG, without_private(descriptions)[0])
-        if missing := [file for entry in record["datasets"].values() for file in entry["files"]]:
-            notes.append(f"the data does not come along: put {', '.join(missing)} into {DATA_FOLDER}/")
+        if files := [file for entry in record["datasets"].values() for file in entry["files"]]:
+            notes.append(f"the data does not come along: put {', '.join(files)} into {DATA_FOLDER}/")
     _write_json(folder / PROVENANCE, provenance)
     (folder / RECIPE).write_text(recipe_text(recipe, _head(provenance)), encoding="utf-8")
     return notes

@@ -140,7 +140,8 @@ def _run(args: argparse.Namespace) -> int:
 
     with quiet_host():
         from grpo_stage.host.configuration_file import STAGE, check_overrides, read_configuration
-        from grpo_stage.host.recipe_code import code_names, code_of
+        from grpo_stage.host.parser import typed
+        from grpo_stage.host.recipe_code import code_names, code_of, own_files
         from grpo_stage.host.shared_recipe import RECIPE, read_shared
         from grpo_stage.plugin.registration import install
 
@@ -155,11 +156,12 @@ def _run(args: argparse.Namespace) -> int:
         shared.refuse_changed()
         placed = [f"{key}={json.dumps(value)}" for key, value in shared.placed().items()]
         words = [str(file), *placed, *args.overrides]
-        values = read_configuration(words[0], words[1:])
+        values = typed(read_configuration(words[0], words[1:]))  # a name may stand in another key: `${run_name}`
         code = code_of(values, code_names(values), Path.cwd())
+        files = own_files(values, Path.cwd())
     for shown in code.values():
         print(f"It runs {shown}")
-    _print_sources(shared, code)
+    _print_sources(files)
     if code and not args.trust_code:
         raise ValueError(
             "A recipe from elsewhere runs no code unless you say so: read what is shown above, and add "
@@ -169,16 +171,16 @@ def _run(args: argparse.Namespace) -> int:
     return run_and_pass_on([sys.executable, "-m", "grpo_stage", "train", *words]).returncode
 
 
-def _print_sources(shared: "SharedRecipe", code: Mapping[str, str]) -> None:
-    for name in shared.code if code else ():
-        lines = (shared.folder / name).read_text(encoding="utf-8", errors="replace").splitlines()
-        print(f"\n--- {name}")
+def _print_sources(files: Sequence[Path]) -> None:
+    for file in files:
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        print(f"\n--- {file}")
         # Control characters could hide lines in a terminal.
         for line in lines[:MAX_SHOWN_LINES]:
             print("".join(c if c.isprintable() or c == "\t" else "?" for c in line))
         if len(lines) > MAX_SHOWN_LINES:
             print(f"... {len(lines) - MAX_SHOWN_LINES} more lines: read the file itself")
-        print(f"--- end of {name}\n")
+        print(f"--- end of {file}\n")
 
 
 def _diff(args: argparse.Namespace) -> int:

@@ -256,6 +256,35 @@ def test_verl() -> None:
     assert recipe["loss_aggregation"] == "seq_mean_token_sum_norm"
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "beta", "marked"),
+    [
+        ({"use_kl_loss": True, "kl_penalty": "mse", "kl_coef": 0.02}, (0.02, "k2"), False),
+        ({"use_kl_loss": True, "kl_penalty": "kl", "kl_coef": 0.02}, (0.02, "k3"), True),  # k1 in a loss is noise
+        ({"kl_penalty": "low_var_kl", "kl_coef": 0.02}, (0.02, "k3"), True),  # off the reward there
+        ({}, (1e-3, "k3"), True),  # the same, by default
+        ({"disable_kl": True}, (0.0, None), False),
+    ],
+)
+def test_kl_of_easyr1(algorithm: dict[str, Any], beta: Any, marked: bool, tmp_path: Path) -> None:
+    source = yaml.safe_load((FOREIGN / "easyr1.yaml").read_text())
+    source["algorithm"] = {"adv_estimator": "grpo"} | algorithm
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(source))
+    _, port = port_file(tmp_path / "x.yaml", known_key_names(), "0.24", None, 1)
+    assert (port.recipe["beta"], port.recipe.get("kl_estimator")) == beta
+    assert any(line.changes_learning and "kl" in line.key for line in port.lines) == marked
+    assert refusal_of(port.recipe) is None
+
+
+def test_an_estimator_with_a_critic_is_not_taken_for_grpo_in_silence(tmp_path: Path) -> None:
+    source = yaml.safe_load((FOREIGN / "verl.yaml").read_text())
+    for algorithm in ({"adv_estimator": "gae"}, {}):
+        source["algorithm"] = algorithm
+        (tmp_path / "x.yaml").write_text(yaml.safe_dump(source))
+        _, port = port_file(tmp_path / "x.yaml", known_key_names(), "0.24", None, 1)
+        assert "algorithm.adv_estimator" in [line.key for line in port.lines if line.changes_learning]
+
+
 def test_swift() -> None:
     port = ported("swift.sh")
     expected = {
@@ -451,6 +480,13 @@ def test_an_override_cannot_bring_code_unseen(run: Path, tmp_path: Path, capsys:
     other.write_text(CODE, encoding="utf-8")
     assert cli.main(["recipe", "run", str(file), f"reward_funcs={other}:brevity"]) == 1
     assert "--trust-code" in capsys.readouterr().err
+    indirect = f"stage: grpo\nrun_name: {other}:brevity\nreward_funcs: ${{run_name}}\n"
+    file.write_text(indirect, encoding="utf-8")
+    assert cli.main(["recipe", "run", str(file)]) == 1
+    shown = capsys.readouterr()
+    assert "--trust-code" in shown.err
+    assert "return [-len(text) for text in completions]" in shown.out
+    file.write_text("stage: grpo\nreward_funcs: accuracy\n", encoding="utf-8")
     assert cli.main(["recipe", "run", str(file), "trust_remote_code=true", "model_name_or_path=a/b"]) == 1
     assert "--trust-code" in capsys.readouterr().err
 

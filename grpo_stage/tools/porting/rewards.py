@@ -65,6 +65,9 @@ TRL: Mapping[str, Same | str] = MappingProxyType(
         "get_soft_overlong_punishment": Same("overlong", fixed={"max_length": 1280, "cache_length": 256}),
     }
 )
+VERL: Mapping[str, Same | str] = MappingProxyType(
+    {"accuracy": Same("accuracy", note="verl and EasyR1 choose or load a function of their own")}
+)
 SWIFT: Mapping[str, Same | str] = MappingProxyType(
     {
         "accuracy": Same("accuracy", note=_ANSWERS),

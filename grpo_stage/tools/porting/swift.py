@@ -142,8 +142,8 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         "max_completion_length": {"max_new_tokens": 512},
         "output_dir": {"output_dir": "saves/imported"},
     }
-    for key, ours in defaults.items():
-        port.default(key, ours, _SAID)
+    for key, default in defaults.items():
+        port.default(key, default, _SAID)
     if not port.has("use_vllm"):
         port.default("use_vllm", {"rollout_backend": "hf"}, f"{_SAID}; `rollout_backend: vllm` is much faster")
     if str(port.get("torch_dtype", "bfloat16")) == "bfloat16" and not port.has("bf16"):

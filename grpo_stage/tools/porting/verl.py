@@ -16,7 +16,8 @@ _WITHOUT_EFFECT = (
     *("hybrid_engine", "max_token_len", "ray_", "save_freq", "experiment_name"),
 )
 """Parts of the names of keys for sharding, memory, logging and evaluation."""
-_KL_ESTIMATORS = MappingProxyType({"kl": "k1", "k1": "k1", "mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"})
+_KL_ESTIMATORS = MappingProxyType({"mse": "k2", "k2": "k2", "low_var_kl": "k3", "k3": "k3"})
+"""Of KL terms in the loss. The gradient of `kl` (k1) there is noise around 0, and this stage refuses it."""
 _ESTIMATORS = MappingProxyType({"grpo_passk": "passk"})
 _SAME_ESTIMATORS = ("grpo", "gdpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "remax", "opo")
 _AVERAGES = MappingProxyType(
@@ -195,9 +196,12 @@ class _Nested:
         ours = _ESTIMATORS.get(estimator, estimator)
         is_known = estimator in _ESTIMATORS or estimator in _SAME_ESTIMATORS
         if is_known:
-            port.put("algorithm.adv_estimator", {"advantage_estimator": ours})
+            fate = Fate.COMPUTED if port.has("algorithm.adv_estimator") else Fate.DEFAULT
+            port.put("algorithm.adv_estimator", {"advantage_estimator": ours}, fate)
         else:
-            port.leave("algorithm.adv_estimator", "this stage has no such estimator", True)
+            note = f"this stage has no `{estimator}`, and takes its own default, `grpo`"
+            fate = Fate.LEFT if port.has("algorithm.adv_estimator") else Fate.DEFAULT
+            port.put("algorithm.adv_estimator", {}, fate, note, True)
         if port.get("algorithm.norm_adv_by_std_in_grpo", True) is False:
             port.put("algorithm.norm_adv_by_std_in_grpo", {"scale_rewards": "none"})
         else:
@@ -246,17 +250,21 @@ class _Nested:
         raise NotImplementedError
 
     def _estimated(self, keys: str, coefficient: float, estimator: str, in_reward: bool) -> None:
-        ours = {"beta": coefficient, "kl_estimator": _KL_ESTIMATORS.get(estimator.rstrip("+"), "k3")}
-        note = (
-            ""
-            if not in_reward
-            else (
+        """Write the KL term of the loss; a key that is not in the file counts as its system's default."""
+        ours = _KL_ESTIMATORS.get(estimator.rstrip("+"))
+        if in_reward:
+            note = (
                 "there it is taken off the reward, and here it is a term of the loss: `kl_in_reward: true` with "
                 "`kl_estimator: k1` and `scale_rewards: none` is that"
             )
-        )
-        changes = in_reward or estimator not in _KL_ESTIMATORS
-        self.port.put(keys, ours, Fate.COMPUTED, note or f"the estimator `{estimator}`", changes)
+        elif ours is None:
+            note = f"`{estimator}` is not here: `k3` is taken, which DeepSeekMath has"
+        else:
+            note = f"the estimator `{estimator}`"
+        fate = Fate.COMPUTED if any(map(self.port.has, keys.split())) else Fate.DEFAULT
+        present = [key for key in keys.split() if self.port.has(key)] or keys.split()[-1:]
+        values = {"beta": coefficient, "kl_estimator": ours or "k3"}
+        self.port.put(" ".join(present), values, fate, note, in_reward or ours is None)
 
     def _rewards(self) -> None:
         places = ("worker.reward.reward_function", "worker.reward.score_function", "worker.reward.compute_score")
@@ -268,7 +276,7 @@ class _Nested:
                 True,
             )
         if not self.port.has("reward_funcs"):
-            rewards.port_rewards(self.port, ["accuracy"], None, rewards.OPEN_R1, lambda name: None)
+            rewards.port_rewards(self.port, ["accuracy"], None, rewards.VERL, lambda name: None)
 
     def _defaults(self) -> None:
         port = self.port
@@ -281,8 +289,8 @@ class _Nested:
         }
         if port.has("trainer.total_episodes"):
             del given["trainer.total_epochs"]
-        for key, ours in given.items():
-            port.default(key, ours, "the default there")
+        for key, default in given.items():
+            port.default(key, default, "the default there")
         if not port.has(f"{self.lr}.lr_scheduler_type") and not port.has(f"{self.lr}.warmup_style"):
             port.default(
                 f"{self.lr}.lr_scheduler_type", {"lr_scheduler_type": "constant_with_warmup"}, "constant there"
@@ -330,10 +338,7 @@ class _EasyR1(_Nested):
             return
         in_reward = not port.get("algorithm.use_kl_loss", False)
         coefficient, penalty = port.get("algorithm.kl_coef", 1.0e-3), port.get("algorithm.kl_penalty", "kl")
-        if any(map(port.has, keys.split())):
-            self._estimated(keys, coefficient, penalty, in_reward)
-        else:
-            port.default("algorithm.kl_coef", {"beta": coefficient, "kl_estimator": "k1"}, "the default there")
+        self._estimated(keys, coefficient, penalty, in_reward)
 
 
 class _Verl(_Nested):
