@@ -49,7 +49,7 @@ def run_record(arguments: RunArguments, rows: Mapping[str, Any]) -> dict[str, An
         "datasets": {name: _dataset(name, data.dataset_dir) for name in names},
         "reward_code": [
             {"spec": code.spec, "file": str(code.file), "sha256": code.sha256, "is_installed": code.is_installed}
-            for code in describe(arguments.finetuning.reward_funcs, Path.cwd())
+            for code in describe(items(arguments.finetuning.reward_funcs), Path.cwd())
         ],
     }
 

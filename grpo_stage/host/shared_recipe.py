@@ -29,8 +29,10 @@ from grpo_stage.records.run_record import read_run_record
 
 RECIPE, PROVENANCE = "recipe.yaml", "provenance.json"
 CODE_FOLDER, DATA_FOLDER = "rewards", "data"
-MODEL_KEYS = ("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters", "reward_model")
-MODEL_KEYS += ("reward_model_adapters",)
+MODEL_KEYS = (
+    *("model_name_or_path", "adapter_name_or_path", "ref_model", "ref_model_adapters"),
+    *("reward_model", "reward_model_adapters"),
+)
 # Places of this machine alone, and keys that upload.
 _DROPPED = (
     *("cache_dir", "logging_dir", "media_dir", "tokenized_path", "resume_from_checkpoint", "overwrite_output_dir"),

@@ -4,23 +4,30 @@ Checkpoints hold every value, defaults included; this file holds what its user w
 """
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 
+logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's, whose handlers show it
+
 RUN_FILE = "grpo_run.json"
 
 
 def write_run_record(folder: str, record: Mapping[str, Any]) -> None:
-    """Write the record, which takes the place of that of an earlier run in the folder."""
-    os.makedirs(folder, exist_ok=True)
+    """Write the record, which takes the place of that of an earlier run in the folder. A full disk is a warning."""
     path = Path(folder, RUN_FILE)
     unfinished = path.with_name(f".{RUN_FILE}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, path)
+    except OSError as error:
+        logger.warning(
+            f"{path} cannot be written ({error}): the run goes on, and `grpo-stage recipe export` will not know it."
+        )
     finally:
         unfinished.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ import yaml
 from grpo_stage.host.parser import known_key_names
 from grpo_stage.host.recipe_text import read_recipe
 from grpo_stage.host.shared_recipe import export, read_shared, without_private
-from grpo_stage.records.run_record import RUN_FILE
+from grpo_stage.records.run_record import RUN_FILE, read_run_record, write_run_record
 from grpo_stage.tools import cli
 from grpo_stage.tools.porting import batch, trl
 from grpo_stage.tools.porting.files import port_file
@@ -512,6 +512,15 @@ def test_a_diff_names_what_differs_and_not_how_it_is_written(run: Path, tmp_path
     defaults = {"beta": 0.0, "seed": 42}
     assert differing(a, b, defaults) == []
     assert differing(a, c, defaults) == [("beta", 0.0, 0.1), ("seed", 42, 7)]
+
+
+def test_a_record_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, caplog: Any) -> None:
+    (tmp_path / "file").write_text("")
+    write_run_record(str(tmp_path / "file" / "out"), {"recipe": {}})
+    assert RUN_FILE in caplog.text
+    write_run_record(str(tmp_path / "out"), {"recipe": {"seed": 1}})
+    assert read_run_record(tmp_path / "out") == {"recipe": {"seed": 1}}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [RUN_FILE]
 
 
 def test_a_folder_without_a_run_is_explained(tmp_path: Path, capsys: Any) -> None:
