@@ -3,6 +3,7 @@
 Checkpoints hold every value, defaults included; this file holds what its user wrote, which is what is shared.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -25,11 +26,11 @@ def write_run_record(folder: str, record: Mapping[str, Any]) -> None:
         unfinished.write_text(json.dumps(record, indent=2, ensure_ascii=False), encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as error:
+        with contextlib.suppress(OSError):  # there may be no such file, or no folder to have it in
+            unfinished.unlink()
         logger.warning(
             f"{path} cannot be written ({error}): the run goes on, and `grpo-stage recipe export` will not know it."
         )
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_run_record(folder: Path) -> dict[str, Any]:
