@@ -12,6 +12,7 @@ from .host.engine import start_engine
 from .host.inputs import Preparation, prepare
 from .host.policy import load_policy
 from .host.precision import canary_bound
+from .host.provenance import run_record
 from .host.recovery import Recoveries, possible
 from .host.reference import reference_policy
 from .host.reward_models import load_reward_model
@@ -21,6 +22,7 @@ from .host.sampling import sampling_settings
 from .monitors.alarms import RecoveryRequested
 from .monitors.canary import TIGHT_BOUND
 from .records.redaction import errors_masked
+from .records.run_record import write_run_record
 from .trainer import GRPOTrainer
 from .types import RolloutEngine
 
@@ -44,6 +46,8 @@ def run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], lis
 
 def _run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], list[TrainerCallback]]) -> None:
     prepared = prepare(arguments)
+    if arguments.training.should_save:
+        write_run_record(arguments.training.output_dir, run_record(arguments, prepared.state["rows"]))
     with contextlib.ExitStack() as resources:
         resources.callback(prepared.rewards.close)
         run = _Run(prepared, callbacks_of, resources)

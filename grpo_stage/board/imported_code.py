@@ -13,18 +13,15 @@ import gradio as gr
 from gradio.components import Component
 
 from grpo_stage.board.locales import message
-from grpo_stage.host.adapters import items
-from grpo_stage.rewards.user_code import describe, is_code
+from grpo_stage.host.recipe_code import code_names, code_of
 
 
 IMPORTED, CONFIRMED = "train.grpo_imported_code", "train.grpo_confirmed_code"
-_TRUSTED = "trust_remote_code"
 
 
 def of_recipe(recipe: Mapping[str, Any]) -> str:
     """The parts of an imported recipe that run code, in the form that the page keeps."""
-    trusted = [_TRUSTED] if recipe.get(_TRUSTED) else []
-    return json.dumps([*filter(is_code, _names(recipe)), *trusted])
+    return json.dumps(code_names(recipe))
 
 
 def to_confirm(arguments: Mapping[str, Any], imported: str) -> dict[str, str]:
@@ -33,16 +30,7 @@ def to_confirm(arguments: Mapping[str, Any], imported: str) -> dict[str, str]:
     Raises:
         ValueError: if a function cannot be a reward function.
     """
-    from_elsewhere = json.loads(imported or "[]")
-    names = [name for name in _names(arguments) if name in from_elsewhere]
-    found = {f"{code.spec} {code.sha256}": str(code) for code in describe(names, Path.cwd())}
-    if _TRUSTED in from_elsewhere and arguments.get(_TRUSTED):
-        found[_TRUSTED] = f"{_TRUSTED}: Python code from the repository of {arguments.get('model_name_or_path')}"
-    return found
-
-
-def _names(arguments: Mapping[str, Any]) -> list[str]:
-    return [name.strip() for name in items(arguments.get("reward_funcs"))]
+    return code_of(arguments, json.loads(imported or "[]"), Path.cwd())
 
 
 def refuse_unconfirmed(

@@ -4,28 +4,21 @@ An import loses nothing: keys without a field, and values that a field cannot ho
 There `null` removes a value that the form would add by itself.
 """
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
-import yaml
 from gradio.components import Component
-from llamafactory.extras.constants import SUPPORTED_MODELS
-from llamafactory.hparams.data_args import DataArguments
-from llamafactory.hparams.generating_args import GeneratingArguments
-from llamafactory.hparams.model_args import ModelArguments
-from llamafactory.hparams.training_args import TrainingArguments
 
-from grpo_stage.arguments import ROLLOUT
 from grpo_stage.board import imported_code, page_state
-from grpo_stage.board.fields import FORM_FIELDS, GROUPS
+from grpo_stage.board.fields import FORM_FIELDS
 from grpo_stage.board.runner import EXTRA_ARGUMENTS, FORM_IDS, STAGE_NAME, GRPORunner
 from grpo_stage.host.configuration_file import STAGE, interpolates
+from grpo_stage.host.known_models import name_of
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
-from grpo_stage.records.redaction import mask
+from grpo_stage.host.recipe_sections import recipe_text
 
 
 # Keys that a field of the host holds as they are, but under another name: key -> element.
@@ -39,12 +32,6 @@ _RENAMED = {
 }
 _NO_FIELD = frozenset({"image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "output_dir"})
 """Keys whose value has another form in the host's field of that name."""
-_SECTIONS = (
-    ("model", ModelArguments),
-    ("dataset", DataArguments),
-    (ROLLOUT.lower(), GeneratingArguments),
-    ("train", TrainingArguments),
-)
 
 
 def import_recipe(runner: GRPORunner, recipe: Mapping[str, Any]) -> dict[Component, Any]:
@@ -89,7 +76,7 @@ def _form_values(runner: GRPORunner, wanted: Mapping[str, Any], effective: Mappi
     model_path = effective["model_name_or_path"]
     form |= {
         "train.training_stage": STAGE_NAME,
-        "top.model_name": _model_name(model_path) if model_path else None,
+        "top.model_name": (name_of(model_path) or "Custom") if model_path else None,  # the host's name for others
         "top.model_path": model_path or "",
         "top.checkpoint_path": [_as_path(path) for path in _items(effective["adapter_name_or_path"])],
         "top.quantization_bit": str(effective["quantization_bit"] or "none"),
@@ -155,11 +142,6 @@ def _booster(effective: Mapping[str, Any]) -> str:
     return "flashattn2" if str(getattr(effective["flash_attn"], "value", effective["flash_attn"])) == "fa2" else "auto"
 
 
-def _model_name(path: str) -> str:
-    """The host's name for a model, or its name for an unknown model."""
-    return next((name for name, paths in SUPPORTED_MODELS.items() if path in paths.values()), "Custom")
-
-
 def _as_path(path: str) -> str:
     """The path with a separator: the host looks for a path without one in its own folder."""
     return path if os.path.sep in path else os.path.join(".", path)
@@ -171,18 +153,5 @@ def _items(value: Any) -> list[str]:
 
 def export_recipe(arguments: Mapping[str, Any]) -> str:
     """A run's arguments as a YAML file to share, without secrets, in the sections of the host's examples."""
-    arguments = mask(arguments)
-    groups = {field.key: field.group.lower() for field in FORM_FIELDS}
-    for name, owner in _SECTIONS:
-        groups |= {spec.name: name for spec in dataclasses.fields(owner) if spec.name not in groups}
-    groups |= dict.fromkeys(("stage", "do_train"), "method")
-    order = ["model", "method", "dataset", *(group.lower() for group in GROUPS), "train"]
-    parts = ["# llamafactory-cli train grpo.yaml"]
-    for name in order:
-        section = {
-            key: value for key, value in arguments.items() if groups.get(key, "method") == name and value is not None
-        }
-        if section:
-            body = yaml.safe_dump(section, allow_unicode=True, sort_keys=False, width=119)
-            parts.append(f"### {name}\n{body.rstrip()}")
-    return "\n\n".join(parts) + "\n"
+    sections = {field.key: field.group.lower() for field in FORM_FIELDS}
+    return recipe_text(arguments, "# llamafactory-cli train grpo.yaml", sections)

@@ -72,6 +72,12 @@ def check_files(named: Iterable[tuple[str, str]], dataset_dir: Any) -> None:
             _check_path(f"`{key}: {name}`", path)
 
 
+def local_files(name: str, dataset_dir: Any) -> list[Path]:
+    """The files of a dataset on this machine; none for one of a hub."""
+    path = _local_path(name, dataset_dir)
+    return [] if path is None else [file for file in _files(path) if file.is_file()]
+
+
 def defect_of(key: str, name: str, dataset_dir: Any) -> str | None:
     """The first defect in a dataset's local files, with its place; None if there is none."""
     path = _local_path(name, dataset_dir)

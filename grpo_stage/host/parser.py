@@ -4,6 +4,7 @@ Flags become the same mapping as a YAML file, so there is one route: keys, types
 then the host's own parser.
 """
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from functools import cache
@@ -81,7 +82,8 @@ def _parse(raw: RawArguments) -> RunArguments:
         )
     given = frozenset(key for key, value in written.items() if value is not None)
     model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})
-    arguments = RunArguments(model, data, training, finetuning, generating, given)
+    kept = copy.deepcopy({key: written[key] for key in written if key in given})
+    arguments = RunArguments(model, data, training, finetuning, generating, given, kept)
     assert isinstance(arguments.finetuning, GRPOFinetuningArguments), "grpo_stage.plugin.registration is not installed"
     _derive(arguments)
     refuse_unfit(arguments)
@@ -145,6 +147,11 @@ def _hints() -> Mapping[str, Any]:
         resolved = get_type_hints(cls)
         hints.update({spec.name: resolved[spec.name] for spec in dataclasses.fields(cls) if spec.init})
     return hints
+
+
+def known_key_names() -> frozenset[str]:
+    """The keys that a recipe may have: those of the host and of this stage."""
+    return frozenset(_hints())
 
 
 def effective_defaults() -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """The arguments of a run: the host's five parts, with our keys among them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Any
 
 from llamafactory.hparams.data_args import DataArguments
 from llamafactory.hparams.generating_args import GeneratingArguments
@@ -22,6 +24,8 @@ class RunArguments:
     generating: GeneratingArguments
     given: frozenset[str]
     """The keys that the user wrote: the values do not show whether a default was chosen."""
+    written: Mapping[str, Any] = field(default_factory=dict)
+    """Those keys with their values, as they were before the host and this stage derived others from them."""
 
     def values(self) -> SimpleNamespace:
         """The value of every key of the run, by its name."""

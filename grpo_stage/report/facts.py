@@ -13,10 +13,10 @@ from grpo_stage import __version__
 from grpo_stage.monitors.alarm import Alarm, History, Series, Watch
 from grpo_stage.records.completions import COMPLETIONS_FILE
 from grpo_stage.records.redaction import mask, mask_text
-from grpo_stage.records.run_files import LOG_FILE
+from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE
 from grpo_stage.report.charts import DrawnSection, sections_of
 from grpo_stage.report.completions import Completions, completions_of
-from grpo_stage.report.run_folder import ALARMS_FILE, Outcome, Run, read_run
+from grpo_stage.report.run_folder import Outcome, Run, read_run
 from grpo_stage.report.settings import shown
 
 

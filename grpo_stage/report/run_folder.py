@@ -11,15 +11,13 @@ from typing import Any, Literal
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.records.completions import COMPLETIONS_FILE
-from grpo_stage.records.run_files import LOG_FILE
+from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE
 from grpo_stage.report.lines import read_object, records_of
 from grpo_stage.report.settings import Settings, settings_of
 from grpo_stage.survival.checkpoints import FINISHED_FILE, RESULTS
 from grpo_stage.survival.run_lock import LOCK_FILE, refuse_used
 
 
-ALARMS_FILE = "alarms.jsonl"
-"""A line an alarm, with the fields of `Alarm`."""
 TRAINER_STATE = "trainer_state.json"
 State = Literal["finished", "running", "stopped", "failed", "unknown"]
 _MAX_STEP = 10**18

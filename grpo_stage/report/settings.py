@@ -10,14 +10,13 @@ from typing import Any
 import yaml
 
 from grpo_stage.records.redaction import mask, secrets_in
+from grpo_stage.records.run_record import RUN_FILE
 from grpo_stage.report.lines import read_object
 from grpo_stage.survival.checkpoints import STATE_FILE
 
 
 BOARD_FILE = "training_args.yaml"
 """Written by LLaMA Board beside the runs it starts."""
-RUN_RECORD = "grpo_run.json"
-"""What a run was started with: its recipe as its user wrote it, versions, hashes of its data and reward code."""
 MODEL_CARD = "README.md"
 _MAX_BYTES = 2**20
 _CARD_LINE = re.compile(r"- ([\w .-]+): (.+)")
@@ -49,13 +48,13 @@ class Settings:
 def settings_of(folder: Path, checkpoint: Path | None) -> Settings:
     """The settings of the run in `folder`, whose newest checkpoint is `checkpoint`."""
     state = read_object(checkpoint / STATE_FILE) if checkpoint else {}
-    record = read_object(folder / RUN_RECORD)
+    record = read_object(folder / RUN_FILE)
     card = _read_text(folder / MODEL_CARD)
     places = [folder, *([checkpoint] if checkpoint else [])]
     adapter = next(filter(None, (read_object(place / "adapter_config.json") for place in places)), {})
     parts = {
         f"{checkpoint.name}/{STATE_FILE}" if checkpoint else "": _mapping(state.get("recipe")),
-        RUN_RECORD: _mapping(record.get("recipe")),
+        RUN_FILE: _mapping(record.get("recipe")),
         BOARD_FILE: _read_yaml(folder / BOARD_FILE),
         "adapter_config.json": {ours: adapter[name] for name, ours in _ADAPTER_KEYS.items() if name in adapter},
         f"{MODEL_CARD} (LLaMA-Factory's names)": _listed(card, "Training hyperparameters"),

@@ -9,10 +9,20 @@ import sys
 from collections.abc import Sequence
 
 from grpo_stage import __version__
-from grpo_stage.tools import check, configuration_docs, doctor, probe, quickstart_model, report, sweep, try_rewards
+from grpo_stage.tools import (
+    check,
+    configuration_docs,
+    doctor,
+    probe,
+    quickstart_model,
+    recipe,
+    report,
+    sweep,
+    try_rewards,
+)
 
 
-SUBCOMMANDS = (quickstart_model, doctor, check, try_rewards, probe, sweep, report, configuration_docs)
+SUBCOMMANDS = (quickstart_model, doctor, check, try_rewards, probe, sweep, report, recipe, configuration_docs)
 
 
 def build_parser() -> argparse.ArgumentParser:

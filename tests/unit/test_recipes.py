@@ -27,9 +27,12 @@ HOST_CLASSES = (
 TRAINING_ONLY = {field.name for field in dataclasses.fields(hparams.TrainingArguments)} | grpo_field_names()
 
 every_recipe = pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+TRAINING = [path for path in RECIPES if "\nstage:" in path.read_text()]
 every_training_recipe = pytest.mark.parametrize(
-    "path", [path for path in RECIPES if "\nstage:" in path.read_text()], ids=lambda path: path.stem
+    "path", [path for path in TRAINING if "\nstage: grpo\n" in path.read_text()], ids=lambda path: path.stem
 )
+EXPLAINED = [path for path in TRAINING if path.parent == EXAMPLES]
+"""The recipes of papers are explained by their papers."""
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -81,6 +84,10 @@ def test_the_parser_accepts_it(path: Path, tiny_model_dir: Path, tmp_path: Path)
     config = json.loads((tiny_model_dir / "config.json").read_text(encoding="utf-8"))
     (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}), encoding="utf-8")
     here = {"model_name_or_path": str(tmp_path), "output_dir": str(tmp_path / "out"), "use_cpu": True, "bf16": False}
+    # What an earlier run writes: an adapter, a reward model.
+    adapter = {"peft_type": "LORA", "r": 8, "target_modules": ["q_proj"], "base_model_name_or_path": str(tmp_path)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(adapter), encoding="utf-8")
+    here |= dict.fromkeys({"adapter_name_or_path", "reward_model"} & recipe.keys(), str(tmp_path))
     parsed = parse({**recipe, **here})
     assert parsed.finetuning.num_generations == recipe["num_generations"]
     assert parsed.generating.max_new_tokens == recipe["max_new_tokens"]
@@ -100,6 +107,32 @@ def test_the_dataset_is_listed(path: Path) -> None:
 def test_a_chat_recipe_has_no_training_keys(path: Path) -> None:
     recipe = load(path)
     assert "stage" in recipe or TRAINING_ONLY.isdisjoint(recipe)
+
+
+@pytest.mark.parametrize("path", EXPLAINED, ids=lambda path: path.stem)
+def test_it_opens_with_what_a_user_has_to_know(path: Path) -> None:
+    head = path.read_text(encoding="utf-8").partition("\n### ")[0]
+    assert f"\n# llamafactory-cli train yaml_examples/{path.name}\n" in head
+    for part in ("\n# Hardware: ", "\n# Memory: ", "\n# What to expect: "):
+        assert part in head, part
+
+
+def test_the_cold_start_goes_on_from_what_its_first_file_writes() -> None:
+    sft, grpo = (load(EXAMPLES / f"cold_start_{name}.yaml") for name in ("1_sft", "2_grpo"))
+    assert grpo["adapter_name_or_path"] == sft["output_dir"]
+    same = ("model_name_or_path", "template", "lora_rank", "lora_target", "finetuning_type")
+    assert {key: grpo[key] for key in same} == {key: sft[key] for key in same}
+
+
+def test_the_cold_start_data_is_what_its_script_writes() -> None:
+    script = runpy.run_path(str(EXAMPLES / "data" / "make_cold_start.py"))
+    made = script["rows"]()
+    for name, rows in zip(("cold_start_sft", "cold_start"), made, strict=True):
+        lines = (EXAMPLES / "data" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line) for line in lines] == rows
+    questions = [{row["question"] for row in rows} for rows in made]
+    assert questions[0].isdisjoint(questions[1])
+    assert len(questions[0]) == 200
 
 
 def test_the_chat_loads_what_the_quick_start_writes() -> None:

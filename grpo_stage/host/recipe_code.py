@@ -1,0 +1,45 @@
+"""The code that a recipe from elsewhere would run: one list for LLaMA Board and for the command line."""
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from grpo_stage.host.adapters import items
+from grpo_stage.rewards.user_code import describe, is_code
+
+
+TRUSTED = "trust_remote_code"
+
+
+def code_names(recipe: Mapping[str, Any]) -> list[str]:
+    """The parts of a recipe that run code: functions that are not built in, and `trust_remote_code`."""
+    functions = [name.strip() for name in items(recipe.get("reward_funcs"))]
+    return [*filter(is_code, functions), *([TRUSTED] if recipe.get(TRUSTED) else [])]
+
+
+def code_of(recipe: Mapping[str, Any], names: Collection[str], folder: Path) -> dict[str, str]:
+    """What would run of the code that `names` lists: from a text that changes with a file to one that is shown.
+
+    Args:
+        recipe: its keys.
+        names: those of `code_names` that are asked for.
+        folder: where relative paths start.
+
+    Raises:
+        ValueError: if a function cannot be a reward function.
+    """
+    asked = [name for name in code_names(recipe) if name in names]
+    found = {f"{code.spec} {code.sha256}": str(code) for code in describe([n for n in asked if n != TRUSTED], folder)}
+    if TRUSTED in asked:
+        found[TRUSTED] = f"{TRUSTED}: Python code from the repository of {recipe.get('model_name_or_path')}"
+    return found
+
+
+def own_files(recipe: Mapping[str, Any], folder: Path) -> list[Path]:
+    """The files of the reward functions that are not of an installed package: what there is to read.
+
+    Raises:
+        ValueError: as `code_of`.
+    """
+    functions = [name for name in code_names(recipe) if name != TRUSTED]
+    return list(dict.fromkeys(code.file for code in describe(functions, folder) if not code.is_installed))

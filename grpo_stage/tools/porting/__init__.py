@@ -1,0 +1,1 @@
+"""Recipes of other systems as recipes of this stage, with an account of every key."""

@@ -1,0 +1,205 @@
+"""A recipe of another system on its way to ours: what became of each of its keys, and why."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from grpo_stage.host.keys import TRL_KEYS
+from grpo_stage.host.unsupported import UNSUPPORTED
+
+
+class Fate(StrEnum):
+    """What became of a key."""
+
+    TAKEN = "taken"
+    RENAMED = "renamed"
+    COMPUTED = "computed"
+    DEFAULT = "default"
+    """The key is not in the file, and the other system's default is not ours: it is written down."""
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One row of the account."""
+
+    key: str
+    """As the file has it; dotted where it is nested."""
+    value: Any
+    fate: Fate
+    ours: Mapping[str, Any] = field(default_factory=dict)
+    """The keys of ours that come of it."""
+    note: str = ""
+    """The reason, and how the meaning differs."""
+    changes_learning: bool = False
+    """What is trained differs from what the file says: a person has to look at it."""
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**dataclasses.asdict(self), "fate": self.fate.value, "ours": dict(self.ours)}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A row of a system's table: what becomes of a key whose value is taken by itself."""
+
+    ours: str | None = None
+    """The key of ours; None if it is left."""
+    convert: Callable[[Any], Any] = lambda value: value
+    note: str = ""
+    changes_learning: bool = False
+
+
+# Keys of several systems that decide where a run writes, what it logs, how fast it is and how much memory it takes.
+WITHOUT_EFFECT = frozenset(
+    [
+        "hub_strategy",
+        "hub_model_id",
+        "hub_model_revision",
+        "hub_token",
+        "push_to_hub",
+        "push_to_hub_revision",
+        "overwrite_hub_revision",
+        "callbacks",
+        "benchmarks",
+        "num_completions_to_print",
+        "wandb_entity",
+        "wandb_project",
+        "wandb_run_group",
+        "wandb_log_unique_prompts",
+        "log_unique_prompts",
+        "run_name",
+        "project",
+        "trackio_space_id",
+        "num_processes",
+        "deepspeed",
+        "fsdp",
+        "fsdp_config",
+        "accelerator_config",
+        "torch_compile",
+        "torch_compile_backend",
+        "torch_compile_mode",
+        "per_device_eval_batch_size",
+        "eval_accumulation_steps",
+        "bf16_full_eval",
+        "fp16_full_eval",
+        "dataset_num_proc",
+        "dataset_streaming",
+        "use_liger_kernel",
+        "use_liger_loss",
+        "vllm_device",
+        "vllm_dtype",
+        "vllm_mode",
+        "vllm_server_host",
+        "vllm_server_port",
+        "vllm_server_base_url",
+        "vllm_server_timeout",
+        "vllm_tensor_parallel_size",
+        "vllm_enable_prefix_caching",
+        "vllm_max_num_seqs",
+        "vllm_model_impl",
+        "vllm_group_port",
+        "ds3_gather_for_generation",
+        "cache_implementation",
+        "use_transformers_paged",
+        "torch_empty_cache_steps",
+        "model_code_revision",
+        "disable_dropout",
+        "logging_first_step",
+        "log_level",
+        "data_seed",
+        "dataloader_drop_last",
+    ]
+)
+
+
+class Port:
+    """The recipe that is being made, and the account so far.
+
+    Args:
+        source: the file's keys; nested ones dotted.
+        known: the keys of LLaMA-Factory and of this stage.
+        has_no_effect: whether a key that is left changes nothing of what is learned.
+    """
+
+    def __init__(
+        self,
+        source: Mapping[str, Any],
+        known: Collection[str],
+        has_no_effect: Callable[[str], bool] = WITHOUT_EFFECT.__contains__,
+    ) -> None:
+        self.source = dict(source)
+        self.recipe: dict[str, Any] = {"stage": "grpo", "do_train": True}
+        self.lines: list[Line] = []
+        self._known = known
+        self._has_no_effect = has_no_effect
+        self._open = dict(source)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value of a key that is given a fate elsewhere; None stands for a key that is not written."""
+        value = self.source.get(key)
+        return default if value is None else value
+
+    def has(self, key: str) -> bool:
+        return self.source.get(key) is not None
+
+    def put(
+        self,
+        keys: str,
+        ours: Mapping[str, Any],
+        fate: Fate = Fate.COMPUTED,
+        note: str = "",
+        changes_learning: bool = False,
+    ) -> None:
+        """Write keys of ours, and account for the keys (separated by spaces) that they come of."""
+        self.recipe |= ours
+        for key in keys.split():
+            if key in self._open or fate is Fate.DEFAULT:
+                self._open.pop(key, None)
+                self.lines.append(Line(key, self.source.get(key), fate, dict(ours), note, changes_learning))
+
+    def default(self, key: str, ours: Mapping[str, Any], note: str = "") -> None:
+        """Write the other system's default of a key that the file does not have."""
+        if not self.has(key):
+            self.put(key, ours, Fate.DEFAULT, note)
+
+    def leave(self, keys: str, note: str, changes_learning: bool | None = None) -> None:
+        """Leave keys out; by default they count as changing what is learned unless they are known not to."""
+        for key in keys.split():
+            if key not in self._open:
+                continue
+            self._open.pop(key)
+            changes = not self._has_no_effect(key) if changes_learning is None else changes_learning
+            self.lines.append(Line(key, self.source[key], Fate.LEFT, {}, note, changes))
+
+    def finish(self, table: Mapping[str, Entry]) -> None:
+        """Give every key that is still open its fate: by the table, by TRL's names, or by its own."""
+        for key, value in list(self._open.items()):
+            if value is None:
+                self.leave(key, "it has no value", False)
+            elif key in table:
+                self._by_entry(key, value, table[key])
+            elif key in TRL_KEYS:
+                entry = TRL_KEYS[key]
+                is_loss = entry.ours is None and not self._has_no_effect(key)
+                self._by_entry(key, value, Entry(entry.ours, entry.convert, entry.note, is_loss))
+            elif key in self._known:
+                self._by_own_name(key, value)
+            else:
+                self.leave(key, "neither LLaMA-Factory nor this stage has such a key")
+
+    def _by_entry(self, key: str, value: Any, entry: Entry) -> None:
+        if entry.ours is None:
+            self.leave(key, entry.note, entry.changes_learning)
+            return
+        ours = {entry.ours: entry.convert(value)}
+        self.put(key, ours, Fate.TAKEN if ours == {key: value} else Fate.RENAMED, entry.note, entry.changes_learning)
+
+    def _by_own_name(self, key: str, value: Any) -> None:
+        refused = next((entry for entry in UNSUPPORTED if key in entry.keys.split()), None)
+        if refused is not None:
+            # A value without any effect need not be written either.
+            self.leave(key, refused.reason, False if value in refused.harmless else None)
+        else:
+            self.put(key, {key: value}, Fate.TAKEN)
