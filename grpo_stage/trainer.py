@@ -86,7 +86,7 @@ class GRPOTrainer(ResumableTrainer):
         self.grpo_args = grpo_args
         self.reference = reference
         self.tracker = MetricTracker()
-        phases = Phases(self.stop, self.watchdog, self.tracker)
+        self.phases = phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
         self.monitors = self._make_monitors(prompts_per_step, rewards.names, max_sampling_logprob_diff, tests_slope)
         self.learner = Learner(

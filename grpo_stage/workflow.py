@@ -1,5 +1,6 @@
 """run_grpo(): the composition root. Reads like the host's run_dpo."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -25,17 +26,28 @@ from .trainer import GRPOTrainer
 logger = facade.get_logger(__name__)
 
 
-def run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
+def run_grpo(
+    arguments: RunArguments,
+    callbacks: list[TrainerCallback],
+    make_trainer: Callable[..., GRPOTrainer] = GRPOTrainer,
+) -> None:
     """Train with GRPO as the arguments say, and save what the host's chat and export load.
+
+    Args:
+        arguments: the recipe.
+        callbacks: Trainer's.
+        make_trainer: takes what `GRPOTrainer` takes; a measurement has a trainer of its own.
 
     Raises:
         ValueError: if the data or the model's files show an error; raised before the weights are loaded.
     """
     with errors_masked(*(vars(part) for part in (arguments.model, arguments.training, arguments.finetuning))):
-        _run_grpo(arguments, callbacks)
+        _run_grpo(arguments, callbacks, make_trainer)
 
 
-def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
+def _run_grpo(
+    arguments: RunArguments, callbacks: list[TrainerCallback], make_trainer: Callable[..., GRPOTrainer]
+) -> None:
     training_args, finetuning_args = arguments.training, arguments.finetuning
     recipe = recipe_of(arguments)  # before the host's loaders change the arguments
     rewards = load_rewards(
@@ -64,7 +76,7 @@ def _run_grpo(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None
     engine = start_engine(arguments, model, tokenizer, sampling)
     bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
     try:
-        trainer = GRPOTrainer(
+        trainer = make_trainer(
             model=model,
             args=training_args,
             grpo_args=finetuning_args,

@@ -1,15 +1,11 @@
 """A recipe -> what its run holds on a device, and what PPO with a critic would."""
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import nn
 
 from grpo_stage.host import facade
 from grpo_stage.host.empty_model import dtype_of_files, empty_model, empty_policy
@@ -18,6 +14,7 @@ from grpo_stage.memory.engine import Engine, hf_engine, kv_bytes_per_token, vllm
 from grpo_stage.memory.optimizers import galore_states, state_bytes
 from grpo_stage.memory.parts import GIB, Budget
 from grpo_stage.memory.plan import CONTEXT, USABLE, Others, Trainee, grpo, ppo
+from grpo_stage.memory.ppo import critic_of
 from grpo_stage.memory.sizes import Quantization, Sizes, sizes_of
 from grpo_stage.memory.trace import Load, Trace, trace
 from grpo_stage.update.activations import OF_A_LOGIT, OF_ADAM
@@ -154,7 +151,7 @@ class _Planner:
         )
         checkpointing = self._checkpointing(sizes, kept, others)
         trainee = self._trainee(sizes, recomputed if checkpointing else kept)
-        critic = _critic_of(policy)
+        critic = critic_of(policy)
         of_critic = self._trainee(
             sizes_of(critic, self.quantization),
             trace(critic, self.load, self.autocast, checkpointing=checkpointing, gives_values=True),
@@ -262,16 +259,6 @@ class _Planner:
         held = sizes.weights + others.process + others.reference + others.reward_model + others.engine.left_in_update
         needed = kept.kept + OF_A_LOGIT * MAX_LOGITS[kind] + OF_ADAM * sum(each.numel for each in sizes.trainable)
         return needed > USABLE_FOR_ACTIVATIONS[kind] * (self.device.capacity - held)
-
-
-def _critic_of(policy: Any) -> Any:
-    """The same model, trained in the same way, with one number a token in the place of logits."""
-    critic = copy.deepcopy(policy)
-    base = critic.get_base_model() if isinstance(critic, PeftModel) else critic
-    hidden = base.config.get_text_config().hidden_size
-    with torch.device("meta"):
-        base.set_output_embeddings(nn.Linear(hidden, 1, bias=False, dtype=torch.float32))
-    return critic
 
 
 def _on_the_same_base(critic: Trainee) -> Trainee:

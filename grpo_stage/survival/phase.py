@@ -1,8 +1,8 @@
 """A phase of a step: it is timed, it has a time limit, and a stop leaves it on all ranks together."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.survival.stop import SafeStop
@@ -35,12 +35,15 @@ class Phases:
         self._stop = stop
         self._watchdog = watchdog
         self.tracker = tracker
+        self.observe: Callable[[str], AbstractContextManager[object]] = nullcontext
+        """Entered with the name of each phase, for what is measured beside its seconds."""
 
     @contextmanager
     def timed(self, name: str) -> Iterator[Clock]:
         """Log the block's seconds as time/{name}."""
         clock = Clock()
-        yield clock
+        with self.observe(name):
+            yield clock
         self.tracker.add(f"time/{name}", clock.stop())
 
     @contextmanager

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Sequence
 
 from grpo_stage import __version__
-from grpo_stage.tools import configuration_docs, plan, quickstart_model, try_rewards
+from grpo_stage.tools import configuration_docs, plan, profile, quickstart_model, try_rewards
 
 
-SUBCOMMANDS = (quickstart_model, try_rewards, plan, configuration_docs)
+SUBCOMMANDS = (quickstart_model, try_rewards, plan, profile, configuration_docs)
 
 
 def build_parser() -> argparse.ArgumentParser:
