@@ -1,6 +1,6 @@
 """The model that a recipe trains, as shapes alone: read from its config, with adapters and precisions as in a run."""
 
-import dataclasses
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,8 @@ def empty_policy(arguments: RunArguments) -> Any:
             return _with_adapter_of(model, adapters[-1], model_args.adapter_folder, finetuning_args.pure_bf16)
         model_args = type(model_args).copyfrom(model_args, adapter_name_or_path=None)  # merged: they take nothing
         # PiSSA's start is a decomposition of weights that are not there; the adapter's shapes are the same.
-        finetuning_args = dataclasses.replace(finetuning_args, pissa_init=False)
+        finetuning_args = copy.copy(finetuning_args)
+        finetuning_args.pissa_init = False
     with torch.device("meta"):
         return facade.init_adapter(config, model, model_args, finetuning_args, True)
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from grpo_stage.memory.sizes import sizes_of
+from grpo_stage.rollout.engines.hf import HFEngine
 from grpo_stage.trainer import GRPOTrainer
 from grpo_stage.types import Step
 from grpo_stage.update.reference import InitialWeightsReference, ModelReference
@@ -34,8 +35,8 @@ class Meter:
         gc.collect()
         if not self._on_cuda:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
-        self.at_start = self.now()
-        """Before there was a model."""
+        self.process = self.now()
+        """What is held beside the run: on a CPU the interpreter, its libraries and the dataset."""
         self._begin_anew()
 
     def enter(self, name: str) -> None:
@@ -43,6 +44,13 @@ class Meter:
         self.peaks[self._phase] = max(self.peaks.get(self._phase, 0), self._peak())
         self._phase = name
         self._begin_anew()
+
+    def leave_out_what_is_no_tensor(self, num_bytes: int) -> None:
+        """Begin with the phases of a step, when the run is loaded and holds tensors of so many bytes."""
+        if not self._on_cuda:
+            self.process = self.now() - num_bytes
+        self._begin_anew()
+        self.peaks.clear()
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -83,6 +91,11 @@ class MeasuredTrainer(GRPOTrainer):
         """Bytes of tensors that were counted one by one."""
         self.lengths: list[tuple[int, int]] = []
         """Of prompt and completion of each sample that was trained on."""
+        for parameter in self.model.parameters():
+            parameter.detach().sum()  # a file that is mapped takes no memory until it is read
+        if isinstance(kwargs["engine"], HFEngine):  # another engine's tensors are not known
+            weights = sum(p.nbytes for p in self.model.parameters())
+            meter.leave_out_what_is_no_tensor(weights + self.parts["reference"])
         self.phases.observe = meter.phase
         self._learn = self.learner.learn
         self.learner.learn = self.learn  # type: ignore[method-assign]

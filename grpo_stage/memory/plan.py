@@ -9,8 +9,8 @@ from grpo_stage.memory.sizes import Sizes
 from grpo_stage.memory.trace import Trace
 
 
-CONTEXT = {"cuda": 0.5 * GIB, "cpu": 0.75 * GIB}
-"""What the process holds before there is a model: CUDA's context and kernels; Python with its libraries."""
+CONTEXT = {"cuda": 0.5 * GIB, "cpu": 1.0 * GIB}
+"""What is there without a model: CUDA's context and kernels; Python with its libraries and the dataset."""
 USABLE = 0.95
 """The share of a device that tensors can fill: the rest is lost between them."""
 

@@ -200,6 +200,7 @@ def _make_fake(model: nn.Module) -> None:
     """Give it fake tensors of the CPU for weights and buffers; tied ones stay tied."""
     made: dict[int, torch.Tensor] = {}
     for module in model.modules():
+        tensors: Any
         for tensors in (module._parameters, module._buffers):
             for name, tensor in tensors.items():
                 if tensor is None:

@@ -105,7 +105,7 @@ def _device(configuration: Mapping[str, Any], size: float | None, count: int) ->
     from grpo_stage.host.memory_plan import Device, this_device
     from grpo_stage.host.parser import typed
 
-    uses_cpu = bool(typed(configuration).get("use_cpu"))
+    uses_cpu = bool(typed(dict(configuration)).get("use_cpu"))
     if size is None:
         return dataclasses.replace(this_device(uses_cpu), count=count)
     return Device("cpu" if uses_cpu else "cuda", size, count)
@@ -118,7 +118,7 @@ def _plan(
     from grpo_stage.host.memory_plan import make_plan
     from grpo_stage.host.parser import typed
 
-    written = typed(configuration)
+    written = typed(dict(configuration))
     precision = {key: bool(written.get(key)) for key in PRECISIONS}
     arguments = parse_without_run(configuration, on_device=False)
     plan = make_plan(arguments, precision, device, **lengths)

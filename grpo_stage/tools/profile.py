@@ -41,7 +41,7 @@ TOLERANCE = 0.15
 """Of the total that the run adds to its process; past it the plan is said to be off."""
 STEPS = 2
 # Every completion takes part in the update, whatever its reward, in GRPO as in PPO.
-_FOR_A_MEASUREMENT = {
+FOR_A_MEASUREMENT = {
     "max_steps": STEPS,
     "save_strategy": "no",
     "eval_strategy": "no",
@@ -53,7 +53,7 @@ _FOR_A_MEASUREMENT = {
     "disable_zero_advantage_skipping": True,
 }
 # Freed memory goes back to the system at once, so that the resident size is that of what is alive.
-_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,11 +62,11 @@ class Measured:
 
     name: str
     phases: Mapping[str, float]
-    """Peak of each, above what the process held before the model, bytes."""
+    """Peak of each, the process left out, bytes."""
     parts: Mapping[str, float]
     """Tensors that were counted, bytes."""
     process: float
-    """What it held before the model, bytes."""
+    """Interpreter, libraries and dataset, bytes."""
     planned: float
     """The plan's peak for these lengths, the process left out, bytes."""
     gradient_checkpointing: bool
@@ -85,9 +85,7 @@ class Measured:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
-    parser.add_argument(
-        "--ppo", action="store_true", help="measure PPO with a critic as well, which is a second model"
-    )
+    parser.add_argument("--ppo", action="store_true", help="measure PPO with a critic, a second model, as well")
     parser.add_argument(
         "--keep-freed",
         action="store_true",
@@ -101,28 +99,39 @@ def run(args: argparse.Namespace) -> int:
         with errors_explained(configuration):
             parse_without_run(configuration, on_device=True)  # errors of the recipe come before a process starts
             names = ["GRPO", *(["PPO"] if args.ppo else [])]
-            results = [_measure(configuration, name, args.keep_freed) for name in names]
+            results = [measure(configuration, name, args.keep_freed) for name in names]
     write_json(args.json, [{**dataclasses.asdict(each), "peak": each.peak, "error": each.error} for each in results])
     if str(args.json) != "-":
         _print(results)
     return ATTENTION if any(abs(each.error) > TOLERANCE for each in results) else 0
 
 
-def _measure(configuration: Mapping[str, Any], name: str, keeps_freed: bool) -> Measured:
+def measure(configuration: Mapping[str, Any], name: str, keeps_freed: bool) -> Measured:
     with tempfile.TemporaryDirectory(prefix="grpo-stage-profile-") as folder:
         recipe, result = Path(folder, "recipe.json"), Path(folder, "result.json")
-        values = {**configuration, **_FOR_A_MEASUREMENT, "output_dir": str(Path(folder, "output"))}
+        values = {**configuration, **FOR_A_MEASUREMENT, "output_dir": str(Path(folder, "output"))}
         recipe.write_text(json.dumps(values), encoding="utf-8")
         command = [sys.executable, "-m", "grpo_stage.tools.profile_step", str(recipe), str(result)]
-        environment = os.environ | ({} if keeps_freed else _ENVIRONMENT)
+        environment = os.environ | ({} if keeps_freed else MALLOC)
         ended = subprocess.run([*command, *(["--ppo"] if name == "PPO" else [])], env=environment, stdout=sys.stderr)
         if ended.returncode != 0:
             raise ValueError(
-                f"The measured run of {name} ended with exit code {ended.returncode}; its messages are above. Mend what "
-                "they name, or run `grpo-stage plan`, which needs no run."
+                f"The measured run of {name} ended with exit code {ended.returncode}; its messages are above. Mend "
+                "what they name, or run `grpo-stage plan`, which needs no run."
             )
         found = json.loads(result.read_text(encoding="utf-8"))
-    start = found["at_start_bytes"]
+    return compared(configuration, name, found)
+
+
+def compared(configuration: Mapping[str, Any], name: str, found: Mapping[str, Any]) -> Measured:
+    """What `profile_step` found, beside the plan for the same lengths.
+
+    Args:
+        configuration: the recipe.
+        name: GRPO or PPO.
+        found: the result of the measured process.
+    """
+    start = found["process_bytes"]
     return Measured(
         name=name,
         phases={phase: float(max(0, peak - start)) for phase, peak in found["phases"].items()},
@@ -161,7 +170,7 @@ def _print(results: Sequence[Measured]) -> None:
     first = results[0]
     console.print(
         f"Two steps, prompts of {first.prompt_tokens:.0f} and completions of {first.completion_tokens:.0f} tokens in "
-        f"the mean. GiB above the {first.process / GIB:.2f} that the process held before the model:\n"
+        f"the mean. GiB above the {first.process / GIB:.2f} of Python, its libraries and the dataset:\n"
     )
     table = Table("peak of a phase")
     for each in results:

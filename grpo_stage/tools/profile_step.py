@@ -24,12 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--ppo", action="store_true")
     args = parser.parse_args(argv)
     with quiet_host(), ending_at_once():
-        result = _measure(json.loads(args.recipe.read_text(encoding="utf-8")), is_ppo=args.ppo)
+        result = measure(json.loads(args.recipe.read_text(encoding="utf-8")), is_ppo=args.ppo)
     write_json(args.result, result)
     return 0
 
 
-def _measure(configuration: dict[str, Any], is_ppo: bool) -> dict[str, Any]:
+def measure(configuration: dict[str, Any], is_ppo: bool) -> dict[str, Any]:
+    """Run a recipe in this process: what its steps held, ready for JSON."""
     from grpo_stage.host.parser import parse
     from grpo_stage.memory.measure import MeasuredTrainer, Meter
     from grpo_stage.memory.ppo import PPOTrainer
@@ -52,7 +53,7 @@ def _measure(configuration: dict[str, Any], is_ppo: bool) -> dict[str, Any]:
     base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
     return {
         "device_type": arguments.training.device.type,
-        "at_start_bytes": meter.at_start,
+        "process_bytes": meter.process,
         "phases": meter.peaks,
         "parts": trainer.parts,
         "gradient_checkpointing": bool(base.is_gradient_checkpointing),
