@@ -179,7 +179,13 @@ class _Planner:
 
     def _trainee(self, sizes: Sizes, micro_batch: Trace) -> Trainee:
         buckets = sizes.gradients if self.device.count > 1 else 0.0
-        return Trainee(sizes=sizes, states=self._states(sizes), micro_batch=micro_batch, buckets=buckets)
+        return Trainee(
+            sizes=sizes,
+            states=self._states(sizes),
+            micro_batch=micro_batch,
+            is_only_micro_batch=len(self.load.micro_batches()) == 1,
+            buckets=buckets,
+        )
 
     def _states(self, sizes: Sizes) -> float:
         optim = str(getattr(self.training.optim, "value", self.training.optim))

@@ -23,6 +23,9 @@ class Trainee:
     states: float
     """Bytes of the optimizer's states."""
     micro_batch: Trace
+    is_only_micro_batch: bool
+    """Whether the step has no other: its gradients then come into being while its activations go, and are part of
+    the trace."""
     buckets: float = 0.0
     """Bytes that DistributedDataParallel keeps for gradients, on several devices."""
 
@@ -42,10 +45,15 @@ class Trainee:
         """What an update adds."""
         trace = self.micro_batch
         return {
-            "gradients": self.sizes.gradients,
+            "gradients": 0.0 if self.is_only_micro_batch else self.sizes.gradients,
             "activations": trace.peak - trace.head + self.sizes.largest_dequantized,
             "head": trace.head,
         }
+
+    @property
+    def stepping(self) -> Mapping[str, float]:
+        """What is there while the optimizer takes its step."""
+        return {"gradients": self.sizes.gradients}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +92,7 @@ def grpo(policy: Trainee, others: Others, name: str = "GRPO") -> Budget:
         (
             phase("rollout", {**resting, **others.engine_awake}),
             phase("update", {**resting, **policy.learning, **others.engine_in_update}),
+            phase("optimizer", {**resting, **policy.stepping, **others.engine_in_update}),
         ),
     )
 
@@ -96,7 +105,9 @@ def ppo(policy: Trainee, critic: Trainee, others: Others, name: str) -> Budget:
         (
             phase("rollout", {**resting, **others.engine_awake}),
             phase("update of the policy", {**resting, **policy.learning, **others.engine_in_update}),
+            phase("optimizer", {**resting, **policy.stepping, **others.engine_in_update}),
             phase("update of the critic", {**resting, **_of_critic(critic.learning), **others.engine_in_update}),
+            phase("optimizer of the critic", {**resting, **_of_critic(critic.stepping), **others.engine_in_update}),
         ),
     )
 

@@ -160,18 +160,17 @@ def test_activations_grow_with_tokens_and_layers_and_shrink_with_checkpointing()
         load = Load(**{field: getattr(LOAD, field) for field in LOAD.__slots__} | changes)
         return trace(make_model(layers=layers), load, autocast, checkpointing=checkpointing).peak
 
-    peaks = [peak(completion_length=length) for length in (10, 20, 40)]
-    assert peaks == sorted(peaks)
-    assert peaks[0] < peaks[1]
-    assert peak(layers=3) > peak(layers=2)
-    assert peak(layers=3, checkpointing=True) < peak(layers=3)
-    assert peak(shares_prompts=False) > peak(), "each completion has a prompt of its own"
-    assert peak(autocast=torch.bfloat16) < peak()
+    plain = peak()
+    assert peak(completion_length=10) < plain < peak(completion_length=40)
+    assert plain < peak(layers=3)
+    assert peak(checkpointing=True) < plain
+    assert peak(shares_prompts=False) > plain, "each completion has a prompt of its own"
+    assert peak(autocast=torch.bfloat16) < plain
 
 
 def test_flops_are_six_for_each_weight_and_token():
-    """Forward 2, backward 4, for the weights of matrix products: those of layers for all tokens of the stream, those of
-    the output layer for completions, whose forward is done twice but for the last chunk, which is all there is here."""
+    """Forward 2, backward 4, for the weights of matrix products: those of layers for all tokens of the stream, those
+    of the output layer for the completions'. All logits are one chunk, which is not computed twice."""
     load = Load(num_prompts=1, group_size=1, prompt_length=4, completion_length=300, max_tokens=512, device_type="cpu")
     found = trace(make_model(), load, None, checkpointing=False).flops
     of_layers, of_head = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176), 500 * 64
@@ -194,7 +193,8 @@ def test_a_critic_has_no_logits():
 def trainee(**changes):
     sizes = Sizes(10, frozen=100.0, trained=40.0, adapters=0.0, largest_dequantized=0.0,
                   trainable=(Trained("w", torch.Size([10]), 4),))  # fmt: skip
-    parts = {"sizes": sizes, "states": 80.0, "micro_batch": Trace(peak=50.0, kept=30.0, head=20.0, flops=0.0)}
+    parts = {"sizes": sizes, "states": 80.0, "micro_batch": Trace(peak=50.0, kept=30.0, head=20.0, flops=0.0),
+             "is_only_micro_batch": False}  # fmt: skip
     return Trainee(**parts | changes)
 
 
@@ -205,9 +205,10 @@ def test_phases_follow_one_another_by_hand():
     )
     resting = 100 + 40 + 80 + 7 + 3
     for others, left in ((asleep, 0.2 * GIB), (awake, 500)):
-        rollout, update = grpo(trainee(), others).phases
+        rollout, update, optimizer = grpo(trainee(), others).phases
         assert rollout.total == resting + 500
         assert update.total == resting + 40 + 50 + left
+        assert optimizer.total == resting + 40 + left
     assert grpo(trainee(), awake).peak.name == "update"
 
 
@@ -217,8 +218,10 @@ def test_ppo_adds_the_critic_and_not_its_activations_by_hand():
     alone = grpo(trainee(), others).peak.total
     assert alone == 7 + 220 + 40 + 50
     # The critic's weights and states stay; its gradients and activations are gone when the policy learns.
-    assert [phase.total for phase in both.phases] == [7 + 440, 7 + 440 + 90, 7 + 440 + 90]
+    assert [phase.total for phase in both.phases] == [7 + 440, *(7 + 440 + 90, 7 + 440 + 40) * 2]
     assert both.peak.total - alone == 220
+    only = trainee(is_only_micro_batch=True)
+    assert grpo(only, others).peak.total == 7 + 220 + 50, "gradients come while activations go"
 
 
 def hf_engine_of_nothing():
