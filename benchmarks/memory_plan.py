@@ -23,19 +23,31 @@ from grpo_stage.tools.recipe_file import quiet_host, read_recipe
 
 REAL = "smollm2-135m"
 SHAPES = {
-    "llama-12m": ("llama", 192, 512, 6, 6, 3, True),
-    "llama-60m": ("llama", 512, 1408, 8, 8, 4, False),
-    "qwen2-deep-57m": ("qwen2", 384, 1024, 24, 6, 2, True),
-    "qwen2-wide-111m": ("qwen2", 1024, 4096, 4, 16, 4, True),
+    "llama-12m": ("llama", 192, 512, 6, 6, 3, True, None),
+    "qwen2-deep-57m": ("qwen2", 384, 1024, 24, 6, 2, True, None),
+    "llama-60m": ("llama", 512, 1408, 8, 8, 4, False, None),
+    "llama-22m": ("llama", 512, 1408, 8, 8, 4, False, 2048),
+    "qwen2-deep-39m": ("qwen2", 384, 1024, 24, 6, 2, True, 2048),
+    "qwen2-wide-63m": ("qwen2", 1024, 4096, 4, 16, 4, True, 2048),
 }
-"""Architecture, width, inner width, layers, heads, heads of keys, and whether the embeddings are tied."""
+"""Architecture, width, inner width, layers, heads, heads of keys, whether the embeddings are tied, and the vocabulary:
+None is all of the tokenizer's, a number its first tokens, with which any text can be written and little time goes into
+logits."""
 
 
 def make_model(folder: Path, name: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    kind, hidden, inner, layers, heads, kv_heads, tied = SHAPES[name]
-    tokenizer = AutoTokenizer.from_pretrained(folder / REAL)
+    kind, hidden, inner, layers, heads, kv_heads, tied, vocabulary = SHAPES[name]
+    AutoTokenizer.from_pretrained(folder / REAL).save_pretrained(folder / name)
+    if vocabulary is not None:
+        file = folder / name / "tokenizer.json"
+        content = json.loads(file.read_text(encoding="utf-8"))
+        model, whole = content["model"], dict(content["model"]["vocab"])
+        model["vocab"] = {token: index for token, index in whole.items() if index < vocabulary}
+        model["merges"] = [pair for pair in model["merges"] if whole["".join(pair)] < vocabulary]
+        file.write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
     config = AutoConfig.for_model(
         kind,
         hidden_size=hidden,
@@ -49,7 +61,6 @@ def make_model(folder: Path, name: str) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     AutoModelForCausalLM.from_config(config).float().save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / name)
 
 
 def run(recipe: dict, line: dict, file: Path) -> None:
