@@ -1,5 +1,6 @@
 """A recipe -> what its run holds on a device, and what PPO with a critic would."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -269,11 +270,7 @@ class _Planner:
 
 def _on_the_same_base(critic: Trainee) -> Trainee:
     """A critic that shares the frozen weights of the policy: its own are an adapter and the last layer."""
-    sizes = critic.sizes
-    shared = Sizes(
-        sizes.num_parameters, 0.0, sizes.trained, sizes.adapters, sizes.largest_dequantized, sizes.trainable
-    )
-    return Trainee(sizes=shared, states=critic.states, micro_batch=critic.micro_batch, buckets=critic.buckets)
+    return dataclasses.replace(critic, sizes=dataclasses.replace(critic.sizes, frozen=0.0))
 
 
 def this_device(uses_cpu: bool) -> Device:
