@@ -91,7 +91,7 @@ class GRPOTrainer(ResumableTrainer):
         self.grpo_args = grpo_args
         self.reference = reference
         self.tracker = MetricTracker()
-        phases = Phases(self.stop, self.watchdog, self.tracker)
+        self.phases = phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
         self.alarms = Alarms(
             make_watches(settings),

@@ -30,27 +30,36 @@ from .types import RolloutEngine
 logger = facade.get_logger(__name__)
 
 
-def run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], list[TrainerCallback]]) -> None:
+def run_grpo(
+    arguments: RunArguments,
+    callbacks_of: Callable[[RunArguments], list[TrainerCallback]],
+    make_trainer: Callable[..., GRPOTrainer] = GRPOTrainer,
+) -> None:
     """Train with GRPO as the arguments say, and save what the host's chat and export load.
 
     Args:
         arguments: the recipe's.
         callbacks_of: makes the callbacks of an attempt: a run that recovers from a fault has several.
+        make_trainer: takes what `GRPOTrainer` takes; a measurement has a trainer of its own.
 
     Raises:
         ValueError: if the data or the model's files show an error; raised before the weights are loaded.
     """
     with errors_masked(*(vars(part) for part in (arguments.model, arguments.training, arguments.finetuning))):
-        _run_grpo(arguments, callbacks_of)
+        _run_grpo(arguments, callbacks_of, make_trainer)
 
 
-def _run_grpo(arguments: RunArguments, callbacks_of: Callable[[RunArguments], list[TrainerCallback]]) -> None:
+def _run_grpo(
+    arguments: RunArguments,
+    callbacks_of: Callable[[RunArguments], list[TrainerCallback]],
+    make_trainer: Callable[..., GRPOTrainer],
+) -> None:
     prepared = prepare(arguments)
     if arguments.training.should_save:
         write_run_record(arguments.training.output_dir, run_record(arguments, prepared.state["rows"]))
     with contextlib.ExitStack() as resources:
         resources.callback(prepared.rewards.close)
-        run = _Run(prepared, callbacks_of, resources)
+        run = _Run(prepared, callbacks_of, make_trainer, resources)
         recoveries = Recoveries.of(arguments)
         while (request := run.attempt(recoveries.apply(arguments), recoveries.is_allowed)) is not None:
             recoveries.add(request)
@@ -62,6 +71,7 @@ class _Run:
 
     prepared: Preparation
     callbacks_of: Callable[[RunArguments], list[TrainerCallback]]
+    make_trainer: Callable[..., GRPOTrainer]
     resources: contextlib.ExitStack
     engine: RolloutEngine | None = None
 
@@ -79,7 +89,7 @@ class _Run:
             self.engine = start_engine(arguments, model, tokenizer, sampling)
             self.resources.callback(self.engine.close)
         bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
-        trainer = GRPOTrainer(
+        trainer = self.make_trainer(
             model=model,
             args=training_args,
             grpo_args=finetuning_args,

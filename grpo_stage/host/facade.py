@@ -15,6 +15,8 @@ from llamafactory.data import get_template_and_fix_tokenizer
 from llamafactory.extras.constants import TRAINER_LOG
 from llamafactory.extras.ploting import plot_loss
 from llamafactory.model import load_config, load_model, load_tokenizer, load_valuehead_params
+from llamafactory.model.adapter import init_adapter
+from llamafactory.model.model_utils.checkpointing import prepare_model_for_training
 from llamafactory.train.callbacks import (
     LogCallback,
     ModuleProfilerCallback,
@@ -51,11 +53,13 @@ __all__ = [
     "create_reward_model",
     "get_logger",
     "get_template_and_fix_tokenizer",
+    "init_adapter",
     "load_config",
     "load_model",
     "load_tokenizer",
     "load_valuehead_params",
     "plot_loss",
+    "prepare_model_for_training",
     "stage_callbacks",
 ]
 

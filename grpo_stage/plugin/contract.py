@@ -75,6 +75,12 @@ CONTRACT: tuple[HostSymbol, ...] = (
     HostSymbol("llamafactory.model", "load_tokenizer", ("model_args",)),
     HostSymbol("llamafactory.model", "load_model", ("tokenizer", "model_args", "finetuning_args", "is_trainable")),
     HostSymbol("llamafactory.model", "load_valuehead_params", ("path_or_repo_id", "model_args")),
+    HostSymbol(
+        "llamafactory.model.adapter",
+        "init_adapter",
+        ("config", "model", "model_args", "finetuning_args", "is_trainable"),
+    ),
+    HostSymbol("llamafactory.model.model_utils.checkpointing", "prepare_model_for_training", ("model", "model_args")),
     HostSymbol("llamafactory.train.trainer_utils", "create_ref_model", ("model_args", "finetuning_args")),
     HostSymbol("llamafactory.train.trainer_utils", "create_reward_model", ("model", "model_args", "finetuning_args")),
     HostSymbol(

@@ -1,8 +1,8 @@
 """A phase of a step: it is measured, it has a time limit, and a stop leaves it on all ranks together."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import psutil
 import torch
@@ -38,6 +38,8 @@ class Phases:
         self._stop = stop
         self._watchdog = watchdog
         self.tracker = tracker
+        self.observe: Callable[[str], AbstractContextManager[object]] = nullcontext
+        """Entered with the name of each phase, for what is measured beside its seconds."""
 
     @contextmanager
     def timed(self, name: str) -> Iterator[Clock]:
@@ -45,7 +47,8 @@ class Phases:
         clock = Clock()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        yield clock
+        with self.observe(name):
+            yield clock
         self.tracker.add(f"time/{name}", clock.stop())
         self.tracker.highest(f"memory/{name}", _memory_bytes() / 2**30)
 

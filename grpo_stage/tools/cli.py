@@ -13,7 +13,9 @@ from grpo_stage.tools import (
     check,
     configuration_docs,
     doctor,
+    plan,
     probe,
+    profile,
     quickstart_model,
     recipe,
     report,
@@ -22,7 +24,19 @@ from grpo_stage.tools import (
 )
 
 
-SUBCOMMANDS = (quickstart_model, doctor, check, try_rewards, probe, sweep, report, recipe, configuration_docs)
+SUBCOMMANDS = (
+    quickstart_model,
+    doctor,
+    check,
+    try_rewards,
+    probe,
+    plan,
+    profile,
+    sweep,
+    report,
+    recipe,
+    configuration_docs,
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -124,10 +124,13 @@ class SharedPrompts:
         key = (number, block, window, dtype)
         if key not in self._masks:
             lengths = torch.tensor([family.prompt, *family.completions], device=self._device)
-            owners = torch.arange(-1, len(family.completions), device=self._device).repeat_interleave(lengths)
+            owners = torch.arange(-1, len(family.completions), device=self._device)
+            owners = owners.repeat_interleave(lengths, output_size=family.length)
             starts = lengths.cumsum(0) - lengths - family.prompt
             starts[0] = 0
-            positions = torch.arange(family.length, device=self._device) - starts.repeat_interleave(lengths)
+            positions = torch.arange(family.length, device=self._device) - starts.repeat_interleave(
+                lengths, output_size=family.length
+            )
             queries = torch.arange(block.start, block.end, device=self._device)
             keys = queries
             if block.start > 0:

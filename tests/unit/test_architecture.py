@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("workflow",),
     ("host",),
     ("plugin.finetuning_args",),
+    ("memory",),
     ("trainer",),
     ("evaluator",),
     ("collector", "learner"),
