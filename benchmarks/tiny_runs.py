@@ -48,7 +48,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "two_rewards": {"reward_funcs": ["digits", "repetition"], "reward_weights": [1.0, 0.5]},
     "iterations": {"reward_funcs": ["digits"], "num_iterations": 2, "steps_per_generation": 2},
     "evaluation": {
-        "reward_funcs": ["letters"], "eval_strategy": "steps", "eval_steps": 4, "eval_num_generations": 2, "val_size": 16
+        "reward_funcs": ["letters"], "eval_strategy": "steps", "eval_steps": 4, "eval_num_generations": 2,
+        "val_size": 16,
     },
     "small": {
         "reward_funcs": ["has_digit"], "per_device_train_batch_size": 2, "num_generations": 4, "max_steps": 80
