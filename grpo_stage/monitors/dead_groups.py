@@ -69,8 +69,8 @@ class DeadGroups(Watch):
     fault: they say that the policy knows these prompts.
     """
 
-    WINDOW = 60
-    """Lines without a rise of the reward: a hard task that is learned in the end may show none for 40."""
+    WINDOW = 80
+    """Lines without a rise of the reward: a hard task that is learned in the end may show none for 60."""
     WRONG_FRAC = 0.7
     """Ten prompts are then sampled for three that teach. A model that is right once in 25 times has this with 8
     completions a prompt."""

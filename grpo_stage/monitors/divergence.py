@@ -16,7 +16,7 @@ class KLExplosion(Watch):
 
     WINDOW = 20
     LEAST = 1.0
-    """The reference finds a token e times less probable than the policy does. Published GRPO runs stay below 0.5."""
+    """The reference finds a token e times less probable than the policy does."""
     FACTOR = 5.0
 
     def judge(self, history: History) -> Alarm | None:
@@ -50,7 +50,7 @@ class RatioExplosion(Watch):
 
     WINDOW = 10
     CLIPPED = 0.4
-    """Sound runs clip below 0.2; GSPO, whose bounds are narrow by design, 0.15."""
+    """GSPO, whose bounds are narrow by design, clips 15 % (arXiv:2507.18071)."""
 
     def judge(self, history: History) -> Alarm | None:
         clipped = current(history, "clip_ratio/region_mean", self.WINDOW)

@@ -17,7 +17,7 @@ class EngineDrift(Watch):
     MARGIN, ERRORS = 0.05, 3.5
     """Noise leaves this by 3.5 errors once in 4,000 lines, and three lines in a row far more seldom."""
     FACTOR = 10.0
-    """Rounding grows with the logits: sound runs stay within 3 times (docs/monitors.md)."""
+    """Rounding grows with the logits: sound runs stayed within 1.5 times (docs/monitors.md)."""
     WINDOW = 10
 
     def judge(self, history: History) -> Alarm | None:

@@ -17,7 +17,7 @@ from grpo_stage.monitors.statistics import (
 
 
 WINDOW = 20
-"""Lines over which a trend is judged: the fewest in which Mann-Kendall finds half of a noisy decay at 1 %."""
+"""Lines over which a trend is judged."""
 LEAST_LINES = 10
 
 
@@ -38,7 +38,7 @@ class EntropyCollapse(Watch):
     FLOOR_FRAC = 0.1
     """Reward is about b - a e^H (arXiv:2505.22617): with a tenth left, what exploration can still bring is spent."""
     NEAR_FRAC = 0.3
-    """Fast healthy learning passes a half of it in its first steps (quick start: from 0.7 to 0.3)."""
+    """Fast healthy learning passes a half of the start in its first steps."""
     LEAST_START = 0.05
     """Nats. A policy that starts lower has nothing to collapse from."""
     KEPT_FRAC = 0.3
@@ -94,7 +94,7 @@ class EntropyExplosion(Watch):
     """
 
     FACTOR = 2.5
-    """Healthy runs that explore more have been seen to double it; a policy that falls apart multiplies it."""
+    """A policy that explores more may double it; one that falls apart multiplies it."""
     LEAST = 0.7
     """Nats: twice as many continuations a token. So a low entropy may multiply."""
 

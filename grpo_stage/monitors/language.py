@@ -115,7 +115,7 @@ class MixedLanguages(Watch):
 
     MIXED_FRAC = 0.1
     RISE = 0.08
-    """Names and quotations stay below 2 % of the completions."""
+    """Names and quotations are in few completions, and were at the start."""
     LINES = 10
 
     def judge(self, history: History) -> Alarm | None:

@@ -90,8 +90,8 @@ class OneAnswer(Watch):
     """Lines. A rollout of 8 prompts has 28 pairs of prompts, so that four lines know S within about 0.1."""
     LEAST_LINES = 5
     EXCESS = 0.5
-    """About seven in eight completions give the same answer where references are split evenly in two. Healthy runs on
-    tasks of few answers stay below 0.3 (docs/monitors.md)."""
+    """About seven in eight completions give the same answer where references are split evenly in two. Healthy
+    runs on tasks of two to four answers stay below 0.35 (docs/monitors.md)."""
     LARGEST_REFERENCE = 0.9
     """Where the references themselves are nearly all one answer, giving it is right."""
 

@@ -223,7 +223,7 @@ class PaidLength(Watch):
 
     WINDOW = 10
     CORRELATION = 0.6
-    """Where longer reasoning is right more often the correlation is 0.1 to 0.3: most long completions are wrong."""
+    """More than a third of the differences in reward within a group are then differences in length."""
     FACTOR = 1.5
 
     def judge(self, history: History) -> Alarm | None:

@@ -374,7 +374,7 @@ def test_metrics_are_logged_under_their_names(tmp_path):
         "clip_ratio/region_mean", "sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max",
         "num_tokens", "rollout_tokens_per_second", "step_time", "time/sync", "time/rollout", "time/reward",
         "time/logprobs", "time/update", "memory/update", "completions/frac_groups_all_right",
-        "completions/same_answer_frac", "completions/mixed_language_frac", "completions/looped_frac",
+        "completions/mixed_language_frac", "completions/looped_frac",
     } <= first.keys()  # fmt: skip
 
     lines = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
