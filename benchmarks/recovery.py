@@ -41,7 +41,7 @@ class Scenario:
 
 SCENARIOS = {
     "gcd": Scenario(
-        {"dataset": "gcd", "dataset_dir": "{data}", "eval_dataset": "gcd_balanced", "max_steps": 40},
+        {"dataset": "gcd", "dataset_dir": "{data}", "eval_dataset": "gcd_balanced", "max_steps": 30},
         counts="eval_reward",
         shown=("reward", "completions/same_answer_frac", "entropy"),
     ),
