@@ -97,6 +97,53 @@ TRAINING: tuple[Definition, ...] = (
         "share that reached `max_new_tokens`",
     ),
     Definition(
+        (
+            "completions/frac_groups_all_right",
+            "completions/frac_groups_all_wrong",
+        ),
+        "share of groups whose totals are all equal and lie in the upper quarter, or in the lower quarter, of "
+        "the range of totals that the run has seen, 0 included; so they are defined for rewards of any scale. "
+        "While every total was 0 such groups are all wrong",
+    ),
+    Definition(
+        ("completions/same_answer_frac",),
+        "probability that a completion of one prompt and one of another prompt of the rollout give the same "
+        "[final answer](rewards.md#accuracy) (Simpson's index), over all pairs of prompts of all processes; "
+        "only prompts whose reference states an answer",
+    ),
+    Definition(
+        ("completions/same_reference_frac",),
+        "the same for the references: what `same_answer_frac` is when all answers are right",
+    ),
+    Definition(
+        ("completions/repeated_frac",),
+        "share of the sequences of 12 tokens that occurred before in the same completion; mean over the "
+        "completions of 23 tokens or more",
+    ),
+    Definition(
+        ("completions/looped_frac",),
+        "share of completions that were cut at `max_new_tokens` while their end repeated one sequence of up "
+        "to 64 tokens: at least four times, over at least 16 tokens",
+    ),
+    Definition(
+        ("completions/mixed_language_frac",),
+        "share of completions with words in a script that neither their prompt nor their reference has ([how "
+        "it is told](monitors.md#language-mixing))",
+    ),
+    Definition(
+        ("completions/shared_text_reward_frac",),
+        "of all that a rollout's completions earned, counted from its lowest total, the share of texts that "
+        "were given word for word to at least a quarter of its prompts; only rollouts of four prompts or more",
+    ),
+    Definition(
+        ("completions/shared_reference_frac",),
+        "share of prompts whose reference is that of at least a quarter of the rollout's prompts",
+    ),
+    Definition(
+        ("completions/length_reward_correlation",),
+        "correlation (Pearson) of total reward and tokens within a group; mean over the groups in which both differ",
+    ),
+    Definition(
         ("entropy",),
         "mean over tokens of the policy's entropy at the sampling temperature, in nats ([which "
         "tokens](#over-which-tokens))",
@@ -183,6 +230,10 @@ TRAINING: tuple[Definition, ...] = (
         "norm of the gradient before clipping",
     ),
     Definition(
+        ("alarms/{monitor}",),
+        "alarms of a [monitor](monitors.md) since the last line: in the line after the one that they are about",
+    ),
+    Definition(
         ("num_tokens",),
         "prompt and completion tokens since the run's start, a prompt counted once for each completion",
     ),
@@ -195,9 +246,31 @@ TRAINING: tuple[Definition, ...] = (
         "tokens of the step's completions over all processes, each with its prompt, over the seconds of the update",
     ),
     Definition(
+        ("update_tflops",),
+        "10^12 FLOP/s of the update on a device: the [model FLOPs](#model-flops) of the tokens that are "
+        "trained on over the seconds of the update, mean over processes",
+    ),
+    Definition(
+        ("update_mfu",),
+        "model FLOPs utilization: `update_tflops` over what the device can do at most in half precision; only "
+        "for bf16 and fp16, on the GPUs whose peak is known (A100, H100, H200, B200, L40S)",
+    ),
+    Definition(
         ("packing_ratio",),
         "the same tokens of the completions that are trained on, over the tokens that go through the model: "
         "above 1 where completions share a prompt, below 1 where rows are padded",
+    ),
+    Definition(
+        (
+            "memory/sync",
+            "memory/rollout",
+            "memory/canary",
+            "memory/reward",
+            "memory/logprobs",
+            "memory/update",
+        ),
+        "GiB, the highest of all processes: on a GPU the most that was allocated during the phase; without "
+        "one what the process holds at its end",
     ),
     Definition(
         ("time/sync", "time/rollout", "time/canary", "time/reward", "time/logprobs"),
