@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +80,9 @@ class Watch:
     Args:
         settings: every key of the run with its value, as `RunArguments.values` gives them.
     """
+
+    is_advice: ClassVar[bool] = False
+    """True where the run may be right all the same: its alarm ends a run only if `on_alarm` names the watch."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings

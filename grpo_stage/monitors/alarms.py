@@ -140,6 +140,8 @@ class Alarms:
         return alarms
 
     def _action(self, alarm: Alarm) -> Action:
+        if self._watches[alarm.monitor].is_advice and alarm.monitor not in self._on_alarm:
+            return Action.WARN
         action = action_of(self._on_alarm, alarm.monitor)
         if action is not Action.RECOVER:
             return action

@@ -16,6 +16,8 @@ class MemoryGrowth(Watch):
     not rise).
     """
 
+    is_advice = True
+
     WINDOW = 40
     """Lines. Caches and allocators fill up during the first tens of steps."""
     LEAST_LINES = 60

@@ -9,6 +9,8 @@ from grpo_stage.monitors.statistics import current, last_step
 class SlowRewards(Watch):
     """Scoring takes more than `FRAC` of the step's time and more than `LEAST_S` seconds, in the median of `WINDOW`."""
 
+    is_advice = True
+
     WINDOW = 10
     FRAC = 0.5
     """The device waits for more than half of the time."""

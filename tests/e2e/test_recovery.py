@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors.torch import load_file
 
 from grpo_stage.monitors import table
 from grpo_stage.monitors.alarm import Alarm, History, Watch
+from grpo_stage.monitors.alarms import Alarms, AlarmStop
+from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.survival import checkpoints
 
 from .conftest import completions, trainer_log
@@ -141,6 +144,17 @@ def test_an_alarm_that_only_warns_lets_the_run_end(watched, run_exp):
     out = arguments["output_dir"]
     assert [(line["step"], line["action"]) for line in alarms(out)] == [(4, "warn")]
     assert [line.get("alarms/too_fast") for line in trainer_log(out) if "loss" in line] == [None] * 4 + [1.0, None]
+
+
+def test_advice_ends_a_run_only_where_it_is_named(tmp_path):
+    advice = type("Advice", (TooFast,), {"is_advice": True})
+    line = {"step": 4, "reward": 0.5}
+    for on_alarm, stops in (("stop", False), ({"too_fast": "stop"}, True)):
+        watches = {"too_fast": advice({"learning_rate": RATE})}
+        found = Alarms(watches, on_alarm, dict, True, str(tmp_path), 0, MetricTracker())
+        found.judge([line])
+        with pytest.raises(AlarmStop) if stops else nullcontext():
+            found.act()
 
 
 def test_an_unknown_monitor_or_action_is_refused(watched, run_exp):
