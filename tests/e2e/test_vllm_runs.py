@@ -54,7 +54,8 @@ METHODS = {
     "QLoRA, 4 bits": {"quantization_bit": 4},
     "several adapters": {"adapter_name_or_path": "{0},{1}"},
     "PiSSA": {"pissa_init": True},
-    "DoRA on 4 bits, merged": {"vllm_lora": "merged", "use_dora": True, "quantization_bit": 4},
+    "DoRA, merged": {"vllm_lora": "merged", "use_dora": True},
+    "QLoRA, 4 bits, merged": {"vllm_lora": "merged", "quantization_bit": 4},
 }
 
 
