@@ -54,11 +54,11 @@ def test_weights_have_the_precision_that_the_host_gives_them(recipe):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "bfloat16"}))
     full = recipe | {"finetuning_type": "full"}
     mixed, pure = plan_of(full), plan_of(full, precision=("pure_bf16",))
-    parts, of_pure = mixed.grpo.phases[1].parts, pure.grpo.phases[1].parts
+    parts, of_pure = mixed.grpo.phases[2].parts, pure.grpo.phases[2].parts
     weights = 4.0 * mixed.num_parameters
     assert (parts["weights, trained"], parts["gradients"], parts["optimizer"]) == (weights, weights, 2 * weights)
     assert of_pure["weights, trained"] == of_pure["gradients"] == of_pure["optimizer"] / 2 == weights / 2
-    lora = plan_of(recipe).grpo.phases[1].parts
+    lora = plan_of(recipe).grpo.phases[2].parts
     assert lora["weights, frozen"] == weights / 2
     assert lora["adapters"] == lora["gradients"] == lora["optimizer"] / 2
 
@@ -70,7 +70,7 @@ def test_what_is_there_only_where_the_recipe_asks_for_it(recipe):
     assert with_it["reference"] == with_it["weights, trained"], "a copy of what is trained"
     assert "reference" not in plan_of(recipe | {"beta": 0.1}).grpo.peak.parts, "the base, with the adapter off"
     alone, two = plan_of(full), plan_of(full, Device("cuda", GIB, 2))
-    assert two.grpo.peak.total - alone.grpo.peak.total == without["gradients"], "buckets, not shards"
+    assert two.grpo.peak.total - alone.grpo.peak.total == without["weights, trained"], "buckets, not shards"
     assert [budget.name for budget in alone.budgets] == ["GRPO", "PPO, critic a model of its own"]
     adapter, own = plan_of(recipe).budgets[2], plan_of(recipe).budgets[1]
     base = own.peak.parts["critic: weights, frozen"]
