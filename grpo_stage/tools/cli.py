@@ -62,7 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; a `ValueError` is a user's mistake and is printed without a traceback."""
-    args = build_parser().parse_args(argv)
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes `key=value` only in a row; behind an option they are left over.
+    if not hasattr(args, "overrides") or any(word.startswith("-") or "=" not in word for word in rest):
+        parser.parse_args(argv)  # says what is wrong
+    else:
+        args.overrides += rest
     try:
         return args.run(args) or 0
     except ValueError as error:
