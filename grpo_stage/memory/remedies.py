@@ -63,7 +63,10 @@ def _half_precision(v: SimpleNamespace, device_type: str) -> Remedy | None:
 def _lora(v: SimpleNamespace, device_type: str) -> Remedy | None:
     if v.finetuning_type not in ("full", "freeze"):
         return None
-    return Remedy({"finetuning_type": "lora", "vllm_sleep": min(v.vllm_sleep, 1)}, "adapters are trained, not weights")
+    keys: dict[str, Any] = {"finetuning_type": "lora"}
+    if v.vllm_sleep == 2:  # gives up weights that only full and freeze tuning deliver again
+        keys["vllm_sleep"] = 1
+    return Remedy(keys, "adapters are trained, not weights")
 
 
 def _qlora(v: SimpleNamespace, device_type: str) -> Remedy | None:

@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     for name in ("devices", "prompt_tokens", "completion_tokens", "tflops"):
         value = getattr(args, name)
         if value is not None and value <= 0:
-            raise ValueError(f"`--{name.replace('_', '-')} {value}` must be above 0.")
+            raise ValueError(f"`--{name.replace('_', '-')} {value:g}` must be above 0.")
     with quiet_host():
         configuration = read_recipe(args.config, args.overrides)
         with errors_explained(configuration):

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -38,7 +39,8 @@ def test_the_shapes_are_those_of_the_model_that_the_host_loads(recipe, keys):
     folder = recipe["model_name_or_path"]
     LlamaForCausalLM(LlamaConfig.from_pretrained(folder)).to(torch.bfloat16).save_pretrained(folder)
     arguments = parse(recipe | keys)
-    loaded = facade.load_model(None, arguments.model, arguments.finetuning, True)  # no tokenizer: nothing is resized
+    tokenizer: Any = SimpleNamespace(init_kwargs={}, padding_side="left")  # nothing is resized
+    loaded = facade.load_model(tokenizer, arguments.model, arguments.finetuning, True)
 
     def shapes(model: Any) -> dict[str, tuple]:
         return {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
@@ -69,7 +71,7 @@ def test_what_is_there_only_where_the_recipe_asks_for_it(recipe):
     assert "reference" not in without
     assert with_it["reference"] == with_it["weights, trained"], "a copy of what is trained"
     assert "reference" not in plan_of(recipe | {"beta": 0.1}).grpo.peak.parts, "the base, with the adapter off"
-    alone, two = plan_of(full), plan_of(full, Device("cuda", GIB, 2))
+    alone, two = plan_of(full), plan_of(full, Device("cuda", 24 * GIB, 2))
     assert two.grpo.peak.total - alone.grpo.peak.total == without["weights, trained"], "buckets, not shards"
     assert [budget.name for budget in alone.budgets] == ["GRPO", "PPO, critic a model of its own"]
     adapter, own = plan_of(recipe).budgets[2], plan_of(recipe).budgets[1]
@@ -118,7 +120,7 @@ def test_a_run_that_does_not_fit_says_what_to_change(run, capsys):
     assert (code, found["fits"]) == (3, False), "the CUDA context alone is that large"
     totals = [step["total"] for step in found["remedies"]]
     assert totals == sorted(totals, reverse=True)
-    assert {"finetuning_type": "lora", "vllm_sleep": 0} in [step["keys"] for step in found["remedies"]]
+    assert {"finetuning_type": "lora"} in [step["keys"] for step in found["remedies"]]
     assert "It does not fit" in capsys.readouterr().out
 
 
