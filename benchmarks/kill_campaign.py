@@ -26,7 +26,7 @@ from typing import Any
 
 
 SIGNALS = ("SIGKILL", "SIGKILL", "SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")
-TIMES = re.compile(r"time|per_second|runtime|percentage|train_loss")
+TIMES = re.compile(r"time|per_second|runtime|percentage|train_loss|memory/|tflops|mfu")
 BEFORE = "in the first second"
 MARK = "GRPO_STAGE_KILL_CAMPAIGN"
 REWARD = '''

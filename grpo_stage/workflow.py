@@ -33,20 +33,20 @@ logger = facade.get_logger(__name__)
 def run_grpo(
     arguments: RunArguments,
     callbacks_of: Callable[[RunArguments], list[TrainerCallback]],
-    make_trainer: Callable[..., GRPOTrainer] = GRPOTrainer,
+    make_trainer: Callable[..., GRPOTrainer] | None = None,
 ) -> None:
     """Train with GRPO as the arguments say, and save what the host's chat and export load.
 
     Args:
         arguments: the recipe's.
         callbacks_of: makes the callbacks of an attempt: a run that recovers from a fault has several.
-        make_trainer: takes what `GRPOTrainer` takes; a measurement has a trainer of its own.
+        make_trainer: takes what `GRPOTrainer` takes and stands in for it: a measurement has a trainer of its own.
 
     Raises:
         ValueError: if the data or the model's files show an error; raised before the weights are loaded.
     """
     with errors_masked(*(vars(part) for part in (arguments.model, arguments.training, arguments.finetuning))):
-        _run_grpo(arguments, callbacks_of, make_trainer)
+        _run_grpo(arguments, callbacks_of, make_trainer or GRPOTrainer)
 
 
 def _run_grpo(

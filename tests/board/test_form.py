@@ -60,7 +60,7 @@ def companions(field: FormField) -> dict[str, Any]:
             if isinstance(allowed, tuple):
                 value = other.default if other.default in allowed else allowed[0]
             else:
-                value = allowed.bound + 0.04 if isinstance(allowed, Above) else "something"
+                value = allowed.bound + 0.04 if isinstance(allowed, Above) else getattr(allowed, "word", "something")
             values[f"train__grpo_{key}"] = value
     return values
 

@@ -38,7 +38,7 @@ SETTINGS: dict[str, Any] = {
     "lr_scheduler_type": "cosine",
     "learning_rate": 5e-3,
 }
-TIMES = re.compile(r"time|per_second|runtime|percentage|train_loss")
+TIMES = re.compile(r"time|per_second|runtime|percentage|train_loss|memory/|tflops|mfu")
 """What may differ; `train_loss` is Trainer's own mean over the steps since the resume."""
 
 

@@ -94,7 +94,7 @@ def test_two_processes_stop_together_and_go_on_exactly(recipe, two, train_in_ran
 
 
 def untimed(arguments: dict[str, Any]) -> list[dict[str, Any]]:
-    clock = re.compile(r"time|per_second|runtime|percentage|train_loss")
+    clock = re.compile(r"time|per_second|runtime|percentage|train_loss|memory/|tflops|mfu")
     lines = trainer_log(arguments["output_dir"])
     return [{key: value for key, value in line.items() if not clock.search(key)} for line in lines]
 

@@ -426,7 +426,7 @@ def test_the_canary_looks_at_fresh_completions_alone(tmp_path):
 
 RUN = {"num_iterations": 2, "steps_per_generation": 2}
 TEACHING = {0, 1, 3, 4, 5, 8, 9, 10, 14, 15, 17, 18, 19, 20, 21, 22}
-UNTIMED = re.compile(r"time|seconds?|per_second|runtime|train_loss")
+UNTIMED = re.compile(r"time|seconds?|per_second|runtime|train_loss|memory/|tflops|mfu")
 
 
 def untimed(history):

@@ -299,7 +299,7 @@ def strike(trainer, where, at_step):
 
 
 RUN = {"num_iterations": 2, "steps_per_generation": 2, "max_tokens_per_micro_batch": 10}
-UNTIMED = re.compile(r"time|seconds?|per_second|runtime")
+UNTIMED = re.compile(r"time|seconds?|per_second|runtime|memory/|tflops|mfu")
 
 
 def untimed(history):
