@@ -22,7 +22,7 @@ from grpo_stage.distributed import all_gather
 from grpo_stage.host.bounds import refuse_out_of_bounds
 from grpo_stage.host.log import get_logger
 from grpo_stage.host.run_arguments import RunArguments
-from grpo_stage.monitors.alarms import RecoveryRequested, indented
+from grpo_stage.monitors.alarms import QUIET_STEPS, RecoveryRequested, indented
 from grpo_stage.records.completions import COMPLETIONS_FILE
 from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE
 from grpo_stage.survival import checkpoints
@@ -108,8 +108,10 @@ class Recoveries:
         gc.collect()  # the model of the last attempt
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        onset = min(alarm.onset for alarm in request.alarms)
-        found = checkpoints.newest_whole(self._output_dir, before=onset + 1) if self._is_saver else None
+        before = min(alarm.onset for alarm in request.alarms) + 1
+        if self._done and request.alarms[0].step - self._done[-1].resumed_step <= QUIET_STEPS:
+            before = min(before, self._done[-1].resumed_step)  # that was not far enough: the fault came again at once
+        found = checkpoints.newest_whole(self._output_dir, before=before) if self._is_saver else None
         self._checkpoint = all_gather("" if found is None else str(found))[0]
         resumed_step = checkpoints.step_of(Path(self._checkpoint)) if self._checkpoint else 0
         settings = dict(

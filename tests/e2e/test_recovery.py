@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo_stage.host.recovery import Recoveries
 from grpo_stage.monitors import table
 from grpo_stage.monitors.alarm import Alarm, History, Watch
-from grpo_stage.monitors.alarms import Alarms, AlarmStop
+from grpo_stage.monitors.alarms import Alarms, AlarmStop, RecoveryRequested
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.survival import checkpoints
 
@@ -144,6 +145,26 @@ def test_an_alarm_that_only_warns_lets_the_run_end(watched, run_exp):
     out = arguments["output_dir"]
     assert [(line["step"], line["action"]) for line in alarms(out)] == [(4, "warn")]
     assert [line.get("alarms/too_fast") for line in trainer_log(out) if "loss" in line] == [None] * 4 + [1.0, None]
+
+
+def test_a_fault_that_comes_again_at_once_is_gone_back_from_further(tmp_path, monkeypatch):
+    asked = []
+    saved = (2, 4, 40)
+
+    def newest(_, before):
+        asked.append(before)
+        steps = [step for step in saved if step < before]
+        return tmp_path / f"checkpoint-{steps[-1]}" if steps else None
+
+    monkeypatch.setattr(checkpoints, "newest_whole", newest)
+    recoveries = Recoveries(str(tmp_path), 5, True, [])
+    monkeypatch.setattr(recoveries, "_put_aside", lambda step: None)
+    for step, onset in ((7, 4), (7, 4), (9, 8), (60, 45)):
+        words = {"seen": "", "meaning": "", "remedy": ""}
+        recoveries.add(RecoveryRequested([Alarm(monitor="a", step=step, onset=onset, **words)]))
+    noted = json.loads((tmp_path / "recoveries.json").read_text())
+    assert [each["resumed_step"] for each in noted] == [4, 2, 0, 40]
+    assert asked == [5, 4, 2, 46]
 
 
 def test_advice_ends_a_run_only_where_it_is_named(tmp_path):
