@@ -142,11 +142,16 @@ def _check_names(values: SimpleNamespace) -> None:
 
 def _check_monitors(on_alarm: dict | str) -> None:
     actions = actions_of_alarms(on_alarm)
-    for name in actions if isinstance(actions, dict) else ():
+    for name, action in actions.items() if isinstance(actions, dict) else ():
         if name not in WATCHES:
             raise ValueError(
                 f"`on_alarm` names the monitor `{name}`, which is not known. {did_you_mean(name, WATCHES)}Name some "
                 f"of {', '.join(sorted(WATCHES))}, or write one word for all, such as `on_alarm: warn`."
+            )
+        if action == "recover" and not WATCHES[name].has_remedy:
+            raise ValueError(
+                f"`on_alarm` has `{name}: recover`, and no key of a recipe mends what that monitor finds: going back "
+                f"would only repeat it. Write `{name}: stop` or `warn`."
             )
 
 

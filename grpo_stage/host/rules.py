@@ -126,6 +126,11 @@ RULES = (
     ),
     *(_of_precision(f"{model}quantization_bit") for model in ("", "ref_model_", "reward_model_")),
     Rule(
+        lambda v: as_plain(v.logging_strategy) == "no" and v.on_alarm != "warn",
+        "`on_alarm: {on_alarm}` would have no effect with `logging_strategy: no`: the monitors judge the log, and it "
+        "has no lines. Leave `logging_strategy` out, or `on_alarm`.",
+    ),
+    Rule(
         lambda v: bool(_LAYERWISE_OPTIMIZERS.search(str(v.optim))),
         "`optim: {optim}` updates weights during the backward pass, while the later micro-batches of the step still "
         "need the old ones. Write for example `optim: adamw_torch`.",

@@ -84,6 +84,9 @@ class Watch:
     is_advice: ClassVar[bool] = False
     """True where the run may be right all the same: its alarm ends a run only if `on_alarm` names the watch."""
 
+    has_remedy: ClassVar[bool] = True
+    """False where no key of a recipe mends the fault, so that going back would only repeat it."""
+
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = settings
 

@@ -69,6 +69,8 @@ class DeadGroups(Watch):
     fault: they say that the policy knows these prompts.
     """
 
+    has_remedy = False
+
     WINDOW = 80
     """Lines without a rise of the reward: a hard task that is learned in the end may show none for 60."""
     WRONG_FRAC = 0.7

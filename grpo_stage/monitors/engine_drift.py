@@ -13,6 +13,8 @@ class EngineDrift(Watch):
       and not since the entropy rose.
     """
 
+    has_remedy = False
+
     LINES = 3
     MARGIN, ERRORS = 0.05, 3.5
     """Noise leaves this by 3.5 errors once in 4,000 lines, and three lines in a row far more seldom."""

@@ -17,6 +17,7 @@ class MemoryGrowth(Watch):
     """
 
     is_advice = True
+    has_remedy = False
 
     WINDOW = 40
     """Lines. Caches and allocators fill up during the first tens of steps."""

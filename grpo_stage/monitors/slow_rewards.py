@@ -10,6 +10,7 @@ class SlowRewards(Watch):
     """Scoring takes more than `FRAC` of the step's time and more than `LEAST_S` seconds, in the median of `WINDOW`."""
 
     is_advice = True
+    has_remedy = False
 
     WINDOW = 10
     FRAC = 0.5

@@ -178,10 +178,15 @@ def test_advice_ends_a_run_only_where_it_is_named(tmp_path):
             found.act()
 
 
-def test_an_unknown_monitor_or_action_is_refused(watched, run_exp):
+def test_an_unknown_monitor_or_action_is_refused(watched, run_exp, monkeypatch):
     with pytest.raises(ValueError, match=r"names the monitor `too_slow`, which is not known.*too_fast"):
         run_exp(watched(on_alarm={"too_slow": "stop"}))
     with pytest.raises(ValueError, match=r"`on_alarm: halt` is no action: an alarm can warn, stop, recover"):
         run_exp(watched(on_alarm="halt"))
+    with pytest.raises(ValueError, match=r"`on_alarm: stop` would have no effect with `logging_strategy: no`"):
+        run_exp(watched(on_alarm="stop", logging_strategy="no"))
+    monkeypatch.setattr(TooFast, "has_remedy", False)
+    with pytest.raises(ValueError, match=r"`too_fast: recover`, and no key .* mends .*Write `too_fast: stop` or"):
+        run_exp(watched(on_alarm={"too_fast": "recover"}))
     with pytest.raises(ValueError, match=r"`max_recoveries: 5` would have no effect with `on_alarm: warn`"):
         run_exp(watched(max_recoveries=5))
