@@ -71,6 +71,7 @@ class GRPOTrainer(ResumableTrainer):
         settings: Mapping[str, Any] = MappingProxyType({}),
         possible_settings: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
         may_recover: bool = False,
+        num_prompts_to_skip: int = 0,
         checkpoints_if_needed: bool = False,
         router_aux_loss_coef: float = 0.0,
         shuffle: bool = True,
@@ -130,6 +131,7 @@ class GRPOTrainer(ResumableTrainer):
             monitors=self.monitors.values(),
         )
         self.evaluator = Evaluator(model, self.args, grpo_args, sampling, sampler)
+        self._num_prompts_to_skip = num_prompts_to_skip
         self.run_state = RunState(self._stateful_parts())
         if grpo_args.sync_ref_model:
             self.add_callback(ReferenceSync(cast(MovingReference, reference), grpo_args, self.learner.strategy.unwrap))
@@ -234,6 +236,7 @@ class GRPOTrainer(ResumableTrainer):
     def prepare_from(self, step: int) -> None:
         self.learner.prepare(self.model, self.reference, self.train_dataset)
         self.alarms.drop_after(step)
+        self.collector.stream.skip_to(self._num_prompts_to_skip)
         if self.grpo_args.log_completions:
             # A rollout that waits for its first use was logged under the next step, and is not sampled again.
             self.collector.completions_log.drop_after(step + 1 if self.collector.queue else step)
@@ -262,7 +265,7 @@ class GRPOTrainer(ResumableTrainer):
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         self.state.epoch = self.collector.epochs.done(self.state.epoch)
         super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.alarms.act()
+        self.alarms.act(self.collector.stream.num_taken)
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.train_dataset)

@@ -61,7 +61,7 @@ def _run_grpo(
         resources.callback(prepared.rewards.close)
         run = _Run(prepared, callbacks_of, make_trainer, resources)
         recoveries = Recoveries.of(arguments)
-        while (request := run.attempt(recoveries.apply(arguments), recoveries.is_allowed)) is not None:
+        while (request := run.attempt(recoveries.apply(arguments), recoveries)) is not None:
             recoveries.add(request)
 
 
@@ -75,8 +75,13 @@ class _Run:
     resources: contextlib.ExitStack
     engine: RolloutEngine | None = None
 
-    def attempt(self, arguments: RunArguments, may_recover: bool) -> RecoveryRequested | None:
-        """Train to the end, from the start or from a checkpoint. Returns the alarms that ask to go back, if any."""
+    def attempt(self, arguments: RunArguments, recoveries: Recoveries) -> RecoveryRequested | None:
+        """Train to the end, from the start or from a checkpoint. Returns the alarms that ask to go back, if any.
+
+        Args:
+            arguments: the recipe's, with the remedies of earlier attempts.
+            recoveries: after which this attempt comes.
+        """
         training_args, finetuning_args = arguments.training, arguments.finetuning
         inputs, rewards = self.prepared.inputs, self.prepared.rewards
         tokenizer, template, prompts = inputs.tokenizer, inputs.template, inputs.prompts
@@ -103,7 +108,8 @@ class _Run:
             tests_slope=bound > TIGHT_BOUND,
             settings=vars(arguments.values()),
             possible_settings=partial(possible, arguments),
-            may_recover=may_recover,
+            may_recover=recoveries.is_allowed,
+            num_prompts_to_skip=recoveries.num_prompts_to_skip,
             checkpoints_if_needed="disable_gradient_checkpointing" not in arguments.given,
             router_aux_loss_coef=arguments.model.moe_aux_loss_coef or 0.0,
             recipe=self.prepared.state,

@@ -46,6 +46,8 @@ class Recovery:
     """That of the checkpoint that the run went back to; 0 is its start."""
     settings: Mapping[str, Any]
     """Keys of the recipe with their values from then on."""
+    num_prompts_to_skip: int = 0
+    """How many of the run's prompts, from its start, are not sampled after this."""
 
 
 class Recoveries:
@@ -85,6 +87,11 @@ class Recoveries:
         """Whether the run may go back once more."""
         return len(self._done) < self._limit
 
+    @property
+    def num_prompts_to_skip(self) -> int:
+        """Of the run's prompts, from its start: those before and during a fault whose alarm leaves them out."""
+        return max((each.num_prompts_to_skip for each in self._done), default=0)
+
     def apply(self, arguments: RunArguments) -> RunArguments:
         """A copy of the recipe's arguments with all remedies so far, for the next attempt."""
         changed = dataclasses.replace(
@@ -118,7 +125,8 @@ class Recoveries:
             ChainMap(*(dict(alarm.settings) for alarm in request.alarms))
         )  # the first one's, if two differ
         names = tuple(alarm.monitor for alarm in request.alarms)
-        self._done = [*self._done, Recovery(names, request.alarms[0].step, resumed_step, settings)]
+        num_skipped = request.num_prompts if any(alarm.skips_prompts for alarm in request.alarms) else 0
+        self._done = [*self._done, Recovery(names, request.alarms[0].step, resumed_step, settings, num_skipped)]
         if self._is_saver:
             self._put_aside(resumed_step)
             checkpoints.write_json(
@@ -127,8 +135,9 @@ class Recoveries:
         logger.warning_rank0(
             f"Recovery {len(self._done)} of at most {self._limit}, after {', '.join(names)} at step "
             f"{request.alarms[0].step}: the run goes back to "
-            f"{f'step {resumed_step}' if resumed_step else 'its start'} and on from there with\n\n"
-            f"{indented(settings)}\n"
+            f"{f'step {resumed_step}' if resumed_step else 'its start'} and on from there with "
+            f"{'other prompts than it had' if num_skipped else 'the same prompts'} and\n\n"
+            f"{indented(settings) or '    the same settings'}\n"
         )
 
     def _put_aside(self, resumed_step: int) -> None:

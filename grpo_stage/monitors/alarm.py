@@ -23,6 +23,8 @@ class Alarm:
     """What to do, in words."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The remedy as YAML keys, which `on_alarm: recover` applies; empty where no key mends it."""
+    skips_prompts: bool = False
+    """Whether a recovery leaves out the prompts that the run sampled between its last sound step and the fault."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,9 +47,11 @@ class AlarmStop(RunStopped):
 class RecoveryRequested(Exception):
     """Alarms ask the run to go back to where it was sound, and to go on from there with their remedies."""
 
-    def __init__(self, alarms: Sequence[Alarm]) -> None:
+    def __init__(self, alarms: Sequence[Alarm], num_prompts: int = 0) -> None:
         super().__init__(f"{', '.join(alarm.monitor for alarm in alarms)} at step {alarms[0].step}")
         self.alarms = tuple(alarms)
+        self.num_prompts = num_prompts
+        """That the run has sampled since its start."""
 
 
 class Alarms:
@@ -107,8 +109,11 @@ class Alarms:
                 self._tell(alarm, action)
             self._pending[action].append(alarm)
 
-    def act(self) -> None:
+    def act(self, num_prompts: int = 0) -> None:
         """Do what the alarms ask for that `judge` has found; where a step is whole, and saved if it was due.
+
+        Args:
+            num_prompts: that the run has sampled since its start.
 
         Raises:
             AlarmStop: if an alarm ends the run.
@@ -118,7 +123,7 @@ class Alarms:
         if pending[Action.STOP]:
             raise AlarmStop(pending[Action.STOP])
         if pending[Action.RECOVER]:
-            raise RecoveryRequested(pending[Action.RECOVER])
+            raise RecoveryRequested(pending[Action.RECOVER], num_prompts)
 
     def state_dict(self) -> dict[str, int]:
         return self._last_found.copy()
@@ -145,7 +150,7 @@ class Alarms:
         action = action_of(self._on_alarm, alarm.monitor)
         if action is not Action.RECOVER:
             return action
-        if not alarm.settings:
+        if not alarm.settings and not alarm.skips_prompts:
             return Action.WARN  # going back alone would only repeat it
         return action if self._may_recover else Action.STOP
 

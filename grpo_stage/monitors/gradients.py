@@ -47,8 +47,10 @@ class GradientSpikes(Watch):
             ),
             remedy=(
                 "Lower `max_grad_norm`, so that a spike is cut to an ordinary gradient, and look at the step's "
-                "completions (`log_completions`): bound rewards that have no bounds."
+                "completions (`log_completions`): bound rewards that have no bounds. `on_alarm: recover` also leaves "
+                "out the prompts since the last sound checkpoint."
             ),
+            skips_prompts=True,
             settings={"max_grad_norm": float(f"{self._usual(norms.values):.2g}")} if clip is not None else {},
         )
 

@@ -62,6 +62,12 @@ class PromptStream:
         """How many prompts of this epoch are left, over all ranks."""
         return self.num_prompts - self._cursor
 
+    def skip_to(self, num_taken: int) -> None:
+        """Leave out the prompts before the one that follows the run's first `num_taken`, if they are still to come."""
+        if num_taken > self.num_taken:
+            self.epoch, self._cursor = divmod(num_taken, self.num_prompts)
+            self._order = self._permutation()
+
     @property
     def num_taken(self) -> int:
         """How many prompts were taken since the run's start, over all epochs and ranks."""

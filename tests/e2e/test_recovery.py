@@ -27,6 +27,8 @@ RATE, LOWER_RATE = 1e-3, 2.5e-4
 class TooFast(Watch):
     """Finds a fault in step 4 and after it while the learning rate is high."""
 
+    skips_prompts = False
+
     def judge(self, history: History) -> Alarm | None:
         if self.settings["learning_rate"] <= LOWER_RATE or history.step < 4:
             return None
@@ -38,6 +40,7 @@ class TooFast(Watch):
             meaning="That is too much.",
             remedy="Lower it.",
             settings={"learning_rate": LOWER_RATE, "kl_estimator": "k2"},  # the second has no effect without beta
+            skips_prompts=self.skips_prompts,
         )
 
 
@@ -72,8 +75,17 @@ def assert_same(one: str, other: str) -> None:
     assert all(torch.equal(tensor, weights(other)[name]) for name, tensor in weights(one).items())
 
 
-def test_a_run_goes_back_to_before_the_fault_and_on_with_the_remedy(watched, run_exp, tmp_path):
+def prompts_by_step(output_dir: str) -> list[list[int]]:
+    """The prompts that each step of the log has sampled."""
+    steps: dict[int, list[int]] = {}
+    for line in completions(output_dir):
+        steps.setdefault(line["step"], []).append(line["prompt_index"])
+    return [sorted(set(indices)) for _, indices in sorted(steps.items())]
+
+
+def test_a_run_goes_back_to_before_the_fault_and_on_with_the_remedy(watched, run_exp, tmp_path, monkeypatch):
     """And a resume of it goes on with the remedy, as if it had not been interrupted."""
+    monkeypatch.setattr(TooFast, "skips_prompts", True)
     arguments = watched(on_alarm="recover")
     run_exp(arguments)
     out = arguments["output_dir"]
@@ -82,20 +94,25 @@ def test_a_run_goes_back_to_before_the_fault_and_on_with_the_remedy(watched, run
     assert noted == {
         **{"alarms": ["too_fast"], "step": 4, "resumed_step": 2},
         "settings": {"learning_rate": LOWER_RATE},
+        "num_prompts_to_skip": 8,
     }
     abandoned = Path(out, "before-recovery-1")
     assert rates(str(abandoned)) == [RATE] * 4
-    assert completions(str(abandoned))[-1]["step"] == 4
+    dealt = prompts_by_step(str(abandoned))
+    assert len(dealt) == 4
+    after = prompts_by_step(out)
+    assert after[:2] == dealt[:2]
+    assert set(after[2]) == set(range(10)) - {index for step in dealt for index in step}, "what the epoch has left"
     checkpoints.verify(abandoned / "checkpoint-4")
     (alarm,) = alarms(out)
     assert (alarm["step"], alarm["action"], alarm["remedy"]) == (4, "recover", "Lower it.")
 
-    killed = watched(on_alarm="recover", output_dir=str(tmp_path / "killed"))
-    later = ("checkpoint-6", "grpo_finished.json")
-    shutil.copytree(out, killed["output_dir"], ignore=shutil.ignore_patterns(*later))
-    run_exp(killed)
-    assert rates(killed["output_dir"]) == rates(out)
-    assert_same(killed["output_dir"], out)
+    for name, later in (("late", ("checkpoint-6",)), ("early", ("checkpoint-4", "checkpoint-6"))):
+        killed = watched(on_alarm="recover", output_dir=str(tmp_path / name))
+        shutil.copytree(out, killed["output_dir"], ignore=shutil.ignore_patterns(*later, "grpo_finished.json"))
+        run_exp(killed)
+        assert rates(killed["output_dir"]) == rates(out)
+        assert_same(killed["output_dir"], out)
 
 
 def test_without_a_sound_checkpoint_a_run_starts_anew(watched, run_exp, tmp_path):
@@ -110,6 +127,7 @@ def test_without_a_sound_checkpoint_a_run_starts_anew(watched, run_exp, tmp_path
 
     run_exp({**arguments, "overwrite_output_dir": True, "on_alarm": "warn"})
     assert rates(arguments["output_dir"]) == [RATE] * 6, "a new run forgets the recoveries of the one before"
+    assert not Path(arguments["output_dir"], "recoveries.json").exists(), "and so do its resumes"
 
 
 def test_an_alarm_stops_a_run_that_can_go_on_afterwards(watched, run_exp, caplog):
@@ -126,17 +144,20 @@ def test_an_alarm_stops_a_run_that_can_go_on_afterwards(watched, run_exp, caplog
 
 
 def test_a_run_that_may_not_go_back_again_stops(watched, run_exp, monkeypatch):
-    monkeypatch.setattr("tests.e2e.test_recovery.LOWER_RATE", RATE / 2)
-    monkeypatch.setattr(TooFast, "judge", lambda self, history: _always(history))
+    attempts = []
+
+    def judge(watch: Watch, history: History) -> Alarm | None:
+        if watch not in attempts:
+            attempts.append(watch)
+        assert len(attempts) <= 2
+        found = {"seen": "It.", "meaning": "It.", "remedy": "It.", "settings": {"learning_rate": RATE / 2}}
+        return Alarm(monitor="too_fast", step=history.step, onset=1, **found) if history.step == 2 else None
+
+    monkeypatch.setattr(TooFast, "judge", judge)
     arguments = watched(on_alarm="recover", max_recoveries=1)
     with pytest.raises(SystemExit):
         run_exp(arguments)
     assert [line["action"] for line in alarms(arguments["output_dir"])] == ["recover", "stop"]
-
-
-def _always(history: History) -> Alarm | None:
-    found = {"seen": "It.", "meaning": "It.", "remedy": "It.", "settings": {"learning_rate": RATE / 2}}
-    return Alarm(monitor="too_fast", step=history.step, onset=1, **found) if history.step == 2 else None
 
 
 def test_an_alarm_that_only_warns_lets_the_run_end(watched, run_exp):

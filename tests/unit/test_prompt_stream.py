@@ -23,6 +23,19 @@ def streams_of(num_prompts: int, seed: int, world_size: int) -> list[PromptStrea
     return [PromptStream(num_prompts, seed, rank=rank, world_size=world_size) for rank in range(world_size)]
 
 
+@given(num_prompts=sizes, seed=seeds, start=st.integers(0, 60), skipped=st.integers(0, 60))
+def test_skipped_prompts_are_left_out_and_no_other(num_prompts, seed, start, skipped):
+    """As if each had been taken alone; prompts that were dealt already do not come again."""
+    expected, stream = PromptStream(num_prompts, seed), PromptStream(num_prompts, seed)
+    for _ in range(max(start, skipped)):
+        expected.take(1)
+    for _ in range(start):
+        stream.take(1)
+    stream.skip_to(skipped)
+    assert stream.num_taken == max(start, skipped)
+    assert [stream.take(1) for _ in range(2 * num_prompts)] == [expected.take(1) for _ in range(2 * num_prompts)]
+
+
 @given(num_prompts=sizes, seed=seeds, world_size=worlds, counts=takes)
 def test_every_prompt_is_dealt_exactly_once_an_epoch(num_prompts, seed, world_size, counts):
     streams = streams_of(num_prompts, seed, world_size)
