@@ -272,7 +272,10 @@ def _alarm(record: Mapping[str, Any] | None) -> Alarm | None:
         step=record["step"],
         onset=onset if isinstance(onset, int) else record["step"],
         settings=settings if isinstance(settings, Mapping) else {},
-        **{name: str(record.get(name, "")) for name in ("seen", "meaning", "remedy")},
+        skips_prompts=record.get("skips_prompts") is True,
+        seen=str(record.get("seen", "")),
+        meaning=str(record.get("meaning", "")),
+        remedy=str(record.get("remedy", "")),
     )
 
 
