@@ -161,11 +161,11 @@ class HFEngine:
 
 
 class _Sampler(LogitsProcessor):
-    """Draws each row's token with the row's own generator, and leaves it as the only one to choose.
+    """Draws each row's token with the row's own random numbers, and leaves it as the only one to choose.
 
-    Adding Gumbel noise and taking the largest is an exact draw from the softmax; temperature 0 adds none. It is done
-    here since `generate` itself draws a whole batch from the global generator, which makes a completion depend on its
-    neighbors.
+    A token is drawn by inverting the distribution function, with one number that is even in [0, 1) a token; at
+    temperature 0 it is the likeliest one. It is done here since `generate` itself draws a whole batch from the global
+    generator, which makes a completion depend on its neighbors.
     """
 
     def __init__(
@@ -177,7 +177,11 @@ class _Sampler(LogitsProcessor):
     ) -> None:
         self.logprobs: list[torch.Tensor] = []
         """[B] for each step: the policy's own at the sampling temperature, before top-k, top-p, min-p and penalty."""
-        self._generators = [torch.Generator(device=prompt_mask.device).manual_seed(seed) for seed in seeds]
+        rows = [
+            torch.rand(sampling.max_new_tokens, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+        self._draws = torch.stack(rows).to(prompt_mask.device)  # [B, T]: drawn at once, and alike on every device
         self._is_greedy = sampling.temperature == 0
         self._temperature = float(sampling.temperature) or 1.0
         self._prompt_mask = prompt_mask
@@ -200,14 +204,17 @@ class _Sampler(LogitsProcessor):
         own = torch.log_softmax(scores / self._temperature, dim=-1)
         warped = scores if self._penalty is None else self._penalize(input_ids, scores)
         warped = self._warpers(input_ids, warped)
-        if not self._is_greedy:
-            exponential = torch.empty_like(warped)
-            for row, generator in zip(exponential, self._generators, strict=True):
-                row.exponential_(generator=generator)
-            warped = warped - exponential.log()
-        tokens = warped.argmax(dim=-1, keepdim=True)
+        tokens = warped.argmax(dim=-1, keepdim=True) if self._is_greedy else self._draw(warped)
         self.logprobs.append(own.gather(-1, tokens).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
+
+    def _draw(self, logits: torch.Tensor) -> torch.Tensor:
+        """[B, 1] tokens. In float64, so that the sum over a vocabulary does not round small shares away."""
+        step = len(self.logprobs)
+        cumulative = torch.softmax(logits, dim=-1).cumsum(dim=-1, dtype=torch.float64)
+        drawn = self._draws[:, step : step + 1] * cumulative[:, -1:]
+        # The first token beyond the draw: one without probability adds nothing, and is never that.
+        return torch.searchsorted(cumulative, drawn, right=True).clamp(max=logits.shape[-1] - 1)
 
     def _penalize(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Padding is no token that was seen: it is replaced with the row's last prompt token, which was."""
