@@ -262,6 +262,15 @@ class GRPOArguments:
         "How fast the gradient fades away from ratio 1 where the advantage is not positive.",
         above=0.0,
     )
+    answer_balance: float = _key(
+        0.0,
+        OBJECTIVE,
+        "How far the advantages of a prompt are lowered because many prompts have its answer, from 0 (not at all) to "
+        "1 (every answer weighs the same): for datasets on which one answer to all prompts would earn much. They are "
+        "multiplied by the answer's share of the dataset to the power of minus this value, in the mean by 1.",
+        min=0.0,
+        max=1.0,
+    )
     beta: float = _key(
         0.0,
         OBJECTIVE,

@@ -15,12 +15,14 @@ import torch
 from torch import nn
 from transformers import TrainerState, TrainingArguments
 
+from .algorithm.answer_balance import answer_weights
 from .algorithm.catalog import ESTIMATORS
 from .arguments import GRPOArguments
 from .distributed import all_gather
 from .monitors.monitor import Monitor
 from .records.completions import CompletionsLog
 from .records.metrics import record_rollout
+from .rewards.answers.verdict import voted_answer
 from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
 from .rollout.epochs import PromptStream, choose_epochs, steps_of_epoch
 from .rollout.filling import choose_filling
@@ -98,6 +100,7 @@ class Collector:
             grpo_args.scale_rewards,
             sampler.rewards.weights,
             grpo_args.mask_truncated_completions,
+            _prompt_weights(prompts, grpo_args.answer_balance) if grpo_args.answer_balance > 0 else None,
         )
         self.filling = choose_filling(grpo_args, args, prompts, sampler.rewards.names, self._credit.has_signal)
         self.epochs = choose_epochs(grpo_args, args, self.stream, self.steps_per_epoch, self._is_everything_used)
@@ -275,6 +278,11 @@ class Collector:
             assert not self._grpo_args.dynamic_sampling, "`combinations` refuses it: groups that waited are off-policy"
             groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
         return self._credit.assign(groups, penalties)
+
+
+def _prompt_weights(prompts: Sequence[Prompt], exponent: float) -> list[float]:
+    references = [prompt.reference or "" for prompt in prompts]  # `prepare` refuses prompts without one
+    return answer_weights([voted_answer(each, is_reference=True) or each.strip() for each in references], exponent)
 
 
 def _with_fresh_first(steps: Sequence[tuple[Sample, ...]], version: int) -> list[tuple[Sample, ...]]:

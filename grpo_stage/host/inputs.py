@@ -1,6 +1,6 @@
 """What a run reads before its model: rewards, tokenizer, template and prompts, each with its checks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from grpo_stage.host.recipe import check_resume, recipe_of, training_record
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.suite import RewardSuite
+from grpo_stage.types import Prompt
 
 
 logger = facade.get_logger(__name__)
@@ -63,10 +64,22 @@ def prepare(arguments: RunArguments) -> Preparation:
     prompts = inputs.prompts
     rewards.check(prompts.train)
     rewards.check(prompts.evaluation)
+    if finetuning_args.answer_balance > 0:
+        _refuse_unanswered(prompts.train, finetuning_args.answer_balance)
     record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
     if training_args.resume_from_checkpoint:
         check_resume(arguments, record, len(prompts.train))
     return Preparation(inputs, rewards, {"recipe": recipe, **record})
+
+
+def _refuse_unanswered(prompts: Sequence[Prompt], answer_balance: float) -> None:
+    missing = [prompt.index for prompt in prompts if not (prompt.reference or "").strip()]
+    if missing:
+        raise ValueError(
+            f"`answer_balance: {answer_balance}` weighs prompts by their reference answers, which {len(missing)} of "
+            f"{len(prompts)} prompts lack (the first at index {missing[0]}). Give each row a last assistant turn, "
+            "name the column that holds the answer with `reference_column`, or leave `answer_balance` out."
+        )
 
 
 def load_inputs(arguments: RunArguments) -> RunInputs:

@@ -8,7 +8,7 @@ from statistics import fmean
 from grpo_stage.distributed import all_gather
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
-from grpo_stage.monitors.remedies import kept_entropy, lower_rate
+from grpo_stage.monitors.remedies import balanced_answers, kept_entropy, lower_rate
 from grpo_stage.monitors.statistics import current, last_step, level_at_start
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.rewards.answers.verdict import voted_answer
@@ -122,10 +122,13 @@ class OneAnswer(Watch):
             ),
             remedy=(
                 "Balance the answers in the dataset (`grpo-stage check` names the best constant answer and what it "
-                "earns). Go back to before the fall with a lower learning rate and a means that keeps the entropy up "
-                "(`entropy_target`, or `covariance_control: clip_cov`), and evaluate on balanced prompts."
+                "earns) or by `answer_balance`. Go back to before the fall with a lower learning rate and a means that "
+                "keeps the entropy up (`entropy_target`, or `covariance_control: clip_cov`), and evaluate on balanced "
+                "prompts."
             ),
-            settings=lower_rate(self.settings) | kept_entropy(self.settings, self._entropy_to_keep(history)),
+            settings=balanced_answers(self.settings)
+            | lower_rate(self.settings)
+            | kept_entropy(self.settings, self._entropy_to_keep(history)),
         )
 
     def _entropy_to_keep(self, history: History) -> float:

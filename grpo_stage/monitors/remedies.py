@@ -34,6 +34,12 @@ def kept_entropy(settings: Mapping[str, Any], nats: float) -> dict[str, Any]:
     return {}
 
 
+def balanced_answers(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Prompts of frequent answers weigh less, or as much as any answer's where that was not enough."""
+    now = settings.get("answer_balance") or 0.0
+    return legal(settings, {"answer_balance": 0.5 if now < 0.5 else 1.0}) if now < 1 else {}
+
+
 def legal(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """`changes`, or nothing where a key of the stage contradicts the run's other keys."""
     names = grpo_field_names()

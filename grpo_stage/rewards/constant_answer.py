@@ -87,7 +87,7 @@ class ConstantAnswer:
             f"The answer {self.answer!r:.80} to every prompt would earn {self.share:.0%} of what the references "
             f"earn: it is the answer of {self.frequency:.0%} of {self.num_prompts} prompts. A run may learn to give "
             "it without reading the prompt, and its reward would rise all the same. Balance the answers in the "
-            "dataset, or hold balanced prompts out (`eval_dataset`) and watch `eval_reward`."
+            "dataset or by `answer_balance: 0.5`, hold balanced prompts out (`eval_dataset`), and watch `eval_reward`."
         )
 
 

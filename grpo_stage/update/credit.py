@@ -26,14 +26,23 @@ class Credit:
         scale_rewards: what advantages are divided by.
         weights: [F] of the reward functions.
         mask_truncated: leave truncated completions out of the loss.
+        prompt_weights: [P] what the advantages of each prompt of the dataset are multiplied by; None for 1.
     """
 
-    def __init__(self, estimator: str, scale_rewards: str, weights: Sequence[float], mask_truncated: bool) -> None:
+    def __init__(
+        self,
+        estimator: str,
+        scale_rewards: str,
+        weights: Sequence[float],
+        mask_truncated: bool,
+        prompt_weights: Sequence[float] | None = None,
+    ) -> None:
         self._estimate = ADVANTAGE_ESTIMATORS[estimator]
         self._is_of_tokens = ESTIMATORS[estimator].is_of_tokens
         self._scale_rewards = scale_rewards
         self._weights = weights
         self._mask_truncated = mask_truncated
+        self._prompt_weights = prompt_weights
 
     def assign(
         self, groups: Sequence[ScoredGroup], penalties: Sequence[float] | None = None
@@ -59,17 +68,23 @@ class Credit:
         if not everyone:
             return []
         advantages = self._estimate(_table(everyone, self._weights), self._scale_rewards)[first : first + len(groups)]
-        return [self._samples(*each) for each in zip(groups, advantages.tolist(), strict=True)]
+        return [
+            self._samples(group, (of_group * self._weight(group)).tolist())
+            for group, of_group in zip(groups, advantages, strict=True)
+        ]
 
     def _of_tokens(self, group: ScoredGroup, row: Row) -> tuple[Sample, ...]:
         """The estimator compares within the group alone."""
         assert group.energies is not None
         energies = pad_sequence([each.double() for each in group.energies], batch_first=True).unsqueeze(0)  # [1, G, T]
         table = dataclasses.replace(_table([row], self._weights), energies=energies)
-        of_group = self._estimate(table, self._scale_rewards)[0]  # [G, T]
+        of_group = self._estimate(table, self._scale_rewards)[0] * self._weight(group)  # [G, T]
         own = [values[:length].float() for values, length in zip(of_group, row[2], strict=True)]
         samples = self._samples(group, [values.mean().item() for values in own])
         return tuple(dataclasses.replace(s, token_advantages=values) for s, values in zip(samples, own, strict=True))
+
+    def _weight(self, group: ScoredGroup) -> float:
+        return 1.0 if self._prompt_weights is None else self._prompt_weights[group.group.prompt.index]
 
     def withhold(self, group: ScoredGroup) -> tuple[Sample, ...]:
         """The samples of a group that no step trains on, with advantages of 0."""

@@ -521,6 +521,12 @@ def test_an_estimator_sees_the_parts_the_weights_and_the_lengths(tmp_path, estim
     assert torch.equal(torch.tensor([[s.advantage for s in g] for g in actual], dtype=torch.float64), expected)
     assert expected.abs().max() > 0
 
+    by_prompt = {group[0].prompt.index: 0.5 + g for g, group in enumerate(groups)}
+    balanced = Credit(estimator, scale, (2.0, -1.0), False, [by_prompt[i] for i in sorted(by_prompt)]).assign(scored)
+    for samples, of_group in zip(balanced, actual, strict=True):
+        weight = by_prompt[samples[0].prompt.index]
+        assert [s.advantage for s in samples] == [weight * s.advantage for s in of_group]
+
 
 # What adapts, and goes on after a resume
 
