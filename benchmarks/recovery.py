@@ -1,13 +1,14 @@
 """Runs that go wrong, with `on_alarm: warn` and with `on_alarm: recover`, side by side.
 
     grpo-stage quickstart-model quickstart/model
-    python benchmarks/recovery.py saves/recovery --scenario gcd --seeds 1 2 3
+    python benchmarks/recovery.py saves/recovery [key=value ...] --scenario gcd --seeds 1 2 3
 
 Each scenario is the quick start's recipe with one fault. A run that is there already is not made again.
 
     gcd       400 rows of which one answer earns 61 % (constant_answer_data.py); evaluated on balanced answers
     collapse  ten times the quick start's learning rate
-    hacking   a reward that pays for digits as well as for the right answer; evaluated by the right answer alone
+    hacking   a reward that pays three times as much for stating nothing wrong as for the right answer; evaluated by the
+              right answer alone
 
 Writes a picture and a table: the mean training reward of the last five steps, the final evaluation, and the alarms.
 """
@@ -48,15 +49,15 @@ SCENARIOS = {
     "collapse": Scenario({"learning_rate": 3e-3, "val_size": 0.1, "max_steps": 40}, counts="eval_reward"),
     "hacking": Scenario(
         {
-            "reward_funcs": f"accuracy,{HERE / 'broken_reward.py'}:digits",
-            "reward_weights": "1,1",
-            "val_size": 0.1,
+            "reward_funcs": f"accuracy,{HERE / 'broken_reward.py'}:nothing_wrong",
+            "reward_weights": "1,3",
+            "val_size": 16,
             "eval_strategy": "steps",
-            "eval_steps": 4,
-            "max_steps": 60,
+            "eval_steps": 8,
+            "max_steps": 40,
         },
         counts="eval_rewards/accuracy/mean",
-        shown=("rewards/accuracy/mean", "rewards/digits/mean", "entropy"),
+        shown=("rewards/accuracy/mean", "rewards/nothing_wrong/mean", "entropy"),
     ),
 }
 

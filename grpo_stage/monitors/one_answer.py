@@ -122,9 +122,9 @@ class OneAnswer(Watch):
             ),
             remedy=(
                 "Balance the answers in the dataset (`grpo-stage check` names the best constant answer and what it "
-                "earns) or by `answer_balance`. Go back to before the fall with a lower learning rate and a means that "
-                "keeps the entropy up (`entropy_target`, or `covariance_control: clip_cov`), and evaluate on balanced "
-                "prompts."
+                "earns) or by `answer_balance`. Go back to before the fall with a lower learning rate and a means "
+                "that keeps the entropy up (`entropy_target`, or `covariance_control: clip_cov`), and evaluate on "
+                "balanced prompts."
             ),
             settings=balanced_answers(self.settings)
             | lower_rate(self.settings)
