@@ -3,12 +3,13 @@
     grpo-stage quickstart-model quickstart/model
     python benchmarks/recovery.py saves/recovery [key=value ...] --scenario gcd --seeds 1 2 3
 
-Each scenario is the quick start's recipe with one fault. A run that is there already is not made again.
+Each scenario is a sound recipe with one fault. A run that is there already is not made again.
 
-    gcd       400 rows of which one answer earns 61 % (constant_answer_data.py); evaluated on balanced answers
-    collapse  ten times the quick start's learning rate
-    hacking   a reward that pays three times as much for stating nothing wrong as for the right answer; evaluated by the
-              right answer alone
+    gcd       the quick start's recipe on 400 rows of which one answer earns 61 % (constant_answer_data.py); evaluated
+              on balanced answers; minutes a run
+    collapse  the quick start's recipe with ten times its learning rate; minutes a run
+    hacking   the random two-layer model of tiny_runs.py, which is to write many different characters and is paid eight
+              times as much for digits; evaluated by what is wanted; seconds a run
 
 Writes a picture and a table: the mean training reward of the last five steps, the final evaluation, and the alarms.
 """
@@ -22,12 +23,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import tiny_runs
 import yaml
 
 
 HERE = Path(__file__).parent
+TINY_RUNS = HERE / "tiny_runs.py"
 ARMS = ("warn", "recover")
 LAST = 5
+STOPPED_BY_ALARM = 3
 COLORS = {"warn": "#e45756", "recover": "#4c78a8"}
 
 
@@ -38,6 +42,8 @@ class Scenario:
     keys: dict[str, Any]
     counts: str
     shown: tuple[str, ...] = field(default=("reward", "entropy"))
+    is_tiny: bool = False
+    """Whether the model is that of tiny_runs.py."""
 
 
 SCENARIOS = {
@@ -49,15 +55,15 @@ SCENARIOS = {
     "collapse": Scenario({"learning_rate": 3e-3, "val_size": 0.1, "max_steps": 40}, counts="eval_reward"),
     "hacking": Scenario(
         {
-            "reward_funcs": f"accuracy,{HERE / 'broken_reward.py'}:nothing_wrong",
-            "reward_weights": "1,3",
-            "val_size": 16,
-            "eval_strategy": "steps",
-            "eval_steps": 8,
-            "max_steps": 40,
+            **{"val_size": 32, "eval_strategy": "steps", "eval_steps": 5},
+            "reward_funcs": f"{TINY_RUNS}:letters,{TINY_RUNS}:digits",
+            "reward_weights": "1,8",
+            "learning_rate": 3e-3,
+            "max_steps": 100,
         },
-        counts="eval_rewards/accuracy/mean",
-        shown=("rewards/accuracy/mean", "rewards/nothing_wrong/mean", "entropy"),
+        counts="eval_rewards/letters/mean@4",
+        shown=("rewards/letters/mean", "rewards/digits/mean", "kl"),
+        is_tiny=True,
     ),
 }
 
@@ -79,19 +85,26 @@ def main() -> None:
     }
     rows = [_row(arm, seed, folder, scenario) for (arm, seed), folder in runs.items()]
     (args.output / f"{args.scenario}.json").write_text(json.dumps(rows, indent=2))
-    print(f"| `on_alarm` | seed | reward, last {LAST} steps | {scenario.counts} | alarms (step) | back to |")
-    print("|---|---|---|---|---|---|")
+    print(f"| `on_alarm` | seed | steps | reward, last {LAST} | {scenario.counts} | alarms (step) | back to |")
+    print("|---|---|---|---|---|---|---|")
     for row in rows:
         alarms = ", ".join(f"{name} ({step})" for name, step in row["alarms"]) or "none"
         back = ", ".join(map(str, row["resumed_steps"])) or "-"
-        print(f"| {row['arm']} | {row['seed']} | {row['reward']:.2f} | {row['final']:.2f} | {alarms} | {back} |")
+        final = "-" if row["final"] is None else f"{row['final']:.2f}"
+        print(f"| {row['arm']} | {row['seed']} | {row['steps']} | {row['reward']:.2f} | {final} | {alarms} | {back} |")
     _draw(runs, scenario, args.output / f"{args.scenario}.png")
 
 
 def _run(folder: Path, scenario: Scenario, arm: str, seed: int, data: Path, overrides: list[str]) -> Path:
-    if (folder / "all_results.json").exists():
+    ended = folder.with_suffix(".exit_code")
+    if ended.exists():
         return folder
     recipe = yaml.safe_load((HERE.parent / "yaml_examples" / "quickstart.yaml").read_text())
+    if scenario.is_tiny:
+        model = folder.parents[1] / "tiny-model"
+        if not model.exists():
+            tiny_runs.make_model(Path(recipe["model_name_or_path"]), model)
+        recipe = tiny_runs.recipe(model)
     recipe |= {
         **{"save_strategy": "steps", "save_steps": 2, "plot_loss": False, "do_eval": True, "eval_num_generations": 4},
         **{"output_dir": str(folder), "seed": seed, "on_alarm": arm, "eval_strategy": "no"},
@@ -104,7 +117,10 @@ def _run(folder: Path, scenario: Scenario, arm: str, seed: int, data: Path, over
     file.write_text(yaml.safe_dump(recipe))
     with folder.with_suffix(".log").open("w") as log:
         command = [sys.executable, "-m", "grpo_stage", "train", str(file), *overrides]
-        subprocess.run(command, stdout=log, stderr=log, check=True)
+        code = subprocess.run(command, stdout=log, stderr=log).returncode
+    if code not in (0, STOPPED_BY_ALARM):
+        raise RuntimeError(f"{' '.join(command)} ended with exit code {code}: see {log.name}")
+    ended.write_text(str(code))
     return folder
 
 
@@ -119,7 +135,8 @@ def _row(arm: str, seed: int, folder: Path, scenario: Scenario) -> dict[str, Any
         "arm": arm,
         "seed": seed,
         "reward": fmean([line["reward"] for line in log if "reward" in line][-LAST:]),
-        "final": [line[scenario.counts] for line in log if scenario.counts in line][-1],
+        "steps": max(line["current_steps"] for line in log if "reward" in line),
+        "final": next((line[scenario.counts] for line in reversed(log) if scenario.counts in line), None),
         "alarms": [(line["monitor"], line["step"]) for line in _lines(folder / "alarms.jsonl")],
         "resumed_steps": [each["resumed_step"] for each in json.loads(recoveries.read_text())]
         if recoveries.exists()

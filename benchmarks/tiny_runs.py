@@ -57,6 +57,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "dynamic": {"reward_funcs": ["has_digit"], "dynamic_sampling": True},
 }  # fmt: skip
 VOCABULARY = 2048
+HERE = Path(__file__).resolve()
 
 
 def make_model(tokenizer: Path, folder: Path) -> None:
@@ -85,6 +86,18 @@ def make_model(tokenizer: Path, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def recipe(model: Path) -> dict[str, Any]:
+    """What all runs of the model share."""
+    return {
+        "stage": "grpo", "do_train": True, "model_name_or_path": str(model), "template": "smollm2",
+        "dataset": "addition", "dataset_dir": str(HERE.parents[1] / "yaml_examples" / "data"), "cutoff_len": 96,
+        "finetuning_type": "full", "rollout_backend": "hf", "num_generations": 8, "max_new_tokens": 16,
+        "per_device_train_batch_size": 8, "max_steps": 40, "logging_steps": 1, "save_strategy": "no",
+        "use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "report_to": "none",
+        "lr_scheduler_type": "constant", "learning_rate": 1e-3, "disable_gradient_checkpointing": True,
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer", type=Path, help="the quick start's model, whose tokenizer is taken")
@@ -97,23 +110,14 @@ def main() -> None:
     install()
     from llamafactory.train.tuner import run_exp
 
-    here = Path(__file__).resolve()
     model = args.output.with_name(f"{args.output.name}-model")
     if not model.exists():
         make_model(args.tokenizer, model)
-    recipe = {
-        "stage": "grpo", "do_train": True, "model_name_or_path": str(model), "template": "smollm2",
-        "dataset": "addition", "dataset_dir": str(here.parents[1] / "yaml_examples" / "data"), "cutoff_len": 96,
-        "finetuning_type": "full", "rollout_backend": "hf", "num_generations": 8, "max_new_tokens": 16,
-        "per_device_train_batch_size": 8, "max_steps": 40, "logging_steps": 1, "save_strategy": "no",
-        "use_cpu": True, "bf16": False, "dataloader_pin_memory": False, "report_to": "none",
-        "lr_scheduler_type": "constant", "learning_rate": 1e-3, "disable_gradient_checkpointing": True,
-    }  # fmt: skip
     for seed in range(1, args.seeds + 1):
         for kind, keys in KINDS.items():
-            names = [name if name == "repetition" else f"{here}:{name}" for name in keys["reward_funcs"]]
+            names = [name if name == "repetition" else f"{HERE}:{name}" for name in keys["reward_funcs"]]
             folder = str(args.output / f"{kind}-{seed}")
-            run_exp({**recipe, **keys, "reward_funcs": names, "seed": seed, "output_dir": folder})
+            run_exp({**recipe(model), **keys, "reward_funcs": names, "seed": seed, "output_dir": folder})
 
 
 if __name__ == "__main__":
