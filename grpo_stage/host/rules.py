@@ -181,8 +181,8 @@ RULES = (
         "`rollout_correction: {rollout_correction}`, `rollout_rejection: {rollout_rejection}`, "
         "`off_policy_mask_threshold: {off_policy_mask_threshold}`, `rollout_ahead: {rollout_ahead}` and `loss_type: "
         "dppo_tv` and `dppo_kl` need neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `min_p: "
-        "{min_p}`, `repetition_penalty: {repetition_penalty}` and `structured_outputs: {structured_outputs}`: tokens are then "
-        "drawn from another distribution than the policy's, whose probabilities the engine does not give, so that "
-        "every weight would be wrong. Leave these out, or what needs it.",
+        "{min_p}`, `repetition_penalty: {repetition_penalty}` and `structured_outputs: {structured_outputs}`: tokens "
+        "are then drawn from another distribution than the policy's, whose probabilities the engine does not give, so "
+        "that every weight would be wrong. Leave these out, or what needs it.",
     ),
 )

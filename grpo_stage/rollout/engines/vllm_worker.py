@@ -1,7 +1,7 @@
 """vLLM in a process of its own, seen from that process: it does one thing after another that the trainer asks for.
 
-The trainer's side is `vllm_apart`. Between the two is a socket: the trainer writes what it asks for, and gets one answer
-to each.
+The trainer's side is `vllm_apart`. Between the two is a socket: to each thing that the trainer asks for it gets one
+answer.
 """
 
 import os
