@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from grpo_stage.rollout.engines import vllm_worker
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.rollout.engines.vllm_worker import GIVE_UP, Answer, Request, Sampled
@@ -207,7 +208,8 @@ def _start(environment: Mapping[str, str]) -> tuple["subprocess.Popen[bytes]", C
     inherited = {key: value for key, value in os.environ.items() if key not in _OF_TORCHRUN}
     with theirs, _stops_blocked():
         process = subprocess.Popen(
-            [sys.executable, "-m", "grpo_stage.rollout.engines.vllm_worker", str(theirs.fileno())],
+            # Not with -m: what goes over the socket would be of classes in `__main__`.
+            [sys.executable, "-c", f"from {vllm_worker.__name__} import main; main({theirs.fileno()})"],
             env={**inherited, **environment},
             pass_fds=[theirs.fileno()],
         )

@@ -111,17 +111,14 @@ def serve(connection: Connection) -> None:
             return
 
 
-def main() -> NoReturn:
+def main(descriptor: int) -> NoReturn:
+    """Serve on a socket that this process has inherited, and end."""
     # A stop reaches this process, too (Ctrl-C the whole group, LLaMA Board every descendant). The trainer finishes
     # its step and saves the rollout that is under way, for which it needs this process; it ends as its end closes.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        serve(Connection(int(sys.argv[1])))
+        serve(Connection(descriptor))
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)  # vLLM's own threads may not end
-
-
-if __name__ == "__main__":
-    main()
