@@ -209,7 +209,7 @@ class Collector:
                 ahead.submit(self.stream.take(count), step=version + 1)
             self._tell_monitors(groups, version)
         self._tracker.add("rollout_ahead/steps_behind", num_behind * len(groups), len(groups))
-        self._tracker.add("rollout_ahead/engine_s", rollout.seconds)
+        self._tracker.add("rollout_ahead/engine_time", rollout.seconds)
         scored = self._scored(groups, [], rollout.seconds, state)
         if num_behind == 0 or self._grpo_args.rollout_correction != "none":
             return scored

@@ -199,7 +199,7 @@ TRAINING: tuple[Definition, ...] = (
         "groups: 1, and 0 in the first step; only with `rollout_ahead`",
     ),
     Definition(
-        ("rollout_ahead/engine_s",),
+        ("rollout_ahead/engine_time",),
         "seconds that the engine took for the step's completions, while the step before trained; what the step waited "
         "for them is `time/rollout`. Only with `rollout_ahead`",
     ),

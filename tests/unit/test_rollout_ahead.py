@@ -96,7 +96,7 @@ def test_each_step_but_the_first_trains_on_what_the_policy_before_has_sampled(tm
     ]
     lines = [line for line in runs[1].state.log_history if "loss" in line]
     assert [line["rollout_ahead/steps_behind"] for line in lines] == [0, 1, 1, 1, 1, 1]
-    assert [line["rollout_ahead/engine_s"] for line in lines][1:] == [1.5] * 5
+    assert [line["rollout_ahead/engine_time"] for line in lines][1:] == [1.5] * 5
 
 
 def second_step(tmp_path, **options):
@@ -202,7 +202,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, where, at_st
     mine, reference = untimed(resumed.state.log_history), untimed(whole.state.log_history)
     for line in (*mine, *reference):
         line.pop("train_loss", None)
-        line.pop("rollout_ahead/engine_s", None)
+        line.pop("rollout_ahead/engine_time", None)
     assert mine == reference
     assert any("sampling/slope/previous" in line for line in mine)
 
