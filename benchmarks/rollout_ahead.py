@@ -30,7 +30,7 @@ ARMS: dict[str, tuple[int, dict[str, Any]]] = {
     "off, 2 threads": (2, {}),
 }
 """Threads of a process, and keys."""
-SHAPE = {"per_device_train_batch_size": 4, "num_generations": 4, "max_new_tokens": 48, "plot_loss": False}
+SHAPE = {"per_device_train_batch_size": 4, "num_generations": 4, "max_new_tokens": 32, "plot_loss": False}
 FIGURES = (
     *("step_time", "time/rollout", "rollout_ahead/engine_time", "time/sync", "time/canary", "time/update", "reward"),
 )
