@@ -1,13 +1,20 @@
 """Runs with `rollout_ahead` and the real vLLM in its own process, which the runs of this file share."""
 
+import os
 import shutil
 
 import pytest
 
 from grpo_stage import workflow
+from grpo_stage.survival.stop import STOP_SIGNALS
+from grpo_stage.types import Prompt, SamplingSettings
 
 from .conftest import completions, trainer_log
 from .test_interruptions import assert_same
+
+
+PROMPTS = [Prompt(index=0, token_ids=(5, 6), messages=(), reference=None)]
+SAMPLING = SamplingSettings(num_generations=2, max_new_tokens=8, temperature=1.0)
 
 
 @pytest.fixture
@@ -61,4 +68,14 @@ def test_a_run_is_one_update_behind_and_goes_on_exactly(recipe, run_exp, tmp_pat
     (tmp_path / "resumed" / "grpo_finished.json").unlink()
     run_exp(resumed | {"resume_from_checkpoint": str(tmp_path / "resumed" / "checkpoint-3")})
     assert_same(resumed, whole)
-    assert len(one_engine) == 1
+
+    (engine,) = one_engine
+    for (
+        each
+    ) in STOP_SIGNALS:  # a stop reaches the whole group, and the trainer needs the engine to save what it samples
+        os.kill(engine._process.pid, each)
+    assert len(engine.generate(PROMPTS, SAMPLING, step=9)) == 1
+    engine.submit(PROMPTS, SAMPLING, step=10)
+    engine._process.kill()
+    with pytest.raises(RuntimeError, match=r"has ended \(exit code -9\)"):
+        engine.collect()

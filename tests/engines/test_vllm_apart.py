@@ -1,121 +1,156 @@
-"""vLLM in a process of its own: what it samples, and what becomes of a request that nobody waits for."""
+"""The two ends of vLLM in a process of its own, with a vLLM that is none, in a thread: what is asked and answered.
 
-import os
-import signal
+With the real one: tests/e2e/test_rollout_ahead.py.
+"""
+
+import socket
+import threading
 from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
+from grpo_stage.rollout.engines import vllm, vllm_apart, vllm_worker
 from grpo_stage.rollout.engines.vllm_apart import VLLMApart
-from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.rollout.engines.weights import PolicyWeights, checkpoint_weights
-from grpo_stage.types import AheadEngine, Prompt
+from grpo_stage.types import AheadEngine, Completion, FinishReason, Prompt, RolloutGroup
 
-from .conftest import LORA_RANK, MAX_MODEL_LEN, SOUND, logprob_difference, policy_logprobs
-
-
-PROMPTS = [
-    Prompt(index=i, token_ids=(i + 3, 9, 11), messages=({"role": "user", "content": "?"},), reference=None)
-    for i in range(4)
-]
+from .conftest import vllm_settings
 
 
-@pytest.fixture(scope="module")
-def engine(checkpoint: Path, tokenizer: PreTrainedTokenizerFast) -> Iterator[VLLMApart]:
-    settings = VLLMSettings(
-        model_name_or_path=str(checkpoint),
-        adapter=True,
-        max_model_len=MAX_MODEL_LEN,
-        max_lora_rank=LORA_RANK,
-        gpu_memory_utilization=0.5,
-        enforce_eager=False,
-        dtype="auto",
-        logprob_temperature=None,
-    )
-    apart = VLLMApart(settings, tokenizer, {})
-    yield apart
-    apart.close()
+PROMPTS = [Prompt(index=i, token_ids=(i + 3, 9), messages=({"role": "user"},), reference="r") for i in range(3)]
 
 
-def test_it_samples_from_the_version_that_it_was_given_while_its_caller_goes_on(engine, make_policy, sampling):
-    assert isinstance(engine, AheadEngine)
-    first, second = make_policy(1), make_policy(2)
-    engine.sync(first, 1)
-    now = engine.generate(PROMPTS, sampling, step=5)
-    assert engine.logprob_temperature == sampling.temperature
-    assert [group.prompt for group in now] == PROMPTS
-    assert {group.policy_version for group in now} == {1}
-    assert now[0].completions[0].text.startswith("w"), "texts are made here"
-    assert logprob_difference(first, now, sampling.temperature) < SOUND
+class Vllm:
+    """Answers with the step as the only token, once it may; notes what it was asked for."""
 
-    engine.sync(first, 1)
-    engine.submit(PROMPTS, sampling, step=5)
+    def __init__(self, settings, tokenizer):
+        assert tokenizer is None
+        self.logprob_temperature = float("nan")
+        self.log = []
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+        self.is_asked = threading.Event()
+        Vllm.running = self
+
+    def load(self, weights, version):
+        with weights.adapter() as folder:
+            self.log.append((version, sorted(file.name for file in folder.iterdir()), len(weights.adapted)))
+        self.version = version
+
+    def generate(self, prompts, sampling, step):
+        self.is_asked.set()
+        self.log.append(f"begin {step}")
+        if step < 0:
+            raise ValueError("a user's mistake")
+        while not self.may_answer.wait(0.005):
+            self.on_step()
+        self.log.append(f"end {step}")
+        self.logprob_temperature = sampling.temperature
+        completion = Completion(
+            token_ids=(step,), sampling_logprobs=(-0.1,), finish_reason=FinishReason.LENGTH, text=""
+        )
+        assert all(prompt.messages == () and prompt.reference is None for prompt in prompts), "only tokens travel"
+        return [
+            RolloutGroup(
+                prompt=prompt, completions=(completion,) * sampling.num_generations, policy_version=self.version
+            )
+            for prompt in prompts
+        ]
+
+    def score(self, groups):
+        return [torch.tensor([float(each.token_ids[0])]) for group in groups for each in group.completions]
+
+
+@pytest.fixture
+def apart(monkeypatch, checkpoint, tokenizer) -> Iterator[VLLMApart]:
+    ours, theirs = (Connection(each.detach()) for each in socket.socketpair())
+    process = SimpleNamespace(kill=lambda: None, wait=lambda timeout=None: 0, returncode=0)
+    monkeypatch.setattr(vllm, "VLLMEngine", Vllm)
+    monkeypatch.setattr(vllm_apart, "_start", lambda environment: (process, ours))
+    thread = threading.Thread(target=vllm_worker.serve, args=(theirs,), daemon=True)
+    thread.start()
+    engine = VLLMApart(vllm_settings(checkpoint), tokenizer, {})
+    yield engine
+    Vllm.running.may_answer.set()
+    engine.close()
+    thread.join(10)
+    assert not thread.is_alive(), "it ends with its trainer"
+
+
+def test_what_is_sampled_comes_back_with_its_prompt_text_and_version(apart, make_policy, sampling):
+    assert isinstance(apart, AheadEngine)
+    apart.sync(make_policy(1), 4)
+    groups = apart.generate(PROMPTS, sampling, step=20)
+    assert [group.prompt for group in groups] == PROMPTS
+    assert {group.policy_version for group in groups} == {4}
+    assert {each.text for group in groups for each in group.completions} == {"w20"}
+    assert apart.logprob_temperature == sampling.temperature
+    assert [scores.tolist() for scores in apart.score(groups)] == [[20.0]] * 9
+    (version, files, num_adapted), *_ = Vllm.running.log
+    assert (version, files) == (4, ["adapter_config.json", "adapter_model.safetensors"])
+    assert num_adapted == 14
+
+
+def test_the_caller_goes_on_until_it_collects(apart, make_policy, sampling):
+    apart.sync(make_policy(1), 4)
+    Vllm.running.may_answer.clear()
+    apart.submit(PROMPTS, sampling, step=21)
+    assert Vllm.running.is_asked.wait(10)
     with pytest.raises(AssertionError, match="under way"):
-        engine.sync(second, 2)
-    later, seconds = engine.collect()
-    assert later == now, "to the bit, texts included"
+        apart.sync(make_policy(1), 5)
+    Vllm.running.may_answer.set()
+    groups, seconds = apart.collect()
+    assert {each.text for group in groups for each in group.completions} == {"w21"}
     assert seconds > 0
 
-    engine.sync(second, 2)
-    for scores, expected in zip(engine.score(now), policy_logprobs_of(second, now), strict=True):
-        assert torch.allclose(scores, expected, atol=1e-4)
 
-
-def policy_logprobs_of(policy, groups):
-    return [logprobs for group in groups for logprobs in policy_logprobs(policy, group, 1.0)]
-
-
-def test_what_nobody_waits_for_is_given_up_and_leaves_nothing(engine, make_policy, sampling):
-    policy = make_policy(3)
-    engine.sync(policy, 3)
-    expected = engine.generate(PROMPTS, sampling, step=6)
-
-    engine.sync(policy, 3)
-    engine.submit(PROMPTS, sampling, step=7)
-    engine.discard()
-    engine.sync(policy, 3)
-    assert engine.generate(PROMPTS, sampling, step=6) == expected
+def test_what_nobody_waits_for_is_given_up(apart, make_policy, sampling):
+    policy = make_policy(1)
+    apart.sync(policy, 4)
+    Vllm.running.may_answer.clear()
+    apart.submit(PROMPTS, sampling, step=21)
+    assert Vllm.running.is_asked.wait(10)
+    apart.discard()
+    apart.sync(policy, 5)
 
     def stop() -> None:
         raise KeyboardInterrupt
 
-    engine.on_step = stop
+    apart.on_step = stop
     with pytest.raises(KeyboardInterrupt):
-        engine.generate(PROMPTS, sampling, step=8)
-    engine.on_step = lambda: None
-    engine.sync(policy, 3)
-    assert engine.generate(PROMPTS, sampling, step=6) == expected
+        apart.generate(PROMPTS, sampling, step=22)
+    apart.on_step = lambda: None
+    apart.sync(policy, 6)
+    Vllm.running.may_answer.set()
+    apart.submit(PROMPTS, sampling, step=23)
+    apart.collect()
+    assert not {"end 21", "end 22"} & set(map(str, Vllm.running.log))
+    apart.submit(PROMPTS, sampling, step=24)  # given up when it has been answered already
+    while "end 24" not in Vllm.running.log:
+        pass
+    apart.discard()
+    (group, *_) = apart.generate(PROMPTS, sampling, step=25)
+    assert group.completions[0].text == "w25"
+    assert group.policy_version == 6
 
 
-def test_its_own_errors_come_here_and_it_goes_on(engine, make_policy, sampling):
-    engine.sync(make_policy(1), 4)
-    too_long = Prompt(index=0, token_ids=(9,) * MAX_MODEL_LEN, messages=(), reference=None)
-    with pytest.raises(ValueError, match="passes the engine's 512"):
-        engine.generate([too_long], sampling, step=0)
-    assert len(engine.generate(PROMPTS, sampling, step=0)) == len(PROMPTS)
-
-
-def test_a_stop_of_the_whole_group_spares_it_and_its_end_is_said(engine, make_policy, sampling):
-    """The last test of the file: the engine is gone afterwards."""
-    engine.sync(make_policy(1), 5)
-    for each in (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP):
-        os.kill(engine._process.pid, each)
-    assert len(engine.generate(PROMPTS, sampling, step=0)) == len(PROMPTS)
-    engine.submit(PROMPTS, sampling, step=1)
-    engine._process.kill()
-    with pytest.raises(RuntimeError, match=r"has ended \(exit code -9\)"):
-        engine.collect()
-    with pytest.raises(RuntimeError, match="has ended"):
-        engine.sync(make_policy(1), 6)
+def test_its_errors_come_here_and_it_goes_on(apart, make_policy, sampling):
+    apart.sync(make_policy(1), 4)
+    with pytest.raises(ValueError, match=r"a user's mistake\n\nIn vLLM's process:\nTraceback"):
+        apart.generate(PROMPTS, sampling, step=-1)
+    assert len(apart.generate(PROMPTS, sampling, step=1)) == 3
 
 
 @pytest.mark.parametrize("kind", ["a whole model", "an adapter, merged"])
-def test_whole_weights_arrive_as_they_are(checkpoint, make_policy, kind):
-    policy = make_policy(1) if kind == "an adapter, merged" else AutoModelForCausalLM.from_pretrained(checkpoint)
-    expected = checkpoint_weights(policy, is_merged=kind == "an adapter, merged")
+def test_whole_weights_arrive_as_they_are(checkpoint: Path, make_policy, kind):
+    is_merged = kind == "an adapter, merged"
+    policy = make_policy(1) if is_merged else AutoModelForCausalLM.from_pretrained(checkpoint)
+    expected = checkpoint_weights(policy, is_merged=is_merged)
     with PolicyWeights(policy, is_adapter=False).written() as written:
         arrived = dict(written.tensors())
         assert written.adapted == ()

@@ -18,6 +18,7 @@ from grpo_stage.update.reference import InitialWeightsReference
 
 from .test_survival import strike, untimed
 from .trainer_on_fakes import (
+    FakeEngine,
     LengthRewards,
     ScoringEngine,
     gradient_of,
@@ -28,19 +29,45 @@ from .trainer_on_fakes import (
 )
 
 
-class AheadEngine(ScoringEngine):
-    """Answers when it is asked to collect, from the weights that it had when the rollout was submitted."""
+class Ahead:
+    """For a fake engine: it answers when it is asked to collect."""
 
-    def __init__(self, backlog=0, num_behind=0) -> None:
-        super().__init__(backlog)
-        self.num_behind = num_behind
-        self.under_way = None
-        self.error = None
-        self.events = []
+    under_way = error = None
 
     def sync(self, policy, version):
         assert self.under_way is None
         super().sync(policy, version)
+
+    def submit(self, prompts, sampling, step):
+        assert self.under_way is None
+        self.under_way = prompts, sampling, step
+
+    def collect(self):
+        request, self.under_way = self.under_way, None
+        if self.error is not None:
+            raise self.error
+        return self.generate(*request), 1.5
+
+    def discard(self):
+        self.under_way = None
+
+
+class PlainAheadEngine(Ahead, FakeEngine):
+    def score(self, groups):
+        raise NotImplementedError
+
+
+class AheadEngine(Ahead, ScoringEngine):
+    """Its log-probabilities are those of the weights that it was given at the last sync."""
+
+    def __init__(self, backlog=0, num_behind=0) -> None:
+        super().__init__(backlog)
+        self.num_behind = num_behind
+        self.events = []
+
+    def submit(self, prompts, sampling, step):
+        self.events.append(("submit", step))
+        super().submit(prompts, sampling, step)
 
     def generate(self, prompts, sampling, step):
         assert self.under_way is None
@@ -58,20 +85,6 @@ class AheadEngine(ScoringEngine):
             )
             for group in groups
         ]
-
-    def submit(self, prompts, sampling, step):
-        assert self.under_way is None
-        self.events.append(("submit", step))
-        self.under_way = prompts, sampling, step
-
-    def collect(self):
-        request, self.under_way = self.under_way, None
-        if self.error is not None:
-            raise self.error
-        return self.generate(*request), 1.5
-
-    def discard(self):
-        self.under_way = None
 
 
 def make(tmp_path, engine=None, training=None, rollout_ahead=1, **options):
@@ -251,14 +264,14 @@ def test_two_ranks_each_have_an_engine_that_samples_ahead(tmp_path):
     code = f"""
 import json, torch
 from pathlib import Path
-from tests.unit.test_rollout_ahead import make, watch_steps
+from tests.unit.test_rollout_ahead import PlainAheadEngine, make, watch_steps
 
 SETTINGS = {{"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}}
 folder, versions = Path({str(tmp_path)!r}), []
-trainer = make(folder, training=SETTINGS)
+trainer = make(folder, PlainAheadEngine(), SETTINGS)
 watch_steps(trainer, lambda step: versions.append(sorted({{sample.policy_version for sample in step.samples}})))
 trainer.train()
-resumed = make(folder, training=SETTINGS)
+resumed = make(folder, PlainAheadEngine(), SETTINGS)
 resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 weights = [torch.cat([p.detach().flatten() for p in each.model.parameters()]) for each in (trainer, resumed)]
 print("result", json.dumps({{"asked": trainer.engine.asked, "versions": versions,
