@@ -94,6 +94,13 @@ def make(tmp_path, engine=None, training=None, rollout_ahead=1, **options):
     )
 
 
+def versions_of_steps(trainer):
+    """Filled as the run goes on: of each step the versions that its samples come from."""
+    seen = []
+    watch_steps(trainer, lambda step: seen.append(sorted({sample.policy_version for sample in step.samples})))
+    return seen
+
+
 def test_each_step_but_the_first_trains_on_what_the_policy_before_has_sampled(tmp_path):
     runs = {ahead: make(tmp_path / str(ahead), rollout_ahead=ahead) for ahead in (0, 1)}
     seen = {0: [], 1: []}
@@ -264,12 +271,12 @@ def test_two_ranks_each_have_an_engine_that_samples_ahead(tmp_path):
     code = f"""
 import json, torch
 from pathlib import Path
-from tests.unit.test_rollout_ahead import PlainAheadEngine, make, watch_steps
+from tests.unit.test_rollout_ahead import PlainAheadEngine, make, versions_of_steps
 
 SETTINGS = {{"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}}
-folder, versions = Path({str(tmp_path)!r}), []
+folder = Path({str(tmp_path)!r})
 trainer = make(folder, PlainAheadEngine(), SETTINGS)
-watch_steps(trainer, lambda step: versions.append(sorted({{sample.policy_version for sample in step.samples}})))
+versions = versions_of_steps(trainer)
 trainer.train()
 resumed = make(folder, PlainAheadEngine(), SETTINGS)
 resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
