@@ -74,6 +74,15 @@ class GRPOArguments:
         min=1,
         most=10_000,
     )
+    rollout_ahead: int = _key(
+        0,
+        ROLLOUT,
+        "Rollouts that are sampled ahead: with 1 vLLM runs in a process of its own and samples the next step's "
+        "completions while this step trains. They come from the policy one update before, which the loss's ratio "
+        "corrects, or `rollout_correction`. It pays where vLLM has a device of its own.",
+        min=0,
+        max=1,
+    )
     dynamic_sampling: bool = _key(
         False,
         ROLLOUT,

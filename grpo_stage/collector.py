@@ -3,6 +3,9 @@
 prompts due -> sync -> rollout -> canary -> rewards -> [batch full?] -> old / ref log-probs -> advantages -> steps
    ^------------------------------------------------------' no, with dynamic_sampling
 
+With `rollout_ahead` the completions were begun in the step before, and after the canary the next ones are begun
+(`rollout.ahead`).
+
 P prompts    G completions a prompt
 """
 
@@ -19,11 +22,13 @@ from .algorithm.answer_balance import answer_weights
 from .algorithm.catalog import ESTIMATORS
 from .arguments import GRPOArguments
 from .distributed import all_gather
+from .monitors.canary import check_versions
 from .monitors.monitor import Monitor
 from .records.completions import CompletionsLog
 from .records.metrics import record_rollout
 from .rewards.answers.verdict import voted_answer
 from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
+from .rollout.ahead import DueRollout, RolloutAhead
 from .rollout.epochs import PromptStream, choose_epochs, steps_of_epoch
 from .rollout.filling import choose_filling
 from .rollout.queue import RolloutQueue
@@ -104,6 +109,7 @@ class Collector:
         )
         self.filling = choose_filling(grpo_args, args, prompts, sampler.rewards.names, self._credit.has_signal)
         self.epochs = choose_epochs(grpo_args, args, self.stream, self.steps_per_epoch, self._is_everything_used)
+        self.ahead = RolloutAhead(sampler, sampling, prompts) if grpo_args.rollout_ahead else None
 
     def collect(self, state: TrainerState) -> None:
         """Sample, score and prepare one rollout: its optimizer steps join the queue in the order of use."""
@@ -125,7 +131,8 @@ class Collector:
             shares = self._with_ref_logprobs(shares)
             if self._estimator.is_of_tokens:
                 shares = [self._with_tensors(share, "energies", self._frozen.energies) for share in shares]
-        samples = self._with_advantages([group for share in shares for group in share], makes_several_steps)
+        version = None if makes_several_steps else state.global_step
+        samples = self._with_advantages([group for share in shares for group in share], version)
         if self._grpo_args.log_completions:
             dropped = map(self._credit.withhold, filled.dropped)
             self.completions_log.record(state.global_step + 1, [own for each in (*samples, *dropped) for own in each])
@@ -135,7 +142,9 @@ class Collector:
         for share in shares:
             of_groups = [(group, next(remaining)) for group in share]
             steps.append(tuple(sample for group, own in of_groups if self._is_kept(group) for sample in own))
-        temperature = self._sampler.engine.logprob_temperature
+        # Ahead: the engine may have been asked at another temperature since, and sampling is neutral.
+        engine = self._sampler.engine
+        temperature = engine.logprob_temperature if self.ahead is None else self._sampling.temperature
         for step in _with_fresh_first(steps, state.global_step) * self._grpo_args.num_iterations:
             self.queue.append(Step(samples=step, logprob_temperature=temperature))
 
@@ -161,6 +170,8 @@ class Collector:
 
     def _roll_out(self, count: int, state: TrainerState) -> list[ScoredGroup]:
         """Sample and score this rank's share of the next `count` prompts."""
+        if self.ahead is not None:
+            return self._roll_out_ahead(self.ahead, count, state)
         version = state.global_step
         with self._phases.phase("sync"):
             self._sampler.sync(self._policy, version)
@@ -171,13 +182,58 @@ class Collector:
                 [self._prompts[i] for i in indices], self._sampling, step=version, version=version
             )
         with self._phases.phase("canary"):
-            self._let_engine_sleep(groups, version)
+            self._ask_monitors(groups, version)
+            self._sampler.engine.sleep()
+            self._tell_monitors(groups, version)
+        return self._scored(groups, greedy, clock.seconds, state)
+
+    def _roll_out_ahead(self, ahead: RolloutAhead, count: int, state: TrainerState) -> list[ScoredGroup]:
+        """Score this rank's share of the rollout that was begun in the step before, and begin with the next one."""
+        version = state.global_step
+        if any(all_gather(ahead.is_under_way)):
+            with self._phases.phase("rollout"):
+                ahead.settle()
+        with self._phases.phase("sync"):
+            self._sampler.sync(self._policy, version)
+        rollout = ahead.take() or DueRollout(self.stream.take(count))
+        num_behind = 0 if rollout.groups is None else 1
+        if any(all_gather(rollout.groups is None)):  # in the first step, and after the engine has failed
+            with self._phases.phase("rollout") as clock:
+                if rollout.groups is None:
+                    prompts = [self._prompts[i] for i in rollout.indices]
+                    rollout.groups = self._sampler.generate(prompts, self._sampling, step=version, version=version)
+            rollout.seconds = rollout.seconds or clock.seconds
+        groups = rollout.groups
+        assert groups is not None
+        check_versions(groups, version, num_behind)
+        with self._phases.phase("canary"):
+            self._ask_monitors(groups, version)
+            if version + 1 < state.max_steps:
+                ahead.submit(self.stream.take(count), step=version + 1)
+            self._tell_monitors(groups, version)
+        self._tracker.add("rollout_ahead/steps_behind", num_behind * len(groups), len(groups))
+        self._tracker.add("rollout_ahead/engine_time", rollout.seconds)
+        scored = self._scored(groups, [], rollout.seconds, state)
+        if num_behind == 0 or self._grpo_args.rollout_correction != "none":
+            return scored
+        # Log-probabilities of the policy that sampled, by the engine: the trainer has that policy no longer.
+        return [
+            dataclasses.replace(
+                each, old_logprobs=tuple(torch.tensor(own.sampling_logprobs) for own in each.group.completions)
+            )
+            for each in scored
+        ]
+
+    def _scored(
+        self, groups: Sequence[RolloutGroup], greedy: Sequence[RolloutGroup], seconds: float, state: TrainerState
+    ) -> list[ScoredGroup]:
+        version = state.global_step
         with self._phases.timed("reward"):
             progress = TrainingProgress(global_step=version, max_steps=state.max_steps, epoch=float(state.epoch or 0))
             scored = self._sampler.score(groups, progress)
             if self._estimator.needs_greedy:
                 scored = self._beside_greedy(scored, self._sampler.score(greedy, progress))
-        self._record(scored, clock.seconds)
+        self._record(scored, seconds)
         for monitor in self._monitors:
             monitor.after_scoring(scored, version, self._tracker)
         return scored
@@ -197,12 +253,14 @@ class Collector:
             for own, other in zip(scored, greedy, strict=True)
         ]
 
-    def _let_engine_sleep(self, groups: Sequence[RolloutGroup], version: int) -> None:
-        """Free the engine's memory for rewards and log-probabilities, with what monitors do before and after it."""
+    def _ask_monitors(self, groups: Sequence[RolloutGroup], version: int) -> None:
+        """What monitors do while the engine has the weights of `version` and nothing to do."""
         with self._phases.limited("canary", self._grpo_args.rollout_timeout, "rollout_timeout"):
             for monitor in self._monitors:
                 monitor.before_sleep(self._sampler.engine, groups, version)
-        self._sampler.engine.sleep()
+
+    def _tell_monitors(self, groups: Sequence[RolloutGroup], version: int) -> None:
+        """What they do once it sleeps, or samples ahead."""
         for monitor in self._monitors:
             monitor.after_sleep(groups, version, self._tracker)
 
@@ -265,8 +323,14 @@ class Collector:
             result.append(dataclasses.replace(group, **values))
         return result
 
-    def _with_advantages(self, groups: Sequence[ScoredGroup], makes_several_steps: bool) -> list[tuple[Sample, ...]]:
-        """The samples of each group. Statistics are taken over the whole batch, on all ranks."""
+    def _with_advantages(self, groups: Sequence[ScoredGroup], version: int | None) -> list[tuple[Sample, ...]]:
+        """The samples of each group. Statistics are taken over the whole batch, on all ranks.
+
+        Args:
+            groups: those of the whole batch, of this rank.
+            version: the policy's, if they are trained on before it changes: those that it has sampled have a ratio
+                of 1.
+        """
         if not self._grpo_args.kl_in_reward:
             return self._credit.assign(groups)
         old, ref = (
@@ -274,9 +338,10 @@ class Collector:
             for name in ("old_logprobs", "ref_logprobs")
         )
         penalties = self._objective.reward_penalties(old, ref)
-        if not makes_several_steps:  # it is on-policy: its ratio is 1
-            assert not self._grpo_args.dynamic_sampling, "`combinations` refuses it: groups that waited are off-policy"
-            groups = [dataclasses.replace(group, old_logprobs=None) for group in groups]
+        groups = [
+            dataclasses.replace(each, old_logprobs=None) if each.group.policy_version == version else each
+            for each in groups
+        ]
         return self._credit.assign(groups, penalties)
 
 

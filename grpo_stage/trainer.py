@@ -171,6 +171,8 @@ class GRPOTrainer(ResumableTrainer):
         }
         for name, monitor in self.monitors.items():
             parts[f"monitors/{name}"] = Part(monitor, Scope.RANK, is_undone=True, is_optional=True)
+        if collector.ahead is not None:
+            parts["ahead"] = Part(collector.ahead, Scope.RANK, is_undone=True)
         if self.grpo_args.sync_ref_model:
             parts["reference"] = Part(cast(MovingReference, self.reference), Scope.TENSORS)
         return parts
@@ -208,6 +210,8 @@ class GRPOTrainer(ResumableTrainer):
     ) -> dict[str, float]:
         """Metrics of the present policy on the evaluation prompts, as `records.evaluation` defines them."""
         prompts = self.eval_dataset if eval_dataset is None else eval_dataset
+        if self.collector.ahead is not None:
+            self.collector.ahead.settle()  # the engine has one policy at a time
         measured = self.evaluator.evaluate(prompts, self.state)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)

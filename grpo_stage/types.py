@@ -144,6 +144,21 @@ class RolloutEngine(Protocol):
         """Free what the engine holds. May be called twice."""
 
 
+@runtime_checkable
+class AheadEngine(RolloutEngine, Protocol):
+    """An engine that samples while its caller does something else: one on a device, or at least in a process, of its
+    own. One rollout can be under way; until it is collected or discarded, nothing else may be asked for."""
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> None:
+        """Begin with what `generate` does, from the weights of the last `sync`, and return at once."""
+
+    def collect(self) -> tuple[list[RolloutGroup], float]:
+        """Wait for the rollout that was submitted. Returns its groups, and the seconds that the engine took for it."""
+
+    def discard(self) -> None:
+        """Give up the rollout that is under way, if there is one."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingProgress:
     """How far a run is: what a reward function gets as `trainer_state`, with transformers' names."""
@@ -183,7 +198,8 @@ class ScoredGroup:
     """[G], the weighted sum over the functions that applied; None where none did."""
     old_logprobs: "tuple[torch.Tensor, ...] | None" = None
     """[G] of [T], of the policy that sampled the group, if that is an earlier one. None if it is the present policy,
-    whose log-probabilities can be computed at any time."""
+    whose log-probabilities can be computed at any time; and if the ratio is to the present policy in any case (see
+    `Sample.old_logprobs`)."""
     ref_logprobs: "tuple[torch.Tensor, ...] | None" = None
     """[G] of [T], of the reference."""
     energies: "tuple[torch.Tensor, ...] | None" = None
@@ -213,8 +229,9 @@ class Sample:
     loss_mask: tuple[int, ...]
     """[T], 1 on the tokens that the loss uses; all 0 for a completion that is left out."""
     old_logprobs: "torch.Tensor | None" = None
-    """[T] of the policy that sampled it, computed by the trainer. None if that is the policy of the step that trains
-    on it: the ratio is then 1 by definition."""
+    """[T] of the policy that sampled it: computed by the trainer, or with `rollout_ahead` by the engine. None if that
+    is the policy of the step that trains on it, or if `rollout_correction` weighs the step from the one policy to the
+    other: the ratio is then 1 by definition."""
     ref_logprobs: "torch.Tensor | None" = None
     """[T] of the reference; None without a KL term."""
     trained_mask: "torch.Tensor | None" = None

@@ -120,11 +120,24 @@ _NO_CORRECTION = Rule(
     "`rollout_correction: {rollout_correction}` cannot go with `loss_type: {loss_type}`, whose own weight of a token "
     "or completion already holds the ratio that it corrects. Leave it out.",
 )
+
+
+def learns_one_behind(v: Any) -> bool:
+    """Whether the ratio of a step is to the policy one update before."""
+    return v.rollout_ahead > 0 and v.rollout_correction == "none"
+
+
 _GPG_IS_ON_POLICY = Rule(
     lambda v: v.num_iterations * v.steps_per_generation > 1,
     "`loss_type: gpg` has no ratio, and would take what an earlier policy sampled for the present one's: with "
     "`num_iterations: {num_iterations}` and `steps_per_generation: {steps_per_generation}` a rollout is trained on "
     "more than once. Write 1 for both, or `loss_type: dapo`.",
+)
+_GPG_NEEDS_A_CORRECTION = Rule(
+    learns_one_behind,
+    "`loss_type: gpg` has no ratio, and would take what the policy before has sampled for the present one's: "
+    "`rollout_ahead: {rollout_ahead}` samples it one update before. Write `rollout_correction: token` or `sequence`, "
+    "or `loss_type: dapo`.",
 )
 _DRO_NEEDS_ITS_BETA = Rule(
     lambda v: v.dro_beta is None,
@@ -179,7 +192,7 @@ LOSS_TYPES: Mapping[str, LossType] = MappingProxyType(
             rules=(_UPPER_RANGE_IS_WIDER, _NO_CORRECTION),
             compares_with_engine=True,
         ),
-        "gpg": LossType(reads=(), rules=(_GPG_IS_ON_POLICY,)),
+        "gpg": LossType(reads=(), rules=(_GPG_IS_ON_POLICY, _GPG_NEEDS_A_CORRECTION)),
         "dro": LossType(reads=("dro_beta",), rules=(_DRO_NEEDS_ITS_BETA,), vanishes_without_advantage=False),
     }
 )
@@ -270,7 +283,7 @@ ENGINE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "vllm": (
             *("vllm_base", "vllm_lora", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
-            *("vllm_enforce_eager", "vllm_config", "structured_outputs"),
+            *("vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead"),
         ),
         "hf": (),
     }

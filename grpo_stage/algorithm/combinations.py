@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
-from grpo_stage.algorithm.catalog import ENGINE_KEYS, ESTIMATORS, LOSS_TYPES, TERMS, Part
+from grpo_stage.algorithm.catalog import ENGINE_KEYS, ESTIMATORS, LOSS_TYPES, TERMS, Part, learns_one_behind
 from grpo_stage.algorithm.conditions import (
     Allowed,
     Given,
@@ -153,6 +153,55 @@ def _zero_advantage_rules() -> Iterator[Rule]:
         )
 
 
+def _ahead_rules() -> Iterator[Rule]:
+    """What one rollout ahead cannot go with."""
+    for key, is_set, reason, remedy in (
+        (
+            "dynamic_sampling",
+            lambda v: v.dynamic_sampling,
+            "it samples until a batch is full, and the rewards that say so are not there while the rollout is under "
+            "way",
+            "`mask_zero_std_groups: true`, which drops the same groups and fills nothing up",
+        ),
+        (
+            "steps_per_generation",
+            lambda v: v.steps_per_generation > 1,
+            "the later steps of a rollout would be further behind than the one update that is corrected",
+            "`steps_per_generation: 1`",
+        ),
+        (
+            "num_iterations",
+            lambda v: v.num_iterations > 1,
+            "the later uses of a rollout would be further behind than the one update that is corrected",
+            "`num_iterations: 1`",
+        ),
+        (
+            "vllm_sleep",
+            lambda v: v.vllm_sleep > 0,
+            "vLLM samples while the update runs, and has to stay awake",
+            "`vllm_sleep: 0`",
+        ),
+        (
+            "advantage_estimator",
+            lambda v: (estimator := ESTIMATORS.get(v.advantage_estimator)) is not None and estimator.needs_greedy,
+            "the most probable completion that it compares with would be that of another policy",
+            "another estimator, such as `rloo`",
+        ),
+        (
+            "rollout_rejection",
+            lambda v: v.rollout_rejection != "none" and v.rollout_correction == "none",
+            "it compares the trainer's log-probability of the policy that sampled with the engine's, and the trainer "
+            "has that policy no longer",
+            "`rollout_correction: token` or `sequence` beside it, which both then measure from the present policy",
+        ),
+    ):
+        yield Rule(
+            lambda v, is_set=is_set: v.rollout_ahead > 0 and is_set(v),  # type: ignore[misc]
+            f"`{key}: {{{key}}}` cannot go with `rollout_ahead: {{rollout_ahead}}`: {reason}. Write {remedy}, or "
+            "leave `rollout_ahead` out.",
+        )
+
+
 def _token_advantage_rules() -> Iterator[Rule]:
     """An advantage for each token has no place where a completion has one loss, or one weight."""
     whole = [
@@ -205,11 +254,16 @@ RULES = (
         "The paper has 1 and 5.",
     ),
     Rule(
-        lambda v: v.covariance_control == "kl_cov" and v.num_iterations == v.steps_per_generation == 1,
+        lambda v: (
+            v.covariance_control == "kl_cov"
+            and v.num_iterations == v.steps_per_generation == 1
+            and not learns_one_behind(v)
+        ),
         "`covariance_control: kl_cov` has no effect where each rollout makes one step: no token has left the "
         "log-probability that it is held to. Write for example `steps_per_generation: 4` or `num_iterations: 2`, or "
         "`covariance_control: clip_cov`.",
     ),
+    *_ahead_rules(),
     *_tokenwise_rules(),
     *_zero_advantage_rules(),
 )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from transformers.trainer_utils import SchedulerType
 
-from grpo_stage.algorithm.catalog import OFF_POLICY_KEYS
+from grpo_stage.algorithm.catalog import OFF_POLICY_KEYS, learns_one_behind
 from grpo_stage.host.log import get_logger
 
 
@@ -40,7 +40,8 @@ def warn(arguments: "RunArguments") -> None:
         for model in dict.fromkeys(filter(None, (arguments.model.model_name_or_path, *others))):
             _say_remote_code(model)
     uses = finetuning.num_iterations * finetuning.steps_per_generation
-    is_off_policy = uses > 1 or finetuning.dynamic_sampling  # dynamic sampling: groups may wait for a later step
+    # With dynamic sampling groups may wait for a later step.
+    is_off_policy = uses > 1 or finetuning.dynamic_sampling or learns_one_behind(finetuning)
     if not is_off_policy and (idle := sorted(arguments.given & OFF_POLICY_KEYS)):
         logger.warning_rank0(
             f"{', '.join(f'`{key}: {getattr(finetuning, key)}`' for key in idle)}: without effect, since this run "

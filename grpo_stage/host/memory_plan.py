@@ -243,6 +243,11 @@ class _Planner:
         if self.device.type == "cpu":
             cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB or _CPU_CACHE
             return vllm_on_cpu(4.0 * sizes.num_parameters, cache)
+        if self.finetuning.rollout_ahead:
+            self.notes.append(
+                "vLLM is counted on the GPU that trains; with `rollout_ahead` it has another where there are twice as "
+                "many GPUs as processes."
+            )
         weights = sizes.num_parameters * float(self.compute_dtype.itemsize)
         is_four_bit = self.quantization is not None and self.quantization.bits == 4
         if is_four_bit and self.finetuning.vllm_base == "auto":

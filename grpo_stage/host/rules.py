@@ -74,7 +74,8 @@ def _compares_with_engine(v: SimpleNamespace) -> bool:
     """Whether the objective takes the engine's log-probabilities for those of the policy that sampled."""
     loss = LOSS_TYPES.get(v.loss_type)
     corrects = v.rollout_correction != "none" or v.rollout_rejection != "none"
-    return corrects or v.off_policy_mask_threshold is not None or (loss is not None and loss.compares_with_engine)
+    compares = loss is not None and loss.compares_with_engine
+    return corrects or compares or v.off_policy_mask_threshold is not None or v.rollout_ahead > 0
 
 
 def _is_neutral(v: SimpleNamespace) -> bool:
@@ -178,10 +179,10 @@ RULES = (
     Rule(
         lambda v: _compares_with_engine(v) and not _is_neutral(v),
         "`rollout_correction: {rollout_correction}`, `rollout_rejection: {rollout_rejection}`, "
-        "`off_policy_mask_threshold: {off_policy_mask_threshold}` and `loss_type: dppo_tv` and `dppo_kl` need "
-        "neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `min_p: {min_p}`, "
-        "`repetition_penalty: {repetition_penalty}` and `structured_outputs: {structured_outputs}`: tokens are then "
-        "drawn from another distribution than the policy's, whose probabilities the engine does not give, so that "
-        "every weight would be wrong. Leave these out, or the correction.",
+        "`off_policy_mask_threshold: {off_policy_mask_threshold}`, `rollout_ahead: {rollout_ahead}` and `loss_type: "
+        "dppo_tv` and `dppo_kl` need neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `min_p: "
+        "{min_p}`, `repetition_penalty: {repetition_penalty}` and `structured_outputs: {structured_outputs}`: tokens "
+        "are then drawn from another distribution than the policy's, whose probabilities the engine does not give, so "
+        "that every weight would be wrong. Leave these out, or what needs it.",
     ),
 )

@@ -37,14 +37,21 @@ class StaleRolloutError(RuntimeError):
     """The engine sampled from another policy than the trainer's."""
 
 
-def check_versions(groups: Sequence[RolloutGroup], version: int) -> None:
-    """Raise unless every group was sampled from `version`."""
+def check_versions(groups: Sequence[RolloutGroup], version: int, num_behind: int = 0) -> None:
+    """Raise unless every group was sampled from the version that is due.
+
+    Args:
+        groups: what was sampled.
+        version: the trainer's.
+        num_behind: by how many versions the groups are behind it, exactly.
+    """
+    behind = f", and they have to come from the {num_behind} before" if num_behind else ""
     for group in groups:
-        if group.policy_version != version:
+        if group.policy_version != version - num_behind:
             raise StaleRolloutError(
                 f"The engine sampled prompt {group.prompt.index} from policy version {group.policy_version}, but the "
-                f"trainer is at version {version}: training on it would push the policy the wrong way. The run is "
-                "stopped. Resume from the last checkpoint; if it happens again, use `rollout_backend: hf`."
+                f"trainer is at version {version}{behind}: training on it would push the policy the wrong way. The "
+                "run is stopped. Resume from the last checkpoint; if it happens again, use `rollout_backend: hf`."
             )
 
 

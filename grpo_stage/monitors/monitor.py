@@ -45,10 +45,11 @@ class Monitor:
     """
 
     def before_sleep(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> None:
-        """Called while the engine is awake that has just sampled `groups` from `version` of the policy."""
+        """Called while the engine has the weights of `version` of the policy. It has just sampled `groups` from it;
+        with `rollout_ahead` from the version before."""
 
     def after_sleep(self, groups: Sequence[RolloutGroup], version: int, metrics: MetricTracker) -> None:
-        """Called once the engine has given up its memory, and before the groups are scored."""
+        """Called once the engine has given up its memory, or samples ahead, and before the groups are scored."""
 
     def after_scoring(self, groups: Sequence[ScoredGroup], version: int, metrics: MetricTracker) -> None:
         """Called with the rewards of the same groups; what it adds to `metrics` is logged with the step."""

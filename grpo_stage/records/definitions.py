@@ -194,6 +194,16 @@ TRAINING: tuple[Definition, ...] = (
         "share of the step's completions that `rollout_rejection` left out of the loss",
     ),
     Definition(
+        ("rollout_ahead/steps_behind",),
+        "updates between the policy that sampled the step's completions and the one that learns from them, mean over "
+        "groups: 1, and 0 in the first step; only with `rollout_ahead`",
+    ),
+    Definition(
+        ("rollout_ahead/engine_time",),
+        "seconds that the engine took for the step's completions, while the step before trained; what the step waited "
+        "for them is `time/rollout`. Only with `rollout_ahead`",
+    ),
+    Definition(
         ("greedy_reward",),
         "mean total reward of the prompts' most probable completions; only with `remax`",
     ),
@@ -210,12 +220,12 @@ TRAINING: tuple[Definition, ...] = (
     Definition(
         ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
         "absolute difference between the engine's and the trainer's log-probability of the sampled tokens, on"
-        " the first micro-batch of a fresh rollout: the canary",
+        " the first micro-batch of a fresh rollout: the canary. With `rollout_ahead` the first rollout alone is fresh",
     ),
     Definition(
         ("sampling/slope/start", "sampling/slope_error/start"),
         "how far the engine has followed the policy since the start (1 for a sound engine), and the standard "
-        "error of that; see below. Only in half precision, and in float32 that is rounded",
+        "error of that; see below. Only in half precision, in float32 that is rounded, and with `rollout_ahead`",
     ),
     Definition(
         ("sampling/slope/previous", "sampling/slope_error/previous"),
@@ -239,7 +249,8 @@ TRAINING: tuple[Definition, ...] = (
     ),
     Definition(
         ("rollout_tokens_per_second",),
-        "completion tokens of all processes over the seconds of the rollout",
+        "completion tokens of all processes over the seconds of the rollout; with `rollout_ahead` over those that the "
+        "engine took",
     ),
     Definition(
         ("update_tokens_per_second",),

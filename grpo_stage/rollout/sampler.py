@@ -8,7 +8,15 @@ from grpo_stage.arguments import GRPOArguments
 from grpo_stage.monitors.canary import check_versions
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.survival.phase import Phases
-from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup, SamplingSettings, ScoredGroup, TrainingProgress
+from grpo_stage.types import (
+    AheadEngine,
+    Prompt,
+    RolloutEngine,
+    RolloutGroup,
+    SamplingSettings,
+    ScoredGroup,
+    TrainingProgress,
+)
 
 
 class Sampler:
@@ -50,6 +58,24 @@ class Sampler:
             groups = self.engine.generate(prompts, sampling, step)
         check_versions(groups, version)
         return groups
+
+    def submit(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> None:
+        """Have the engine begin with what `generate` does; only where it can sample ahead."""
+        self._ahead.submit(prompts, sampling, step)
+
+    def collect(self) -> tuple[list[RolloutGroup], float]:
+        """The groups of the rollout that was submitted, and the seconds that the engine took for them."""
+        with self.phases.limited("rollout", self._grpo_args.rollout_timeout, "rollout_timeout"):
+            return self._ahead.collect()
+
+    def discard(self) -> None:
+        """Have the engine give up a rollout that was submitted."""
+        self._ahead.discard()
+
+    @property
+    def _ahead(self) -> AheadEngine:
+        assert isinstance(self.engine, AheadEngine), f"{type(self.engine).__name__} cannot sample ahead"
+        return self.engine
 
     def score(self, groups: Sequence[RolloutGroup], progress: TrainingProgress) -> list[ScoredGroup]:
         """The groups with their rewards. Every rank must call it, if with no groups."""

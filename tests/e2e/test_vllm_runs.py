@@ -12,7 +12,7 @@ import torch
 
 from grpo_stage.host import checks, engine, parser
 from grpo_stage.monitors.canary import StaleRolloutError
-from grpo_stage.rollout.engines import vllm_start
+from grpo_stage.rollout.engines import vllm_start, weights
 
 from .conftest import completions, trainer_log
 
@@ -201,9 +201,7 @@ def test_the_canary_is_quiet_over_updates_with_a_large_learning_rate(recipe, run
 
 
 def test_an_adapter_that_arrives_damaged_stops_the_run(recipe, run_exp, monkeypatch):
-    from grpo_stage.rollout.engines import vllm as vllm_engine
-
-    write_adapter = vllm_engine.write_adapter
+    write_adapter = weights.write_adapter
 
     def write_halved(policy, folder):
         write_adapter(policy, folder)
@@ -212,7 +210,7 @@ def test_an_adapter_that_arrives_damaged_stops_the_run(recipe, run_exp, monkeypa
         file = folder / "adapter_model.safetensors"
         save_file({name: tensor / 2 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
-    monkeypatch.setattr(vllm_engine, "write_adapter", write_halved)
+    monkeypatch.setattr(weights, "write_adapter", write_halved)
     with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
         run_exp(recipe(rollout_backend="vllm", learning_rate=2e-2, max_steps=4))
 

@@ -126,7 +126,7 @@ def logprob_difference(policy: torch.nn.Module, groups: Sequence[RolloutGroup], 
     return torch.cat(differences).mean().item()
 
 
-def vllm_engine(checkpoint: Path, tokenizer: PreTrainedTokenizerFast, **changed: Any) -> VLLMEngine:
+def vllm_settings(checkpoint: Path, **changed: Any) -> VLLMSettings:
     settings: dict[str, Any] = {
         "model_name_or_path": str(checkpoint),
         "adapter": True,
@@ -137,4 +137,8 @@ def vllm_engine(checkpoint: Path, tokenizer: PreTrainedTokenizerFast, **changed:
         "dtype": "auto",
         "logprob_temperature": None,
     }
-    return VLLMEngine(VLLMSettings(**settings | changed), tokenizer)
+    return VLLMSettings(**settings | changed)
+
+
+def vllm_engine(checkpoint: Path, tokenizer: PreTrainedTokenizerFast, **changed: Any) -> VLLMEngine:
+    return VLLMEngine(vllm_settings(checkpoint, **changed), tokenizer)

@@ -18,7 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from grpo_stage.rollout.engines import vllm as vllm_module
+from grpo_stage.rollout.engines import weights
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_delivery import unserved_modules
 from grpo_stage.rollout.engines.weights import write_adapter
@@ -61,7 +61,7 @@ def deliver(engine: VLLMEngine, policy: PeftModel, monkeypatch: pytest.MonkeyPat
             write_adapter(policy, folder)
             corrupt(folder)
 
-        monkeypatch.setattr(vllm_module, "write_adapter", write)
+        monkeypatch.setattr(weights, "write_adapter", write)
         engine.sync(policy, version=1)
 
     return deliver

@@ -294,6 +294,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         VLLM | {"add_tokens": "<a>", "adapter_name_or_path": "a/b", "create_new_adapter": True},
         ["add_tokens", "finetuning_type: full"],
     ),
+    (VLLM | {"rollout_ahead": 1, "top_p": 0.9}, ["rollout_ahead: 1", "top_p: 0.9", "neutral"]),
+    (VLLM | {"rollout_ahead": 1, "vllm_sleep": 1}, ["rollout_ahead: 1", "vllm_sleep: 1", "stay awake"]),
     (VLLM | {"vllm_sleep": 2}, ["vllm_sleep: 2", "finetuning_type: lora", "vllm_sleep: 1", "vllm_lora: merged"]),
     (VLLM | {"lora_rank": 513}, ["lora_rank: 513", "512", "vllm_lora: merged", "lower `lora_rank`"]),
     (VLLM | {"lora_rank": 16, "vllm_max_lora_rank": 8}, ["vllm_max_lora_rank: 8", "Leave it out"]),

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("trainer",),
     ("evaluator",),
     ("collector", "learner"),
-    ("rollout.sampler", "survival.resumable"),
+    ("rollout.ahead", "rollout.sampler", "survival.resumable"),
     ("survival.phase",),
     ("report", "forecast"),
     ("monitors", "records", "rewards", "rollout", "update"),

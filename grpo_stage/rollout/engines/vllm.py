@@ -11,11 +11,9 @@ import math
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from grpo_stage.rollout.engines import vllm_delivery, vllm_process
@@ -23,18 +21,18 @@ from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
 from grpo_stage.rollout.engines.vllm_options import rank_with_room
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
-from grpo_stage.rollout.engines.weights import adapted_modules, checkpoint_weights, servable_config, write_adapter
+from grpo_stage.rollout.engines.weights import PolicyWeights, Weights
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
 
 
 class VLLMEngine:
     """vLLM behind the `RolloutEngine` protocol, started by the constructor."""
 
-    def __init__(self, settings: VLLMSettings, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, settings: VLLMSettings, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """
         Args:
             settings: what it is started with.
-            tokenizer: decodes completions.
+            tokenizer: decodes completions; None leaves their texts empty.
 
         Raises:
             ValueError: for an option that would make rollouts wrong.
@@ -60,19 +58,26 @@ class VLLMEngine:
 
         Raises:
             ValueError: if vLLM cannot serve the policy.
+            RuntimeError: as `load` does.
+        """
+        self._is_synced = False
+        self.load(PolicyWeights(policy, is_adapter=self._settings.adapter), version)
+
+    def load(self, weights: Weights, version: int) -> None:
+        """What `sync` does, with weights that may come from another process.
+
+        Raises:
             RuntimeError: if the engine holds anything but what was delivered afterwards, or keys of an earlier one.
         """
         self._is_synced = False
-        if self._settings.adapter or isinstance(policy, PeftModel):
-            servable_config(policy, is_merged=not self._settings.adapter)
         self._deliveries += 1
         self._versions = {self._deliveries: version}
         with vllm_process.random_states_unchanged():
             self._wake_up("weights")  # first alone: the cache's memory is free while the weights arrive
             if self._settings.adapter:
-                self._deliver_adapter(policy)
+                self._deliver_adapter(weights)
             else:
-                self._deliver_weights(policy)
+                self._deliver_weights(weights)
             self._wake_up("kv_cache")
             self._is_asleep = False
             # Keys of other weights would answer for these, and a resumed run's engine has none.
@@ -87,7 +92,7 @@ class VLLMEngine:
                 f"{self._loaded()}."
             )
         if self._settings.adapter and (
-            lost := vllm_delivery.unserved_modules(self._llm, self._deliveries, adapted_modules(policy))
+            lost := vllm_delivery.unserved_modules(self._llm, self._deliveries, weights.adapted)
         ):
             raise RuntimeError(
                 f"vLLM holds the adapter of version {version} and does not apply it to {_few(lost)}: the model "
@@ -106,26 +111,21 @@ class VLLMEngine:
         if self._is_asleep:
             self._llm.wake_up(tags=[tag])
 
-    def _deliver_adapter(self, policy: torch.nn.Module) -> None:
+    def _deliver_adapter(self, weights: Weights) -> None:
         from vllm.lora.request import LoRARequest
 
         engine = self._llm.llm_engine
         for adapter_id in engine.list_loras():
             engine.remove_lora(adapter_id)
         # The files are read once, by add_lora, so nothing of them is left behind however the run ends.
-        with tempfile.TemporaryDirectory(prefix="grpo-stage-adapter-") as folder:
-            write_adapter(policy, Path(folder))
-            self._lora = LoRARequest(self._adapter_name(self._deliveries), self._deliveries, folder)
+        with weights.adapter() as folder:
+            self._lora = LoRARequest(self._adapter_name(self._deliveries), self._deliveries, str(folder))
             engine.add_lora(self._lora)
 
-    def _deliver_weights(self, policy: torch.nn.Module) -> None:
-        """Hand the weights to vLLM's own reload, which copies them: no file, and no second model in memory.
-
-        Those that an adapter changes have it merged in, and are in memory twice meanwhile.
-        """
+    def _deliver_weights(self, weights: Weights) -> None:
+        """Hand the weights to vLLM's own reload, which copies them."""
         self._loaded_weights = None
-        weights = checkpoint_weights(policy, is_merged=isinstance(policy, PeftModel))
-        if lost := vllm_delivery.reload_weights(self._llm, iter(weights.items())):
+        if lost := vllm_delivery.reload_weights(self._llm, weights.tensors()):
             raise RuntimeError(
                 f"vLLM did not take all weights of version {self._versions[self._deliveries]}: {_few(lost)}. "
                 "Write `rollout_backend: hf`, and please report the model."
@@ -266,16 +266,17 @@ class VLLMEngine:
                 position[token].logprob for token, position in zip(token_ids, output.logprobs, strict=True)
             ),
             finish_reason=finish_reason,
-            text=completion_text(self._tokenizer, token_ids, finish_reason),
+            text="" if self._tokenizer is None else completion_text(self._tokenizer, token_ids, finish_reason),
         )
 
 
 @contextlib.contextmanager
-def _tokenizer_arguments(tokenizer: PreTrainedTokenizerBase, reads_text: bool) -> Iterator[dict[str, Any]]:
+def _tokenizer_arguments(tokenizer: PreTrainedTokenizerBase | None, reads_text: bool) -> Iterator[dict[str, Any]]:
     """Those by which vLLM knows the text of each token and the one that ends a completion, or that it need not."""
     if not reads_text:
         yield {"skip_tokenizer_init": True}
         return
+    assert tokenizer is not None
     with tempfile.TemporaryDirectory(prefix="grpo-stage-tokenizer-") as folder:
         tokenizer.save_pretrained(folder)
         yield {"skip_tokenizer_init": False, "tokenizer": folder}

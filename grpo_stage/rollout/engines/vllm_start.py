@@ -1,6 +1,7 @@
 """How a run starts vLLM: from which model, in which precision, with room for which adapter."""
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,16 +14,18 @@ from grpo_stage.algorithm.conditions import refuse_broken
 from grpo_stage.distributed import all_gather, process_index
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.rollout.engines.vllm import VLLMEngine
+from grpo_stage.rollout.engines.vllm_apart import VLLMApart, device_environment
 from grpo_stage.rollout.engines.vllm_rules import RANK_RULES
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.rollout.engines.weights import servable_config, write_base
+from grpo_stage.types import RolloutEngine
 
 
 _NUMBERS_OF_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def start_vllm(request: EngineRequest) -> VLLMEngine:
-    """Start an engine in this process.
+def start_vllm(request: EngineRequest) -> RolloutEngine:
+    """Start an engine: in this process, or with `rollout_ahead` in one of its own.
 
     Raises:
         ValueError: for a precision or an adapter that vLLM cannot serve, as far as the rules could not tell.
@@ -56,9 +59,32 @@ def start_vllm(request: EngineRequest) -> VLLMEngine:
             seed=keys.seed,
             options=keys.vllm_config or {},
         )
-        engine = VLLMEngine(settings, request.tokenizer)
+        engine: RolloutEngine
+        if keys.rollout_ahead:
+            engine = VLLMApart(settings, request.tokenizer, _environment_apart(request))
+        else:
+            engine = VLLMEngine(settings, request.tokenizer)
         request.announce(f"vLLM started in {time.perf_counter() - started:.1f} s.")
     return engine
+
+
+def _environment_apart(request: EngineRequest) -> dict[str, str]:
+    if request.device_type != "cuda":
+        return {}
+    num_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    environment = device_environment(
+        request.local_process_index,
+        num_ranks,
+        torch.cuda.device_count(),
+        os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+    if torch.cuda.device_count() < 2 * num_ranks:
+        request.warn(
+            f"`rollout_ahead: {request.keys.rollout_ahead}` on {torch.cuda.device_count()} GPUs for {num_ranks} "
+            "processes: vLLM and the update share each GPU, and each slows the other down. It pays where vLLM has a "
+            "GPU of its own: start half as many processes as there are GPUs (`NPROC_PER_NODE`)."
+        )
+    return environment
 
 
 def _serves_adapter(keys: SimpleNamespace) -> bool:

@@ -1,14 +1,19 @@
 """How the trainer's weights leave the trainer: an adapter as its files, a model as the checkpoint that it would be."""
 
+import contextlib
 import copy
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_bnb_weight
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -23,6 +28,77 @@ ADAPTER = "default"
 
 _QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 """Of bitsandbytes, by name: it is imported only where it is used."""
+
+
+class Weights(Protocol):
+    """What a policy is delivered as: its adapter, or all that a checkpoint of it would hold."""
+
+    @property
+    def adapted(self) -> Sequence[str]:
+        """The modules that the adapter changes, as `adapted_modules` names them; none for whole weights."""
+
+    def adapter(self) -> contextlib.AbstractContextManager[Path]:
+        """A folder with the adapter's files, for the block."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The whole weights, under a checkpoint's names."""
+
+
+class PolicyWeights:
+    """Those of a policy in this process.
+
+    Args:
+        policy: it is only read.
+        is_adapter: whether its adapter alone is delivered.
+
+    Raises:
+        ValueError: if the policy has an adapter that can be neither served nor merged, or has none to serve.
+    """
+
+    def __init__(self, policy: torch.nn.Module, *, is_adapter: bool) -> None:
+        if is_adapter or isinstance(policy, PeftModel):
+            servable_config(policy, is_merged=not is_adapter)
+        self._policy = policy
+        self.adapted: Sequence[str] = adapted_modules(policy) if is_adapter else ()
+
+    @contextlib.contextmanager
+    def adapter(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="grpo-stage-adapter-") as folder:
+            write_adapter(self._policy, Path(folder))
+            yield Path(folder)
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Without files; in memory twice are those that an adapter changes, which is merged in."""
+        yield from checkpoint_weights(self._policy, is_merged=isinstance(self._policy, PeftModel)).items()
+
+    @contextlib.contextmanager
+    def written(self) -> "Iterator[WrittenWeights]":
+        """The same in files, for another process; deleted after the block."""
+        if self.adapted:
+            with self.adapter() as folder:
+                yield WrittenWeights(folder, self.adapted)
+            return
+        with tempfile.TemporaryDirectory(prefix="grpo-stage-weights-") as name:
+            save_torch_state_dict(dict(self.tensors()), name)
+            yield WrittenWeights(Path(name), ())
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenWeights:
+    """Those that another process has written."""
+
+    folder: Path
+    adapted: Sequence[str]
+
+    @contextlib.contextmanager
+    def adapter(self) -> Iterator[Path]:
+        yield self.folder
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
+                    yield name, tensors.get_tensor(name)
 
 
 def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
