@@ -13,7 +13,7 @@ import gradio as gr
 from gradio.components import Component
 
 from grpo_stage.board import imported_code, page_state
-from grpo_stage.board.fields import FORM_FIELDS
+from grpo_stage.board.fields import BASICS, FORM_FIELDS
 from grpo_stage.board.runner import EXTRA_ARGUMENTS, FORM_IDS, STAGE_NAME, GRPORunner
 from grpo_stage.host.configuration_file import STAGE, interpolates
 from grpo_stage.host.known_models import name_of
@@ -153,5 +153,5 @@ def _items(value: Any) -> list[str]:
 
 def export_recipe(arguments: Mapping[str, Any]) -> str:
     """A run's arguments as a YAML file to share, without secrets, in the sections of the host's examples."""
-    sections = {field.key: field.group.lower() for field in FORM_FIELDS}
+    sections = {field.key: field.group.lower() for field in FORM_FIELDS if field.group != BASICS}
     return recipe_text(arguments, "# llamafactory-cli train grpo.yaml", sections)

@@ -19,13 +19,15 @@ from llamafactory.webui.common import load_dataset_info
 from llamafactory.webui.control import list_datasets
 
 from grpo_stage.algorithm.conditions import applies
-from grpo_stage.board.fields import FORM_FIELDS, GROUPS, FormField, effective
+from grpo_stage.arguments import REWARDS
+from grpo_stage.board.fields import BASICS, FORM_FIELDS, FormField, effective
 from grpo_stage.board.imported_code import ImportedCode
 from grpo_stage.board.locales import PREFIX, message
 from grpo_stage.board.pages import serve_many_pages
 from grpo_stage.board.recipes import export_recipe, import_recipe
 from grpo_stage.board.run_view import RunView
 from grpo_stage.board.runner import GRPORunner
+from grpo_stage.board.style import add_style
 from grpo_stage.board.tables import harmless, literal, table
 from grpo_stage.board.trial import try_rewards
 from grpo_stage.host.configuration_file import STAGE
@@ -37,7 +39,6 @@ if TYPE_CHECKING:
 
 
 FIELDS_IN_A_ROW = 4
-OPEN_GROUPS = ("Rollout", "Rewards")
 # The learning rate that choosing the stage sets in the host's own field. For adapters it is ten times as high.
 LEARNING_RATES: Mapping[str, str] = {"lora": "1e-5", "oft": "1e-5", "full": "1e-6", "freeze": "1e-6"}
 SANE_VALUES: Mapping[str, Any] = {
@@ -65,6 +66,7 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
         del engine.manager.get_base_elems
     _move_behind(panel.accordion, train["rlhf_tab"])
     view = RunView()
+    add_style()
     serve_many_pages(engine, train)
     panel.connect(engine, train, inputs)
     view.connect(engine, train)
@@ -107,18 +109,18 @@ class Panel:
     def __init__(self) -> None:
         self.fields: dict[str, Component] = {}
         self.elements: dict[str, gr.blocks.Block] = {}
-        with gr.Accordion(open=True, visible=False, elem_id="grpo_tab") as self.accordion:
+        with gr.Accordion(open=True, visible=False, elem_id="grpo_tab", elem_classes="grpo") as self.accordion:
             with gr.Row():
                 self._import = gr.UploadButton(file_types=[".yaml", ".yml"], elem_id="grpo_import")
                 self._export = gr.Button()
                 self._exported = gr.File(visible=False, interactive=False, elem_id="grpo_exported")
-            for group, fields in groupby(FORM_FIELDS, key=lambda field: field.group):
-                with gr.Accordion(open=group in OPEN_GROUPS) as section:
+            self.code = ImportedCode()
+            for name, fields in groupby(FORM_FIELDS, key=lambda field: field.section):
+                with gr.Accordion(open=name == BASICS, elem_id=f"{PREFIX}group_{name.lower()}") as section:
                     self._add_rows(list(fields))
-                    if group == "Rewards":
-                        self.code = ImportedCode()
+                    if name == REWARDS:
                         self._add_trial()
-                self.elements[f"{PREFIX}group_{group.lower()}"] = section
+                self.elements[f"{PREFIX}group_{name.lower()}"] = section
         self.elements |= {
             **self.code.elements,
             "grpo_tab": self.accordion,
@@ -303,6 +305,3 @@ class Panel:
             queue=False,
             show_progress="hidden",
         )
-
-
-assert set(OPEN_GROUPS) <= set(GROUPS)

@@ -95,6 +95,7 @@ def test_rewards_are_tried(page: Page, workplace: Path) -> None:
     functions = page.locator("#grpo_reward_funcs input")
     functions.fill("accuracy")
     functions.press("Enter")
+    page.get_by_role("button", name="Rewards", exact=True).click()
     page.get_by_role("button", name="Try the rewards").click()
     table = page.locator("#grpo_try_table")
     expect(table).to_be_visible(timeout=120_000)
