@@ -4,10 +4,14 @@ A check refuses by raising, and a run ends at its first refusal. In a block `gat
 `apart` is ended alone, and the checks after it go on. So every rule is written once, as a function that raises.
 """
 
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+
+
+_NAMED = re.compile(r"`(\w+)[:`]|^(\w+)(?=:| )")
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +74,10 @@ def stop_if_refused() -> None:
     """End this block if something was gathered: the code after it needs what was refused."""
     if has_refused():
         raise _StoppedError
+
+
+def named_keys(text: str, known: Collection[str]) -> tuple[str, ...]:
+    """The keys that a refusal names, in its order: in backquotes, or as its first word."""
+    names = [quoted or first for quoted, first in _NAMED.findall(text)]
+    keys = tuple(dict.fromkeys(name for name in names if name in known))
+    return keys or (("reward_funcs",) if text.startswith("reward ") else ())  # a function's name stands there

@@ -1,11 +1,10 @@
 """All problems of a recipe at once, by the checks that a run ends at one by one."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from grpo_stage.algorithm.refusals import gathering
+from grpo_stage.algorithm.refusals import gathering, named_keys
 from grpo_stage.tools.recipe_file import mistake_in
 
 
@@ -18,7 +17,6 @@ _NEEDED = frozenset(
     {"stage", "do_train", "model_name_or_path", "dataset", "reward_funcs", "reward_model", "output_dir"}
 )
 """Keys that nothing can be checked without: they are never left out."""
-_NAMED = re.compile(r"`(\w+)[:`]|^(\w+)(?=:| )")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +73,3 @@ def find_problems(configuration: Mapping[str, Any]) -> tuple[list[Problem], Chec
         if not refused:
             return problems, None
         left = {key: value for key, value in left.items() if key not in refused}
-
-
-def named_keys(text: str, known: frozenset[str]) -> tuple[str, ...]:
-    """The keys that a refusal names, in its order: in backquotes, or as its first word."""
-    names = [quoted or first for quoted, first in _NAMED.findall(text)]
-    keys = tuple(dict.fromkeys(name for name in names if name in known))
-    return keys or (("reward_funcs",) if text.startswith("reward ") else ())  # a function's name stands there
