@@ -1,6 +1,7 @@
 """The buttons before "Start": a check of the whole form, and a probe of the start model, with what they find."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
@@ -35,8 +36,6 @@ class CheckPanel:
                 self.check = gr.Button(variant="primary", elem_id="grpo_check_btn")
                 self.probe = gr.Button(elem_id="grpo_probe_btn")
             self.result = gr.HTML(visible=False, elem_id="grpo_check_result", padding=False)
-        self.start: Callable[[dict[Component, Any]], Iterator[Any]]
-        """Checks a form's values, by element."""
         self.elements: dict[str, gr.blocks.Block] = {"grpo_check_btn": self.check, "grpo_probe_btn": self.probe}
 
     def connect(self, engine: "Engine", train: Mapping[str, Any], inputs: set[Component]) -> list["Dependency"]:
@@ -49,7 +48,6 @@ class CheckPanel:
         def probe(data: dict[Component, Any]) -> Iterator[Any]:
             yield from _run(engine.runner, data, data[lang], _PROBE, probe_view)
 
-        self.start = check_form
         events = [
             button.click(run, inputs | {lang}, [self.result], concurrency_limit=1, show_progress="hidden")
             for button, run in ((self.check, check_form), (self.probe, probe))
@@ -94,23 +92,24 @@ def _run(
         yield listed(early)
         return
     shown: Any = None
-    for state in run_tool(words, arguments):
-        answer = state.answer or {}
-        running = "" if state.is_done else _running(words, lang, state)
-        if state.is_done and state.error is not None:
-            problems.append(problem(state.error))
-        elif state.is_done and answer.get("problems"):
-            problems += answer["problems"]
-        elif early or answer.get("problems"):
-            if not state.is_done:
-                yield listed(early, running)
-        elif not answer:
-            yield gr.update(value=running, visible=True)
-        elif state.is_done or answer != shown:
-            shown = answer
-            yield gr.update(value=running + view(answer, lang), visible=True)
-    if problems:
-        yield listed(problems)
+    with closing(run_tool(words, arguments)) as states:
+        for state in states:
+            answer = state.answer or {}
+            running = "" if state.is_done else _running(words, lang, state)
+            if state.is_done and state.error is not None:
+                problems.append(problem(state.error))
+            elif state.is_done and answer.get("problems"):
+                problems += answer["problems"]
+            elif early or answer.get("problems"):
+                if not state.is_done:
+                    yield listed(early, running)
+            elif not answer:
+                yield gr.update(value=running, visible=True)
+            elif state.is_done or answer != shown:
+                shown = answer
+                yield gr.update(value=running + view(answer, lang), visible=True)
+    if found := problems or early:
+        yield listed(found)
 
 
 def _refusals(arguments: Mapping[str, Any]) -> Collection[str]:

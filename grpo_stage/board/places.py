@@ -51,6 +51,7 @@ def place_of(manager: Any, key: str, language: str) -> Place:
     candidates = (FORM_IDS.get(key), RENAMED.get(key), _OF_SEVERAL.get(key), f"train.{key}", EXTRA_ARGUMENTS)
     element_id = next(one for one in candidates if one is not None and one in manager._id_to_elem)
     element = manager.get_elem_by_id(element_id)
-    label = LOCALES[element_id.partition(".")[2]][language]["label"]
+    # A few of the host's fields have one name for all languages.
+    label = LOCALES.get(element_id.partition(".")[2], {}).get(language, {}).get("label") or element.label
     named = label if element_id != EXTRA_ARGUMENTS else f"{label}: {key}"
     return Place(named, element.elem_id or f"component-{element._id}")

@@ -6,12 +6,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from grpo_stage.board.locales import message, texts
 from grpo_stage.board.tables import table
 from grpo_stage.board.tool_process import ToolState, run_tool
-from grpo_stage.host.recipe_text import MAX_BYTES
+from grpo_stage.host.recipe_text import has_key, text_of
 
 
 TRL_VERSIONS = tuple(f"0.{minor}" for minor in range(14, 25))
@@ -21,26 +19,14 @@ _SHOWN_CHARACTERS = 300
 
 
 def is_of_another_system(path: str) -> bool:
-    """Whether a file that was chosen cannot be one of this stage: a script, or a YAML mapping without a `stage`."""
+    """Whether a file that was chosen cannot be one of this stage: a script, or a YAML mapping without a `stage`.
+
+    Raises:
+        ValueError: if it cannot be read.
+    """
     if Path(path).suffix in SUFFIXES:
-        return True
-    try:
-        events = yaml.parse(Path(path).read_bytes()[:MAX_BYTES])
-        depth, is_key, keys = 0, True, []
-        for event in events:
-            if isinstance(event, yaml.ScalarEvent) and depth == 1:
-                keys += [event.value] if is_key else []
-                is_key = not is_key
-            elif isinstance(event, yaml.CollectionStartEvent):
-                if depth == 0 and not isinstance(event, yaml.MappingStartEvent):
-                    return False
-                depth += 1
-            elif isinstance(event, yaml.CollectionEndEvent):
-                depth -= 1
-                is_key = True if depth == 1 else is_key
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return False
-    return bool(keys) and "stage" not in keys
+        return bool(text_of(Path(path)))
+    return not has_key(path, "stage")
 
 
 def port(path: str, trl: str, devices_there: int | None, devices_here: int) -> Iterator[ToolState]:

@@ -214,6 +214,7 @@ class Panel:
             form = import_recipe(engine.runner, recipe)
             # The person has chosen the folder and the functions, and no file that came from elsewhere.
             form |= {train["output_dir"]: data[train["output_dir"]], self.code.imported: "[]"}
+            form |= {train["learning_rate"]: LEARNING_RATES["lora"]}
             values = {element: value for element, value in form.items() if element in inputs}
             others = dict(zip(results, hidden(), strict=True))
             return values | others | {self.code.confirmed: self.code.choices({})}
@@ -261,7 +262,7 @@ class Panel:
             concurrency_limit=None,
             cancels=[trial, *checking],
         )
-        made.success(checks.start, inputs | {lang}, [checks.result], concurrency_limit=1, show_progress="hidden")
+        made.success(None, js=f"() => document.getElementById('{checks.check.elem_id}').click()")
         self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
         train["stop_btn"].click(
             stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False

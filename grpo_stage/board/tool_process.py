@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ class ToolState:
     is_done: bool = False
 
 
-def run_tool(words: Sequence[str], arguments: Mapping[str, Any] | None = None) -> Iterator[ToolState]:
+def run_tool(words: Sequence[str], arguments: Mapping[str, Any] | None = None) -> Generator[ToolState, None, None]:
     """Run `grpo-stage` with these words and `--json`; closing the iterator ends the process.
 
     Args:

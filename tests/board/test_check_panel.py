@@ -133,14 +133,21 @@ def test_several_fields_are_wrong_at_once(values: dict[str, Any], about: list[st
         ("a.yaml", "stage: grpo\nbeta: 0\n", False),
         ("a.yaml", "trainer:\n  stage: x\n  n: [1, {stage: 2}]\nbeta: 0\n", True),
         ("a.yaml", "num_generations: 8\n", True),
-        ("a.yaml", "- stage: grpo\n", False),
-        ("a.yaml", "a: [1\nb: : x", False),
         ("a.sh", "swift rlhf --rlhf_type grpo", True),
     ],
 )
 def test_a_recipe_of_another_system_is_told_by_its_keys(name: str, content: str, is_foreign: bool) -> None:
     Path(name).write_text(content)
     assert is_of_another_system(name) is is_foreign
+
+
+def test_an_endless_file_of_another_system_is_refused() -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 20))
+    Path("bomb.yaml").write_text(bomb)
+    Path("large.sh").write_text("swift rlhf " * 100_000)
+    for name, said in (("bomb.yaml", "more than 10000 values"), ("large.sh", "1000000 at most")):
+        with pytest.raises(ValueError, match=said):
+            is_of_another_system(name)
 
 
 def test_what_changes_the_learning_comes_first() -> None:
