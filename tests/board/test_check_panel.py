@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from grpo_stage.board import check_panel
 from grpo_stage.board.check_view import arithmetic_in_words, check_view, memory_view, problems_view
 from grpo_stage.board.locales import LANGUAGES, texts
 from grpo_stage.board.places import place_of
 from grpo_stage.board.porting import account_view, is_of_another_system
+from grpo_stage.board.tool_process import ToolState
 from grpo_stage.board.wizard import SIZES, first_recipe
 from grpo_stage.host.parser import check, known_key_names
 
@@ -164,3 +166,37 @@ def test_the_first_recipe_is_accepted(size: str, rewards: list[str]) -> None:
     assert check({**recipe, "output_dir": "saves/first"})["template"] == "qwen"
     assert ("default_system" in recipe) is ("format" in rewards)
     assert json.dumps(recipe)
+
+
+def shown(board: Board, monkeypatch: pytest.MonkeyPatch, states: list[ToolState], **values: Any) -> list[str]:
+    """What the result says, one update after the other, while the command goes through these states."""
+    monkeypatch.setattr(check_panel, "run_tool", lambda words, arguments: (state for state in states))
+    data = board.data(**values)
+    updates = check_panel._run(board.runner, data, values.get("top__lang", "en"), check_panel._CHECK, check_view)
+    return [_Tags(update["value"]).said for update in updates]
+
+
+def test_a_check_shows_what_it_knows_so_far(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = CHECKED | {"rewards": None, "memory": None}
+    states = [ToolState(1), ToolState(2, partial), ToolState(3, CHECKED, is_done=True)]
+    first, second, last = shown(board, monkeypatch, states)
+    assert first == "Checking ... 1 s"
+    assert "Checking ... 2 s" in second
+    assert second.count("To come ...") == 2
+    assert "It does not fit" in last
+    assert "Checking" not in last
+
+
+def test_keys_are_told_at_once_and_the_rest_when_it_is_found(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"problems": [{"text": "`beta: -1` must be", "keys": ["beta"]}, {"text": "rows", "keys": []}]}
+    states = [ToolState(1), ToolState(2, found), ToolState(2, found, is_done=True)]
+    wrong = {"train__grpo_beta": -1, "train__learning_rate": "fast", "top__lang": "ko"}
+    said = shown(board, monkeypatch, states, **wrong)
+    label = texts("ko")["elements"]["grpo_beta"]["label"]
+    assert [text for text in said if label not in text or "learning_rate: fast" not in text] == []
+    assert ("rows" in said[0], "rows" in said[-1]) == (False, True)
+
+
+def test_a_command_that_fails_says_why(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = shown(board, monkeypatch, [ToolState(1), ToolState(2, error=EVIL, is_done=True)])
+    assert EVIL in said[-1]
