@@ -8,7 +8,7 @@ from playwright.sync_api import Page, expect
 
 from grpo_stage.board.locales import texts
 
-from .browser import EVIL, open_board, text_field
+from .browser import EVIL, fold, open_board, text_field
 
 
 OF_TRL = f"""
@@ -38,9 +38,9 @@ def serious_faults(page: Page, missing_tool: Callable[[str], None]) -> list[str]
 
 def test_problems_stand_beside_their_fields(page: Page) -> None:
     page.locator("#grpo_num_generations input").fill("1")
-    page.get_by_role("button", name="Memory", exact=True).click()
+    fold(page, "memory")
     page.locator("#grpo_vllm_gpu_util input").fill("3")
-    page.get_by_role("button", name="Memory", exact=True).click()
+    fold(page, "memory")
     text_field(page, "Learning rate").fill("fast")
     page.locator("#grpo_check_btn").click()
     problems = page.locator("#grpo_check_result ol")
