@@ -18,7 +18,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("recipe", type=Path, help="is imported into the form; its run is shown")
-    parser.add_argument("output", type=Path, help="the folder of board_panel.png and board_run.png")
+    parser.add_argument("output", type=Path, help="the folder of board_panel.png, board_check.png and board_run.png")
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--language", default="en")
     args = parser.parse_args()
@@ -44,10 +44,10 @@ def take(page: Page, args: argparse.Namespace) -> None:
         page.get_by_role("option", name=args.language, exact=True).click()
     page.wait_for_timeout(4000)  # plots are drawn
     page.locator("#grpo_run").screenshot(path=args.output / "board_run.png")
-    page.locator("#grpo_try_btn").click()
-    expect(page.locator("#grpo_try_table")).to_be_visible(timeout=120_000)
-    page.wait_for_timeout(2000)
     page.locator("#grpo_tab").screenshot(path=args.output / "board_panel.png")
+    page.locator("#grpo_check_btn").click()
+    expect(page.locator("#grpo_check_result table")).to_have_count(2, timeout=240_000)  # rewards and memory
+    page.locator("#grpo_check_panel").screenshot(path=args.output / "board_check.png")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from .algorithm.catalog import ENGINE_KEYS, ESTIMATORS, LOSS_TYPES, canonical
 from .algorithm.combinations import check_effect, refuse_contradictions
 from .algorithm.conditions import broken_bound
+from .algorithm.refusals import apart
 from .rewards.options import REWARD_COLUMNS_EXAMPLE, as_weight, check_filter, check_rewards
 
 
@@ -653,15 +654,18 @@ class GRPOArguments:
         values = {name: getattr(self, name) for name in grpo_field_names()} | self.as_written
         for spec in dataclasses.fields(GRPOArguments):
             value = values[spec.name]
-            _check_bounds(spec, value)
-            asks_for_nothing = value is None or value is False or value == "none"
-            if value != spec.default or (spec.name in given and not asks_for_nothing):
-                check_effect(spec.name, values, spec.metadata["help"])
+            with apart():
+                _check_bounds(spec, value)
+                asks_for_nothing = value is None or value is False or value == "none"
+                if value != spec.default or (spec.name in given and not asks_for_nothing):
+                    check_effect(spec.name, values, spec.metadata["help"])
 
         read: Any = self  # `__post_init__` has made lists and mappings of texts
         check_rewards(read.reward_funcs, read.reward_weights, read.reward_kwargs or {}, read.reward_columns or {})
-        check_filter(self.filter_metric, read.reward_funcs)
-        _check_on_alarm(read.on_alarm)
+        with apart():
+            check_filter(self.filter_metric, read.reward_funcs)
+        with apart():
+            _check_on_alarm(read.on_alarm)
         refuse_contradictions(values)
 
 

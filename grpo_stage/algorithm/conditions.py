@@ -13,6 +13,8 @@ from string import Formatter
 from types import SimpleNamespace
 from typing import Any
 
+from grpo_stage.algorithm.refusals import apart
+
 
 @dataclass(frozen=True)
 class Above:
@@ -89,8 +91,9 @@ class Rule:
 def refuse_broken(rules: Iterable[Rule], values: SimpleNamespace) -> None:
     """Raise ValueError with the message of the first rule that `values` break."""
     for rule in rules:
-        if (refusal := rule.refusal(values)) is not None:
-            raise ValueError(refusal)
+        with apart():
+            if (refusal := rule.refusal(values)) is not None:
+                raise ValueError(refusal)
 
 
 def as_yaml(value: Any) -> str:

@@ -1,7 +1,8 @@
 """The fields of the GRPO panel: the list of them, their widgets, and the conversion of values to arguments and back.
 
 Fields come from the stage's own arguments, so that a new key appears in the panel by itself, and from `HOST_FIELDS`:
-keys of the host that matter to this stage and have no field in the Board.
+keys of the host that matter to this stage and have no field in the Board. The form shows them in sections: `BASICS`,
+which is what everyone sets, and then the groups of the arguments with the rest.
 """
 
 import dataclasses
@@ -23,7 +24,17 @@ from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 Kind = Literal["choice", "flag", "whole", "number", "text", "list", "mapping"]
 
+BASICS = "Basics"
+"""The section that is open in a new form."""
+_SET_BY_EVERYONE = (
+    *("reward_funcs", "reward_weights", "num_generations", "max_new_tokens"),
+    *("max_steps", "seed", "save_strategy", "save_total_limit"),
+    *("default_system", "reference_column"),
+    *("rollout_backend", "eval_dataset", "eval_steps", "eval_num_generations"),
+)
+"""The keys of that section, in the order of its fields. Those that have a field of the host are not repeated."""
 GROUPS = tuple(dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(GRPOArguments)))
+SECTIONS = (BASICS, *GROUPS)
 _INITIAL_VALUES = MappingProxyType({"log_completions": True})
 """Values of the form that differ from the defaults of a run: the run view needs `log_completions`."""
 _LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, REWARD_MODEL)})
@@ -43,6 +54,13 @@ class FormField:
     minimum: float | None = None
     maximum: float | None = None
     help: str = ""
+    num_lines: int = 1
+    """The height of a field for text."""
+
+    @property
+    def section(self) -> str:
+        """The section of the form."""
+        return BASICS if self.key in _SET_BY_EVERYONE else self.group
 
     @property
     def only_with(self) -> Mapping[str, Allowed]:
@@ -69,7 +87,7 @@ class FormField:
         if self.kind == "list":
             return gr.Dropdown(choices=list(self.choices), multiselect=True, allow_custom_value=True, **shared)
         if self.kind == "text" or self.kind == "mapping":
-            return gr.Textbox(**shared)
+            return gr.Textbox(lines=self.num_lines, **shared)
         # Without the widget's own precision and bounds: it would round silently, and its error on a value beyond
         # them does not name the field. The stage's own check does.
         return gr.Number(
@@ -151,6 +169,12 @@ HOST_FIELDS: tuple[FormField, ...] = (
     FormField(key="ref_model", group=OBJECTIVE, kind="text"),
     FormField(key="ref_model_adapters", group=OBJECTIVE, kind="text"),
     FormField(key="ref_model_quantization_bit", group=OBJECTIVE, kind="choice", choices=(None, 8, 4)),
+    FormField(key="default_system", group=BASICS, kind="text", num_lines=2),
+    # The empty field stands for the default, -1, which is no limit.
+    FormField(key="max_steps", group=BASICS, kind="whole", minimum=1),
+    FormField(key="seed", group=BASICS, kind="whole", default=42, minimum=0),
+    FormField(key="save_strategy", group=BASICS, kind="choice", choices=("steps", "epoch", "no"), default="steps"),
+    FormField(key="save_total_limit", group=BASICS, kind="whole", minimum=1),
     FormField(key="eval_dataset", group=EVALUATION, kind="list"),
     FormField(key="eval_steps", group=EVALUATION, kind="whole", minimum=1),
     FormField(key="vllm_gpu_util", group=MEMORY, kind="number", minimum=0, maximum=1),
@@ -196,10 +220,12 @@ def _own_fields() -> Iterable[FormField]:
     return (_own_field(spec, hints[spec.name]) for spec in dataclasses.fields(GRPOArguments))
 
 
-FORM_FIELDS: tuple[FormField, ...] = tuple(
-    sorted((*_own_fields(), *HOST_FIELDS), key=lambda field: GROUPS.index(field.group))
-)
-"""All fields, by group; in each group the stage's own come first."""
+def _place(field: FormField) -> tuple[int, int]:
+    return SECTIONS.index(field.section), field.section == BASICS and _SET_BY_EVERYONE.index(field.key)
+
+
+FORM_FIELDS: tuple[FormField, ...] = tuple(sorted((*_own_fields(), *HOST_FIELDS), key=_place))
+"""All fields, by section; in each section but the first the stage's own come first."""
 
 
 def effective(values: Mapping[str, Any], eval_strategy: str) -> dict[str, Any]:

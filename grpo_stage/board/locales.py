@@ -1,7 +1,8 @@
-"""The texts of our elements in LLaMA Board, in its five languages: one file for each under `translations/`.
+"""The texts of our elements in LLaMA Board, in its five languages: two files for each under `translations/`.
 
 A file maps, under `elements`, an element's name to the texts of its widget (`label`, `info`, `value`, ...), and under
-`messages`, names to our own sentences. The English text of a field is the help text of its key.
+`messages`, names to our own sentences. The English text of a field is the help text of its key. Under `watch` stands
+what to watch for in a run, a sentence that follows the text of a field.
 """
 
 import dataclasses
@@ -35,9 +36,15 @@ def message(name: str, language: str, **values: Any) -> str:
 @cache
 def texts(language: str) -> dict[str, Any]:
     """The content of a language's file."""
-    content = yaml.safe_load((_FOLDER / f"{language}.yaml").read_text(encoding="utf-8"))
+    content: dict[str, Any] = {}
+    for file in (f"{language}.yaml", f"form.{language}.yaml"):
+        for part, of_file in yaml.safe_load((_FOLDER / file).read_text(encoding="utf-8")).items():
+            content.setdefault(part, {}).update(of_file)
     if language == "en":
         for spec in dataclasses.fields(GRPOArguments):
             element = content["elements"].setdefault(f"{PREFIX}{spec.name}", {"label": spec.name})
             element["info"] = spec.metadata["help"]
+    for key, sentence in content["watch"].items():
+        element = content["elements"][f"{PREFIX}{key}"]
+        element["info"] = f"{element['info']} {sentence}"
     return content

@@ -13,23 +13,15 @@ import gradio as gr
 from gradio.components import Component
 
 from grpo_stage.board import imported_code, page_state
-from grpo_stage.board.fields import FORM_FIELDS
-from grpo_stage.board.runner import EXTRA_ARGUMENTS, FORM_IDS, STAGE_NAME, GRPORunner
+from grpo_stage.board.fields import BASICS, FORM_FIELDS
+from grpo_stage.board.places import EXTRA_ARGUMENTS, FORM_IDS, RENAMED
+from grpo_stage.board.runner import STAGE_NAME, GRPORunner
 from grpo_stage.host.configuration_file import STAGE, interpolates
 from grpo_stage.host.known_models import name_of
 from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults, typed
 from grpo_stage.host.recipe_sections import recipe_text
 
 
-# Keys that a field of the host holds as they are, but under another name: key -> element.
-_RENAMED = {
-    "per_device_train_batch_size": "train.batch_size",
-    "neftune_noise_alpha": "train.neftune_alpha",
-    "pissa_init": "train.use_pissa",
-    "finetuning_type": "top.finetuning_type",
-    "template": "top.template",
-    "quantization_method": "top.quantization_method",
-}
 _NO_FIELD = frozenset({"image_max_pixels", "image_min_pixels", "video_max_pixels", "video_min_pixels", "output_dir"})
 """Keys whose value has another form in the host's field of that name."""
 
@@ -66,7 +58,7 @@ def _form_values(runner: GRPORunner, wanted: Mapping[str, Any], effective: Mappi
     }
     form = {element_id: element.value for element_id, element in elements.items() if _is_input(element)}
     for key, value in effective.items():
-        element_id = _RENAMED.get(key, f"train.{key}")
+        element_id = RENAMED.get(key, f"train.{key}")
         if element_id in form and key not in _NO_FIELD and element_id != EXTRA_ARGUMENTS:
             held = _as_held(elements[element_id], value)
             form[element_id] = form[element_id] if held is None else held
@@ -153,5 +145,5 @@ def _items(value: Any) -> list[str]:
 
 def export_recipe(arguments: Mapping[str, Any]) -> str:
     """A run's arguments as a YAML file to share, without secrets, in the sections of the host's examples."""
-    sections = {field.key: field.group.lower() for field in FORM_FIELDS}
+    sections = {field.key: field.group.lower() for field in FORM_FIELDS if field.group != BASICS}
     return recipe_text(arguments, "# llamafactory-cli train grpo.yaml", sections)

@@ -26,6 +26,7 @@ from llamafactory.webui.runner import Runner
 from grpo_stage.board import imported_code, page_state
 from grpo_stage.board.fields import FORM_FIELDS, effective
 from grpo_stage.board.locales import PREFIX, message
+from grpo_stage.board.places import EXTRA_ARGUMENTS, FORM_IDS
 from grpo_stage.board.process import WatchedRunner
 from grpo_stage.board.tables import harmless
 from grpo_stage.host.configuration_file import STAGE
@@ -35,8 +36,6 @@ from grpo_stage.survival.run_lock import refuse_used
 
 
 STAGE_NAME = next(name for name, stage in TRAINING_STAGES.items() if stage == STAGE)
-EXTRA_ARGUMENTS = "train.extra_args"
-FORM_IDS = {field.key: f"train.{field.element}" for field in FORM_FIELDS}
 _READERS: Mapping[str, tuple[Callable[[str], Any], str]] = {
     "train.learning_rate": (float, "a number"),
     "train.num_train_epochs": (float, "a number"),
@@ -79,15 +78,18 @@ class GRPORunner(WatchedRunner):
         def value(element_id: str) -> Any:
             return data[self.manager.get_elem_by_id(element_id)]
 
-        readers = dict(_READERS)
-        if value("top.model_name") in MULTIMODAL_SUPPORTED_MODELS:
-            readers |= dict.fromkeys(_PIXELS, (calculate_pixels, "a number of pixels, such as 768*768"))
-        for element_id, (read, wanted) in readers.items():
+        for element_id, (read, wanted) in self._readers(data).items():
             _refuse_unless(read, wanted, element_id, value(element_id))
         arguments = super()._parse_train_args(data)
         values = {key: value(element_id) for key, element_id in FORM_IDS.items()}
         extra = _extra_arguments(value(EXTRA_ARGUMENTS))
         return stage_arguments(arguments, values, extra)
+
+    def _readers(self, data: Mapping[Component, Any]) -> Mapping[str, tuple[Callable[[str], Any], str]]:
+        """How to read the host's fields for texts that a run needs as numbers, and what is wanted of each."""
+        if self._value(data, "top.model_name") not in MULTIMODAL_SUPPORTED_MODELS:
+            return _READERS
+        return {**_READERS, **dict.fromkeys(_PIXELS, (calculate_pixels, "a number of pixels, such as 768*768"))}
 
     def _build_config_dict(self, data: dict[Component, Any]) -> dict[str, Any]:
         config = super()._build_config_dict(data)
@@ -176,15 +178,50 @@ class GRPORunner(WatchedRunner):
         self._refuse_unconfirmed(arguments, data)
         return {key: value for key, value in arguments.items() if key != "output_dir"}
 
-    def arguments_so_far(self, data: Mapping[Component, Any]) -> dict[str, Any]:
-        """The arguments of a form in which no model may be chosen yet, with a made-up `output_dir`.
+    def checked_form(self, data: Mapping[Component, Any]) -> tuple[list[str], dict[str, Any] | None]:
+        """What is wrong in the fields themselves, and the arguments of the rest; None if there can be none.
+
+        A field that is wrong counts as empty. What the form lacks altogether is left to the stage's own check.
+        """
+        get, problems, sound = self.manager.get_elem_by_id, [], dict(data)
+        for element_id, (read, wanted) in self._readers(data).items():
+            try:
+                _refuse_unless(read, wanted, element_id, self._value(data, element_id))
+            except ValueError as refusal:
+                problems.append(str(refusal))
+                sound[get(element_id)] = get(element_id).value
+        for field in FORM_FIELDS:
+            try:
+                field.to_argument(self._value(data, FORM_IDS[field.key]))
+            except ValueError as refusal:
+                problems.append(str(refusal))
+                sound[get(FORM_IDS[field.key])] = field.initial
+        sound[get("train.dataset")] = self._value(data, "train.dataset") or []
+        try:
+            _extra_arguments(self._value(data, EXTRA_ARGUMENTS))
+        except json.JSONDecodeError:
+            problems.append(f"`extra_args`: {ALERTS['err_json_schema'][self._value(data, 'top.lang')]}")
+            sound[get(EXTRA_ARGUMENTS)] = "{}"
+        except ValueError as refusal:
+            problems.append(str(refusal))
+            sound[get(EXTRA_ARGUMENTS)] = "{}"
+        output_dir = self._value(data, "train.output_dir")
+        try:
+            arguments = self.arguments_so_far(sound, output_dir or "trial")
+            self._refuse_unconfirmed(arguments, data)
+        except ValueError as refusal:
+            return [*problems, str(refusal)], None
+        return problems, arguments if output_dir else {**arguments, "output_dir": ""}
+
+    def arguments_so_far(self, data: Mapping[Component, Any], output_dir: str = "trial") -> dict[str, Any]:
+        """The arguments of a form in which no model and no output folder may be chosen yet.
 
         Raises:
             ValueError: if the value of a field is wrong.
         """
         get = self.manager.get_elem_by_id
         model_name = self._value(data, "top.model_name") or "Custom"  # the host makes it a part of a path
-        return self._parse_train_args({**data, get("top.model_name"): model_name, get("train.output_dir"): "trial"})
+        return self._parse_train_args({**data, get("top.model_name"): model_name, get("train.output_dir"): output_dir})
 
     def _refuse_unconfirmed(self, arguments: Mapping[str, Any], data: Mapping[Component, Any]) -> None:
         imported, confirmed = (self._value(data, name) for name in (imported_code.IMPORTED, imported_code.CONFIRMED))

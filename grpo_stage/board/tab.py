@@ -19,15 +19,20 @@ from llamafactory.webui.common import load_dataset_info
 from llamafactory.webui.control import list_datasets
 
 from grpo_stage.algorithm.conditions import applies
-from grpo_stage.board.fields import FORM_FIELDS, GROUPS, FormField, effective
+from grpo_stage.arguments import REWARDS
+from grpo_stage.board.check_panel import CheckPanel
+from grpo_stage.board.fields import BASICS, FORM_FIELDS, FormField, effective
 from grpo_stage.board.imported_code import ImportedCode
 from grpo_stage.board.locales import PREFIX, message
 from grpo_stage.board.pages import serve_many_pages
+from grpo_stage.board.porting import SUFFIXES, TRL_VERSIONS, account_view, is_of_another_system, port
 from grpo_stage.board.recipes import export_recipe, import_recipe
 from grpo_stage.board.run_view import RunView
 from grpo_stage.board.runner import GRPORunner
+from grpo_stage.board.style import add_style
 from grpo_stage.board.tables import harmless, literal, table
 from grpo_stage.board.trial import try_rewards
+from grpo_stage.board.wizard import Wizard
 from grpo_stage.host.configuration_file import STAGE
 from grpo_stage.host.recipe_text import read_recipe
 
@@ -37,7 +42,6 @@ if TYPE_CHECKING:
 
 
 FIELDS_IN_A_ROW = 4
-OPEN_GROUPS = ("Rollout", "Rewards")
 # The learning rate that choosing the stage sets in the host's own field. For adapters it is ten times as high.
 LEARNING_RATES: Mapping[str, str] = {"lora": "1e-5", "oft": "1e-5", "full": "1e-6", "freeze": "1e-6"}
 SANE_VALUES: Mapping[str, Any] = {
@@ -64,22 +68,24 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     finally:
         del engine.manager.get_base_elems
     _move_behind(panel.accordion, train["rlhf_tab"])
+    checks = CheckPanel()
+    _move_before(checks.block, train["start_btn"].parent)
     view = RunView()
+    add_style()
     serve_many_pages(engine, train)
-    panel.connect(engine, train, inputs)
+    panel.connect(engine, train, inputs, checks)
     view.connect(engine, train)
     train["training_stage"].change(
         lambda stage: [
-            gr.update(visible=is_grpo(stage)),
-            gr.update(visible=is_grpo(stage)),
+            *[gr.update(visible=is_grpo(stage))] * 3,
             gr.Timer(active=is_grpo(stage)),
         ],
         [train["training_stage"]],
-        [panel.accordion, view.panel, view.timer],
+        [panel.accordion, checks.block, view.panel, view.timer],
         queue=False,
         show_progress="hidden",
     )
-    return {**train, **panel.elements, **view.elements}
+    return {**train, **panel.elements, **checks.elements, **view.elements}
 
 
 def is_grpo(stage_name: str) -> bool:
@@ -95,6 +101,14 @@ def _move_behind(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
     siblings.insert(siblings.index(neighbor) + 1, block)
 
 
+def _move_before(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
+    assert block.parent is not None
+    assert block.parent is neighbor.parent
+    siblings = block.parent.children
+    siblings.remove(block)
+    siblings.insert(siblings.index(neighbor), block)
+
+
 def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
     """The datasets that the stage can train on, and those that the folder does not describe."""
     info, wants_pairs = load_dataset_info(folder), TRAINING_STAGES[stage_name] in STAGES_USE_PAIR_DATA
@@ -107,22 +121,31 @@ class Panel:
     def __init__(self) -> None:
         self.fields: dict[str, Component] = {}
         self.elements: dict[str, gr.blocks.Block] = {}
-        with gr.Accordion(open=True, visible=False, elem_id="grpo_tab") as self.accordion:
+        with gr.Accordion(open=True, visible=False, elem_id="grpo_tab", elem_classes="grpo") as self.accordion:
+            self.wizard = Wizard()
             with gr.Row():
-                self._import = gr.UploadButton(file_types=[".yaml", ".yml"], elem_id="grpo_import")
+                self._import = gr.UploadButton(file_types=[".yaml", ".yml", *SUFFIXES], elem_id="grpo_import")
                 self._export = gr.Button()
                 self._exported = gr.File(visible=False, interactive=False, elem_id="grpo_exported")
-            for group, fields in groupby(FORM_FIELDS, key=lambda field: field.group):
-                with gr.Accordion(open=group in OPEN_GROUPS) as section:
+            with gr.Accordion(open=False, elem_id="grpo_port") as self._port, gr.Row():
+                self._trl = gr.Dropdown(list(TRL_VERSIONS), value=TRL_VERSIONS[-1], elem_id="grpo_port_trl")
+                self._devices_there = gr.Number(None, step=1, placeholder="–", elem_id="grpo_port_devices")  # noqa: RUF001
+            self._account = gr.HTML(visible=False, elem_id="grpo_port_account", max_height=600, padding=False)
+            self.code = ImportedCode()
+            for name, fields in groupby(FORM_FIELDS, key=lambda field: field.section):
+                with gr.Accordion(open=name == BASICS, elem_id=f"{PREFIX}group_{name.lower()}") as section:
                     self._add_rows(list(fields))
-                    if group == "Rewards":
-                        self.code = ImportedCode()
+                    if name == REWARDS:
                         self._add_trial()
-                self.elements[f"{PREFIX}group_{group.lower()}"] = section
+                self.elements[f"{PREFIX}group_{name.lower()}"] = section
         self.elements |= {
             **self.code.elements,
+            **self.wizard.elements,
             "grpo_tab": self.accordion,
             "grpo_import_btn": self._import,
+            "grpo_port": self._port,
+            "grpo_port_trl": self._trl,
+            "grpo_port_devices": self._devices_there,
             "grpo_export_btn": self._export,
             "grpo_exported": self._exported,
             **{field.element: self.fields[field.key] for field in FORM_FIELDS},
@@ -156,23 +179,45 @@ class Panel:
             "grpo_try_table": self._scores,
         }
 
-    def connect(self, engine: "Engine", train: Mapping[str, Any], inputs: set[Component]) -> None:
+    def connect(self, engine: "Engine", train: Mapping[str, Any], inputs: set[Component], checks: CheckPanel) -> None:
         """Connect the events, once the host's elements exist."""
         assert isinstance(engine.runner, GRPORunner)
         self._show_what_applies(train)
         self._set_sane_values(engine, train)
         lang, output_box = engine.manager.get_elem_by_id("top.lang"), train["output_box"]
 
-        def load(data: dict[Component, Any]) -> dict[Component, Any]:
+        def load(data: dict[Component, Any]) -> Iterator[dict[Component, Any]]:
+            path, account = data[self._import], ""
             try:
-                recipe = read_recipe(data[self._import])
+                if is_of_another_system(path):
+                    devices_here = int(data[train["device_count"]] or 1)
+                    for state in port(path, data[self._trl], data[self._devices_there], devices_here):
+                        seconds = f"{state.elapsed_s:.0f}"
+                        yield {output_box: message("porting", data[lang], seconds=seconds)}
+                    if state.answer is None:
+                        raise ValueError(state.error)
+                    recipe, account = dict(state.answer["recipe"]), account_view(state.answer, data[lang])
+                else:
+                    recipe = read_recipe(path)
                 form = import_recipe(engine.runner, recipe)
             except ValueError as refusal:
                 gr.Warning(harmless(str(refusal)), duration=None)  # until the user closes it
-                return {output_box: literal(str(refusal))}
+                yield {output_box: literal(str(refusal))}
+                return
             values = {element: value for element, value in form.items() if element in inputs}
             said = {output_box: message("imported", data[lang]), self.code.confirmed: self.code.choices(recipe)}
-            return values | said | dict(zip(results, hidden(), strict=True))
+            others = dict(zip(results, hidden(), strict=True))
+            yield values | said | others | {self._account: gr.update(value=account, visible=bool(account))}
+
+        def make(data: dict[Component, Any]) -> dict[Component, Any]:
+            recipe = self.wizard.recipe(data, data[train["dataset_dir"]], LEARNING_RATES["lora"])
+            form = import_recipe(engine.runner, recipe)
+            # The person has chosen the folder and the functions, and no file that came from elsewhere.
+            form |= {train["output_dir"]: data[train["output_dir"]], self.code.imported: "[]"}
+            form |= {train["learning_rate"]: LEARNING_RATES["lora"]}
+            values = {element: value for element, value in form.items() if element in inputs}
+            others = dict(zip(results, hidden(), strict=True))
+            return values | others | {self.code.confirmed: self.code.choices({})}
 
         def save(data: dict[Component, Any]) -> dict[Component, Any]:
             error = engine.runner._initialize(data, do_train=True, from_preview=True)
@@ -192,7 +237,8 @@ class Panel:
         def stop(is_trying: bool, language: str) -> list[Any]:
             return [message("trial_stopped", language) if is_trying else gr.skip(), False]
 
-        results = [self._report, self._scores, self._exported]
+        checking = checks.connect(engine, train, inputs)
+        results = [self._report, self._scores, self._exported, self._account, checks.result]
         trial = self._try.click(
             attempt,
             inputs | {lang, self._num_rows, self._source},
@@ -200,15 +246,30 @@ class Panel:
             concurrency_limit=1,
         )
         self._import.upload(
-            load, {lang, self._import}, [*inputs, output_box, *results], concurrency_limit=None, cancels=[trial]
+            load,
+            {lang, self._import, self._trl, self._devices_there, train["device_count"]},
+            [*inputs, output_box, *results],
+            concurrency_limit=None,
+            cancels=[trial, *checking],
         )
+        self.wizard.dataset.focus(
+            list_datasets, [train["dataset_dir"], train["training_stage"]], [self.wizard.dataset], queue=False
+        )
+        made = self.wizard.button.click(
+            make,
+            {train["dataset_dir"], train["output_dir"], *self.wizard.questions},
+            [*inputs, *results],
+            concurrency_limit=None,
+            cancels=[trial, *checking],
+        )
+        made.success(None, js=f"() => document.getElementById('{checks.check.elem_id}').click()")
         self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
         train["stop_btn"].click(
             stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False
         )
         # After another form is loaded, the results of a trial and an export no longer belong to it.
         gr.on([train["arg_load_btn"].click, train["output_dir"].input], hidden, None, results, cancels=[trial])
-        self.code.connect(engine.runner, [self._try, train["start_btn"]], inputs)
+        self.code.connect(engine.runner, [self._try, checks.check, checks.probe, train["start_btn"]], inputs)
         dataset_lists = [train["dataset_dir"], train["training_stage"]]
         eval_dataset = self.fields["eval_dataset"]
         eval_dataset.focus(list_datasets, dataset_lists, [eval_dataset], queue=False)
@@ -303,6 +364,3 @@ class Panel:
             queue=False,
             show_progress="hidden",
         )
-
-
-assert set(OPEN_GROUPS) <= set(GROUPS)

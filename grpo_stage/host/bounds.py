@@ -11,6 +11,7 @@ from typing import Any
 
 from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.algorithm.conditions import applies, broken_bound
+from grpo_stage.algorithm.refusals import apart
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,5 +223,6 @@ def refuse_out_of_bounds(values: Mapping[str, Any]) -> None:
     """
     for key, bound in HOST_BOUNDS.items():
         rule = bound.broken(values[key])
-        if rule is not None and applies(ONLY_WITH.get(key, {}), values):
-            raise ValueError(f"`{key}: {values[key]}` must be {rule}: {bound.reason}. {bound.remedy}")
+        with apart():
+            if rule is not None and applies(ONLY_WITH.get(key, {}), values):
+                raise ValueError(f"`{key}: {values[key]}` must be {rule}: {bound.reason}. {bound.remedy}")

@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.training_args import trainer_log_levels
 
 from grpo_stage.algorithm.conditions import as_yaml, refuse_broken
+from grpo_stage.algorithm.refusals import apart
 from grpo_stage.arguments import actions_of_alarms
 from grpo_stage.host.adapters import adapter_config, adapter_folder, is_adapter_on_hub, items, lora_rank
 from grpo_stage.host.advice import warn
@@ -60,10 +61,11 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     """
     for entry in UNSUPPORTED:
         for key in entry.keys.split():
-            if key in given and (value := getattr(values, key)) not in entry.harmless:
-                raise ValueError(
-                    f"`{key}: {as_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}"
-                )
+            with apart():
+                if key in given and (value := getattr(values, key)) not in entry.harmless:
+                    raise ValueError(
+                        f"`{key}: {as_yaml(value)}` is not possible with `stage: grpo`: {entry.reason}. {entry.remedy}"
+                    )
 
     refuse_out_of_bounds(vars(values))
     refuse_broken((*RULES, *IDLE_KEYS, *OTHER_MODEL_RULES, *EVALUATION_RULES), values)
@@ -71,25 +73,25 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     refuse_broken(engine.rules, SimpleNamespace(**vars(values), adapter_rank=lora_rank(values)))
 
     for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        if os.environ.get(variable, "").lower() in ("1", "true"):
-            raise ValueError(
-                f"{variable} is set, as `accelerate launch` does for DeepSpeed and FSDP: sharded weights were not "
-                "verified in `stage: grpo`. Launch with `llamafactory-cli train`, which uses DDP on several devices."
-            )
+        with apart():
+            if os.environ.get(variable, "").lower() in ("1", "true"):
+                raise ValueError(
+                    f"{variable} is set, as `accelerate launch` does for DeepSpeed and FSDP: sharded weights were not "
+                    "verified in `stage: grpo`. Launch with `llamafactory-cli train`, which uses DDP on several "
+                    "devices."
+                )
 
     adapters = items(values.adapter_name_or_path)
     for i, adapter in enumerate(adapters):
-        # The host trains the last adapter and merges the others into the model.
-        is_trained = i == len(adapters) - 1 and not values.create_new_adapter
-        config = _checked_adapter(adapter, values.adapter_folder)
-        if is_trained and config is not None:
-            engine.refuse_adapter(adapter, config, values)
-    check_reward_adapter(values)
-    _check_names(values)
-    _check_monitors(values.on_alarm)
-    _check_mixing(values)
-    keys = [(key, name) for key in ("dataset", "eval_dataset") for name in items(getattr(values, key))]
-    check_descriptions(keys, values.dataset_dir)
+        with apart():
+            # The host trains the last adapter and merges the others into the model.
+            is_trained = i == len(adapters) - 1 and not values.create_new_adapter
+            config = _checked_adapter(adapter, values.adapter_folder)
+            if is_trained and config is not None:
+                engine.refuse_adapter(adapter, config, values)
+    for check in (check_reward_adapter, _check_names, _check_monitors, _check_mixing, _check_datasets):
+        with apart():
+            check(values)
     check_best_metric(values)
 
 
@@ -99,13 +101,17 @@ def refuse_unfit(arguments: RunArguments) -> None:
     Raises:
         ValueError: naming the value, the rule, the reason and the remedy.
     """
-    check_model_config(arguments)
-    check_reward_model_config(arguments)
-    if arguments.finetuning.ref_model is not None:
-        config_of("ref_model", arguments_for(arguments.model, arguments.finetuning.ref_model))
-    if arguments.training.should_save:  # other nodes may not see its disk
-        check_output_folder(arguments.training.output_dir)
-    check_resume(arguments)
+    with apart():
+        check_model_config(arguments)
+    with apart():
+        check_reward_model_config(arguments)
+    with apart():
+        if arguments.finetuning.ref_model is not None:
+            config_of("ref_model", arguments_for(arguments.model, arguments.finetuning.ref_model))
+    with apart():
+        if arguments.training.should_save:  # other nodes may not see its disk
+            check_output_folder(arguments.training.output_dir)
+        check_resume(arguments)
     warn(arguments)
 
 
@@ -140,8 +146,13 @@ def _check_names(values: SimpleNamespace) -> None:
             )
 
 
-def _check_monitors(on_alarm: dict | str) -> None:
-    actions = actions_of_alarms(on_alarm)
+def _check_datasets(values: SimpleNamespace) -> None:
+    keys = [(key, name) for key in ("dataset", "eval_dataset") for name in items(getattr(values, key))]
+    check_descriptions(keys, values.dataset_dir)
+
+
+def _check_monitors(values: SimpleNamespace) -> None:
+    actions = actions_of_alarms(values.on_alarm)
     for name, action in actions.items() if isinstance(actions, dict) else ():
         if name not in WATCHES:
             raise ValueError(

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from grpo_stage.algorithm.refusals import apart, has_refused, stop_if_refused
 from grpo_stage.host import facade
 from grpo_stage.host.datasets import PromptData, load_prompts
 from grpo_stage.host.model_checks import refuse_tied_adapters, refuse_unknown_tokens, refuse_unloadable
@@ -50,25 +51,34 @@ def prepare(arguments: RunArguments) -> Preparation:
     """
     training_args, finetuning_args = arguments.training, arguments.finetuning
     recipe = recipe_of(arguments)  # before the host's loaders change the arguments
-    rewards = load_rewards(
-        cast(list[str], finetuning_args.reward_funcs),
-        cast(list[float] | None, finetuning_args.reward_weights),
-        cast(dict[str, Any] | None, finetuning_args.reward_kwargs),
-        max_new_tokens=arguments.generating.max_new_tokens,
-        timeout_s=finetuning_args.reward_timeout,
-        dump_dir=training_args.output_dir,
-        fields=tuple(finetuning_args.reward_columns or ()),
-        announce=logger.info_rank0,
-    )
-    inputs = load_inputs(arguments)
+    are_files_sound = not has_refused()
+    with apart():
+        rewards = load_rewards(
+            cast(list[str], finetuning_args.reward_funcs),
+            cast(list[float] | None, finetuning_args.reward_weights),
+            cast(dict[str, Any] | None, finetuning_args.reward_kwargs),
+            max_new_tokens=arguments.generating.max_new_tokens,
+            timeout_s=finetuning_args.reward_timeout,
+            dump_dir=training_args.output_dir,
+            fields=tuple(finetuning_args.reward_columns or ()),
+            announce=logger.info_rank0,
+        )
+    with apart():
+        if are_files_sound:
+            inputs = load_inputs(arguments)
+    stop_if_refused()
     prompts = inputs.prompts
-    rewards.check(prompts.train)
-    rewards.check(prompts.evaluation)
-    if finetuning_args.answer_balance > 0:
-        _refuse_unanswered(prompts.train, finetuning_args.answer_balance)
+    with apart():
+        rewards.check(prompts.train)
+    with apart():
+        rewards.check(prompts.evaluation)
+    with apart():
+        if finetuning_args.answer_balance > 0:
+            _refuse_unanswered(prompts.train, finetuning_args.answer_balance)
     record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
-    if training_args.resume_from_checkpoint:
-        check_resume(arguments, record, len(prompts.train))
+    with apart():
+        if training_args.resume_from_checkpoint:
+            check_resume(arguments, record, len(prompts.train))
     return Preparation(inputs, rewards, {"recipe": recipe, **record})
 
 

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_stage.algorithm.conditions import shown
+from grpo_stage.algorithm.refusals import apart
 from grpo_stage.host.configuration_file import RawArguments, resolved
 
 
@@ -129,25 +130,33 @@ def known_keys(values: Mapping[str, Any], hints: Mapping[str, Any], allow_others
     """
     checked: dict[str, Any] = {}
     for key, value in values.items():
-        if not isinstance(key, str):
-            raise ValueError(f"`{key}: {shown(value)}` has {key!r} for a key, which is no text. Write a key's name.")
-        if key in hints:
-            checked[key] = value
-        elif key.startswith("no_") and hints.get(key[3:]) is bool:  # argparse's negation of a flag
-            checked[key[3:]] = False
-        elif key in TRL_KEYS:
-            raise ValueError(_trl_answer(key, value))
-        elif not key:
-            raise ValueError(
-                f"{quoted([value] if isinstance(value, str) else value)} belongs to no key. Write `--key value`."
-            )
-        elif not allow_others:
-            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"`{key}` is not a key of LLaMA-Factory or of `stage: grpo`. The nearest is `{near}`: write that, or "
-                f"leave `{key}` out."
-            )
+        with apart():
+            if (name := _known_key(key, value, hints, allow_others)) is not None:
+                checked[name] = False if name != key else value
     return checked
+
+
+def _known_key(key: Any, value: Any, hints: Mapping[str, Any], allow_others: bool) -> str | None:
+    """The key; without its `no_` if it is argparse's negation of a flag; None for another that is allowed."""
+    if not isinstance(key, str):
+        raise ValueError(f"`{key}: {shown(value)}` has {key!r} for a key, which is no text. Write a key's name.")
+    if key in hints:
+        return key
+    if key.startswith("no_") and hints.get(key[3:]) is bool:
+        return key[3:]
+    if key in TRL_KEYS:
+        raise ValueError(_trl_answer(key, value))
+    if not key:
+        raise ValueError(
+            f"{quoted([value] if isinstance(value, str) else value)} belongs to no key. Write `--key value`."
+        )
+    if not allow_others:
+        near = difflib.get_close_matches(key, hints, n=1, cutoff=0.0)[0]
+        raise ValueError(
+            f"`{key}` is not a key of LLaMA-Factory or of `stage: grpo`. The nearest is `{near}`: write that, or "
+            f"leave `{key}` out."
+        )
+    return None
 
 
 def _trl_answer(key: str, value: Any) -> str:

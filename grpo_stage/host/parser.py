@@ -21,6 +21,7 @@ from llamafactory.hparams.training_args import TrainingArguments
 
 from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.algorithm.conditions import applies
+from grpo_stage.algorithm.refusals import apart, stop_if_refused
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
 from grpo_stage.host.adapters import lora_rank
 from grpo_stage.host.checks import refuse_impossible, refuse_unfit
@@ -75,11 +76,13 @@ def parse(raw: RawArguments) -> RunArguments:
 
 def _parse(raw: RawArguments) -> RunArguments:
     written = check(raw)
-    if written.get("model_name_or_path") is None:
-        raise ValueError(
-            "`model_name_or_path` is missing: it is the model that is trained. Give the path of its folder, or its "
-            "hub id (`owner/name`)."
-        )
+    with apart():
+        if written.get("model_name_or_path") is None:
+            raise ValueError(
+                "`model_name_or_path` is missing: it is the model that is trained. Give the path of its folder, or "
+                "its hub id (`owner/name`)."
+            )
+    stop_if_refused()
     given = frozenset(key for key, value in written.items() if value is not None)
     model, data, training, finetuning, generating = host.get_train_args({**STAGE_DEFAULTS, **written})
     kept = copy.deepcopy({key: written[key] for key in written if key in given})
@@ -99,15 +102,18 @@ def check(raw: RawArguments) -> dict[str, Any]:
     written = typed(raw)
     if written.get("reward_funcs") is None and written.get("reward_model") is not None:
         written["reward_funcs"] = REWARD_MODEL  # the only reward
-    if not written.get("output_dir", True):  # if it is left out, transformers has a default
-        raise ValueError(
-            f"`output_dir: {written['output_dir'] or 'null'}` names no folder: checkpoints, logs and the trained "
-            "model go there. Write for example `output_dir: saves/my-run`."
-        )
+    with apart():
+        if not written.get("output_dir", True):  # if it is left out, transformers has a default
+            raise ValueError(
+                f"`output_dir: {written['output_dir'] or 'null'}` names no folder: checkpoints, logs and the trained "
+                "model go there. Write for example `output_dir: saves/my-run`."
+            )
     values = {**effective_defaults(), **dict.fromkeys(DERIVED_KEYS), **written}
     given = frozenset(key for key, value in written.items() if value is not None)
-    GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate(given)
-    refuse_impossible(SimpleNamespace(**values), given)
+    with apart():
+        GRPOArguments(**{key: value for key, value in values.items() if key in grpo_field_names()}).validate(given)
+    with apart():
+        refuse_impossible(SimpleNamespace(**values), given)
     return written
 
 
@@ -119,7 +125,12 @@ def typed(raw: RawArguments) -> dict[str, Any]:
     """
     hints = _hints()
     written = known_keys(read(raw), hints, allow_others=is_env_enabled("ALLOW_EXTRA_ARGS"))
-    return {key: as_hinted(key, value, hints[key]) for key, value in written.items()}
+    converted: dict[str, Any] = {}
+    for key, value in written.items():
+        with apart():
+            converted[key] = as_hinted(key, value, hints[key])
+    stop_if_refused()  # the checks that follow take values of the right type
+    return converted
 
 
 def _derive(arguments: RunArguments) -> None:

@@ -5,6 +5,7 @@ large what they describe is; only a file that is small and flat by them is built
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,41 @@ def read_recipe(path: str) -> dict[str, Any]:
     Raises:
         ValueError: naming the line and the reason, if the file is not a YAML mapping of ordinary size.
     """
-    name = Path(path).name
-    try:
-        _check(_text(Path(path)))
+    with _explained(path):
+        _check(text_of(Path(path)))
         recipe = read_command_line([path])
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"`{name}` cannot be read: {_reason(error)} Mend the file, or choose another.") from error
     assert isinstance(recipe, dict)
     return recipe
 
 
-def _text(path: Path) -> str:
+def has_key(path: str, key: str) -> bool:
+    """Whether a YAML mapping has this key at its top.
+
+    Raises:
+        ValueError: as `read_recipe` does.
+    """
+    with _explained(path):
+        text = text_of(Path(path))
+        _check(text)
+        return key in yaml.safe_load(text)
+
+
+@contextmanager
+def _explained(path: str) -> Iterator[None]:
+    try:
+        yield
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(
+            f"`{Path(path).name}` cannot be read: {_reason(error)} Mend the file, or choose another."
+        ) from error
+
+
+def text_of(path: Path) -> str:
+    """The text of a file of ordinary size.
+
+    Raises:
+        ValueError: if it is larger, or not UTF-8.
+    """
     content = path.read_bytes()
     if len(content) > MAX_BYTES:
         raise ValueError(f"It has {len(content)} bytes, and a recipe has {MAX_BYTES} at most.")

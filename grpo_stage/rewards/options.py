@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo_stage.algorithm.refusals import apart
 from grpo_stage.records.redaction import MASK, mask, strings_in
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
@@ -50,11 +51,14 @@ def check_rewards(
     Raises:
         ValueError: naming the key, its value, the rule and the remedy.
     """
-    _check_names(names)
-    _check_settings(kwargs, [display_name(name) for name in names])
-    if weights is not None:
-        _check_weights(weights, names)
-    _check_columns(columns)
+    with apart():
+        _check_names(names)
+        with apart():
+            _check_settings(kwargs, [display_name(name) for name in names])
+        if weights is not None:
+            _check_weights(weights, names)
+    with apart():
+        _check_columns(columns)
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -1,10 +1,11 @@
 """Check a recipe before a run: everything that a run checks before it loads weights, and what it will do, in words.
 
-Shows the first prompts as the model will read them, with their references; the batch's arithmetic; the keys that are
-written and those left at their defaults; and what one constant answer to every prompt would earn. Loads no weights and
-writes nothing but the file of `--json`.
+Says all problems of the recipe at once. Where there is none, it shows the first prompts as the model will read them,
+with their references; the batch's arithmetic; the keys that are written and those left at their defaults; and what one
+constant answer to every prompt would earn. With `--all` it also does what `try-rewards` and `plan` do. Loads no
+weights and writes nothing but the file of `--json`, with more in it as each part is done.
 
-Exit codes: 0, the run would start; 3, it would, and something was found; 1, it would be refused, with the reason.
+Exit codes: 0, the run would start; 3, it would, and something was found; 1, it would be refused, with the reasons.
 
     grpo-stage check yaml_examples/quickstart.yaml
 """
@@ -13,15 +14,20 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grpo_stage.records.redaction import mask_text, secrets_in
 from grpo_stage.survival.stop import ending_at_once
+from grpo_stage.tools import plan, try_rewards
+from grpo_stage.tools.problems import Checked, find_problems
 from grpo_stage.tools.recipe_file import (
     ATTENTION,
     WITHOUT_DEVICE,
     add_recipe_arguments,
     errors_explained,
+    mistake_in,
     quiet_host,
     read_recipe,
     write_json,
@@ -39,6 +45,7 @@ if TYPE_CHECKING:
 NAME = "check"
 HELP = "check a recipe as a run does before it loads weights, and say what the run will do"
 
+NUM_ROWS_TRIED = 4
 KEYS_THAT_MATTER: Mapping[str, str] = {
     "model": "model_name_or_path adapter_name_or_path template finetuning_type lora_rank lora_target quantization_bit "
     "ref_model",
@@ -118,11 +125,20 @@ class CheckResult:
     """What needs a person before the run."""
     warnings: Sequence[str]
     """What a run warns of at its start."""
+    problems: Sequence[str] = ()
+    """None here; in a file without the rest stand the problems of a recipe that is refused, each with its keys."""
+    rewards: Mapping[str, Any] | None = None
+    """As `try-rewards` writes them, or an `error`."""
+    memory: Mapping[str, Any] | None = None
+    """As `plan` writes it, or an `error`."""
+    is_whole: bool = True
+    """Whether nothing is to come."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--rows", type=int, default=2, metavar="N", help="prompts to show (default: 2)")
+    parser.add_argument("--all", action="store_true", help="also try the rewards, and plan the memory of this device")
     parser.add_argument(
         "--without-device",
         action="store_true",
@@ -137,23 +153,78 @@ def run(args: argparse.Namespace) -> int:
         configuration = read_recipe(args.config, args.overrides)
         with errors_explained(configuration), _warnings_kept() as warnings:
             values = {**configuration, **(WITHOUT_DEVICE if args.without_device else {})}
-            result = _check(values, configuration.keys(), args.rows, warnings)
+            problems, checked = find_problems(values)
+            if checked is None:
+                write_json(args.json, {"problems": [dataclasses.asdict(one) for one in problems]})
+                raise ValueError(_listed([one.text for one in problems]))
+            result = _check(checked, configuration.keys(), args.rows, warnings)
+            checked_alone = result
+            parts: list[Callable[[], None]] = [lambda: _print(str(args.config), checked_alone)]
+            if args.all:
+                result, others = _with_the_rest(result, configuration, args.json)
+                parts += others
     write_json(args.json, dataclasses.asdict(result))
     if str(args.json) != "-":
-        _print(str(args.config), result)
-    return ATTENTION if result.findings else 0
+        for part in parts:
+            part()
+    needs_person = result.findings or (result.memory or {}).get("fits") is False or _has_errors(result)
+    return ATTENTION if needs_person or (result.rewards or {}).get("findings") else 0
 
 
-def _check(values: Mapping[str, Any], written: Any, num_rows: int, warnings: Sequence[str]) -> CheckResult:
-    from grpo_stage.host.inputs import prepare
-    from grpo_stage.host.parser import parse
+def _listed(texts: Sequence[str]) -> str:
+    if len(texts) == 1:
+        return texts[0]
+    lines = (f"{number}. {text}" for number, text in enumerate(texts, start=1))
+    return "\n".join([f"{len(texts)} problems:", *lines])
+
+
+def _has_errors(result: CheckResult) -> bool:
+    return any("error" in (part or {}) for part in (result.rewards, result.memory))
+
+
+def _with_the_rest(
+    result: CheckResult, configuration: Mapping[str, Any], json: Path | None
+) -> tuple[CheckResult, list[Callable[[], None]]]:
+    """The result with what `try-rewards` and `plan` find, and what prints these.
+
+    A part that fails says why, and the other is done.
+    """
+    shows: list[Callable[[], None]] = []
+
+    def rewards() -> dict[str, Any]:
+        tried = try_rewards.try_recipe(configuration, NUM_ROWS_TRIED, samples=False)
+        shows.append(lambda: try_rewards.show(tried))
+        return dataclasses.asdict(tried)
+
+    def memory() -> dict[str, Any]:
+        planned = plan.plan_here(configuration)
+        shows.append(lambda: plan.show(*planned, None))
+        return plan.as_json(*planned, None)
+
+    parts: tuple[tuple[str, Callable[[], dict[str, Any]]], ...] = (("rewards", rewards), ("memory", memory))
+    for name, part in parts:
+        if str(json) != "-":
+            write_json(json, dataclasses.asdict(dataclasses.replace(result, is_whole=False)))
+        try:
+            found = part()
+        except Exception as error:
+            text = mistake_in(error, configuration)
+            if text is None:
+                raise
+            found = {"error": mask_text(text, secrets_in(dict(configuration)))}
+            shows.append(lambda name=name, said=found["error"]: print(f"{name}: {said}"))  # type: ignore[misc]
+        changes: dict[str, Any] = {name: found}
+        result = dataclasses.replace(result, **changes)
+    return result, shows
+
+
+def _check(checked: Checked, written: Any, num_rows: int, warnings: Sequence[str]) -> CheckResult:
     from grpo_stage.rewards.constant_answer import best_constant_answer
     from grpo_stage.rewards.options import REWARD_MODEL
     from grpo_stage.types import TrainingProgress
 
-    arguments = parse(dict(values))
-    groups = _grouped(arguments, written)
-    prepared = prepare(arguments)
+    arguments, prepared = checked.arguments, checked.preparation
+    groups = _grouped(checked.values, written)
     with contextlib.closing(prepared.rewards):
         tokenizer, prompts = prepared.inputs.tokenizer, prepared.inputs.prompts.train
         constant = None
@@ -198,12 +269,11 @@ def arithmetic_of(arguments: "RunArguments", prompts: "Sequence[Prompt]") -> Ari
     )
 
 
-def _grouped(arguments: "RunArguments", written: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+def _grouped(values: Mapping[str, Any], written: Any) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """The keys that are written, and those that matter and have a value by default, by group; secrets masked."""
     from grpo_stage.host.coercion import as_plain
     from grpo_stage.records.redaction import mask
 
-    values = vars(arguments.values())
     by_group = {group: keys.split() for group, keys in KEYS_THAT_MATTER.items()}
     known = {key for keys in by_group.values() for key in keys}
     by_group["others"] = [key for key in written if key not in known]

@@ -75,15 +75,29 @@ def run(args: argparse.Namespace) -> int:
     with quiet_host():
         configuration = read_recipe(args.config, args.overrides)
         with errors_explained(configuration):
-            device = _device(configuration, size, args.devices)
             lengths = {"prompt_length": args.prompt_tokens, "completion_length": args.completion_tokens}
-            plan, values = _plan(configuration, device, lengths)
-            steps = [] if plan.fits else _steps(configuration, plan, values, lengths)
+            plan, steps = _planned(configuration, _device(configuration, size, args.devices), lengths)
     seconds = None if args.tflops is None else plan.update_flops / (args.tflops * 1e12)
-    write_json(args.json, _as_json(plan, steps, seconds))
+    write_json(args.json, as_json(plan, steps, seconds))
     if str(args.json) != "-":
-        _print(plan, steps, seconds)
+        show(plan, steps, seconds)
     return 0 if plan.fits else ATTENTION
+
+
+def plan_here(configuration: Mapping[str, Any]) -> "tuple[MemoryPlan, list[Step]]":
+    """The plan for one of this machine's devices, and what to change if it does not fit.
+
+    Raises:
+        ValueError: if the recipe is refused, or the model's activations cannot be forecast.
+    """
+    return _planned(configuration, _device(configuration, None, 1), {})
+
+
+def _planned(
+    configuration: Mapping[str, Any], device: "Device", lengths: Mapping[str, int | None]
+) -> "tuple[MemoryPlan, list[Step]]":
+    plan, values = _plan(configuration, device, lengths)
+    return plan, [] if plan.fits else _steps(configuration, plan, values, lengths)
 
 
 def size_of(text: str) -> float:
@@ -151,7 +165,8 @@ def _steps(
     return steps
 
 
-def _as_json(plan: "MemoryPlan", steps: Sequence[Step], seconds: float | None) -> dict[str, Any]:
+def as_json(plan: "MemoryPlan", steps: Sequence[Step], seconds: float | None) -> dict[str, Any]:
+    """The content of the `--json` file."""
     return {
         "fits": plan.fits,
         "device": dataclasses.asdict(plan.device),
@@ -177,7 +192,8 @@ def _as_json(plan: "MemoryPlan", steps: Sequence[Step], seconds: float | None) -
     }
 
 
-def _print(plan: "MemoryPlan", steps: Sequence[Step], seconds: float | None) -> None:
+def show(plan: "MemoryPlan", steps: Sequence[Step], seconds: float | None) -> None:
+    """Print the plan; `seconds` are those of an update's passes."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

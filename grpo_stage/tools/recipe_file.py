@@ -72,23 +72,35 @@ def errors_explained(configuration: Mapping[str, Any]) -> Iterator[None]:
     Raises:
         ValueError: for errors of the recipe, its rewards, the host's version, and files that cannot be read.
     """
-    from datasets.exceptions import DatasetsError
-
-    from grpo_stage.plugin.contract import UnsupportedHostError, check_contract
+    from grpo_stage.plugin.contract import check_contract
     from grpo_stage.plugin.registration import install
     from grpo_stage.records.redaction import errors_masked
-    from grpo_stage.rewards.errors import RewardError
 
     install()
     try:
         check_contract()
         with errors_masked(configuration):
             yield
-    except (RewardError, UnsupportedHostError) as error:
-        raise ValueError(str(error)) from error
-    except (OSError, DatasetsError) as error:  # files of the model or of a dataset are missing or damaged
+    except Exception as error:
+        text = None if isinstance(error, ValueError) else mistake_in(error, configuration)
+        if text is None:
+            raise
+        raise ValueError(text) from error
+
+
+def mistake_in(error: Exception, configuration: Mapping[str, Any]) -> str | None:
+    """What an exception says of a mistake of the recipe's user; None for any other exception."""
+    from datasets.exceptions import DatasetsError
+
+    from grpo_stage.plugin.contract import UnsupportedHostError
+    from grpo_stage.rewards.errors import RewardError
+
+    if isinstance(error, ValueError | RewardError | UnsupportedHostError):
+        return str(error)
+    if isinstance(error, OSError | DatasetsError):  # files of the model or of a dataset are missing or damaged
         named = ", ".join(f"`{key}: {configuration.get(key)}`" for key in ("model_name_or_path", "dataset"))
-        raise ValueError(f"One of {named} cannot be loaded: {error} {error.__cause__ or ''}".rstrip()) from error
+        return f"One of {named} cannot be loaded: {error} {error.__cause__ or ''}".rstrip()
+    return None
 
 
 def parse_without_run(configuration: Mapping[str, Any], *, on_device: bool) -> "RunArguments":

@@ -96,14 +96,25 @@ def run(args: argparse.Namespace) -> int:
     with quiet_host(), ending_at_once():
         configuration = read_recipe(args.config, args.overrides)
         with errors_explained(configuration):
-            result = _try_recipe(configuration, args.rows, samples=args.completions == "model")
+            result = try_recipe(configuration, args.rows, samples=args.completions == "model")
     write_json(args.json, dataclasses.asdict(result))
     if str(args.json) != "-":
-        _print(result)
+        show(result)
     return ATTENTION if result.findings else 0
 
 
-def _try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
+def try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -> TrialResult:
+    """Score completions for a recipe's first rows.
+
+    Args:
+        configuration: the recipe.
+        num_rows: of each dataset.
+        samples: whether the model is loaded and sampled from as well.
+
+    Raises:
+        ValueError: if the recipe is refused.
+        RewardError: if a function fails.
+    """
     from grpo_stage.rewards.constant_answer import best_constant_answer
     from grpo_stage.rewards.loading import load_rewards
     from grpo_stage.rewards.options import REWARD_MODEL
@@ -278,7 +289,8 @@ def _sample(
     return [group.completions for group in groups]
 
 
-def _print(result: TrialResult) -> None:
+def show(result: TrialResult) -> None:
+    """Print the result."""
     from rich.console import Console
     from rich.text import Text
 

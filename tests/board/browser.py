@@ -35,6 +35,11 @@ def choose(page: Page, label: str, option: str) -> None:
     page.get_by_role("option", name=option, exact=True).click()
 
 
+def fold(page: Page, group: str) -> None:
+    """Open or close a group of the panel."""
+    page.locator(f"#grpo_group_{group} > button.label-wrap").click()
+
+
 def import_recipe(page: Page, path: Path) -> None:
     page.locator("#grpo_tab input[type=file]").set_input_files(path)
     expect(page.get_by_text(texts("en")["messages"]["imported"])).to_be_visible()

@@ -15,6 +15,7 @@ from .browser import (
     PATIENCE_MS,
     choose,
     containing,
+    fold,
     import_recipe,
     list_run,
     open_board,
@@ -95,6 +96,7 @@ def test_rewards_are_tried(page: Page, workplace: Path) -> None:
     functions = page.locator("#grpo_reward_funcs input")
     functions.fill("accuracy")
     functions.press("Enter")
+    fold(page, "rewards")
     page.get_by_role("button", name="Try the rewards").click()
     table = page.locator("#grpo_try_table")
     expect(table).to_be_visible(timeout=120_000)

@@ -60,6 +60,8 @@ def test_a_language_has_what_english_has(language: str) -> None:
         name: set(element) for name, element in english["elements"].items()
     }
     assert set(ours["messages"]) == set(english["messages"])
+    for part in ("watch", "parts", "fates"):
+        assert set(ours[part]) == set(english[part])
     for name, sentence in english["messages"].items():
         assert placeholders(ours["messages"][name]) == placeholders(sentence)
         assert ours["messages"][name].count("|") == sentence.count("|")

@@ -1,7 +1,7 @@
 """`grpo-stage check`: what a run would do and refuse, without weights."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,9 @@ def check(tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch)
         "report_to": "none",
     }
 
-    def run(**changes: Any) -> int:
+    def run(words: Sequence[str] = (), **changes: Any) -> int:
         (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**keys, **changes}))
-        return cli.main(["check", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "out.json")])
+        return cli.main(["check", str(tmp_path / "recipe.yaml"), "--json", str(tmp_path / "out.json"), *words])
 
     return run
 
@@ -104,7 +104,8 @@ def test_what_a_run_refuses_before_its_weights_is_refused(
     monkeypatch.chdir(tmp_path)
     assert check(**changes) == 1
     assert message in capsys.readouterr().err.rpartition("grpo-stage: ")[2]
-    assert not (tmp_path / "out.json").exists()
+    (problem,) = json.loads((tmp_path / "out.json").read_text())["problems"]
+    assert message in problem["text"]
 
 
 def test_the_arithmetic_of_reused_rollouts_and_dynamic_sampling() -> None:
@@ -129,3 +130,43 @@ def test_the_arithmetic_of_reused_rollouts_and_dynamic_sampling() -> None:
     assert rollout == "A rollout of 32 prompts serves 8 steps."
     assert data == "The data: 1,000 prompts of 40 tokens in the mean, 64 at most."
     assert whole == "The run: at most 250 steps an epoch, at most 500 steps in all, at most 2 epochs."
+
+
+def test_all_problems_are_said_at_once(
+    check: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of types, bounds, relations, rewards and rows, though the rows are read only once the keys are right."""
+    changes = {
+        "num_generatoins": 4,
+        "learning_rate": "fast",
+        "epsilon": 2,
+        "num_generations": 1,
+        "top_p": 3,
+        "num_completions_to_print": 3,
+        "loss_type": "sap",
+        "sapo_temperature_pos": 2,  # nothing is wrong with it beside the loss that was meant
+        "reward_funcs": "accuracy,nowhere.py:score",
+        "reference_column": "gold",
+        "eval_dataset": "absent",
+        "eval_strategy": "steps",
+        "reward_kwargs": {"accuracy": {"api_key": "my-own-5ecret-1"}},
+    }
+    assert check(**changes) == 1
+    problems = json.loads((tmp_path / "out.json").read_text())["problems"]
+    about = [problem["keys"][0] if problem["keys"] else problem["text"] for problem in problems]
+    assert sorted(about) == [
+        *("epsilon", "eval_dataset", "learning_rate", "loss_type", "num_completions_to_print", "num_generations"),
+        *("num_generatoins", "reference_column", "reward_funcs", "top_p"),
+    ]
+    said = capsys.readouterr().err
+    assert "10 problems:\n1. `num_generatoins` is not a key" in said
+    assert "5ecret" not in said + json.dumps(problems)
+
+
+def test_all_that_is_known_before_a_run_in_one_file(check: Callable[..., int], tmp_path: Path) -> None:
+    assert check(words=["--all"]) == 3  # for the constant answer
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["is_whole"]
+    assert result["problems"] == []
+    assert result["memory"]["fits"] is True
+    assert {"reference", "wrong_answer", "empty"} <= {row["kind"] for row in result["rewards"]["rows"]}

@@ -1,0 +1,94 @@
+"""The first run in four questions: dataset, rewards, model and size make a recipe, which fills the form."""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from types import MappingProxyType
+from typing import Any
+
+import gradio as gr
+from gradio.components import Component
+from llamafactory.extras.misc import is_accelerator_available
+
+from grpo_stage.host.known_models import template_of
+from grpo_stage.rewards.registry import BUILTIN_REWARDS
+
+
+SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "try": {
+            **{"max_steps": 20, "per_device_train_batch_size": 4, "num_generations": 4},
+            **{"max_new_tokens": 256, "save_steps": 10},
+        },
+        "small": {
+            **{"max_steps": 200, "per_device_train_batch_size": 8, "num_generations": 8},
+            **{"max_new_tokens": 512, "save_steps": 50},
+        },
+        "whole": {
+            **{"num_train_epochs": 1.0, "per_device_train_batch_size": 16, "num_generations": 8},
+            **{"max_new_tokens": 1024, "save_steps": 50},
+        },
+    }
+)
+_WANT_TAGS = ("format", "tag_count")
+_ASKS_FOR_TAGS = (
+    "Think first, between <think> and </think>. Then give the final answer alone, between <answer> and </answer>."
+)
+
+
+def first_recipe(
+    dataset: str | None, rewards: list[str], model: str, size: str, dataset_dir: str, learning_rate: str
+) -> dict[str, Any]:
+    """A recipe of LoRA for this machine. What is not answered is left out, and the check says what is missing."""
+    has_gpu = is_accelerator_available()
+    recipe = {
+        **{"stage": "grpo", "do_train": True, "finetuning_type": "lora", "lora_target": "all"},
+        **{"model_name_or_path": model.strip() or None, "template": template_of(model.strip())},
+        **{"dataset": dataset or None, "dataset_dir": dataset_dir, "cutoff_len": 1024},
+        "reward_funcs": list(rewards) or None,
+        "default_system": _ASKS_FOR_TAGS if set(rewards) & set(_WANT_TAGS) else None,
+        "rollout_backend": "vllm" if find_spec("vllm") else "hf",
+        **{"learning_rate": float(learning_rate), "lr_scheduler_type": "constant_with_warmup"},
+        **({"bf16": True} if has_gpu else {"use_cpu": True}),
+        **{"logging_steps": 1, "log_completions": True, "report_to": "none"},
+        **SIZES[size],
+    }
+    return {key: value for key, value in recipe.items() if value is not None}
+
+
+class Wizard:
+    """The questions, in a folded group at the top of the panel."""
+
+    def __init__(self) -> None:
+        with gr.Accordion(open=False, elem_id="grpo_wizard") as self.block:
+            with gr.Row():
+                self.dataset = gr.Dropdown(
+                    [], value=None, allow_custom_value=True, elem_id="grpo_wizard_dataset", filterable=True
+                )
+                self.rewards = gr.Dropdown(
+                    list(BUILTIN_REWARDS),
+                    value=["accuracy"],
+                    multiselect=True,
+                    allow_custom_value=True,
+                    elem_id="grpo_wizard_rewards",
+                )
+                self.model = gr.Textbox(elem_id="grpo_wizard_model")
+                self.size = gr.Dropdown(list(SIZES), value="try", elem_id="grpo_wizard_size")
+            self.button = gr.Button(elem_id="grpo_wizard_btn")
+        self.elements: dict[str, gr.blocks.Block] = {
+            "grpo_wizard": self.block,
+            "grpo_wizard_dataset": self.dataset,
+            "grpo_wizard_rewards": self.rewards,
+            "grpo_wizard_model": self.model,
+            "grpo_wizard_size": self.size,
+            "grpo_wizard_btn": self.button,
+        }
+
+    @property
+    def questions(self) -> list[Component]:
+        """The fields of the answers."""
+        return [self.dataset, self.rewards, self.model, self.size]
+
+    def recipe(self, data: Mapping[Component, Any], dataset_dir: str, learning_rate: str) -> dict[str, Any]:
+        """The recipe that the answers make; `data` are a page's values."""
+        dataset, rewards, model, size = (data[question] for question in self.questions)
+        return first_recipe(dataset, rewards or [], model or "", size, dataset_dir, learning_rate)

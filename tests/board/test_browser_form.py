@@ -1,0 +1,101 @@
+"""The form as a person uses it before a run: the check, a recipe of another system, and the first recipe."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+
+from playwright.sync_api import Page, expect
+
+from grpo_stage.board.locales import texts
+
+from .browser import EVIL, fold, open_board, text_field
+
+
+OF_TRL = f"""
+model_name_or_path: Qwen/Qwen2.5-1.5B-Instruct
+dataset_name: sums
+num_generations: 16
+per_device_train_batch_size: 16
+max_completion_length: 64
+reward_funcs: [accuracy, "{EVIL.replace('"', "'")}"]
+"""
+OURS = ("#grpo_tab", "#grpo_check_panel")
+
+
+def serious_faults(page: Page, missing_tool: Callable[[str], None]) -> list[str]:
+    """What axe-core finds in our part of the page."""
+    try:
+        axe = importlib.import_module("axe_playwright_python.sync_playwright").Axe()
+    except ImportError:
+        missing_tool("Faults of access are found by axe-core, which `axe-playwright-python` brings.")
+    found = axe.run(page, context={"include": [[part] for part in OURS]}).response["violations"]
+    return [
+        f"{fault['id']}: {fault['nodes'][0]['html'][:200]} {fault['nodes'][0]['failureSummary']}"
+        for fault in found
+        if fault["impact"] in ("serious", "critical")
+    ]
+
+
+def test_problems_stand_beside_their_fields(page: Page) -> None:
+    page.locator("#grpo_num_generations input").fill("1")
+    fold(page, "memory")
+    page.locator("#grpo_vllm_gpu_util input").fill("3")
+    fold(page, "memory")
+    text_field(page, "Learning rate").fill("fast")
+    page.locator("#grpo_check_btn").click()
+    problems = page.locator("#grpo_check_result ol")
+    for said in ("`learning_rate: fast`", "`num_generations: 1`", "`vllm_gpu_util: 3", "`reward_funcs` is missing"):
+        expect(problems).to_contain_text(said.replace("`", ""))
+    choose_language(page, "zh")  # while the check goes on
+    page.locator("#grpo_check_btn").click()
+    link = problems.get_by_role("link", name=texts("zh")["elements"]["grpo_vllm_gpu_util"]["label"])
+    expect(link).to_be_visible()
+    field = page.locator("#grpo_vllm_gpu_util input")
+    expect(field).to_be_hidden()
+    link.click()
+    expect(field).to_be_focused()
+    assert page.locator("#grpo_vllm_gpu_util").evaluate("field => getComputedStyle(field).outlineStyle") == "solid"
+    choose_language(page, "en")
+    page.get_by_role("button", name="Abort").click()
+    expect(problems).to_be_hidden()
+
+
+def choose_language(page: Page, language: str) -> None:
+    page.get_by_role("listbox").first.click()
+    page.get_by_role("option", name=language, exact=True).click()
+    expect(page.locator("#grpo_check_btn")).to_have_text(texts(language)["elements"]["grpo_check_btn"]["value"])
+
+
+def test_another_systems_recipe_and_then_the_first_one(
+    page: Page, board_url: str, tmp_path: Path, tiny_model_dir: Path, missing_tool: Callable[[str], None]
+) -> None:
+    (tmp_path / "trl.yaml").write_text(OF_TRL)
+    page.locator("#grpo_tab input[type=file]").set_input_files(tmp_path / "trl.yaml")
+    account = page.locator("#grpo_port_account")
+    expect(account).to_contain_text("max_completion_length", timeout=120_000)
+    expect(account).to_contain_text("renamed")
+    expect(account).to_contain_text("<img src=x")
+    expect(page.locator("#grpo_num_generations input")).to_have_value("16")
+    expect(text_field(page, "Model path")).to_have_value("Qwen/Qwen2.5-1.5B-Instruct")
+
+    other = page.context.browser.new_page()  # type: ignore[union-attr]
+    open_board(other, board_url)
+    expect(other.locator("#grpo_port_account")).to_be_hidden()
+    expect(other.locator("#grpo_num_generations input")).to_have_value("8")
+    other.close()
+
+    page.get_by_role("button", name="First run").click()
+    dataset = page.locator("#grpo_wizard_dataset input")
+    dataset.fill("sums")
+    dataset.press("Enter")
+    page.locator("#grpo_wizard_model").get_by_role("textbox").fill(str(tiny_model_dir))
+    page.locator("#grpo_wizard_btn").click()
+    result = page.locator("#grpo_check_result")
+    expect(result).to_contain_text("A step: 4 prompts x 4 completions = 16 completions", timeout=120_000)
+    expect(result).to_contain_text("It fits:", timeout=120_000)  # the last part
+    expect(result).to_contain_text("<img src=x onerror")
+    expect(account).to_be_hidden()  # it is of another form
+    expect(page.locator("#grpo_max_steps input")).to_have_value("20")
+    assert page.locator("#grpo_check_panel img, #grpo_tab img[src=x]").count() == 0
+    assert page.title() != "evil"
+    assert serious_faults(page, missing_tool) == []

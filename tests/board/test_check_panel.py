@@ -1,0 +1,202 @@
+"""What stands beside the fields: the check before the start, recipes of other systems, and the first recipe."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_stage.board import check_panel
+from grpo_stage.board.check_view import arithmetic_in_words, check_view, memory_view, problems_view
+from grpo_stage.board.locales import LANGUAGES, texts
+from grpo_stage.board.places import place_of
+from grpo_stage.board.porting import account_view, is_of_another_system
+from grpo_stage.board.tool_process import ToolState
+from grpo_stage.board.wizard import SIZES, first_recipe
+from grpo_stage.host.parser import check, known_key_names
+
+from .browser import EVIL
+from .conftest import REPOSITORY, Board
+
+
+NUMBERS = {
+    **{"num_devices": 1, "prompts_per_step": 8, "completions_per_step": 64, "prompts_per_rollout": 32},
+    **{"uses_of_rollout": 8, "sampled_tokens_per_step": 6400, "num_prompts": 1000, "mean_prompt_tokens": 40.4},
+    **{"max_prompt_tokens": 64, "steps_per_epoch": 250, "num_steps": 500, "num_epochs": 2.0, "is_upper_bound": True},
+}
+ROW = {"prompt": EVIL, "kind": "wrong_answer", "reference": EVIL, "completion": EVIL, "rewards": {}, "reward": 0.0}
+REWARDS = {"functions": [], "rows": [ROW], "attacks": [], "findings": [EVIL], "notes": [EVIL]}
+MEMORY = {
+    **{"fits": False, "usable_bytes": 2**30, "device": {"type": "cuda"}, "problems": [EVIL], "notes": []},
+    "budgets": {"GRPO": {"peak_bytes": 2**31, "peak_phase": "update", "phases": {"update": {"adapters": 2**31}}}},
+    "remedies": [{"keys": {"vllm_sleep": 1}, "saved": 2**29, "cost": EVIL}],
+}
+CHECKED = {
+    **{"problems": [], "findings": [EVIL], "warnings": [EVIL], "arithmetic": NUMBERS, "rewards": REWARDS},
+    **{"prompts": [{"text": EVIL, "token_ids": [1, 2], "reference": EVIL}], "memory": MEMORY},
+}
+ACCOUNT = {
+    **{"system": EVIL, "refusal": EVIL},
+    "keys": [
+        {"key": "beta", "value": 0, "fate": "taken", "ours": {"beta": 0}, "note": EVIL, "changes_learning": False},
+        {"key": EVIL, "value": [EVIL], "fate": "left", "ours": {}, "note": "", "changes_learning": True},
+    ],
+}
+
+
+class _Tags(HTMLParser):
+    """The tags of a text, and what it says."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.said = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.tags.append(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.said += data
+
+
+def views(language: str) -> dict[str, str]:
+    place = place_of_nothing
+    return {
+        "problems": problems_view([{"text": EVIL, "keys": ["beta"]}], place, language),
+        "check": check_view(CHECKED, language),
+        "account": account_view(ACCOUNT, language),
+    }
+
+
+def place_of_nothing(key: str) -> Any:
+    from grpo_stage.board.places import Place
+
+    return Place(EVIL, "grpo_beta")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_foreign_text_stays_text(language: str) -> None:
+    for html in views(language).values():
+        found = _Tags(html)
+        assert {"img", "script"} & set(found.tags) == set()
+        assert EVIL in found.said
+
+
+def test_arithmetic_is_told_in_every_language() -> None:
+    for language in LANGUAGES:
+        words = " ".join(arithmetic_in_words(NUMBERS, language))
+        for number in ("8", "64", "100", "6,400", "1,000", "40", "250", "500", "32"):
+            assert number in words, language
+    assert arithmetic_in_words(NUMBERS, "en")[1] == "A rollout of 32 prompts serves 8 steps."
+
+
+def test_memory_is_told_with_what_would_save_some() -> None:
+    said = _Tags(memory_view(MEMORY, "en")).said
+    assert "It does not fit: 2 of 1 GiB" in said
+    assert "vllm_sleep: 1" in said
+    assert "saves 0.5 GiB" in said
+    assert "优化器" in texts("zh")["parts"].values()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_key_has_a_place_in_the_form(language: str, board: Board) -> None:
+    places = {key: place_of(board.manager, key, language) for key in sorted(known_key_names())}
+    assert places["beta"].dom_id == "grpo_beta"
+    assert places["beta"].label == texts(language)["elements"]["grpo_beta"]["label"]
+    get = board.manager.get_elem_by_id
+    for key, element in (("learning_rate", "train.learning_rate"), ("model_name_or_path", "top.model_path")):
+        assert places[key].dom_id == f"component-{get(element)._id}"
+    assert places["ddp_timeout"].label.endswith(": ddp_timeout")  # it has no field but the extra arguments
+
+
+@pytest.mark.parametrize(
+    ("values", "about"),
+    [
+        ({"train__learning_rate": "abc", "train__grpo_reward_kwargs": "{"}, ["learning_rate", "reward_kwargs"]),
+        ({"train__extra_args": "{", "train__max_samples": "x"}, ["max_samples", "extra_args"]),
+        ({"train__extra_args": '{"seed": 1, "seed": 2}'}, ["seed"]),
+        ({"top__model_name": None, "top__model_path": "", "train__dataset": None, "train__output_dir": ""}, []),
+    ],
+)
+def test_several_fields_are_wrong_at_once(values: dict[str, Any], about: list[str], board: Board) -> None:
+    problems, arguments = board.runner.checked_form(board.data(**values))
+    assert len(problems) == len(about)
+    assert [key for key, text in zip(about, problems, strict=True) if key not in text] == []
+    assert arguments is not None
+    assert arguments["stage"] == "grpo"
+    assert arguments["output_dir"] == ("" if "train__output_dir" in values else arguments["output_dir"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_foreign"),
+    [
+        ("a.yaml", "stage: grpo\nbeta: 0\n", False),
+        ("a.yaml", "trainer:\n  stage: x\n  n: [1, {stage: 2}]\nbeta: 0\n", True),
+        ("a.yaml", "num_generations: 8\n", True),
+        ("a.sh", "swift rlhf --rlhf_type grpo", True),
+    ],
+)
+def test_a_recipe_of_another_system_is_told_by_its_keys(name: str, content: str, is_foreign: bool) -> None:
+    Path(name).write_text(content)
+    assert is_of_another_system(name) is is_foreign
+
+
+def test_an_endless_file_of_another_system_is_refused() -> None:
+    bomb = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 20))
+    Path("bomb.yaml").write_text(bomb)
+    Path("large.sh").write_text("swift rlhf " * 100_000)
+    for name, said in (("bomb.yaml", "more than 10000 values"), ("large.sh", "1000000 at most")):
+        with pytest.raises(ValueError, match=said):
+            is_of_another_system(name)
+
+
+def test_what_changes_the_learning_comes_first() -> None:
+    said = _Tags(account_view(ACCOUNT | {"system": "TRL"}, "en")).said
+    assert "A recipe of TRL: 2 keys, 1 of them" in said
+    assert said.index("left out") < said.index("taken")
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("rewards", [["accuracy"], ["accuracy", "format"]])
+def test_the_first_recipe_is_accepted(size: str, rewards: list[str]) -> None:
+    folder = str(REPOSITORY / "yaml_examples" / "data")
+    recipe = first_recipe("addition", rewards, "Qwen/Qwen2.5-0.5B-Instruct", size, folder, "1e-5")
+    assert check({**recipe, "output_dir": "saves/first"})["template"] == "qwen"
+    assert ("default_system" in recipe) is ("format" in rewards)
+    assert json.dumps(recipe)
+
+
+def shown(board: Board, monkeypatch: pytest.MonkeyPatch, states: list[ToolState], **values: Any) -> list[str]:
+    """What the result says, one update after the other, while the command goes through these states."""
+    monkeypatch.setattr(check_panel, "run_tool", lambda words, arguments: (state for state in states))
+    data = board.data(**values)
+    updates = check_panel._run(board.runner, data, values.get("top__lang", "en"), check_panel._CHECK, check_view)
+    return [_Tags(update["value"]).said for update in updates]
+
+
+def test_a_check_shows_what_it_knows_so_far(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = CHECKED | {"rewards": None, "memory": None}
+    states = [ToolState(1), ToolState(2, partial), ToolState(3, CHECKED, is_done=True)]
+    first, second, last = shown(board, monkeypatch, states)
+    assert first == "Checking ... 1 s"
+    assert "Checking ... 2 s" in second
+    assert second.count("To come ...") == 2
+    assert "It does not fit" in last
+    assert "Checking" not in last
+
+
+def test_keys_are_told_at_once_and_the_rest_when_it_is_found(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"problems": [{"text": "`beta: -1` must be", "keys": ["beta"]}, {"text": "rows", "keys": []}]}
+    states = [ToolState(1), ToolState(2, found), ToolState(2, found, is_done=True)]
+    wrong = {"train__grpo_beta": -1, "train__learning_rate": "fast", "top__lang": "ko"}
+    said = shown(board, monkeypatch, states, **wrong)
+    label = texts("ko")["elements"]["grpo_beta"]["label"]
+    assert [text for text in said if label not in text or "learning_rate: fast" not in text] == []
+    assert ("rows" in said[0], "rows" in said[-1]) == (False, True)
+
+
+def test_a_command_that_fails_says_why(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = shown(board, monkeypatch, [ToolState(1), ToolState(2, error=EVIL, is_done=True)])
+    assert EVIL in said[-1]
