@@ -67,15 +67,14 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     view = RunView()
     serve_many_pages(engine, train)
     panel.connect(engine, train, inputs)
-    view.connect(engine, train)
+    view.connect(engine, train, inputs)
     train["training_stage"].change(
         lambda stage: [
             gr.update(visible=is_grpo(stage)),
             gr.update(visible=is_grpo(stage)),
-            gr.Timer(active=is_grpo(stage)),
         ],
         [train["training_stage"]],
-        [panel.accordion, view.panel, view.timer],
+        [panel.accordion, view.panel],
         queue=False,
         show_progress="hidden",
     )
