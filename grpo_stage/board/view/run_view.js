@@ -138,7 +138,7 @@ function build() {
       part("phases", make("div", { className: "phases" })),
       part("memory", make("div", { className: "meters" }))),
     part("alarms", make("section", { className: "alarms", id: "grpo_run_alarms" })),
-    part("tabs", make("nav", { role: "tablist" }, tab("curves"), tab("completions"), tab("runs"))),
+    part("tabs", make("div", { className: "tabs", role: "tablist" }, tab("curves"), tab("completions"), tab("runs"))),
     part("curves", make("div", {},
       make("div", { className: "tools" },
         make("label", {}, `${t("smoothing")} `, make("input", {
@@ -595,14 +595,18 @@ function groupControls(part) {
 }
 
 function followGroups() {  // new completions of the newest step, unless another is being read
-  const isReading = parts.groups.querySelector(".whole, .times") !== null || String(getSelection()) !== "";
-  const mark = JSON.stringify([now.name, want.step === null || want.all ? now.completions?.version : now.is_reading]);
-  if (mark === groupsOf || (isReading && groupsOf)) return;
+  if (now.is_reading) { put(parts.found, t("reading")); return; }
+  const isBeingRead = parts.groups.querySelector(".whole, .times") !== null || String(getSelection()) !== "";
+  if (groupsMark() === groupsOf || (isBeingRead && groupsOf)) return;
   loadGroups();
 }
 
+function groupsMark() {
+  return JSON.stringify([now.name, want.step === null || want.all ? now.completions?.version : ""]);
+}
+
 function loadGroups() {
-  groupsOf = JSON.stringify([now.name, want.step === null || want.all ? now.completions?.version : now.is_reading]);
+  groupsOf = groupsMark();
   const asked = (groupsAsked += 1);
   parts.more.hidden = true;
   addGroups(asked, 0, true);
@@ -622,7 +626,7 @@ async function addGroups(asked, start, isFirst) {
     showBars(answer.bars);
     const steps = now.completions?.steps ?? [];
     const isThere = want.step === null || want.all || (want.step >= steps[0] && want.step <= steps[1]);
-    put(parts.found, answer.step === null ? (now.is_reading ? t("reading") : t("no_completions"))
+    put(parts.found, answer.step === null ? t("no_completions")
       : (isThere ? "" : `${t("no_such_step", { step: want.step, first: steps[0], last: steps[1] })} `)
         + (want.all ? t("groups_of_all", { count: answer.total }) : t("groups_of_step", { step: answer.step, count: answer.total })));
   }
