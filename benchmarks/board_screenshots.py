@@ -18,7 +18,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("recipe", type=Path, help="is imported into the form; its run is shown")
-    parser.add_argument("output", type=Path, help="the folder of board_panel.png, board_run.png and board_completions.png")
+    parser.add_argument(
+        "output", type=Path, help="the folder of board_panel.png, board_run.png and board_completions.png"
+    )
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--language", default="en")
     parser.add_argument("--dark", action="store_true")

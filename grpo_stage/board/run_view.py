@@ -168,7 +168,7 @@ class RunView:
                     "remedy": lambda: _note_remedy(page, run, asked),
                     "curves": lambda: {"text": curves_as_csv(run.curves.history), "next": None},
                     "completions": lambda: _piece(run, asked),
-                    "report": lambda: {"text": report_of([run.folder, *self._compared(asked)]), "next": None},
+                    "report": lambda: {"text": report_of([run.folder, *self._compared(run, asked)]), "next": None},
                 }
                 return answers[what]() if what in answers else {"error": f"unknown: {what}"}
         except OSError as error:  # the file was replaced since
@@ -192,7 +192,7 @@ class RunView:
             answer["texts"] = texts(lang)["view"]
             answer["lang"] = lang
         charts = {str(name): bool(is_shown) for name, is_shown in dict(asked.get("charts") or {}).items()}
-        others = [self._run(str(folder)) for folder in self._compared(asked)]
+        others = [self._run(str(folder)) for folder in self._compared(run, asked)]
         for other in others:
             other.curves.update()
         versions = [(str(each.folder), each.curves.version) for each in (run, *others)]
@@ -264,9 +264,11 @@ class RunView:
             return self._run(os.path.join(DEFAULT_SAVE_DIR, page.chosen))
         return self._run(page.folder if self._is_own(page) else "")
 
-    def _compared(self, asked: Mapping[str, Any]) -> list[Path]:
+    def _compared(self, run: _Run, asked: Mapping[str, Any]) -> list[Path]:
+        """The folders of the other runs that are drawn beside the run."""
         names = list(asked.get("compare") or [])[:MAX_COMPARED]
-        return [Path(DEFAULT_SAVE_DIR, name) for name in map(_name_of_run, names) if name]
+        folders = [Path(DEFAULT_SAVE_DIR, name) for name in map(_name_of_run, names) if name]
+        return [folder for folder in folders if folder != run.folder]
 
     def _run(self, folder: str) -> _Run:
         with self._lock:

@@ -50,7 +50,7 @@ def drawn(page: Page, title: str) -> list[dict]:
     """The traces of a plot as plotly holds them, but for bands and raw lines: name, points, and line."""
     return page.evaluate(
         """title => [...document.querySelectorAll('#grpo_view figure')].filter(each =>
-            each.querySelector('figcaption').textContent === title).flatMap(each =>
+            each.querySelector('.title').textContent === title).flatMap(each =>
             (each.querySelector('.plot').data ?? []).filter(trace => trace.hoverinfo === 'none').map(trace =>
             ({name: trace.name, x: [...trace.x], mode: trace.mode, ...trace.line})))""",
         title,

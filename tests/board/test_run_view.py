@@ -108,7 +108,7 @@ def test_runs_are_compared_by_curves_and_settings(look: Look) -> None:
     for folder, rate in ((FOLDER, 1e-6), (other, 1e-5)):
         write_run(folder, [{"reward": rate}])
         (folder / "grpo_run.json").write_text(json.dumps({"recipe": {"learning_rate": rate, "beta": 0.1}}))
-    answer = look(compare=["Custom/lora/other", "../../outside", "/etc"])
+    answer = look(compare=["Custom/lora/other", "Custom/lora/run", "../../outside", "/etc"])
     assert answer["runs"] == ["run", "other"]
     assert [curve["run"] for curve in answer["sections"][0]["charts"][0]["curves"]] == [0, 1]
     assert [(row["name"], row["values"]) for row in answer["differences"]] == [("learning_rate", ["1e-06", "1e-05"])]

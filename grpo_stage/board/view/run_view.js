@@ -149,7 +149,7 @@ function build() {
         part("at", make("span", { className: "soft" })),
         make("span", { className: "room" }),
         make("span", { className: "soft" }, t("click_hint"))),
-      part("sections", make("div", { id: "grpo_run_charts" })))),
+      part("sections", make("div", { id: "grpo_run_charts", className: "charts" })))),
     part("completions", make("div", { id: "grpo_run_table" }, ...groupControls(part))),
     part("runs", make("div", { id: "grpo_run_list" },
       part("list", make("div", { className: "scroll" })), part("differences", make("div", { className: "scroll" })))),
@@ -196,16 +196,11 @@ function showState() {
   else if (state.kind === "killed") doing = state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint");
   put(parts.doing, doing);
   parts.doing.hidden = !doing;
-  const isFailed = state.kind === "failed";
-  const failure = isFailed ? state.error + state.log : "";
-  parts.error.hidden = !isFailed;
-  if (parts.error.dataset.of !== failure) {
-    parts.error.dataset.of = failure;
-    parts.error.replaceChildren(
-      make("p", {}, state.error || t("no_words")),
-      make("p", { className: "soft" }, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")),
-      make("details", { ontoggle: showLog }, make("summary", {}, t("log")), make("pre", {}, state.log)));
-  }
+  const failure = state.kind === "failed" ? state.error + state.log : "";
+  sync(parts.error, failure, () => (state.kind !== "failed" ? [] : [
+    make("p", {}, state.error || t("no_words")),
+    make("p", { className: "soft" }, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")),
+    make("details", { ontoggle: showLog }, make("summary", {}, t("log")), make("pre", {}, state.log))]));
   put(parts.faults, now.faults.join(" ").replaceAll("`", ""));
   parts.faults.hidden = now.faults.length === 0;
   const facts = [
@@ -309,32 +304,31 @@ function showCurves() {
       } }), ` ${chart.title}`))]));
   }
   const places = new Map();
-  const wanted = [];
+  const elements = [];
   for (const section of now.sections) {
     const shownCharts = section.charts.filter((chart) => chart.is_shown && chart.curves.length);
     if (!shownCharts.length) continue;
     const seenKeys = {};
-    const elements = shownCharts.map((data) => {
+    for (const data of shownCharts) {
       const key = `${data.key}#${(seenKeys[data.key] = (seenKeys[data.key] ?? 0) + 1)}`;
       if (!charts.has(key)) charts.set(key, new Chart(key));
-      charts.get(key).update(data);
+      const chart = charts.get(key);
+      chart.update(data);
+      put(chart.over, section.title);
+      chart.over.title = section.about;
       places.set(key, true);
-      return charts.get(key).element;
-    });
-    wanted.push([section, elements]);
+      elements.push(chart.element);
+    }
   }
   for (const [key, chart] of charts) {
     if (places.has(key)) continue;
     chart.remove();
     charts.delete(key);
   }
-  const mark = JSON.stringify(wanted.map(([section, elements]) => [section.title, elements.map((element) => element.chart.key)]));
-  if (parts.sections.dataset.mark !== mark) {
-    parts.sections.dataset.mark = mark;
-    parts.sections.replaceChildren(...wanted.map(([section, elements]) => make("section", {},
-      make("h3", { title: section.about }, section.title), make("div", { className: "charts" }, ...elements))));
-  }
-  if (!wanted.length) parts.sections.replaceChildren(make("p", { className: "soft" }, now.state.is_empty ? "" : t("no_curves")));
+  const mark = JSON.stringify(elements.map((element) => element.chart.key));
+  if (parts.sections.dataset.mark === mark) return;
+  parts.sections.dataset.mark = mark;
+  parts.sections.replaceChildren(...(elements.length ? elements : [make("p", { className: "soft" }, now.state.is_empty ? "" : t("no_curves"))]));
 }
 
 function drawAll() {
@@ -357,21 +351,28 @@ class Chart {
   constructor(key) {
     this.key = key;
     this.isNear = this.isDrawn = this.isStale = false;
-    this.title = make("figcaption");
+    this.title = make("span", { className: "title" });
+    this.over = make("small", { className: "soft" });
     this.legend = make("div", { className: "legend" });
     this.plot = make("div", { className: "plot" });
     this.line = make("div", { className: "cursor", hidden: true });
     this.log = make("button", { type: "button", title: t("log_scale"), onclick: () => { kept.log[this.data.key] = !kept.log[this.data.key]; keep(); this.draw(); } }, "log");
     this.element = make("figure", { className: "card" },
-      make("header", {}, this.title, make("span", { className: "room" }), this.log,
+      make("figcaption", {}, make("span", { className: "titles" }, this.over, this.title), this.log,
         make("button", { type: "button", title: t("picture"), onclick: () => this.save() }, "PNG")),
       this.legend, make("div", { className: "place" }, this.plot, this.line));
     this.element.chart = this.plot.chart = this;
     near.observe(this.element);
     sized.observe(this.plot);
     this.plot.addEventListener("pointermove", (event) => {
-      const axis = this.plot._fullLayout?.xaxis;
-      if (axis) setCursor(this.nearestStep(axis.p2d(event.clientX - this.plot.getBoundingClientRect().left - axis._offset)));
+      const step = this.stepAt(event);
+      if (step !== null) setCursor(step);
+    });
+    this.plot.addEventListener("pointerdown", (down) => {  // a click that does not drag: plotly covers the page in between
+      const step = this.stepAt(down);
+      addEventListener("pointerup", (up) => {
+        if (step !== null && Math.hypot(up.clientX - down.clientX, up.clientY - down.clientY) < 4) openStep(step);
+      }, { once: true, capture: true });
     });
     this.plot.addEventListener("pointerleave", () => setCursor(null));
   }
@@ -421,7 +422,10 @@ class Chart {
     return this.curves.filter((curve) => !kept.hidden[curve.id]);
   }
 
-  nearestStep(step) {
+  stepAt(event) {  // the logged step that is nearest to the pointer
+    const axis = this.plot._fullLayout?.xaxis;
+    if (!axis) return null;
+    const step = axis.p2d(event.clientX - this.plot.getBoundingClientRect().left - axis._offset);
     let best = null;
     for (const curve of this.visible) {
       const x = curve.x[nearest(curve.x, step)];
@@ -454,10 +458,10 @@ class Chart {
     const ink = style.getPropertyValue("--soft").trim(), grid = style.getPropertyValue("--line").trim(), card = style.getPropertyValue("--card").trim();
     const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, tickfont: { size: 11 }, automargin: true };
     const layout = {
-      height: HEIGHT, margin: { l: 44, r: 8, t: 6, b: 24 }, showlegend: false, hovermode: "x", hoverdistance: -1, dragmode: "zoom",
-      paper_bgcolor: card, plot_bgcolor: card, font: { color: ink, family: "system-ui, sans-serif" }, uirevision: "kept",
+      height: HEIGHT, margin: { l: 44, r: 8, t: 6, b: 24 }, showlegend: false, hovermode: false, dragmode: "zoom",
+      paper_bgcolor: card, plot_bgcolor: card, font: { color: ink, family: "system-ui, sans-serif" },
       xaxis: { ...axis, range: [first, last], tickformat: ",d", showgrid: false, zeroline: false, ...(last - first < 8 ? { dtick: 1, tick0: 0 } : { nticks: 6 }) },
-      yaxis: { ...axis, range: [low, high], fixedrange: true, nticks: 5, exponentformat: "e", tickformat: this.data.unit === "share" ? ".0~%" : "", zeroline: false, ...(isLog ? { type: "log", dtick: undefined } : { type: "linear" }) },
+      yaxis: { ...axis, range: [low, high], fixedrange: true, nticks: 5, exponentformat: "e", tickformat: this.data.unit === "share" ? ".2~%" : "", zeroline: false, ...(isLog ? { type: "log", dtick: undefined } : { type: "linear" }) },
       shapes: now.alarms.filter((alarm) => alarm.step >= first && alarm.step <= last && !this.data.is_stacked).slice(0, 30).map((alarm) => (
         { type: "line", x0: alarm.step, x1: alarm.step, y0: 0, y1: 1, yref: "paper", line: { color: style.getPropertyValue("--bad").trim(), width: 1, dash: "dot" } })),
     };
@@ -491,13 +495,13 @@ class Chart {
     }
     if (!(high >= low)) return [0, 1];
     if (isLog) return [Math.log10(low) - 0.05, Math.log10(high) + 0.05];
+    if (this.data.unit === "share" && low >= 0 && high <= 1) return [0, high > 0 ? Math.min(1, high * 1.1) : 1];
     if (high / 2 - low / 2 <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) {
       const reach = Math.abs(low) / 2 || 1;
       return [low - reach, high + reach];
     }
-    if (this.data.unit === "share" && low >= 0) low = 0;
     const margin = (high / 2 - low / 2) * 0.1;
-    return [low === 0 && (this.data.is_stacked || this.data.unit === "share") ? 0 : low - margin, high + margin];
+    return [this.data.is_stacked ? 0 : low - margin, high + margin];
   }
 
   async draw() {
@@ -511,8 +515,6 @@ class Chart {
     await Plotly.react(this.plot, traces, { ...layout, width: this.width }, { displayModeBar: false, doubleClick: false, showTips: false });
     if (!this.isDrawn) {
       this.isDrawn = true;
-      this.plot.on("plotly_click", (event) => openStep(Math.round(event.points[0].x)));
-      this.plot.on("plotly_doubleclick", () => setZoom(null));
       this.plot.on("plotly_relayout", (change) => {
         if ("xaxis.range[0]" in change) setZoom([change["xaxis.range[0]"], change["xaxis.range[1]"]]);
       });
@@ -528,7 +530,7 @@ class Chart {
     if (isInside) this.line.style.left = `${axis._offset + at}px`;
     this.curves.forEach((curve, i) => {
       const place = cursor === null ? curve.x.length - 1 : nearest(curve.x, cursor);
-      const range = cursor !== null && curve.low.length ? ` (${shown(curve.low[place], this.data.unit)} – ${shown(curve.high[place], this.data.unit)})` : "";
+      const range = cursor !== null && curve.low.length && this.curves.length === 1 ? ` (${shown(curve.low[place], this.data.unit)} – ${shown(curve.high[place], this.data.unit)})` : "";
       put(this.legend.children[i].lastChild, shown(curve.y[place], this.data.unit) + range);
     });
   }
@@ -629,6 +631,7 @@ async function addGroups(asked, start, isFirst) {
     put(parts.found, answer.step === null ? t("no_completions")
       : (isThere ? "" : `${t("no_such_step", { step: want.step, first: steps[0], last: steps[1] })} `)
         + (want.all ? t("groups_of_all", { count: answer.total }) : t("groups_of_step", { step: answer.step, count: answer.total })));
+    parts.found.total = parts.found.textContent;
   }
   parts.groups.append(...answer.groups.map(groupCard));
   while (answer.next !== null && parts.groups.childElementCount === 0 && asked === groupsAsked) {  // nothing found yet
@@ -636,8 +639,10 @@ async function addGroups(asked, start, isFirst) {
     answer = await ask({ what: "groups", ...want, start: answer.next });
     if (asked !== groupsAsked || !root) return;
     parts.groups.append(...(answer.groups ?? []).map(groupCard));
-    put(parts.found, t("groups_of_all", { count: answer.total }));
   }
+  // A text is looked for as far as is needed: how many groups have it is not known before the end.
+  const count = `${parts.groups.childElementCount}${answer.next === null ? "" : "+"}`;
+  put(parts.found, want.text ? t("groups_of_all", { count }) : parts.found.total);
   if (answer.total > 0 && parts.groups.childElementCount === 0) put(parts.found, t("nothing_found"));
   parts.more.start = answer.next;
   parts.more.hidden = answer.next === null;
@@ -745,9 +750,13 @@ async function openRun(name) {
 }
 
 function showDifferences() {
-  parts.differences.replaceChildren(...(now.differences.length === 0 ? [] : [make("h3", {}, t("differences")), make("table", {},
+  const rowsOf = (rows) => make("table", {},
     make("thead", {}, make("tr", {}, make("th", {}, ""), ...now.runs.map((name) => make("th", {}, name)))),
-    make("tbody", {}, ...now.differences.map((row) => make("tr", {}, make("th", {}, row.name), ...row.values.map((value) => make("td", {}, value))))))]));
+    make("tbody", {}, ...rows.map((row) => make("tr", {}, make("th", {}, row.name), ...row.values.map((value) => make("td", {}, value))))));
+  const known = now.differences.filter((row) => !row.values.includes("–")), others = now.differences.filter((row) => row.values.includes("–"));
+  sync(parts.differences, JSON.stringify([now.runs, now.differences]), () => now.runs.length < 2 ? [] : [
+    make("h3", {}, t("differences")), rowsOf(known),
+    others.length ? make("details", {}, make("summary", { className: "soft" }, t("only_some", { count: others.length })), rowsOf(others)) : null].filter(Boolean));
 }
 
 async function save(what, button) {
