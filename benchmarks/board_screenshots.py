@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1280)
     parser.add_argument("--language", default="en")
     parser.add_argument("--dark", action="store_true")
+    parser.add_argument("--skip-panel", action="store_true", help="leave board_panel.png as it is")
     args = parser.parse_args()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -53,6 +54,8 @@ def take(page: Page, args: argparse.Namespace) -> None:
     page.get_by_role("tab").nth(1).click()
     page.wait_for_timeout(2000)
     page.locator("#grpo_run").screenshot(path=args.output / "board_completions.png")
+    if args.skip_panel:
+        return
     page.locator("#grpo_try_btn").click()
     expect(page.locator("#grpo_try_table")).to_be_visible(timeout=120_000)
     page.wait_for_timeout(2000)
