@@ -40,6 +40,7 @@ from grpo_stage.board.remedy import with_settings
 from grpo_stage.board.run_list import runs_below
 from grpo_stage.board.run_state import LIVE, log_of, state_of
 from grpo_stage.board.runner import GRPORunner
+from grpo_stage.host.recovery import RECOVERIES_FILE
 from grpo_stage.records.completion_groups import ORDERS, CompletionGroups, Filter, Order
 from grpo_stage.records.completions import COMPLETIONS_FILE
 from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, MetricCurves, is_number
@@ -186,6 +187,7 @@ class RunView:
             "is_own": self._is_own(page),
             "state": self._state(run, page),
             "faults": _faults(run, lang),
+            "recoveries": _recoveries(run.folder),
             "is_reading": not run.is_read,
         }
         if asked.get("lang") != lang:
@@ -346,6 +348,19 @@ def _faults(run: _Run, lang: str) -> list[str]:
 def _alarm(record: Mapping[str, Any]) -> dict[str, Any]:
     said = {name: record[name] for name in ("monitor", "step", "action", "seen", "meaning", "remedy")}
     return {**said, "settings": as_lines(record["settings"])}
+
+
+def _recoveries(folder: Path) -> list[dict[str, Any]]:
+    """The times that the run went back (`on_alarm: recover`); none where their file is damaged."""
+    path = folder / RECOVERIES_FILE
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return [
+            {"step": each["step"], "resumed_step": each["resumed_step"], "settings": as_lines(each["settings"])}
+            for each in noted
+        ]
+    except (ValueError, TypeError, LookupError):
+        return []
 
 
 def _note_remedy(page: Page, run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:

@@ -249,6 +249,11 @@ def test_alarms_are_told_the_newest_first_and_their_remedy_goes_into_the_form(lo
     newest, oldest = look()["alarms"]
     assert (newest["step"], newest["seen"], oldest["step"]) == (7, "<b>Fell</b>.", 3)
     assert "beta: 0.04" in newest["settings"]
+    went_back = {"alarms": ["entropy"], "step": 7, "resumed_step": 4, "settings": {"learning_rate": 1e-5}}
+    (FOLDER / "recoveries.json").write_text(json.dumps([went_back]))
+    assert look()["recoveries"] == [{"step": 7, "resumed_step": 4, "settings": "learning_rate: 1e-05"}]
+    (FOLDER / "recoveries.json").write_text("[3, {")
+    assert look()["recoveries"] == []
     assert look("remedy", alarm=0) == {}
     data = board.data(train__extra_args='{"beta": 0.1}')
     changed = board.by_id(with_settings(board.runner, this_page().remedy, data, "en"))

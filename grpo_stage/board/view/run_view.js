@@ -104,8 +104,8 @@ function take(answer) {
   seen = answer.seen;
   if (isOther) { groupsOf = ""; zoom = null; cursor = null; }
   showState();
+  if (now.alarms) showAlarms();
   if (answer.sections) {
-    showAlarms();
     showCurves();
     showDifferences();
   }
@@ -241,12 +241,14 @@ async function showLog(event) {
 }
 
 function showAlarms() {
-  const mark = JSON.stringify(now.alarms);
+  const mark = JSON.stringify([now.alarms, now.recoveries]);
   if (mark === alarmsOf) return;
   alarmsOf = mark;
   const count = now.alarms.length;
-  parts.alarms.replaceChildren(...(count === 0 ? [] : [make("details", { open: true, className: "card" },
+  parts.alarms.replaceChildren(...(count + now.recoveries.length === 0 ? [] : [make("details", { open: true, className: "card" },
     make("summary", {}, t("alarms", { count })),
+    ...now.recoveries.map((recovery) => make("p", { className: "recovery" },
+      t("recovered", { step: recovery.step, resumed: recovery.resumed_step }), make("pre", {}, recovery.settings))),
     ...now.alarms.slice(0, 20).map((alarm, i) => make("article", {},
       make("header", {},
         make("b", {}, alarm.monitor.replaceAll("_", " ")),
