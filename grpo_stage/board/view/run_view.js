@@ -102,7 +102,12 @@ function take(answer) {
   const isOther = !now || answer.name !== now.name || answer.is_chosen !== now.is_chosen;
   now = { ...(isOther ? {} : now), ...answer };
   seen = answer.seen;
-  if (isOther) { groupsOf = ""; zoom = null; cursor = null; }
+  if (isOther) {  // what was chosen of another run's steps means nothing here
+    groupsOf = "";
+    zoom = cursor = want.step = null;
+    parts.step.value = "";
+    parts.unzoom.hidden = true;
+  }
   showState();
   if (now.alarms) showAlarms();
   if (answer.sections) {
@@ -745,8 +750,6 @@ async function listRuns() {
 async function openRun(name) {
   await ask({ what: "open", run: name });
   seen = null;
-  want.step = null;
-  parts.step.value = "";
   turnTo("curves");
   poll();
 }
