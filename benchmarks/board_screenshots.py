@@ -48,10 +48,10 @@ def take(page: Page, args: argparse.Namespace) -> None:
         page.get_by_role("option", name=args.language, exact=True).click()
     if args.dark:
         page.evaluate("document.body.classList.add('dark')")
-    page.set_viewport_size({"width": args.width, "height": 4000})  # plots are drawn once they are near the screen
+    page.set_viewport_size({"width": args.width, "height": 5200})  # plots are drawn once they are near the screen
     page.wait_for_timeout(4000)
     page.locator("#grpo_run").screenshot(path=args.output / "board_run.png")
-    page.get_by_role("tab").nth(1).click()
+    page.locator("#grpo_view").get_by_role("tab").nth(1).click()
     page.wait_for_timeout(2000)
     page.locator("#grpo_run").screenshot(path=args.output / "board_completions.png")
     if args.skip_panel:

@@ -222,11 +222,11 @@ function showState() {
   sync(parts.phases, JSON.stringify(phases.map((phase) => [phase.name, Math.round(100 * phase.share)])), () => phases.length === 0 ? [] : [
     make("span", { className: "soft" }, t("time_goes")),
     make("div", { className: "stack" }, ...phases.map((phase, i) => make("i", { style: `flex-grow: ${phase.share}; background: var(--c${i})` }))),
-    make("div", { className: "key" }, ...phases.map((phase, i) => make("span", {}, make("i", { style: `background: var(--c${i})` }), `${words[`phase_${phase.name}`] ?? phase.name} ${Math.round(100 * phase.share)} %`)))]);
-  const most = Math.max(0, ...Object.values(state.memory));
+    make("div", { className: "key" }, ...phases.map((phase, i) => phase.share < 0.005 ? "" : make("span", {}, make("i", { style: `background: var(--c${i})` }), `${words[`phase_${phase.name}`] ?? phase.name} ${Math.round(100 * phase.share)} %`)))]);
+  const [most] = Object.entries(state.memory);  // the highest comes first
   const meters = isEmpty ? [] : [
     ...state.devices.map((device) => [device.name, device.used / device.total, `${device.used.toFixed(1)} / ${device.total.toFixed(1)} GiB`]),
-    ...(most > 0 ? [[t("memory_most"), null, Object.entries(state.memory).map(([name, value]) => `${words[`phase_${name}`] ?? name} ${value.toFixed(2)} GiB`).join(" · ")]] : []),
+    ...(most ? [[t("memory_most"), null, `${words[`phase_${most[0]}`] ?? most[0]} ${most[1].toFixed(2)} GiB`]] : []),
   ];
   sync(parts.memory, JSON.stringify(meters), () => meters.map(([name, part, text]) => make("div", {}, make("span", { className: "soft" }, name),
     part === null ? null : make("span", { className: "meter" }, make("i", { className: part > 0.92 ? "full" : "", style: `width: ${100 * part}%` })), make("span", {}, text))));
