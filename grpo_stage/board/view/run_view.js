@@ -396,14 +396,14 @@ class Chart {
     if (mark === this.mark) return;
     this.mark = mark;
     this.data = data;
-    put(this.title, data.title);
+    put(this.title, now.runs.length > 1 && data.is_stacked ? `${data.title} · ${now.runs[data.curves[0].run]}` : data.title);
     this.title.title = Object.entries(data.definitions).map(([name, text]) => `${name}: ${text}`).join("\n\n");
     const many = now.runs.length > 1, byRun = many && !data.is_stacked;
     const metrics = [...new Set(data.curves.map((curve) => curve.metric))];
     const short = shortNames(metrics);
     this.curves = data.curves.map((curve) => {
       const metric = metrics.indexOf(curve.metric);
-      const name = !byRun ? short[metric] : metrics.length > 1 ? `${now.runs[curve.run]} · ${short[metric]}` : now.runs[curve.run];
+      const name = !byRun ? short[metric] : metrics.length > 1 ? `${short[metric]} · ${now.runs[curve.run]}` : now.runs[curve.run];
       return { ...curve, name, id: `${data.key}/${byRun ? curve.run : ""}/${curve.metric}`, color: (byRun ? curve.run : metric) % NUM_COLORS, dash: DASHES[metric % DASHES.length] };
     });
     const isPositive = this.curves.length > 0 && !data.is_stacked && this.curves.every((curve) => (curve.low.length ? curve.low : curve.y).every((value) => value > 0));
@@ -413,12 +413,12 @@ class Chart {
     if (legend !== this.legendOf) {
       this.legendOf = legend;
       this.legend.replaceChildren(...this.curves.map((curve) => {
-        const button = make("button", { type: "button", title: curve.metric, className: kept.hidden[curve.id] ? "off" : "", onclick: () => {
+        const button = make("button", { type: "button", title: `${curve.metric} · ${now.runs[curve.run]}`, className: kept.hidden[curve.id] ? "off" : "", onclick: () => {
           kept.hidden[curve.id] = !kept.hidden[curve.id];
           button.className = kept.hidden[curve.id] ? "off" : "";
           keep();
           this.draw();
-        } }, make("i", { className: "key", style: `border-top: 3px ${{ solid: "solid", dot: "dotted" }[curve.dash] ?? "dashed"} var(--c${curve.color})` }), curve.name, make("b"));
+        } }, make("i", { className: "key", style: `border-top: 3px ${{ solid: "solid", dot: "dotted" }[curve.dash] ?? "dashed"} var(--c${curve.color})` }), make("span", {}, curve.name), make("b"));
         return button;
       }));
     }
@@ -457,7 +457,8 @@ class Chart {
         traces.push({ ...base, y: curve.low, mode: "lines", line: { width: 0 } });
         traces.push({ ...base, y: curve.high, mode: "lines", line: { width: 0 }, fill: "tonexty", fillcolor: faint(stroke, 0.15) });
       }
-      const line = smoothed(curve.x, curve.y, kept.smoothing);
+      // A smoothed line lags behind; the schedule is no measurement.
+      const line = curve.metric === "learning_rate" ? curve.y : smoothed(curve.x, curve.y, kept.smoothing);
       if (line !== curve.y) traces.push({ ...base, y: curve.y, mode: "lines", line: { color: faint(stroke, 0.35), width: 1 } });
       traces.push({ ...main, y: line, line: { color: stroke, width: 2, dash: curve.dash } });
     }
