@@ -37,7 +37,7 @@ def main() -> None:
         curves = MetricCurves(folder)
         curves.update()
         for axis, (name, title) in zip(axes, PANELS, strict=True):
-            points = curves.matching([name], max_points=10_000)[name]
+            points = curves.matching([name])[name]
             steps, values = zip(*points, strict=True)
             axis.plot(steps, values, color=color, label=label, linewidth=1.8)
             axis.set_title(title, fontsize=10)

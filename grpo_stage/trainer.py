@@ -27,6 +27,7 @@ from .learner import Learner
 from .monitors.alarms import Alarms
 from .monitors.monitor import Monitor, MonitorRequest
 from .monitors.table import make_monitors, make_watches
+from .records.activity import Activity
 from .records.metrics import MetricTracker
 from .rewards.suite import RewardSuite
 from .rollout.epochs import prompts_of_step, steps_of_run
@@ -77,6 +78,7 @@ class GRPOTrainer(ResumableTrainer):
         shuffle: bool = True,
         optimizer_factory: Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer | None] = lambda *_: None,
         prepare_scheduler: Callable[[TrainingArguments, int, Any], None] = lambda *_: None,
+        activity: Activity | None = None,
         **kwargs: Any,
     ) -> None:
         prompts_per_step = prompts_of_step(args)
@@ -91,6 +93,7 @@ class GRPOTrainer(ResumableTrainer):
         engine.on_step = self.stop.check
         self.grpo_args = grpo_args
         self.reference = reference
+        self.activity = activity or Activity(None)
         self.tracker = MetricTracker()
         self.phases = phases = Phases(self.stop, self.watchdog, self.tracker)
         sampler = Sampler(engine, rewards, phases, grpo_args)
@@ -212,7 +215,8 @@ class GRPOTrainer(ResumableTrainer):
         prompts = self.eval_dataset if eval_dataset is None else eval_dataset
         if self.collector.ahead is not None:
             self.collector.ahead.settle()  # the engine has one policy at a time
-        measured = self.evaluator.evaluate(prompts, self.state)
+        with self.activity.during("evaluation"):
+            measured = self.evaluator.evaluate(prompts, self.state)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -236,6 +240,10 @@ class GRPOTrainer(ResumableTrainer):
         if self.args.max_steps <= 0 and self.collector.epochs.is_run_over:
             return step
         return steps_of_run(self.args, self.collector.steps_per_epoch)
+
+    def save_progress(self) -> str | None:
+        self.activity.begin("stopping")
+        return super().save_progress()
 
     def prepare_from(self, step: int) -> None:
         self.learner.prepare(self.model, self.reference, self.train_dataset)

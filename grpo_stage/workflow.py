@@ -21,6 +21,7 @@ from .host.run_end import finish
 from .host.sampling import sampling_settings
 from .monitors.alarms import RecoveryRequested
 from .monitors.canary import TIGHT_BOUND
+from .records.activity import Activity
 from .records.redaction import errors_masked
 from .records.run_record import write_run_record
 from .trainer import GRPOTrainer
@@ -45,21 +46,25 @@ def run_grpo(
     Raises:
         ValueError: if the data or the model's files show an error; raised before the weights are loaded.
     """
-    with errors_masked(*(vars(part) for part in (arguments.model, arguments.training, arguments.finetuning))):
-        _run_grpo(arguments, callbacks_of, make_trainer or GRPOTrainer)
+    activity = Activity(arguments.training.output_dir if arguments.training.should_save else None)
+    secretive = [vars(part) for part in (arguments.model, arguments.training, arguments.finetuning)]
+    with activity.until_its_end(), errors_masked(*secretive):
+        _run_grpo(arguments, callbacks_of, make_trainer or GRPOTrainer, activity)
 
 
 def _run_grpo(
     arguments: RunArguments,
     callbacks_of: Callable[[RunArguments], list[TrainerCallback]],
     make_trainer: Callable[..., GRPOTrainer],
+    activity: Activity,
 ) -> None:
+    activity.begin("data")
     prepared = prepare(arguments)
     if arguments.training.should_save:
         write_run_record(arguments.training.output_dir, run_record(arguments, prepared.state["rows"]))
     with contextlib.ExitStack() as resources:
         resources.callback(prepared.rewards.close)
-        run = _Run(prepared, callbacks_of, make_trainer, resources)
+        run = _Run(prepared, callbacks_of, make_trainer, resources, activity)
         recoveries = Recoveries.of(arguments)
         while (request := run.attempt(recoveries.apply(arguments), recoveries)) is not None:
             recoveries.add(request)
@@ -73,6 +78,7 @@ class _Run:
     callbacks_of: Callable[[RunArguments], list[TrainerCallback]]
     make_trainer: Callable[..., GRPOTrainer]
     resources: contextlib.ExitStack
+    activity: Activity
     engine: RolloutEngine | None = None
 
     def attempt(self, arguments: RunArguments, recoveries: Recoveries) -> RecoveryRequested | None:
@@ -85,12 +91,16 @@ class _Run:
         training_args, finetuning_args = arguments.training, arguments.finetuning
         inputs, rewards = self.prepared.inputs, self.prepared.rewards
         tokenizer, template, prompts = inputs.tokenizer, inputs.template, inputs.prompts
+        self.activity.begin("model")
         model = load_policy(arguments, tokenizer)
         sampling = sampling_settings(arguments, model, template, tokenizer)
+        self.activity.begin("reference")
         reference = reference_policy(arguments, model)
         if finetuning_args.reward_model is not None:
+            self.activity.begin("reward_model")
             rewards.model = load_reward_model(arguments, model, template, tokenizer)
         if self.engine is None:
+            self.activity.begin("engine")
             self.engine = start_engine(arguments, model, tokenizer, sampling)
             self.resources.callback(self.engine.close)
         bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
@@ -119,6 +129,7 @@ class _Run:
             prepare_scheduler=facade.create_custom_scheduler,
             processing_class=tokenizer,
             callbacks=self.callbacks_of(arguments),
+            activity=self.activity,
         )
         if inputs.processor is not None:
             trainer.add_callback(facade.SaveProcessorCallback(inputs.processor))
@@ -141,6 +152,8 @@ def _run(trainer: GRPOTrainer, arguments: RunArguments) -> None:
                 "near 0 is expected: on-policy, the advantages of a group cancel out in the loss, though not in its "
                 "gradient. `reward` is the curve to watch."
             )
+            trainer.activity.begin("training")
             metrics = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint).metrics
+        trainer.activity.begin("saving")
         with trainer.stoppable():
             finish(trainer, arguments, metrics)

@@ -33,6 +33,18 @@ class Page:
     """The process that the page has started, or was opened with, until the page has shown its end."""
     seen: Any = None
     """The state of the process that the page shows."""
+    lang: str = "en"
+    """The language of the run view."""
+    folder: str = ""
+    """The output folder of the form."""
+    typed: str = ""
+    """The output folder that was typed last."""
+    output_dir: str = ""
+    """The form's output folder, as its field holds it."""
+    chosen: str = ""
+    """The run that was chosen in the list of runs, below the folder of outputs; empty for that of the form."""
+    remedy: Mapping[str, Any] = field(default_factory=dict)
+    """The settings of the alarm whose remedy was asked for last."""
 
 
 _pages: OrderedDict[str, Page] = OrderedDict()

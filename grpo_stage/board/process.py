@@ -31,8 +31,8 @@ class WatchedRunner(Runner):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.started: set[str] = set()
-        """The output folders of the runs that this Board has started."""
+        self.started: dict[str, TrainingProcess] = {}
+        """The last process that this Board has started in each output folder."""
         self._process: TrainingProcess | None = None
         self._lock = threading.RLock()
         """Held while a process begins or ends, and while the host draws its plot in global state."""
@@ -116,8 +116,8 @@ class WatchedRunner(Runner):
         assert self.trainer is not None
         assert self.running_data is not None
         self.running, self.aborted = True, False
-        self.started.add(self._output_dir(self.running_data))
         self._process = TrainingProcess(self.trainer, self.running_data, self._release)
+        self.started[self._output_dir(self.running_data)] = self._process
         return self._process
 
     def _release(self) -> None:

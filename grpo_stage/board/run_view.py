@@ -1,208 +1,308 @@
-"""The Board's view of a run, during training and later: curves, and completions by step."""
+"""The Board's view of a run, during training and later: its state, curves, completions, and the other runs.
 
+The view is one element, which a script of ours (`view/run_view.js`) fills. It asks `RunView.ask`, an ordinary endpoint
+of Gradio, every two seconds, and draws the curves with the plotly.js that the package `plotly` brings along and the
+Board serves: nothing is loaded from a network. This is why Gradio's own plots are not used:
+
+- `gr.Plot` brings a plotly.js of 2024 in its pages, which draws nothing of the typed arrays of plotly 6 and later; and
+  it builds a plot anew with each value, so that zoom, hidden curves and the cursor are lost every two seconds.
+- `gr.LinePlot` drops series that come later, hides a first point, and names no value of a constant.
+
+Plots that are drawn by `Plotly.react` are updated in place. The script adds text as text, never as HTML: completions
+are foreign. What is shown belongs to the page (`page_state`); files that were read are shared by all pages.
+"""
+
+import hashlib
+import json
 import math
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.resources import files
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import gradio as gr
-import pandas as pd
+import numpy as np
+from gradio.context import Context, LocalContext
+from llamafactory.extras.constants import RUNNING_LOG
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir
 
 from grpo_stage.algorithm.conditions import as_lines
-from grpo_stage.board.locales import message
+from grpo_stage.board.devices import Devices
+from grpo_stage.board.downloads import curves_as_csv, report_of
+from grpo_stage.board.groups import group_of, over_steps, text_of
+from grpo_stage.board.locales import message, texts
+from grpo_stage.board.page_state import Page, this_page
+from grpo_stage.board.remedy import with_settings
+from grpo_stage.board.run_list import runs_below
+from grpo_stage.board.run_state import LIVE, log_of, state_of
 from grpo_stage.board.runner import GRPORunner
-from grpo_stage.board.tables import number, table
+from grpo_stage.host.recovery import RECOVERIES_FILE
+from grpo_stage.records.completion_groups import ORDERS, CompletionGroups, Filter, Order
 from grpo_stage.records.completions import COMPLETIONS_FILE
-from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, CompletionPages, MetricCurves, Point
+from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, MetricCurves, is_number
+from grpo_stage.report.charts import DrawnSection, sections_of
+from grpo_stage.report.facts import differences, memory, phases
+from grpo_stage.report.run_folder import newest_checkpoint
+from grpo_stage.report.settings import Settings, settings_of
 
 
-@dataclass(frozen=True, slots=True)
-class Plot:
-    """One plot of metrics that have the same unit."""
-
-    name: str
-    patterns: tuple[str, ...]
-
-    @property
-    def element(self) -> str:
-        return f"grpo_plot_{self.name}"
-
-
-PLOTS = (
-    Plot("reward", ("reward", "rewards/*/mean")),
-    Plot("reward_std", ("reward_std", "rewards/*/std")),
-    Plot("zero_std", ("frac_reward_zero_std",)),
-    Plot("length", ("completions/mean_length", "completions/min_length", "completions/max_length")),
-    Plot("clipped", ("completions/clipped_ratio",)),
-    Plot("entropy", ("entropy",)),
-    Plot("kl", ("kl",)),
-    Plot("difference", ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max")),
-    Plot("time", ("time/sync", "time/rollout", "time/reward", "time/logprobs", "time/update")),
-    Plot("evaluation", ("eval_reward", "eval_*reward", "eval_*mean@*", "eval_*pass@*", "eval_*maj@*")),
-)
-MAX_POINTS = 400
-PAGE_SIZE = 8
-ORDERS = ("best", "worst", "sampled")
 TICK_S = 2
+API_NAME = "grpo_run_view"
+GROUPS_AT_ONCE = 4
+MAX_COMPARED = 6
 _KEPT_RUNS = 32
 """How many runs keep their files in memory; older ones are read again."""
-_COLORS = (
-    "#4c78a8",
-    "#f58518",
-    "#54a24b",
-    "#e45756",
-    "#72b7b2",
-    "#b279a2",
-    "#eeca3b",
-    "#9d755d",
-    "#ff9da6",
-    "#bab0ac",
+_READING_S, _SEARCH_S = 0.4, 1.0
+"""A large file is read, and searched, in several answers, so that each comes soon."""
+_NUM_BARS = 24
+_DOWNLOAD_BYTES = 2**22
+_NOT_AT_FIRST = (
+    "Length of those that ended",
+    "Weight of old samples",
+    "Rollouts of a batch",
+    "Groups left out by dynamic sampling",
+    "Seconds of a step",
 )
-_UNSEEN = " "
-"""The name of an invisible curve that only sets the range of an axis."""
-_ANY = 10**9
-_LARGEST = 1.7e308
-_COLUMNS = ("step", "value", "metric")
+"""Charts that are shown once they are chosen."""
 
 
 @dataclass
 class _Run:
     """The files of a run, as far as they were read."""
 
+    folder: Path
     curves: MetricCurves
-    completions: CompletionPages
+    completions: CompletionGroups
     alarms: AlarmLines
     lock: Lock = field(default_factory=Lock)
+    is_read: bool = False
+    """Whether all completions were found."""
+    kept: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    """What was derived from the files, by name, with the version it is of."""
 
     def update(self) -> None:
         self.curves.update()
-        self.completions.update()
         self.alarms.update()
+        self.is_read = self.completions.update(_READING_S)
 
     @property
     def version(self) -> Any:
         """A version that depends on the files alone, so that reading a run again gives the same one."""
         return self.curves.version, self.completions.version, self.alarms.version
 
+    def derived(self, name: str, version: Any, make: Callable[[], Any]) -> Any:
+        """A value that several pages want, made once for each version."""
+        if name not in self.kept or self.kept[name][0] != version:
+            self.kept[name] = version, make()
+        return self.kept[name][1]
+
+    def settings(self) -> Settings:
+        checkpoint = newest_checkpoint(self.folder)
+        return self.derived("settings", checkpoint, lambda: settings_of(self.folder, checkpoint))
+
 
 class RunView:
-    """The elements of the view, and their content. One object for a Board: several pages may show the same run."""
+    """The elements of the view, and the answers to its script. One object for a Board."""
 
     def __init__(self) -> None:
         self._runs: OrderedDict[str, _Run] = OrderedDict()
         self._lock = Lock()
-        self.elements: dict[str, gr.blocks.Block] = {}
+        self._devices = Devices()
+        self._runner: GRPORunner | None = None
+        plotly = Path(str(files("plotly") / "package_data" / "plotly.min.js"))
+        gr.set_static_paths([plotly])
         with gr.Accordion(open=True, visible=False, elem_id="grpo_run") as self.panel:
-            self._status = gr.Markdown(elem_id="grpo_run_status")
-            self._alarms = gr.HTML(visible=False, elem_id="grpo_run_alarms", max_height=400, padding=False)
-            for row in (PLOTS[:3], PLOTS[3:6], PLOTS[6:9], PLOTS[9:]):
-                with gr.Row():
-                    for plot in row:
-                        self.elements[plot.element] = gr.LinePlot(
-                            pd.DataFrame(columns=list(_COLUMNS)),
-                            x="step",
-                            y="value",
-                            color="metric",
-                            height=260,
-                            min_width=320,
-                            visible=False,
-                            elem_id=plot.element,
-                            show_fullscreen_button=True,
-                        )
-            with gr.Row():
-                # Without the widgets' own bounds, since a value beyond them would give an error.
-                self._step = gr.Number(value=None, step=1, placeholder="–", elem_id="grpo_run_step")  # noqa: RUF001
-                self._order = gr.Dropdown(choices=list(ORDERS), value=ORDERS[0])
-                self._page = gr.Number(value=1, step=1, elem_id="grpo_run_page")
-                with gr.Column():
-                    self._previous = gr.Button()
-                    self._next = gr.Button()
-            self._table = gr.HTML(visible=False, elem_id="grpo_run_table", max_height=700, padding=False)
-        self._seen = gr.State(None)
-        self._typed = gr.State("")
-        self.timer = gr.Timer(TICK_S, active=False)
-        self.elements |= {
-            "grpo_run": self.panel,
-            "grpo_run_step": self._step,
-            "grpo_run_order": self._order,
-            "grpo_run_page": self._page,
-            "grpo_run_prev_btn": self._previous,
-            "grpo_run_next_btn": self._next,
-            "grpo_run_table": self._table,
-        }
+            gr.HTML(
+                f"<style>{_source('run_view.css')}</style>"
+                f'<div id="grpo_view" data-plotly="{plotly.resolve().as_posix()}" data-tick="{TICK_S}"></div>',
+                padding=False,
+            )
+            self._page = gr.HTML(elem_id="grpo_view_page", elem_classes="grpo-hidden", padding=False)
+            self._apply = gr.Button(elem_id="grpo_view_apply", elem_classes="grpo-hidden")
+        self.elements: dict[str, gr.blocks.Block] = {"grpo_run": self.panel}
 
-    def connect(self, engine: Any, train: Mapping[str, Any]) -> None:
+    def connect(self, engine: Any, train: Mapping[str, Any], inputs: set[Any]) -> None:
         """Connect the events, once the host's elements exist."""
         assert isinstance(engine.runner, GRPORunner)
+        self._runner = engine.runner
         top = engine.manager.get_elem_by_id
         place = [top("top.lang"), top("top.model_name"), top("top.finetuning_type"), train["output_dir"]]
-        inputs = [*place, self._typed, self._step, self._order, self._page, self._seen]
-        plots = [self.elements[plot.element] for plot in PLOTS]
-        outputs = [self._status, self._alarms, *plots, self._table, self._page, self._seen]
         quietly = {"show_progress": "hidden", "queue": False}
-
-        def refresh(
-            lang: str, model_name: str | None, finetuning_type: str, output_dir: str | None, typed: str, *rest: Any
-        ) -> Any:
-            folder = _folder(model_name, finetuning_type, output_dir)
-            is_own = _is_saved(folder) or output_dir == typed or folder in engine.runner.started
-            return self._refresh(lang, folder, is_own, *rest)
-
-        self.timer.tick(refresh, inputs, outputs, **quietly)
-        gr.on(
-            [element.change for element in (*place, self._typed, self._step, self._order, self._page)],
-            refresh,
-            inputs,
-            outputs,
+        gr.on([element.change for element in (*place, train["training_stage"])], locate, place, self._page, **quietly)
+        train["output_dir"].input(note_typed, [train["output_dir"]], None, **quietly)
+        # Typing the value that is already there fires no input event; its Enter fires a key event.
+        train["output_dir"].key_up(_note_if_entered, [train["output_dir"]], None, **quietly)
+        self._apply.click(
+            lambda data: with_settings(engine.runner, this_page().remedy, data, data[top("top.lang")]),
+            inputs | {top("top.lang")},
+            [*inputs, train["output_box"]],
             **quietly,
         )
-        train["output_dir"].input(lambda typed: typed, [train["output_dir"]], [self._typed], **quietly)
-        # Typing the value that is already there fires no input event; its Enter fires a key event.
-        train["output_dir"].key_up(_if_entered, [train["output_dir"]], [self._typed], **quietly)
-        gr.on([self._step.input, self._order.input], lambda: 1, None, [self._page], **quietly)
-        self._previous.click(lambda page: max(1, _bounded(page, _ANY) - 1), [self._page], [self._page], **quietly)
-        self._next.click(lambda page: _bounded(page, _ANY) + 1, [self._page], [self._page], **quietly)
+        gr.api(self.ask, api_name=API_NAME, queue=False, show_api=False)
+        assert Context.root_block is not None
+        Context.root_block.load(None, None, None, js=_script())
 
-    def _refresh(self, lang: str, folder: str, is_own: bool, step: Any, order: Any, page: Any, seen: Any) -> Any:
-        run = self._run(folder if is_own else "")
-        with run.lock:
-            run.update()
-            now = (lang, folder, is_own, step, order, page, run.version)
-            before, frames = seen or (None, [{}] * len(PLOTS))
-            if now == before:
-                return gr.skip()
-            plots: list[Any] = [gr.skip()] * len(PLOTS)
-            if before is None or (before[:3], before[6]) != (now[:3], now[6]):
-                points, drawn = zip(*(_drawn(run, plot) for plot in PLOTS), strict=True)
-                # A plot with a new frame is built anew, which takes a browser 50 times as long as new points.
-                changed = [
-                    {name: value for name, value in frame.items() if old.get(name) != value}
-                    for frame, old in zip(drawn, frames, strict=True)
-                ]
-                plots = [gr.update(value=value, **frame) for value, frame in zip(points, changed, strict=True)]
-                frames = list(drawn)
-            place, completions, page_shown = _completions(run, lang, step, order, page)  # also counts damaged lines
-            said = [_progress(run, lang), *_faults(run, lang), place] if is_own else [message("foreign_folder", lang)]
-        return [" ".join(filter(None, said)), _alarms(run, lang), *plots, completions, page_shown, (now, frames)]
+    # The questions of the script
+
+    def ask(self, asked: dict) -> dict:
+        """The answer to a question of the script: `asked["what"]` names it, its other items are its arguments."""
+        page = this_page()
+        what = asked.get("what")
+        if what == "runs":
+            return {"runs": [asdict(run) for run in runs_below(Path(DEFAULT_SAVE_DIR), self._processes())]}
+        if what == "open":
+            page.chosen = _name_of_run(asked.get("run"))
+            return {}
+        run = self._shown(page)
+        try:
+            with run.lock:
+                answers: dict[Any, Callable[[], dict[str, Any]]] = {
+                    "run": lambda: self._answer(page, run, asked),
+                    "groups": lambda: _groups(run, asked),
+                    "text": lambda: text_of(run.completions, *_whole_numbers(asked, "step", "prompt", "place")),
+                    "prompt": lambda: over_steps(run.completions, *_whole_numbers(asked, "prompt")),
+                    "log": lambda: {"text": log_of(run.folder, RUNNING_LOG)},
+                    "remedy": lambda: _note_remedy(page, run, asked),
+                    "curves": lambda: {"text": curves_as_csv(run.curves.history), "next": None},
+                    "completions": lambda: _piece(run, asked),
+                    "report": lambda: {"text": report_of([run.folder, *self._compared(run, asked)]), "next": None},
+                }
+                return answers[what]() if what in answers else {"error": f"unknown: {what}"}
+        except OSError as error:  # the file was replaced since
+            return {"error": error.strerror or str(error)}
+        except ValueError as error:
+            return {"error": str(error)}
+
+    def _answer(self, page: Page, run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of the run, and what else has changed since the answer that the page has seen."""
+        lang = page.lang
+        run.update()
+        answer: dict[str, Any] = {
+            "name": run.folder.name,
+            "is_chosen": bool(page.chosen),
+            "is_own": self._is_own(page),
+            "state": self._state(run, page),
+            "faults": _faults(run, lang),
+            "recoveries": _recoveries(run.folder),
+            "is_reading": not run.is_read,
+        }
+        if asked.get("lang") != lang:
+            answer["texts"] = texts(lang)["view"]
+            answer["lang"] = lang
+        charts = {str(name): bool(is_shown) for name, is_shown in dict(asked.get("charts") or {}).items()}
+        others = [self._run(str(folder)) for folder in self._compared(run, asked)]
+        for other in others:
+            other.curves.update()
+        versions = [(str(each.folder), each.curves.version) for each in (run, *others)]
+        seen = _short((lang, str(run.folder), run.version, versions, sorted(charts.items())))
+        answer["seen"] = seen
+        if asked.get("seen") == seen:
+            return answer
+        steps = run.completions.steps
+        sections = run.derived(
+            "sections",
+            (versions, sorted(charts.items())),
+            lambda: sections_of(
+                [each.curves.history for each in (run, *others)], lambda *chart: _is_shown(charts, *chart)
+            ),
+        )
+        answer |= {
+            "sections": [_section(section, charts, texts(lang)["view"]) for section in sections],
+            "runs": [each.folder.name for each in (run, *others)],
+            "alarms": [_alarm(record) for record in reversed(run.alarms.records)],
+            "completions": {"version": _short(run.completions.version), "steps": [*steps[:1], *steps[-1:]]},
+            "differences": [asdict(row) for row in differences([each.settings() for each in (run, *others)])],
+        }
+        return answer
+
+    def _state(self, run: _Run, page: Page) -> dict[str, Any]:
+        progress, history = run.curves.progress, run.curves.history
+        state = state_of(run.folder, progress, self._processes().get(str(run.folder)))
+
+        def last(name: str) -> float | None:
+            values = history.series(name).values
+            return values[-1] if values else None
+
+        measured = run.derived(
+            "measured",
+            run.curves.version,
+            lambda: {
+                "phases": [asdict(phase) for phase in phases(history, run.settings().values)],
+                "memory": memory(history),
+            },
+        )
+        return {
+            **asdict(state),
+            **measured,
+            "is_live": state.kind in LIVE,
+            "is_empty": state.kind == "none" and not run.curves.error,
+            "step": progress.get("current_steps"),
+            "steps": progress.get("total_steps"),
+            "elapsed": str(progress.get("elapsed_time") or ""),
+            "left": str(progress.get("remaining_time") or ""),
+            "reward": last("reward"),
+            "step_time": last("step_time"),
+            "rollout_rate": last("rollout_tokens_per_second"),
+            "update_rate": last("update_tokens_per_second"),
+            "devices": [asdict(device) for device in self._devices.now()] if state.kind in LIVE else [],
+        }
+
+    # Which run
+
+    def _processes(self) -> Mapping[str, Any]:
+        return {} if self._runner is None else self._runner.started
+
+    def _is_own(self, page: Page) -> bool:
+        """Whether what is in the form's folder is shown: a recipe that is imported does not choose what is read."""
+        is_typed = bool(page.typed) and page.output_dir == page.typed
+        return bool(page.chosen) or _is_saved(page.folder) or is_typed or page.folder in self._processes()
+
+    def _shown(self, page: Page) -> _Run:
+        if page.chosen:
+            return self._run(os.path.join(DEFAULT_SAVE_DIR, page.chosen))
+        return self._run(page.folder if self._is_own(page) else "")
+
+    def _compared(self, run: _Run, asked: Mapping[str, Any]) -> list[Path]:
+        """The folders of the other runs that are drawn beside the run."""
+        names = list(asked.get("compare") or [])[:MAX_COMPARED]
+        folders = [Path(DEFAULT_SAVE_DIR, name) for name in map(_name_of_run, names) if name]
+        return [folder for folder in folders if folder != run.folder]
 
     def _run(self, folder: str) -> _Run:
         with self._lock:
             if folder not in self._runs:
                 path = Path(folder or os.path.join(DEFAULT_SAVE_DIR, ".no-run"))
-                self._runs[folder] = _Run(MetricCurves(path), CompletionPages(path), AlarmLines(path))
+                self._runs[folder] = _Run(path, MetricCurves(path), CompletionGroups(path), AlarmLines(path))
             self._runs.move_to_end(folder)
             while len(self._runs) > _KEPT_RUNS:
                 self._runs.popitem(last=False)
             return self._runs[folder]
 
 
-def _if_entered(folder: str, pressed: gr.KeyUpData) -> Any:
-    return folder if pressed.key == "Enter" else gr.skip()
+def locate(lang: str, model_name: str | None, finetuning_type: str, output_dir: str | None) -> str:
+    """Note the output folder of the page's form. Returns the page's name, by which the script asks."""
+    page = this_page()
+    folder = _folder(model_name, finetuning_type, output_dir)
+    if folder != page.folder:
+        page.chosen = ""
+    page.lang, page.folder, page.output_dir = lang, folder, output_dir or ""
+    request = LocalContext.request.get(None)
+    name = (request.session_hash if request else None) or ""
+    return f'<span data-page="{name if name.isalnum() else ""}" data-place="{_short((lang, folder))}"></span>'
+
+
+def note_typed(output_dir: str) -> None:
+    """Note a folder that the user has typed or chosen: it is shown wherever it is."""
+    this_page().typed = output_dir
+
+
+def _note_if_entered(output_dir: str, pressed: gr.KeyUpData) -> None:
+    if pressed.key == "Enter":
+        note_typed(output_dir)
 
 
 def _folder(model_name: str | None, finetuning_type: str, output_dir: str | None) -> str:
@@ -218,134 +318,166 @@ def _is_saved(folder: str) -> bool:
     return not folder or (bool(below) and ".." not in (*below, *Path(folder).parts))
 
 
-def _progress(run: _Run, lang: str) -> str:
-    line = run.curves.progress
-    if line:
-        return message("progress", lang, step=line["current_steps"], steps=line.get("total_steps", "?"))
-    return "" if run.curves.error else message("no_log", lang)
+def _name_of_run(name: Any) -> str:
+    """A run's name below the folder of outputs; empty for anything else."""
+    is_name = isinstance(name, str) and bool(name) and _is_saved(os.path.join(DEFAULT_SAVE_DIR, name))
+    return name if is_name and not os.path.isabs(name) else ""
+
+
+# What is shown
 
 
 def _faults(run: _Run, lang: str) -> list[str]:
     """The parts of the run's files that are not shown, and why."""
-    files: dict[str, MetricCurves | CompletionPages | AlarmLines] = {
+    named: dict[str, MetricCurves | CompletionGroups | AlarmLines] = {
         LOG_FILE: run.curves,
         COMPLETIONS_FILE: run.completions,
         ALARMS_FILE: run.alarms,
     }
     unreadable = [
-        message("unreadable", lang, file=name, error=file.error) for name, file in files.items() if file.error
+        message("unreadable", lang, file=name, error=each.error) for name, each in named.items() if each.error
     ]
     damaged = [
-        message("damaged", lang, file=name, count=file.num_damaged_lines)
-        for name, file in files.items()
-        if file.num_damaged_lines
+        message("damaged", lang, file=name, count=each.num_damaged_lines)
+        for name, each in named.items()
+        if each.num_damaged_lines
     ]
     return [*unreadable, *damaged]
 
 
-def _alarms(run: _Run, lang: str) -> dict[str, Any]:
-    """A table of the run's alarms, the newest first."""
-    rows = [
-        [
-            str(alarm["step"]),
-            f"{alarm['monitor']}\n({alarm['action']})",
-            f"{alarm['seen']}\n{alarm['meaning']}",
-            f"{alarm['remedy']}\n{as_lines(alarm['settings'])}".strip(),
+def _alarm(record: Mapping[str, Any]) -> dict[str, Any]:
+    said = {name: record[name] for name in ("monitor", "step", "action", "seen", "meaning", "remedy")}
+    return {**said, "settings": as_lines(record["settings"])}
+
+
+def _recoveries(folder: Path) -> list[dict[str, Any]]:
+    """The times that the run went back (`on_alarm: recover`); none where their file is damaged."""
+    path = folder / RECOVERIES_FILE
+    try:
+        noted = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+        return [
+            {"step": each["step"], "resumed_step": each["resumed_step"], "settings": as_lines(each["settings"])}
+            for each in noted
         ]
-        for alarm in reversed(run.alarms.records)
-    ]
-    headers = message("alarm_headers", lang).split("|")
-    return gr.update(value=table(headers, rows, [1, 2.5, 8, 8]), visible=bool(rows))
+    except (ValueError, TypeError, LookupError):
+        return []
 
 
-def _drawn(run: _Run, plot: Plot) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """A plot's points, and its frame: the other properties of its element that depend on them."""
-    curves = {_legend(name): curve for name, curve in run.curves.matching(plot.patterns, MAX_POINTS).items()}
-    values = [value for curve in curves.values() for _, value in curve]
-    last = max((step for curve in curves.values() for step, _ in curve), default=1)
-    points = [(step, value, name) for name, curve in curves.items() for step, value in _visible(curve, last / 100)]
-    # Each name has its own color, so that a metric that comes later gets one as well.
-    colors = {name: _COLORS[i % len(_COLORS)] for i, name in enumerate(curves)}
-    # Not by `x_lim` and `y_lim`: with either of them, a page of Gradio 5.50 updates itself for ever.
-    if values and (ends := _ends_around(min(values), max(values))) is not None:
-        points += [(last, end, _UNSEEN) for end in ends]
-        colors[_UNSEEN] = "transparent"
-    return pd.DataFrame(points, columns=list(_COLUMNS)), {"visible": bool(points), "color_map": colors}
+def _note_remedy(page: Page, run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Note which alarm's settings are to go into the form."""
+    (number,) = _whole_numbers(asked, "alarm")
+    newest_first = run.alarms.records[::-1]
+    page.remedy = newest_first[number]["settings"] if 0 <= number < len(newest_first) else {}
+    return {}
 
 
-def _visible(curve: list[Point], reach: float) -> list[tuple[float, float]]:
-    """The curve, with a single point drawn as a dash: a line of one point is invisible."""
-    if len(curve) != 1:
-        return list(curve)
-    step, value = curve[0]
-    return [(step - reach, value), (step, value), (step + reach, value)]
+def _is_shown(chosen: Mapping[str, bool], title: str, is_folded: bool) -> bool:
+    return chosen.get(title, not is_folded and title not in _NOT_AT_FIRST)
 
 
-def _ends_around(low: float, high: float) -> tuple[float, float] | None:
-    """The ends of an axis around a constant curve, which would have no labels; None around any other curve."""
-    if high / 2 - low / 2 > 1e-6 * max(abs(low), abs(high)):  # halved, since the difference may exceed a float's range
-        return None
-    reach = abs(low) / 2 or 1.0
-    return max(low - reach, -_LARGEST), min(high + reach, _LARGEST)
+def _section(section: DrawnSection, chosen: Mapping[str, bool], words: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "key": section.title,
+        "title": words["charts"].get(section.title, section.title),
+        "about": words["charts"].get(section.about, section.about),
+        "num_left_out": section.num_left_out,
+        "charts": [
+            {
+                "key": chart.title,
+                "title": words["charts"].get(chart.name, chart.name).replace("{}", chart.owner),
+                "unit": chart.unit,
+                "is_stacked": chart.is_stacked,
+                "is_shown": _is_shown(chosen, chart.title, section.is_folded),
+                "definitions": dict(chart.definitions),
+                "curves": [asdict(curve) for curve in chart.curves],
+            }
+            for chart in section.charts
+        ],
+    }
 
 
-def _legend(metric: str) -> str:
-    """A short name of a metric for the legend: the part that differs from the others of its plot."""
-    first, _, rest = metric.partition("/")
-    if first == "rewards":
-        return rest.rpartition("/")[0]
-    return rest.rpartition("/")[2].removesuffix("_length") if first in ("completions", "sampling", "time") else metric
-
-
-def _completions(run: _Run, lang: str, step: Any, order: Any, page: Any) -> tuple[str, dict[str, Any], Any]:
-    """The position of the shown completions in the run, their table, and a new page if it was out of range."""
+def _groups(run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of completions: `step` (the newest by default), `all` steps, `order`, the filter, and where to go on."""
     steps = run.completions.steps
     if not steps:
-        said = "" if run.completions.error else message("no_completions", lang)
-        return said, gr.update(visible=False), gr.skip()
-    asked = step if _is_number(step) else steps[-1]
-    is_there = step is None or (_is_number(step) and steps[0] <= asked <= steps[-1])
-    shown_step = max((s for s in steps if s <= asked), default=steps[0])
-    records = run.completions.at_step(shown_step, order)
-    num_pages = max(1, -(-len(records) // PAGE_SIZE))
-    shown_page = _bounded(page, num_pages)
-    start = (shown_page - 1) * PAGE_SIZE
-    shown = records[start : start + PAGE_SIZE]
-    names = list(dict.fromkeys(name for record in shown for name in record.get("rewards", {})))
-    headers = message("completion_headers", lang).split("|")
-    rows = [
-        [
-            record.get("prompt") or "",
-            record["completion"],
-            record.get("reference") or "",
-            *(number(record["rewards"].get(name)) for name in names),
-            number(record["reward"]),
-            number(record.get("advantage")),
-            f"{record.get('num_tokens')} ({record.get('finish_reason')})",
-        ]
-        for record in shown
-    ]
-    shares = [4, 7, 3] + [1.6] * (len(names) + 3)
-    place = message(
-        "completions",
-        lang,
-        step=shown_step,
-        first=start + 1,
-        last=start + len(shown),
-        total=len(records),
-        page=shown_page,
-        pages=num_pages,
+        return {"groups": [], "next": None, "total": 0, "step": None, "bars": None}
+    step = asked.get("step")
+    wanted_step = steps[-1] if not isinstance(step, int) else max((s for s in steps if s <= step), default=steps[0])
+    wanted = Filter(
+        step=None if asked.get("all") else wanted_step,
+        text=str(asked.get("text") or "")[:1000],
+        lowest=_number_or_none(asked.get("lowest")),
+        highest=_number_or_none(asked.get("highest")),
+        is_truncated=bool(asked.get("is_truncated")),
     )
-    if not is_there:
-        place = f"{message('no_such_step', lang, step=step, first=steps[0], last=steps[-1])} {place}"
-    completions = gr.update(value=table([*headers[:3], *names, *headers[3:]], rows, shares), visible=True)
-    return place, completions, gr.skip() if page == shown_page else shown_page
+    order: Order = chosen if (chosen := asked.get("order")) in ORDERS else "sampled"
+    (start,) = _whole_numbers({"start": 0, **asked}, "start")
+    found, following = run.completions.search(wanted, order, max(0, start), GROUPS_AT_ONCE, _SEARCH_S)
+    groups = run.completions.ordered(wanted, order)
+    return {
+        "groups": [group_of(group, records, len(run.completions.of_prompt(group.prompt))) for group, records in found],
+        "next": following,
+        "total": len(groups),
+        "step": wanted_step,
+        "bars": _bars([reward for group in groups for reward in group.rewards]),
+    }
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not math.isnan(value)
+def _bars(rewards: Sequence[float]) -> dict[str, Any] | None:
+    """A histogram of rewards: each bar's middle and its number of completions."""
+    if not rewards:
+        return None
+    values = np.asarray(rewards)
+    if np.ptp(values) == 0:
+        return {"x": [float(values[0])], "y": [len(values)], "width": 0.1}
+    distinct = np.unique(values)
+    if len(distinct) <= _NUM_BARS:  # few values, such as right and wrong: each has its bar
+        width = float(np.diff(distinct).min()) * 0.8
+        return {"x": distinct.tolist(), "y": [int((values == each).sum()) for each in distinct], "width": width}
+    counts, edges = np.histogram(values, bins=_NUM_BARS)
+    return {
+        "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
+        "y": counts.tolist(),
+        "width": float(edges[1] - edges[0]) * 0.95,
+    }
 
 
-def _bounded(value: Any, last: int) -> int:
-    """The typed page, brought into the range from 1 to `last`."""
-    return int(max(1, min(value, last))) if _is_number(value) else 1
+def _piece(run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of the completions' file from `start` on: whole lines, and where the next part begins."""
+    (start,) = _whole_numbers({"start": 0, **asked}, "start")
+    with (run.folder / COMPLETIONS_FILE).open("rb") as file:
+        file.seek(max(0, start))
+        part = file.read(_DOWNLOAD_BYTES)
+        part += file.readline()
+        return {"text": part.decode(errors="replace"), "next": file.tell() if part else None}
+
+
+def _whole_numbers(asked: Mapping[str, Any], *names: str) -> list[int]:
+    """Arguments of a question.
+
+    Raises:
+        ValueError: if one is no whole number.
+    """
+    values = [asked.get(name) for name in names]
+    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
+        raise ValueError(f"{dict(zip(names, values, strict=True))} are no whole numbers.")
+    return values  # type: ignore[return-value]
+
+
+def _number_or_none(value: Any) -> float | None:
+    return float(value) if is_number(value) and math.isfinite(value) else None
+
+
+def _short(value: Any) -> str:
+    """A short text that is another one for another value."""
+    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()[:16]
+
+
+def _script() -> str:
+    """The view's script, as a function that the page calls once."""
+    numbers = files("grpo_stage.report").joinpath("numbers.js").read_text(encoding="utf-8")
+    return f"() => {{\n{numbers}\n{_source('run_view.js')}\n}}"
+
+
+def _source(name: str) -> str:
+    return files("grpo_stage.board").joinpath("view", name).read_text(encoding="utf-8")

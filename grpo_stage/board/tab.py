@@ -74,14 +74,11 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     add_style()
     serve_many_pages(engine, train)
     panel.connect(engine, train, inputs, checks)
-    view.connect(engine, train)
+    view.connect(engine, train, inputs)
     train["training_stage"].change(
-        lambda stage: [
-            *[gr.update(visible=is_grpo(stage))] * 3,
-            gr.Timer(active=is_grpo(stage)),
-        ],
+        lambda stage: [gr.update(visible=is_grpo(stage))] * 3,
         [train["training_stage"]],
-        [panel.accordion, checks.block, view.panel, view.timer],
+        [panel.accordion, checks.block, view.panel],
         queue=False,
         show_progress="hidden",
     )

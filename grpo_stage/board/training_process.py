@@ -6,6 +6,7 @@ reader. Here one thread reads and waits, and all pages ask it.
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from subprocess import Popen
 from typing import Any
@@ -30,6 +31,8 @@ class TrainingProcess:
         self._process = process
         self.data = data
         self.was_aborted = False
+        self.started = time.time()
+        """When it was started, as a Unix time."""
         self._at_end = at_end
         self._ended = threading.Event()
         self._errors = b""

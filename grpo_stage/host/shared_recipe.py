@@ -196,7 +196,7 @@ def results_of(run: Path) -> dict[str, Any]:
     curves = MetricCurves(run)
     curves.update()
     results: dict[str, Any] = {}
-    for name, points in curves.matching(_METRICS, max_points=10**6).items():
+    for name, points in curves.matching(_METRICS).items():
         values = [value for _, value in points]
         results[name] = {"first": values[0], "last": values[-1], "highest": max(values)}
         results["steps"] = max(results.get("steps", 0), points[-1][0])

@@ -1,7 +1,7 @@
 """Which metrics are drawn together, and their curves, thinned to what a page can hold."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -60,7 +60,11 @@ SECTIONS = (
     Section(
         "Learning signal",
         (
-            Chart("Dead groups", (r"frac_reward_zero_std", r"frac_reward_none"), "share"),
+            Chart(
+                "Dead groups",
+                (r"frac_reward_zero_std", r"frac_reward_none", r"completions/frac_groups_all_(?:right|wrong)"),
+                "share",
+            ),
             Chart("Groups left out by dynamic sampling", (r"dynamic_sampling/frac_dropped",), "share"),
             Chart("Rollouts of a batch", (r"dynamic_sampling/num_rollouts",)),
         ),
@@ -101,6 +105,7 @@ SECTIONS = (
             Chart("Seconds of a step by phase", (r"time/\w+",), "seconds", is_stacked=True),
             Chart("Seconds of a step", (r"step_time",), "seconds"),
             Chart("Tokens a second", (r"rollout_tokens_per_second", r"update_tokens_per_second")),
+            Chart("Tokens for each token computed (packing)", (r"packing_ratio",)),
             Chart("Most memory by phase", (r"memory/.+",), "GiB"),
         ),
     ),
@@ -130,6 +135,10 @@ class Drawn:
     """A plot with its curves."""
 
     title: str
+    name: str
+    """The title's, with `{}` where the owner stands."""
+    owner: str
+    """The function, dataset or metric that the plot is of, where each has its own."""
     unit: Unit
     is_stacked: bool
     metrics: Sequence[str]
@@ -148,22 +157,34 @@ class DrawnSection:
     """Metrics that are not drawn, since there are too many."""
 
 
-def sections_of(histories: Sequence[History]) -> list[DrawnSection]:
-    """Every chart that has curves, in sections; what no chart names comes last."""
+OTHER_METRICS = "All other metrics"
+"""The section of what no chart names."""
+
+
+def sections_of(
+    histories: Sequence[History], is_wanted: Callable[[str, bool], bool] = lambda title, is_folded: True
+) -> list[DrawnSection]:
+    """Every chart that has curves, in sections; what no chart names comes last.
+
+    Args:
+        histories: of each run.
+        is_wanted: a chart that is not wanted, by its title and whether its section is folded, comes without curves.
+    """
     names = list(dict.fromkeys(name for history in histories for name in history.names() if _is_drawn(name)))
     used: set[str] = set()
-    layout: list[tuple[Section, list[tuple[Chart, list[str]]], int]] = []
+    layout: list[tuple[Section, list[tuple[Chart, str, list[str]]], int]] = []
     for section in SECTIONS:
         filled = [pair for chart in section.charts for pair in _filled(chart, names)]
-        used.update(name for _, chosen in filled for name in chosen)
+        used.update(name for _, _, chosen in filled for name in chosen)
         layout.append((section, filled, 0))
     others = sorted(name for name in names if name not in used)
-    folded = [(Chart(name, ()), [name]) for name in others[:MAX_OTHERS]]
-    layout.append((Section("All other metrics", (), is_folded=True), folded, max(0, len(others) - MAX_OTHERS)))
+    folded = [(Chart("{}", ()), name, [name]) for name in others[:MAX_OTHERS]]
+    layout.append((Section(OTHER_METRICS, (), is_folded=True), folded, max(0, len(others) - MAX_OTHERS)))
     num_curves = sum(
         len(history.series(name)) > 0
-        for _, filled, _ in layout
-        for _, chosen in filled
+        for section, filled, _ in layout
+        for chart, owner, chosen in filled
+        if is_wanted(chart.title.replace("{}", owner), section.is_folded)
         for name in chosen
         for history in histories
     )
@@ -173,7 +194,17 @@ def sections_of(histories: Sequence[History]) -> list[DrawnSection]:
             title=section.title,
             about=section.about,
             is_folded=section.is_folded,
-            charts=[plot for chart, chosen in filled for plot in _drawn(chart, chosen, histories, max_points)],
+            charts=[
+                plot
+                for chart, owner, chosen in filled
+                for plot in _drawn(
+                    chart,
+                    owner,
+                    chosen,
+                    histories,
+                    max_points if is_wanted(chart.title.replace("{}", owner), section.is_folded) else 0,
+                )
+            ],
             num_left_out=num_left_out,
         )
         for section, filled, num_left_out in layout
@@ -205,19 +236,23 @@ def _rounded(values: np.ndarray) -> list[float]:
     return [float(f"{value:.5g}") for value in values]
 
 
-def _drawn(chart: Chart, names: Sequence[str], histories: Sequence[History], max_points: int) -> list[Drawn]:
-    """The plot; of stacked areas one for each run."""
+def _drawn(
+    chart: Chart, owner: str, names: Sequence[str], histories: Sequence[History], max_points: int
+) -> list[Drawn]:
+    """The plot; of stacked areas one for each run. Without points it is the plot's frame alone."""
     together = [[i] for i in range(len(histories))] if chart.is_stacked else [list(range(len(histories)))]
     plots = []
     for runs in together:
         curves = [
             Curve(run=i, metric=name, **thinned(series, max_points))
-            for i in runs
+            for i in (runs if max_points else ())
             for name, series in _series(chart, names, histories[i]).items()
         ]
         plots.append(
             Drawn(
-                title=chart.title,
+                title=chart.title.replace("{}", owner),
+                name=chart.title,
+                owner=owner,
                 unit=chart.unit,
                 is_stacked=chart.is_stacked,
                 metrics=list(names),
@@ -225,7 +260,7 @@ def _drawn(chart: Chart, names: Sequence[str], histories: Sequence[History], max
                 curves=[curve for curve in curves if curve.num],
             )
         )
-    return [plot for plot in plots if plot.curves]
+    return [plot for plot in plots if plot.curves or not max_points]
 
 
 def _series(chart: Chart, names: Sequence[str], history: History) -> dict[str, Series]:
@@ -238,8 +273,8 @@ def _series(chart: Chart, names: Sequence[str], history: History) -> dict[str, S
     return {name: Series(steps, [values.get(step, 0.0) for step in steps]) for name, values in by_step.items()}
 
 
-def _filled(chart: Chart, names: Sequence[str]) -> Iterator[tuple[Chart, list[str]]]:
-    """The chart with the metrics that it shows; one with `{}` once for each name that fills it."""
+def _filled(chart: Chart, names: Sequence[str]) -> Iterator[tuple[Chart, str, list[str]]]:
+    """(the chart, its owner, the metrics that it shows); one with `{}` once for each name that fills it."""
     patterns = [re.compile(pattern.replace("{}", "(?P<owner>[^/]+)")) for pattern in chart.patterns]
     owners: dict[str, list[str]] = {}
     for pattern in patterns:
@@ -247,7 +282,7 @@ def _filled(chart: Chart, names: Sequence[str]) -> Iterator[tuple[Chart, list[st
             if found := pattern.fullmatch(name):
                 owners.setdefault(found.groupdict().get("owner", ""), []).append(name)
     for owner, chosen in owners.items():
-        yield Chart(chart.title.replace("{}", owner), (), chart.unit, chart.is_stacked), chosen
+        yield chart, owner, chosen
 
 
 def _is_drawn(name: str) -> bool:

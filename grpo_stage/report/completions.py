@@ -279,7 +279,7 @@ def _followed(rows: _Rows, prompt: int, read: Any, secrets: frozenset[str]) -> I
         distance = np.where(np.isfinite(rewards), np.abs(rewards - (mean or 0.0)), np.inf)
         record = read(int(members[int(np.argmin(distance))]))
         text = _cut(str(record.get("completion")), secrets)
-        changes = () if before is None else tuple(_changes(before, text))
+        changes = () if before is None else tuple(words_changed(before, text))
         yield _shown(record, secrets, changes=changes, group_mean=mean)
         before = text
 
@@ -323,7 +323,7 @@ def _gap(num_characters: int) -> str:
     return f" [... {num_characters:,} characters ...] "
 
 
-def _changes(before: str, after: str) -> Iterator[tuple[str, str]]:
+def words_changed(before: str, after: str) -> Iterator[tuple[str, str]]:
     """The words of both texts, as (`same`, `gone` or `new`, text)."""
     old, new = (_WORD.findall(text) for text in (before, after))
     for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new).get_opcodes():

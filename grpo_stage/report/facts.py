@@ -17,7 +17,7 @@ from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE
 from grpo_stage.report.charts import DrawnSection, sections_of
 from grpo_stage.report.completions import Completions, completions_of
 from grpo_stage.report.run_folder import Outcome, Run, read_run
-from grpo_stage.report.settings import shown
+from grpo_stage.report.settings import Settings, shown
 
 
 MAX_RUNS = 12
@@ -115,7 +115,7 @@ def facts_of(folders: Sequence[Path], watches: Mapping[str, type[Watch]] | None 
         version=__version__,
         made=time.strftime("%Y-%m-%d %H:%M"),
         runs=[_run_facts(run, name) for run, name in zip(runs, names, strict=True)],
-        differences=_differences(runs),
+        differences=differences([run.settings for run in runs]),
         sections=sections_of([run.log.history for run in runs]),
     )
 
@@ -136,8 +136,8 @@ def _run_facts(run: Run, name: str) -> RunFacts:
         alarms=[_masked(alarm, secrets) for alarm in run.alarms.found[:MAX_ALARMS]],
         alarms_are_judged_now=run.alarms.are_judged_now,
         notes=_notes(run, completions),
-        phases=_phases(run),
-        memory=_memory(run.log.history),
+        phases=phases(run.log.history, run.settings.values),
+        memory=memory(run.log.history),
         settings={key: mask_text(shown(value), secrets) for key, value in sorted(run.settings.values.items())},
         settings_sources=run.settings.sources,
         versions={key: mask_text(value, secrets) for key, value in run.settings.versions.items()},
@@ -286,12 +286,15 @@ def _notes(run: Run, completions: Completions) -> list[str]:
     return [*notes, *run.alarms.notes]
 
 
-def _phases(run: Run) -> list[Phase]:
+def phases(history: History, values: Mapping[str, Any]) -> list[Phase]:
     """Where the time of the logged steps went; what no phase measured is `other`.
 
     A log line holds means: of `step_time` and `time/update` over its steps, of the others over its rollouts.
+
+    Args:
+        history: the log.
+        values: the settings, as far as they are known.
     """
-    history, values = run.log.history, run.settings.values
     uses = math.prod(
         value if isinstance(value := values.get(key), int) and value > 0 else 1
         for key in ("steps_per_generation", "num_iterations")
@@ -311,7 +314,8 @@ def _phases(run: Run) -> list[Phase]:
     ]
 
 
-def _memory(history: History) -> dict[str, float]:
+def memory(history: History) -> dict[str, float]:
+    """GiB by phase: the most of any log line."""
     most = {
         name.removeprefix("memory/"): max(filter(math.isfinite, history.series(name).values), default=0.0)
         for name in history.names()
@@ -330,20 +334,21 @@ def _sum(series: Series, steps_of_one: int) -> float:
     )
 
 
-def _differences(runs: Sequence[Run]) -> list[Difference]:
-    if len(runs) < 2:
+def differences(settings: Sequence[Settings]) -> list[Difference]:
+    """What is not the same in all of several runs."""
+    if len(settings) < 2:
         return []
     columns = [
         {
-            **{key: shown(value) for key, value in run.settings.values.items()},
-            **({"training rows": shown(run.settings.rows)} if run.settings.rows else {}),
-            **{f"version of {name}": value for name, value in run.settings.versions.items()},
+            **{key: shown(value) for key, value in run.values.items()},
+            **({"training rows": shown(run.rows)} if run.rows else {}),
+            **{f"version of {name}": value for name, value in run.versions.items()},
         }
-        for run in runs
+        for run in settings
     ]
     names = sorted({name for column in columns for name in column})
     rows = [Difference(name=name, values=[column.get(name, _MISSING) for column in columns]) for name in names]
-    secrets = frozenset().union(*(run.settings.secrets for run in runs))
+    secrets = frozenset().union(*(run.secrets for run in settings))
     return [
         Difference(name=row.name, values=[mask_text(value, secrets) for value in row.values])
         for row in rows

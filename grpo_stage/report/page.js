@@ -1,4 +1,3 @@
-"use strict";
 const data = JSON.parse(document.getElementById("curves").textContent);
 const HEIGHT = 200, LEFT = 46, RIGHT = 10, TOP = 8, BOTTOM = 22;
 const NUM_COLORS = 10;
@@ -23,14 +22,6 @@ function text(content, name = "span", parent = null) {  // never innerHTML: name
   return element;
 }
 
-function shown(value, unit) {
-  const size = Math.abs(value);
-  if (unit === "share") return `${(100 * value).toPrecision(size >= 0.1 ? 3 : 2)} %`;
-  if (unit === "GiB") return `${value.toFixed(2)} GiB`;
-  if (size !== 0 && (size < 0.001 || size >= 1e6)) return value.toExponential(2);
-  return value.toLocaleString("en", { maximumSignificantDigits: size >= 1000 ? 6 : 4 });
-}
-
 function label(value, unit) {
   const size = Math.abs(value);
   if (unit === "share") return `${Number((100 * value).toPrecision(3))}%`;
@@ -47,28 +38,6 @@ function ticks(low, high, count) {
   if (!Number.isFinite(step) || step <= 0) return found;
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
   return found;
-}
-
-function smoothed(x, y) {
-  // An average whose weight falls with the distance in steps, as a share of the run: thinning does not change it.
-  if (smoothing === 0 || x.length < 3) return y;
-  const span = x[x.length - 1] - x[0] || 1;
-  let sum = 0, weight = 0;
-  return y.map((value, i) => {
-    const kept = i === 0 ? 0 : smoothing ** ((100 * (x[i] - x[i - 1])) / span);
-    sum = sum * kept + value;
-    weight = weight * kept + 1;
-    return sum / weight;
-  });
-}
-
-function nearest(x, step) {
-  let low = 0, high = x.length - 1;
-  while (low < high) {
-    const middle = (low + high) >> 1;
-    if (x[middle] < step) low = middle + 1; else high = middle;
-  }
-  return low > 0 && step - x[low - 1] < x[low] - step ? low - 1 : low;
 }
 
 class Plot {
@@ -180,7 +149,7 @@ class Plot {
       svg("path", { class: "area", d: `${path(curve.x, curve.top)}${back(curve.x, curve.base)}Z`, style }, parent);
       return;
     }
-    curve.line = smoothed(curve.x, curve.y);
+    curve.line = smoothed(curve.x, curve.y, smoothing);
     const style = `stroke: ${curve.color}`;
     if (curve.x.length === 1) {
       svg("circle", { class: "point", cx: this.px(curve.x[0]), cy: this.py(curve.y[0]), r: 3.5, style: `fill: ${curve.color}` }, parent);

@@ -28,7 +28,7 @@ def page_of(facts: Facts) -> str:
     )
     environment.globals["reward_range"] = _reward_range
     environment.filters |= {"number": number, "share": share, "duration": duration, "inline": _inline}
-    script = _read("page.js")
+    script = f"{_read('numbers.js')}\n\n{_read('page.js')}"
     return environment.from_string(_read("page.html.j2")).render(
         facts=facts,
         curves=_curves(facts),

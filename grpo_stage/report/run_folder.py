@@ -91,7 +91,7 @@ def read_run(folder: Path, watches: Mapping[str, type[Watch]] | None = None) -> 
     Raises:
         ValueError: if the folder is no run's, naming what is missing.
     """
-    checkpoint = _newest_checkpoint(folder)
+    checkpoint = newest_checkpoint(folder)
     _refuse_other_folders(folder, checkpoint)
     settings = settings_of(folder, checkpoint)
     alarms, num_damaged_alarms = _written_alarms(folder)
@@ -134,7 +134,8 @@ def _refuse_other_folders(folder: Path, checkpoint: Path | None) -> None:
     )
 
 
-def _newest_checkpoint(folder: Path) -> Path | None:
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the highest step; None if there is none."""
     found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal()]
     return max(found, key=lambda path: int(path.name.removeprefix("checkpoint-")), default=None)
 

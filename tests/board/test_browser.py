@@ -11,13 +11,11 @@ from playwright.sync_api import Page, expect
 from grpo_stage.board.locales import LANGUAGES, texts
 
 from .browser import (
-    EVIL,
     PATIENCE_MS,
     choose,
     containing,
     fold,
     import_recipe,
-    list_run,
     open_board,
     step_shown,
     text_field,
@@ -145,7 +143,9 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     page.get_by_role("button", name="Start", exact=True).click()
     expect(page.locator("#grpo_run_status")).to_contain_text("of 400", timeout=240_000)
     first = step_shown(page)
-    expect(page.locator("#grpo_plot_reward canvas, #grpo_plot_reward svg").first).to_be_visible()
+    page.locator("#grpo_run_charts").scroll_into_view_if_needed()
+    expect(page.locator("#grpo_run_charts .main-svg").first).to_be_visible()
+    page.get_by_role("tab", name="Completions").click()
     expect(page.locator("#grpo_run_table").get_by_text("<img src=x onerror").first).to_be_visible()
     deadline = time.monotonic() + 120
     while step_shown(page) < max(first + 2, 11):  # the curves move, and there is a checkpoint
@@ -168,6 +168,7 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     for one in (page, watcher):
         expect(one.get_by_text(re.compile(r"Stopped at step \d+ of 400")).first).to_be_visible(timeout=120_000)
         expect(one.get_by_text("Loading and scoring")).to_be_hidden()
+        expect(one.locator("#grpo_run_status .badge")).to_have_text("Stopped")
     watcher.close()
     checkpoints = sorted((workplace / "saves/Custom/lora/seen").glob("checkpoint-*/grpo_state.json"))
     last = json.loads((workplace / "saves/Custom/lora/seen/trainer_log.jsonl").read_text().splitlines()[-1])
@@ -181,54 +182,10 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     choose(page, "Model name", "Custom")
     choose(page, "Output dir", "seen")
     expect(page.locator("#grpo_run_status")).to_contain_text(f"Step {last['current_steps']} of 400")
-    expect(page.locator("#grpo_plot_kl canvas, #grpo_plot_kl svg").first).to_be_visible()
+    expect(page.locator("#grpo_run_status .badge")).to_have_text("Stopped")
+    expect(page.locator("#grpo_run_charts figure").filter(has_text="(KL)")).to_be_visible()
     expect(page.locator("#grpo_num_generations input")).to_have_value("4")
-    page.locator("#grpo_run_step input").fill("1")
-    page.locator("#grpo_run_step input").blur()
-    expect(page.locator("#grpo_run_status")).to_contain_text("Completions of step 1: 1 to 8 of 8")
+    page.get_by_role("tab", name="Completions").click()
+    page.locator("#grpo_run_step").fill("1")
+    expect(page.locator("#grpo_run_table").get_by_text("Completions of step 1: 2 groups.")).to_be_visible()
     page.close()
-
-
-def test_a_large_run_opens_at_once_and_its_text_stays_text(page: Page, workplace: Path) -> None:
-    """10,000 log lines and 100,000 completions; the last ones try to be a page of their own."""
-    folder = workplace / "saves" / "Custom" / "lora" / "large"
-    (folder / "checkpoint-1").mkdir(parents=True)
-    metrics = {f"rewards/{name}/mean": 0.5 for name in ("accuracy", "format")}
-    progress = {"total_steps": 10_000, "percentage": 50, "elapsed_time": "0:01", "remaining_time": "0:01"}
-    with (folder / "trainer_log.jsonl").open("w") as log:
-        for step in range(1, 10_001):
-            log.write(json.dumps({"current_steps": step, **progress, "reward": step / 10_000, **metrics}) + "\n")
-    plain = {"prompt": "What is 1 + 1? " * 8, "reference": "2", "rewards": {"accuracy": 1.0}, "advantage": 0.5}
-    ending = {"num_tokens": 9, "finish_reason": "stop"}
-    with (folder / "completions.jsonl").open("w") as completions:
-        for i in range(100_000):
-            text = (
-                f"{EVIL} **bold** [link](javascript:alert(1)) number {i}" if i >= 99_900 else "The answer is 2. " * 10
-            )
-            record = {"step": 1 + i // 100, **plain, "completion": text, "reward": i / 100_000, **ending}
-            completions.write(json.dumps(record) + "\n")
-
-    choose(page, "Model name", "Custom")
-    large = list_run(page, "large")
-    started = time.perf_counter()
-    large.click()
-    # Looks at every frame; `expect` looks once a second.
-    page.wait_for_function("document.querySelector('#grpo_run_table')?.innerText.includes('number 99999')")
-    seconds = time.perf_counter() - started
-    print(f"opened in {seconds:.2f} s")
-    table = page.locator("#grpo_run_table")
-    expect(table.get_by_text("number 99999").last).to_be_visible()
-    expect(page.locator("#grpo_run_status")).to_contain_text("Completions of step 1000: 1 to 8 of 100")
-    expect(page.locator("#grpo_plot_reward canvas, #grpo_plot_reward svg").first).to_be_visible()
-    expect(
-        table.get_by_text("<script>document.title='evil'</script>&amp; **bold** [link](javascript").first
-    ).to_be_visible()
-    assert table.locator("img[src=x], script, a, strong").count() == 0
-    assert page.title() != "evil"
-    assert seconds < 4  # 1.3 on an idle machine; the reading alone has its bound in tests/unit/test_run_files.py
-
-    choose(page, "Order", "worst")
-    expect(table.get_by_text("number 99900").last).to_be_visible()
-    page.get_by_role("button", name="Next", exact=True).click()
-    expect(page.locator("#grpo_run_status")).to_contain_text("9 to 16 of 100")
-    expect(table.get_by_text("number 99908").last).to_be_visible()

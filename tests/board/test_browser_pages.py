@@ -1,6 +1,5 @@
 """What went wrong in the Board as a person meets it: several tabs, files that are not as they should be, odd input."""
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -114,9 +113,10 @@ def test_a_recipe_does_not_choose_what_is_read(page: Page, workplace: Path, tmp_
         import_recipe(page, tmp_path / f"{i}.yaml")
         expect(page.get_by_label("Output dir", exact=True)).to_have_value(folder)
         status(page, "The output folder of the recipe is not below saves")
-        expect(page.locator("#grpo_run_table")).to_be_hidden()
+        expect(page.get_by_role("tab", name="Completions")).to_be_hidden()
     open_run(page, str(outside))
     status(page, "Step 1 of 100")
+    page.get_by_role("tab", name="Completions").click()
     expect(page.locator("#grpo_run_table").get_by_text("a secret")).to_be_visible()
 
 
@@ -129,87 +129,3 @@ def test_a_change_of_stage_keeps_the_datasets_that_fit(page: Page) -> None:
         choose(page, "Stage", stage)
         page.wait_for_timeout(1500)  # the host's own handlers have done what they do
         (expect(chosen).not_to_have_count if is_kept else expect(chosen).to_have_count)(0)
-
-
-def test_the_view_says_what_it_cannot_show(page: Page, saves: Path) -> None:
-    write_run(saves / "sound", [{"reward": 0.5}, {"reward": 0.75}], [(1, "of the sound run")])
-    write_run(saves / "damaged", [{"reward": 0.5}])
-    with (saves / "damaged" / "trainer_log.jsonl").open("ab") as log:
-        log.write(b'{"torn": \n\xff\xfe\x00\n')
-    append_line(saves / "damaged", current_steps=3, reward=0.25)
-    (saves / "unreadable" / "trainer_log.jsonl").mkdir(parents=True)
-    choose(page, "Model name", "Custom")
-    open_run(page, "sound")
-    expect(page.locator("#grpo_plot_reward canvas")).to_be_visible()
-    expect(page.get_by_text("of the sound run")).to_be_visible()
-    open_run(page, "unreadable")
-    status(page, "trainer_log.jsonl cannot be read")
-    expect(page.locator("#grpo_plot_reward")).to_be_hidden()
-    expect(page.get_by_text("of the sound run")).to_be_hidden()
-    open_run(page, "damaged")
-    status(page, "Damaged lines of trainer_log.jsonl that are left out: 2.")
-    status(page, "Step 3 of 100")
-
-
-def test_curves_are_drawn(page: Page, saves: Path) -> None:
-    write_run(saves / "curves", [{"reward": 0.5}])
-    choose(page, "Model name", "Custom")
-    open_run(page, "curves")
-    blue, orange = (0x4C, 0x78, 0xA8), (0xF5, 0x85, 0x18)
-    wait_for_color(page, blue)  # a single point, on a constant
-    assert num_pixels(page, orange) == 0
-    for step in range(2, 10):
-        append_line(saves / "curves", current_steps=step, reward=0.5, **{"rewards/format/mean": 0.1 * step})
-    wait_for_color(page, orange)
-
-
-def num_pixels(page: Page, color: tuple[int, int, int]) -> int:
-    """Pixels of about this color in the plot of rewards, above its legend."""
-    return page.evaluate(
-        """color => {
-            const canvas = document.querySelector('#grpo_plot_reward canvas');
-            if (!canvas) return 0;
-            const height = Math.floor(canvas.height * 0.7);
-            const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, height).data;
-            let count = 0;
-            for (let i = 0; i < data.length; i += 4)
-                if (data[i + 3] > 200 && color.every((part, j) => Math.abs(part - data[i + j]) < 12)) count++;
-            return count;
-        }""",
-        list(color),
-    )
-
-
-def wait_for_color(page: Page, color: tuple[int, int, int]) -> None:
-    for _ in range(100):
-        if num_pixels(page, color) > 4:
-            return
-        page.wait_for_timeout(200)
-    raise AssertionError(f"Nothing is drawn in {color}.")
-
-
-def test_steps_pages_and_texts(page: Page, saves: Path) -> None:
-    long_text = "first line\n\n    an indented one\n" + "word " * 2000 + "THE END"
-    write_run(saves / "texts", [{"reward": 0.5}], [(step, long_text) for step in (1, 2, 3) for _ in range(9)])
-    choose(page, "Model name", "Custom")
-    open_run(page, "texts")
-    cell = page.locator("#grpo_run_table td").nth(1)
-    expect(cell).to_contain_text("THE END")
-    assert re.search(r"first line\n\n +an indented one\n", cell.inner_text())
-    assert cell.bounding_box()["height"] < 500  # type: ignore[index]
-    step, number = page.locator("#grpo_run_step input"), page.locator("#grpo_run_page input")
-    for typed, said in (
-        ("-5", "There is no step -5"),
-        ("1e99", "There is no step 1e+99"),
-        ("2", "step 2: 1 to 8 of 9"),
-    ):
-        step.fill(typed)
-        step.blur()
-        status(page, said)
-    for typed, shown in (("-5", "1"), ("99", "2"), ("1e99", "2")):
-        number.fill(typed)
-        number.blur()
-        expect(number).to_have_value(shown)
-        status(page, f"page {shown} of 2")
-    page.get_by_role("button", name="Next", exact=True).click()
-    expect(number).to_have_value("2")

@@ -1,14 +1,19 @@
 """Every text of ours in every language of the Board."""
 
 import re
+from importlib.resources import files
 from string import Formatter
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from grpo_stage.board.fields import FORM_FIELDS
 from grpo_stage.board.locales import LANGUAGES, add_texts, message, texts
-from grpo_stage.board.run_view import PLOTS
+from grpo_stage.board.run_state import Kind
+from grpo_stage.board.segments import KINDS
+from grpo_stage.records.activity import Doing
+from grpo_stage.records.completion_groups import ORDERS
+from grpo_stage.report.charts import OTHER_METRICS, SECTIONS
 
 from .conftest import Board
 
@@ -31,7 +36,7 @@ def test_every_element_of_ours_has_its_texts(board: Board) -> None:
     from llamafactory.webui.locales import LOCALES
 
     names = [name for name, _ in board.manager.get_elem_iter() if name.startswith("grpo_")]
-    assert len(names) > len(FORM_FIELDS) + len(PLOTS)
+    assert len(names) > len(FORM_FIELDS)
     assert [name for name in names if set(LOCALES.get(name, {})) != set(LANGUAGES)] == []
 
 
@@ -102,8 +107,46 @@ def test_the_hosts_texts_stay_as_they_are() -> None:
 def test_the_language_changes_live(board: Board) -> None:
     changed = board.by_id(board.engine.change_lang("ko"))
     assert changed["train.grpo_beta"].label == texts("ko")["elements"]["grpo_beta"]["label"]
-    assert changed["train.grpo_plot_time"].y_title == texts("ko")["elements"]["grpo_plot_time"]["y_title"]
 
 
 def test_messages_are_filled_in() -> None:
-    assert message("progress", "en", step=3, steps=24) == "**Step 3 of 24.**"
+    assert message("trying", "en", seconds=24) == "Loading and scoring ... 24 s"
+
+
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+def test_the_run_view_has_its_texts_in_every_language(language: str) -> None:
+    english, ours = (dict(texts(each)["view"]) for each in ("en", language))
+    charts, own_charts = english.pop("charts"), ours.pop("charts")
+    assert (ours.keys(), own_charts.keys()) == (english.keys(), charts.keys())
+    pairs = [(english[name], ours[name]) for name in english] + [(charts[name], own_charts[name]) for name in charts]
+    assert [(first, second) for first, second in pairs if placeholders(first) != placeholders(second)] == []
+    foreign = [second for _, second in pairs if not re.search(SCRIPTS[language], second, re.IGNORECASE)]
+    assert foreign == []
+
+
+def test_every_chart_and_section_has_its_text() -> None:
+    titles = {text for section in SECTIONS for text in (section.title, section.about) if text}
+    titles |= {chart.title for section in SECTIONS for chart in section.charts} | {OTHER_METRICS}
+    assert set(texts("en")["view"]["charts"]) == titles
+    assert all(name == text for name, text in texts("en")["view"]["charts"].items())
+
+
+def test_the_script_asks_for_texts_that_are_there() -> None:
+    script = files("grpo_stage.board").joinpath("view", "run_view.js").read_text(encoding="utf-8")
+    asked = set(re.findall(r'(?<!\w)t\("(\w+)"', script))
+    made = {
+        f"{begin}_{end}"
+        for begin, ends in (
+            ("tab", ("curves", "completions", "runs")),
+            ("download", ("curves", "completions", "report")),
+            ("state", get_args(Kind)),
+            ("doing", ("starting", *get_args(Doing))),
+            ("order", ORDERS),
+            ("part", set(KINDS.values())),
+            ("fact", ("elapsed", "left", "reward", "step_time", "rollout_rate", "update_rate")),
+            ("phase", ("sync", "rollout", "canary", "reward", "logprobs", "update", "other")),
+            ("column", ("compare", "run", "state", "steps", "reward", "changed", "checkpoint")),
+        )
+        for end in ends
+    }
+    assert set(texts("en")["view"]) == asked | made | {"charts"}

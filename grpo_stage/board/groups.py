@@ -1,0 +1,107 @@
+"""Groups of completions as the run view shows them: cut where they are long, with thinking and tool turns apart."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from grpo_stage.board.segments import segments
+from grpo_stage.records.completion_groups import CompletionGroups, Group
+from grpo_stage.report.completions import words_changed
+
+
+MAX_CHARACTERS = 3_000
+"""Of a completion; the whole is shown on a click."""
+MAX_PROMPT_CHARACTERS = 20_000
+MAX_COMPARED_CHARACTERS = 4_000
+NUM_TIMES = 8
+"""Steps at which a prompt is shown beside each other."""
+
+
+def group_of(group: Group, records: Sequence[Mapping[str, Any]], num_steps: int) -> dict[str, Any]:
+    """A group with its records (at least one); `num_steps` is at how many steps its prompt was sampled."""
+    first = records[0]
+    return {
+        "step": group.step,
+        "prompt": group.prompt,
+        "num_steps": num_steps,
+        "prompt_text": _clean(first.get("prompt") or "")[:MAX_PROMPT_CHARACTERS],
+        "reference": _clean(first.get("reference") or "")[:MAX_PROMPT_CHARACTERS],
+        "mean": group.mean,
+        "completions": [_completion(record) for record in records],
+    }
+
+
+def _completion(record: Mapping[str, Any]) -> dict[str, Any]:
+    text = _clean(record["completion"])
+    return {
+        "parts": _shortened(segments(text)),
+        "num_characters": len(text) if len(text) > MAX_CHARACTERS else None,
+        "rewards": {str(name): _finite(value) for name, value in record["rewards"].items()},
+        "reward": _finite(record["reward"]),
+        "advantage": _finite(record.get("advantage")),
+        "num_tokens": record.get("num_tokens"),
+        "is_truncated": record.get("finish_reason") == "length",
+        "version": record.get("policy_version"),
+        "is_match": record["is_match"],
+        "place": record["place"],
+    }
+
+
+def _shortened(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The parts up to a number of characters."""
+    shown, left = [], MAX_CHARACTERS
+    for kind, text in parts:
+        if left <= 0:
+            break
+        shown.append((kind, text[:left]))
+        left -= len(text)
+    return shown
+
+
+def text_of(completions: CompletionGroups, step: int, prompt: int, place: int) -> dict[str, Any]:
+    """A whole completion, by the place of its line in the file.
+
+    Raises:
+        ValueError: if it is not there.
+        OSError: if the file can no longer be read.
+    """
+    group = completions.at(step, prompt)
+    for record in completions.records(group) if group else ():
+        if record["place"] == place:
+            return {"parts": segments(_clean(record["completion"]))}
+    raise ValueError(f"The completion of step {step} is no longer there: the file was replaced.")
+
+
+def over_steps(completions: CompletionGroups, prompt: int) -> dict[str, Any]:
+    """A prompt's completion nearest to the mean reward at each of several steps, and the words that changed.
+
+    Raises:
+        OSError: if the file can no longer be read.
+    """
+    groups = completions.of_prompt(prompt)
+    if len(groups) > NUM_TIMES:
+        groups = [groups[round(i * (len(groups) - 1) / (NUM_TIMES - 1))] for i in range(NUM_TIMES)]
+    times: list[dict[str, Any]] = []
+    before: str | None = None
+    for group in groups:
+        records = completions.records(group)
+        if not records:
+            continue
+        mean = group.mean or 0.0
+        nearest = min(records, key=lambda record: abs((record["reward"] or 0.0) - mean))
+        text = _clean(nearest["completion"])[:MAX_COMPARED_CHARACTERS]
+        changes = [("same", text)] if before is None else list(words_changed(before, text))
+        times.append(
+            {"step": group.step, "mean": group.mean, "reward": _finite(nearest["reward"]), "changes": changes}
+        )
+        before = text
+    return {"times": times}
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _clean(text: str) -> str:
+    # A half of a surrogate pair, which JSON can hold, has no UTF-8.
+    return text.encode("utf-8", "replace").decode("utf-8")
