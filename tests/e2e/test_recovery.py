@@ -5,7 +5,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +17,9 @@ from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.alarms import Alarms, AlarmStop, RecoveryRequested
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.survival import checkpoints
+from grpo_stage.trainer import GRPOTrainer
+from grpo_stage.update.terms.entropy_bonus import EntropyBonus
+from grpo_stage.update.terms.kl_penalty import KLPenalty
 
 from .conftest import completions, trainer_log
 
@@ -28,6 +31,7 @@ class TooFast(Watch):
     """Finds a fault in step 4 and after it while the learning rate is high."""
 
     skips_prompts = False
+    others: ClassVar[dict[str, Any]] = {"kl_estimator": "k2"}  # without effect unless there is a `beta`
 
     def judge(self, history: History) -> Alarm | None:
         if self.settings["learning_rate"] <= LOWER_RATE or history.step < 4:
@@ -39,7 +43,7 @@ class TooFast(Watch):
             seen=f"The learning rate is {self.settings['learning_rate']}.",
             meaning="That is too much.",
             remedy="Lower it.",
-            settings={"learning_rate": LOWER_RATE, "kl_estimator": "k2"},  # the second has no effect without beta
+            settings={"learning_rate": LOWER_RATE, **self.others},
             skips_prompts=self.skips_prompts,
         )
 
@@ -113,6 +117,46 @@ def test_a_run_goes_back_to_before_the_fault_and_on_with_the_remedy(watched, run
         run_exp(killed)
         assert rates(killed["output_dir"]) == rates(out)
         assert_same(killed["output_dir"], out)
+
+
+@pytest.mark.parametrize(
+    ("before", "remedy"),
+    [
+        (
+            {},
+            {"beta": 0.04, "entropy_target": 9.0, "answer_balance": 0.5, "max_grad_norm": 0.3},
+        ),
+        (
+            {"beta": 0.04, "entropy_coef": 0.02, "num_iterations": 2, "steps_per_generation": 2},
+            {"beta": 0.12, "entropy_coef": 0.01, "num_iterations": 1, "steps_per_generation": 1},
+        ),
+    ],
+    ids=["first", "stronger"],
+)
+def test_every_kind_of_remedy_is_in_force_from_the_checkpoint_on(watched, run_exp, monkeypatch, before, remedy):
+    """What a checkpoint knows of a coefficient does not take the place of the remedy's."""
+    made: list[Any] = []
+    start = GRPOTrainer.training_step
+
+    def step(trainer: GRPOTrainer, *args: Any, **kwargs: Any) -> Any:
+        if trainer not in made:
+            made.append(trainer)
+        return start(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(GRPOTrainer, "training_step", step)
+    monkeypatch.setattr(TooFast, "others", remedy)
+    arguments = watched(on_alarm="recover", **before)
+    run_exp(arguments)
+    (noted,) = json.loads(Path(arguments["output_dir"], "recoveries.json").read_text())
+    assert noted["settings"] == {"learning_rate": LOWER_RATE, **remedy}
+    assert len(rates(arguments["output_dir"])) == 6
+    _, second = made
+    assert {key: getattr(second.grpo_args, key, None) or getattr(second.args, key) for key in remedy} == remedy
+    (penalty,) = [term for term in second.learner.objective.terms if isinstance(term, KLPenalty)]
+    assert penalty.beta == remedy["beta"]
+    (bonus,) = [term for term in second.learner.objective.terms if isinstance(term, EntropyBonus)]
+    assert bonus.state_dict()["entropy_keys"] == [remedy.get("entropy_coef", 0.0), remedy.get("entropy_target")]
+    assert bonus.coefficient == remedy.get("entropy_coef", 4 * second.grpo_args.entropy_coef_delta)
 
 
 def test_without_a_sound_checkpoint_a_run_starts_anew(watched, run_exp, tmp_path):

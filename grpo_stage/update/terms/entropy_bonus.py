@@ -46,7 +46,12 @@ class EntropyBonus(Term):
             self._is_low = entropy <= args.entropy_target
 
     def state_dict(self) -> dict[str, Any]:
-        return {"entropy_coef": self._coefficient, "is_entropy_low": self._is_low}
+        return {"entropy_coef": self._coefficient, "is_entropy_low": self._is_low, "entropy_keys": self._keys}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._coefficient, self._is_low = state["entropy_coef"], state["is_entropy_low"]
+        if state["entropy_keys"] == self._keys:  # not where a recovery has set others
+            self._coefficient, self._is_low = state["entropy_coef"], state["is_entropy_low"]
+
+    @property
+    def _keys(self) -> list[float | None]:
+        return [self._args.entropy_coef, self._args.entropy_target]

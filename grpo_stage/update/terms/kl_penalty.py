@@ -52,7 +52,8 @@ class KLPenalty(Term):
         self.beta = self.beta if kl is None else adapted_coefficient(self.beta, kl, self._args.kl_target)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"beta": self.beta}
+        return {"beta": self.beta, "first_beta": self._args.beta}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.beta = state["beta"]
+        if state.get("first_beta") == self._args.beta:  # not where a recovery has set another one
+            self.beta = state["beta"]
