@@ -61,6 +61,7 @@ def take(page: Page, args: argparse.Namespace) -> None:
     page.locator("#grpo_tab").screenshot(path=args.output / "board_panel.png")
     page.locator("#grpo_check_btn").click()
     expect(page.locator("#grpo_check_result table")).to_have_count(2, timeout=240_000)  # rewards and memory
+    expect(page.locator("#grpo_check_result [role=status]")).to_have_count(0, timeout=240_000)  # all is there
     page.locator("#grpo_check_panel").screenshot(path=args.output / "board_check.png")
 
 

@@ -1,6 +1,7 @@
 """What stands beside the fields: the check before the start, recipes of other systems, and the first recipe."""
 
 import json
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -200,3 +201,58 @@ def test_keys_are_told_at_once_and_the_rest_when_it_is_found(board: Board, monke
 def test_a_command_that_fails_says_why(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     said = shown(board, monkeypatch, [ToolState(1), ToolState(2, error=EVIL, is_done=True)])
     assert EVIL in said[-1]
+
+
+@pytest.fixture
+def event_of(board: Board) -> Callable[[str], Callable[[dict[Any, Any]], Any]]:
+    """The function that a button of the panel calls, by its name in `tab`."""
+    block = board.manager.get_elem_by_id("train.grpo_tab")
+    while block.parent is not None:
+        block = block.parent
+
+    def find(name: str) -> Callable[[dict[Any, Any]], Any]:
+        (event,) = (one.fn for one in block.fns.values() if getattr(one.fn, "__qualname__", "").endswith(f".{name}"))
+        return event
+
+    return find
+
+
+def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any]) -> None:
+    answers = {
+        **{"train__grpo_wizard_dataset": "addition", "train__grpo_wizard_rewards": ["accuracy", "own.py:score"]},
+        **{"train__grpo_wizard_model": " some/model ", "train__grpo_wizard_size": "small"},
+    }
+    data = board.data(**answers)
+    values = event_of("make")(data)
+    form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
+    assert form["top.model_path"] == "some/model"
+    assert form["train.dataset"] == ["addition"]
+    assert form["train.output_dir"] == "run"
+    assert form["train.learning_rate"] == "1e-5"
+    assert form["train.grpo_reward_funcs"] == ["accuracy", "own.py:score"]
+    assert (form["train.grpo_max_steps"], form["train.grpo_num_generations"], form["train.batch_size"]) == (200, 8, 8)
+    assert form["train.grpo_imported_code"] == "[]"  # its functions were typed here
+    assert check(board.runner._parse_train_args({**data, **values}))["max_steps"] == 200
+
+
+def test_a_recipe_of_another_system_fills_the_form(
+    board: Board, event_of: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("trl.yaml").write_text("num_generations: 16\n")
+    recipe = {"stage": "grpo", "do_train": True, "num_generations": 16, "reward_funcs": "own.py:score"}
+    states = [ToolState(1), ToolState(2, ACCOUNT | {"recipe": recipe}, is_done=True)]
+    monkeypatch.setattr("grpo_stage.board.porting.run_tool", lambda words: iter(states))
+    data = board.data(train__grpo_import_btn="trl.yaml", train__device_count="1")
+    *_, values = event_of("load")(data)
+    form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
+    assert form["train.grpo_num_generations"] == 16
+    assert form["train.grpo_imported_code"] == '["own.py:score"]'
+    (account,) = (value for element, value in values.items() if getattr(element, "elem_id", "") == "grpo_port_account")
+    assert account["visible"]
+    assert "renamed" not in account["value"]
+    # A recipe of this stage takes the account away.
+    Path("own.yaml").write_text("stage: grpo\nnum_generations: 4\n")
+    *_, values = event_of("load")({**data, board.manager.get_elem_by_id("train.grpo_import_btn"): "own.yaml"})
+    assert values[board.manager.get_elem_by_id("train.grpo_num_generations")] == 4
+    (account,) = (value for element, value in values.items() if getattr(element, "elem_id", "") == "grpo_port_account")
+    assert not account["visible"]
