@@ -761,7 +761,7 @@ function showDifferences() {
     make("tbody", {}, ...rows.map((row) => make("tr", {}, make("th", {}, row.name), ...row.values.map((value) => make("td", {}, value))))));
   const known = now.differences.filter((row) => !row.values.includes("–")), others = now.differences.filter((row) => row.values.includes("–"));
   sync(parts.differences, JSON.stringify([now.runs, now.differences]), () => now.runs.length < 2 ? [] : [
-    make("h3", {}, t("differences")), rowsOf(known),
+    make("h3", {}, t("differences")), known.length ? rowsOf(known) : null,
     others.length ? make("details", {}, make("summary", { className: "soft" }, t("only_some", { count: others.length })), rowsOf(others)) : null].filter(Boolean));
 }
 
