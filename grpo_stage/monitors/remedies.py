@@ -8,6 +8,8 @@ from grpo_stage.arguments import GRPOArguments, grpo_field_names
 
 RATE_DIVISOR = 3
 """A rate that breaks a run is usually several times too high; recovery may divide again."""
+ANCHOR_FACTOR = 5
+"""Of 0.04, 0.12 and 0.2 the last was the first to hold a run to a part of what its broken reward took from it."""
 FIRST_BETA = 0.04
 """DeepSeekMath's."""
 
@@ -19,9 +21,9 @@ def lower_rate(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def stronger_anchor(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Three times the weight of the KL to the reference, or DeepSeekMath's where there is none."""
+    """`ANCHOR_FACTOR` times the weight of the KL to the reference, or DeepSeekMath's where there is none."""
     beta = settings.get("beta") or 0.0
-    return legal(settings, {"beta": round(beta * 3, 6) if beta else FIRST_BETA})
+    return legal(settings, {"beta": round(beta * ANCHOR_FACTOR, 6) if beta else FIRST_BETA})
 
 
 def kept_entropy(settings: Mapping[str, Any], nats: float) -> dict[str, Any]:

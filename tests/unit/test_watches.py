@@ -241,7 +241,7 @@ def test_a_remedy_that_the_run_forbids_is_left_out() -> None:
     assert kept_entropy({"entropy_target": 0.2}, 0.25) == {"covariance_control": "clip_cov"}
     assert kept_entropy({"entropy_target": 0.2, "loss_type": "luspo"}, 0.25) == {}
     assert kept_entropy({"entropy_target": 0.2, "covariance_control": "kl_cov"}, 0.25) == {}
-    assert stronger_anchor({"beta": 0.04}) == {"beta": 0.12}
+    assert stronger_anchor({"beta": 0.04}) == {"beta": 0.2}
     assert stronger_anchor({}) == {"beta": 0.04}
     assert stronger_anchor({"disable_zero_advantage_skipping": True}) == {}
     assert lower_rate({"learning_rate": 1e-6}) == {"learning_rate": 3.3e-7}
