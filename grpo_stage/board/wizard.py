@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.misc import is_accelerator_available
+from transformers.utils import CONFIG_NAME
 
 from grpo_stage.host.known_models import template_of
+from grpo_stage.report.lines import read_object
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 
@@ -29,6 +32,7 @@ SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         },
     }
 )
+CUTOFF_LEN = 1024
 _WANT_TAGS = ("format", "tag_count")
 _ASKS_FOR_TAGS = (
     "Think first, between <think> and </think>. Then give the final answer alone, between <answer> and </answer>."
@@ -40,19 +44,30 @@ def first_recipe(
 ) -> dict[str, Any]:
     """A recipe of LoRA for this machine. What is not answered is left out, and the check says what is missing."""
     has_gpu = is_accelerator_available()
+    room = _room(model.strip(), SIZES[size]["max_new_tokens"])
     recipe = {
         **{"stage": "grpo", "do_train": True, "finetuning_type": "lora", "lora_target": "all"},
         **{"model_name_or_path": model.strip() or None, "template": template_of(model.strip())},
-        **{"dataset": dataset or None, "dataset_dir": dataset_dir, "cutoff_len": 1024},
+        **{"dataset": dataset or None, "dataset_dir": dataset_dir},
         "reward_funcs": list(rewards) or None,
         "default_system": _ASKS_FOR_TAGS if set(rewards) & set(_WANT_TAGS) else None,
         "rollout_backend": "vllm" if find_spec("vllm") else "hf",
         **{"learning_rate": float(learning_rate), "lr_scheduler_type": "constant_with_warmup"},
         **({"bf16": True} if has_gpu else {"use_cpu": True}),
         **{"logging_steps": 1, "log_completions": True, "report_to": "none"},
-        **SIZES[size],
+        **{**SIZES[size], **room},
     }
     return {key: value for key, value in recipe.items() if value is not None}
+
+
+def _room(model: str, max_new_tokens: int) -> dict[str, int]:
+    """Tokens for prompts and completions, as far as the model of a folder has positions for them."""
+    config = read_object(Path(model, CONFIG_NAME)) if model else {}
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return {"cutoff_len": CUTOFF_LEN, "max_new_tokens": max_new_tokens}
+    completion = min(max_new_tokens, positions // 2)
+    return {"cutoff_len": min(CUTOFF_LEN, positions - completion), "max_new_tokens": completion}
 
 
 class Wizard:

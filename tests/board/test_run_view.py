@@ -263,7 +263,8 @@ def test_alarms_are_told_the_newest_first_and_their_remedy_goes_into_the_form(lo
     assert "max_grad_norm: 0.5" in changed["train.output_box"]
     look("remedy", alarm=1)
     changed = board.by_id(with_settings(board.runner, this_page().remedy, board.data(train__extra_args="{}"), "en"))
-    assert json.loads(changed["train.extra_args"]) == {"seed": 5, "unknown": [1]}
+    assert json.loads(changed["train.extra_args"]) == {"unknown": [1]}
+    assert changed["train.grpo_seed"] == 5
 
 
 class Process:

@@ -137,7 +137,7 @@ function build() {
         part("downloads", make("span", { className: "downloads" }, download("curves"), download("completions"), download("report")))),
       part("bar", make("div", { className: "bar" }, make("i"))),
       part("doing", make("p", { className: "doing" })),
-      part("error", make("div", { className: "error", hidden: true })),
+      part("error", make("div", { className: "failure", hidden: true })),
       part("faults", make("p", { className: "faults" })),
       part("facts", make("dl", { className: "facts" })),
       part("phases", make("div", { className: "phases" })),
