@@ -1,6 +1,7 @@
-"""The run view in a browser: curves that can be explored, completions as groups, the list of runs."""
+"""The run view in a browser: curves that can be explored, completions as groups, the list of runs, large files."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from playwright.sync_api import Browser, Page, expect
 from tests.report_runs import completion, write_lines, write_log
 
 from .browser import EVIL, PATIENCE_MS, append_line, choose, open_board, open_run, write_run
+
+
+NUM_STEPS, GROUP_SIZE = 20_000, 8
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +198,45 @@ def test_completions_runs_and_alarms(page: Page, saves: Path) -> None:
     expect(status.locator(".line")).to_contain_text("groups-too")
     page.get_by_role("button", name="Back to the form's run").click()
     expect(status).to_contain_text("Damaged lines")
+
+
+def test_a_large_run_opens_at_once_and_loses_no_line(page: Page, saves: Path) -> None:
+    """20,000 log lines and 160,000 completions, 200 MB."""
+    folder = saves / "large"
+    (folder / "checkpoint-1").mkdir(parents=True)
+    metrics = {f"rewards/{name}/mean": 0.5 for name in ("accuracy", "format")}
+    progress = {"total_steps": NUM_STEPS, "percentage": 50, "elapsed_time": "0:01", "remaining_time": "0:01"}
+    with (folder / "trainer_log.jsonl").open("w") as log:
+        for step in range(1, NUM_STEPS + 1):
+            log.write(json.dumps({"current_steps": step, **progress, "reward": step / NUM_STEPS, **metrics}) + "\n")
+    texts = {"prompt": "What is 1 + 1? " * 8, "reference": "2", "rewards": {"accuracy": 1.0}}
+    rest = json.dumps({**texts, "completion": "The answer is 2. " * 60, "finish_reason": "stop"})[1:-1]
+    with (folder / "completions.jsonl").open("w") as file:
+        for i in range(NUM_STEPS * GROUP_SIZE):
+            file.write(
+                f'{{"step": {1 + i // GROUP_SIZE}, "prompt_index": {i // GROUP_SIZE % 500}, "reward": {i}, {rest}}}\n'
+            )
+    assert (folder / "completions.jsonl").stat().st_size > 190e6
+    page.get_by_role("tab", name="Completions").click()
+    field = page.get_by_label("Output dir", exact=True)
+    field.fill("large")
+    started = time.perf_counter()
+    field.press("Enter")
+    page.wait_for_function(
+        f"document.querySelector('#grpo_run_table')?.innerText.includes('Completions of step {NUM_STEPS}:')"
+    )
+    seconds = time.perf_counter() - started
+    print(f"opened in {seconds:.2f} s")
+    page.get_by_role("tab", name="Curves").click()
+    page.evaluate("document.querySelector('#grpo_view .tabs').scrollIntoView()")
+    (curve,) = wait_until_drawn(page, "Total reward", 1)
+    assert (len(curve["x"]), curve["x"][-1]) == (500, NUM_STEPS)
+    for step in range(NUM_STEPS + 1, NUM_STEPS + 4):
+        append_line(folder, current_steps=step, reward=9.0)
+    expect(page.locator("#grpo_run_status")).to_contain_text(f"Step {NUM_STEPS + 3} of")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Curves (CSV)").click()
+    lines = Path(download.value.path()).read_text().splitlines()
+    assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, NUM_STEPS + 4))
+    assert seconds < 8  # 2 on an idle machine; the reading alone has its bound in tests/unit/test_run_files.py
+    (folder / "completions.jsonl").unlink()
