@@ -151,21 +151,28 @@ def board_url(workplace: Path) -> Iterator[str]:
         "BROWSER": "true",
     }
     log = workplace / "server.log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [CLI, "webui"], cwd=workplace, env=environment, stdout=output, stderr=output, start_new_session=True
-        )
+
+    def start() -> "subprocess.Popen[bytes]":
+        with log.open("wb") as output:
+            return subprocess.Popen(
+                [CLI, "webui"], cwd=workplace, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
+
+    server, num_starts = start(), 1
     url = f"http://127.0.0.1:{port}"
     try:
         deadline = time.monotonic() + 240
         while not _answers(url):
-            assert server.poll() is None, log.read_text()
+            if server.poll() is not None:  # Gradio gives up if it does not reach itself within three seconds
+                assert num_starts < 3, log.read_text()
+                server, num_starts = start(), num_starts + 1
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.5)
         yield url
     finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        if server.poll() is None:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def _answers(url: str) -> bool:

@@ -238,5 +238,5 @@ def test_a_large_run_opens_at_once_and_loses_no_line(page: Page, saves: Path) ->
         page.get_by_role("button", name="Curves (CSV)").click()
     lines = Path(download.value.path()).read_text().splitlines()
     assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, NUM_STEPS + 4))
-    assert seconds < 8  # 2 on an idle machine; the reading alone has its bound in tests/unit/test_run_files.py
+    assert seconds < 20  # 3 on an idle machine; the reading alone has its bound in tests/unit/test_run_files.py
     (folder / "completions.jsonl").unlink()
