@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from grpo_stage.algorithm.answer_balance import answer_weights
 from grpo_stage.collector import _prompt_weights
+from grpo_stage.host.inputs import _refuse_unanswered
 from grpo_stage.types import Prompt
 
 
@@ -35,3 +36,15 @@ def test_answers_are_compared_as_accuracy_reads_them() -> None:
         Prompt(index=i, token_ids=(1,), messages=(), reference=reference) for i, reference in enumerate(references)
     ]
     assert _prompt_weights(prompts, 1.0) == pytest.approx([5 / 6] * 4 + [5 / 3])
+
+
+def test_prompts_without_an_answer_are_refused() -> None:
+    prompts = [
+        Prompt(index=i, token_ids=(1,), messages=(), reference=reference)
+        for i, reference in enumerate(["1", " ", None])
+    ]
+    with pytest.raises(
+        ValueError, match=r"`answer_balance: 0.5` weighs .* 2 of 3 prompts lack \(the first at index 1\).*leave"
+    ):
+        _refuse_unanswered(prompts, 0.5)
+    _refuse_unanswered(prompts[:1], 0.5)
