@@ -115,8 +115,7 @@ class _Run:
             rewards=rewards,
             reference=reference,
             max_sampling_logprob_diff=bound,
-            # What the engine samples ahead is of no version that the trainer could compare its own with.
-            tests_slope=bound > TIGHT_BOUND or finetuning_args.rollout_ahead > 0,
+            tests_slope=bound > TIGHT_BOUND,
             settings=vars(arguments.values()),
             possible_settings=partial(possible, arguments),
             may_recover=recoveries.is_allowed,

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from grpo_stage.monitors.canary import StaleRolloutError
+from grpo_stage.monitors.canary import StaleRolloutError, beginnings
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest, Scores
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.rollout.serialization import group_state, load_group, load_tensors, tensors_state
-from grpo_stage.types import Completion, Prompt, RolloutEngine, RolloutGroup
+from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup
 
 
 _START_SEQUENCES, _PREVIOUS_SEQUENCES = 16, 8
-_TOKENS_A_SEQUENCE = 32
 _TOKENS_A_BLOCK = 8
 """Rounding errors of neighboring tokens may depend on each other; errors of different blocks count as independent."""
 
@@ -205,7 +204,7 @@ class SlopeTest(Monitor):
             groups: the groups that it has just sampled.
             version: the policy's version.
         """
-        if self._start is None and (chosen := _choose(groups, _START_SEQUENCES)):
+        if self._start is None and (chosen := beginnings(groups, _START_SEQUENCES)):
             self._start = _Probe(chosen, ())
         if self._start is None or version == self._version:
             return []
@@ -228,7 +227,7 @@ class SlopeTest(Monitor):
         if self._start is None or not answers:
             return {}
         self._version = version
-        chosen = _choose(groups, _PREVIOUS_SEQUENCES)
+        chosen = beginnings(groups, _PREVIOUS_SEQUENCES)
         probes = [probe.groups for probe in (self._start, self._previous) if probe]
         # Each by itself, as its earlier scores were: in another batch the same tokens round differently.
         scores = [score for each in (*probes, chosen) for score in self.score(each)]
@@ -290,24 +289,3 @@ class SlopeTest(Monitor):
             "since, 2 with twice that. The completions come from another policy than the one that is trained, so the "
             "run is stopped. Try `rollout_backend: hf`; if that is quiet, report the model and the vLLM version."
         )
-
-
-def _choose(groups: Sequence[RolloutGroup], count: int) -> tuple[RolloutGroup, ...]:
-    """The beginnings of `count` completions, from as many different prompts as possible, the shortest first."""
-    groups = sorted(groups, key=lambda group: len(group.prompt.token_ids))
-    per_group = -(-count // max(1, len(groups)))
-    chosen = []
-    for group in groups[:count]:
-        completions = [_beginning(each) for each in group.completions[:per_group]]
-        completions = [each for each in completions if each.token_ids]
-        if completions:
-            chosen.append(dataclasses.replace(group, completions=tuple(completions)))
-    return tuple(chosen)
-
-
-def _beginning(completion: Completion) -> Completion:
-    """The first tokens, without the completion's last one: the engine needs room for one more token."""
-    count = min(_TOKENS_A_SEQUENCE, len(completion.token_ids) - 1)
-    return dataclasses.replace(
-        completion, token_ids=completion.token_ids[:count], sampling_logprobs=completion.sampling_logprobs[:count]
-    )

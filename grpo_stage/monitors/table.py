@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_stage.monitors.alarm import Watch
-from grpo_stage.monitors.canary import LogprobDifference
+from grpo_stage.monitors.canary import LogprobDifference, ProbeDifference
 from grpo_stage.monitors.dead_groups import DeadGroups, GroupOutcomes
 from grpo_stage.monitors.divergence import KLExplosion, RatioExplosion
 from grpo_stage.monitors.engine_drift import EngineDrift
@@ -26,6 +26,7 @@ from grpo_stage.monitors.unrewarded import UnrewardedRollouts
 MONITORS: Mapping[str, Callable[[MonitorRequest], Monitor | None]] = MappingProxyType(
     {
         "logprob_difference": LogprobDifference.of,
+        "probe_difference": ProbeDifference.of,
         "slope_test": SlopeTest.of,
         "unrewarded": UnrewardedRollouts.of,
         "group_outcomes": GroupOutcomes.of,

@@ -220,12 +220,13 @@ TRAINING: tuple[Definition, ...] = (
     Definition(
         ("sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"),
         "absolute difference between the engine's and the trainer's log-probability of the sampled tokens, on"
-        " the first micro-batch of a fresh rollout: the canary. With `rollout_ahead` the first rollout alone is fresh",
+        " the first micro-batch of a fresh rollout: the canary. With `rollout_ahead` the first rollout alone is fresh:"
+        " in float32 the engine scores the beginnings of two completions after each sync instead",
     ),
     Definition(
         ("sampling/slope/start", "sampling/slope_error/start"),
         "how far the engine has followed the policy since the start (1 for a sound engine), and the standard "
-        "error of that; see below. Only in half precision, in float32 that is rounded, and with `rollout_ahead`",
+        "error of that; see below. Only in half precision, and in float32 that is rounded",
     ),
     Definition(
         ("sampling/slope/previous", "sampling/slope_error/previous"),
@@ -285,7 +286,7 @@ TRAINING: tuple[Definition, ...] = (
     ),
     Definition(
         ("time/sync", "time/rollout", "time/canary", "time/reward", "time/logprobs"),
-        "seconds of each rollout for: delivering the weights; sampling; the slopes, and putting the engine to"
+        "seconds of each rollout for: delivering the weights; sampling; the canary's scores, and putting the engine to"
         " sleep; scoring; old and reference log-probabilities",
     ),
     Definition(

@@ -271,14 +271,14 @@ def test_two_ranks_each_have_an_engine_that_samples_ahead(tmp_path):
     code = f"""
 import json, torch
 from pathlib import Path
-from tests.unit.test_rollout_ahead import PlainAheadEngine, make, versions_of_steps
+from tests.unit.test_rollout_ahead import AheadEngine, make, versions_of_steps
 
 SETTINGS = {{"per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2}}
 folder = Path({str(tmp_path)!r})
-trainer = make(folder, PlainAheadEngine(), SETTINGS)
+trainer = make(folder, AheadEngine(), SETTINGS)
 versions = versions_of_steps(trainer)
 trainer.train()
-resumed = make(folder, PlainAheadEngine(), SETTINGS)
+resumed = make(folder, AheadEngine(), SETTINGS)
 resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
 weights = [torch.cat([p.detach().flatten() for p in each.model.parameters()]) for each in (trainer, resumed)]
 print("result", json.dumps({{"asked": trainer.engine.asked, "versions": versions,
@@ -300,11 +300,21 @@ def test_completions_that_are_older_than_one_update_end_the_run(tmp_path):
         make(tmp_path, engine=AheadEngine(num_behind=2)).train()
 
 
-def test_an_engine_that_did_not_get_the_update_ends_the_run(tmp_path):
-    """Completions of the version before say nothing of the present one: the slopes ask for that after each sync."""
-    make(tmp_path / "sound", tests_slope=True).train()
-    with pytest.raises(StaleRolloutError, match="does not follow the policy"):
-        make(tmp_path / "stale", engine=AheadEngine(backlog=1), tests_slope=True).train()
+@pytest.mark.parametrize(
+    ("canary", "message"),
+    [
+        ({"tests_slope": True}, "does not follow the policy"),
+        ({"bound": 2e-4}, "differ by .* nats on average"),
+    ],
+)
+def test_an_engine_that_did_not_get_the_update_ends_the_run(tmp_path, canary, message):
+    """Completions of the version before say nothing of the present one: the engine is asked after each sync."""
+    sound = make(tmp_path / "sound", **canary)
+    sound.train()
+    assert any("sampling/slope/previous" in line for line in sound.state.log_history) == ("tests_slope" in canary)
+    with pytest.raises(StaleRolloutError, match=message) as error:
+        make(tmp_path / "stale", engine=AheadEngine(backlog=1), **canary).train()
+    assert "tests_slope" in canary or error.traceback[-2].path.name == "canary.py", "found after the sync"
 
 
 def test_what_an_earlier_trainer_has_left_under_way_is_given_up(tmp_path):
