@@ -54,6 +54,15 @@ class OneBrowser(LoadFileScheduling):
         return "browser" if "/test_browser" in nodeid else super()._split_scope(nodeid)
 
 
+_LONGEST_FIRST = ("/test_browser", "/e2e/", "/engines/", "/board/", "/host/", "/unit/")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where processes share the tests, the files that take minutes come first: the last ones have to end together."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: next(i for i, part in enumerate(_LONGEST_FIRST) if part in item.path.as_posix()))
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneBrowser:
     return OneBrowser(config, log)
 
