@@ -37,28 +37,41 @@ FEW_LAYERS = 3
 """A model of more layers is traced with a few of each kind, and the rest is drawn out as a straight line."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Trace:
-    """Bytes that one micro-batch holds beside weights, gradients that exist before it, and optimizer states."""
+    """Bytes that one micro-batch holds beside weights, gradients that exist before it, and optimizer states.
 
-    peak: float
-    """The most at one time, in forward and backward pass, with the temporary copies of both."""
+    Each field is a straight line in the number of layers; which of the first three is the largest may change with it.
+    """
+
+    forward: float
+    """The most at one time in the layers' forward pass, with its temporary copies."""
+    of_head: float
+    """The same in both passes of the output layer."""
+    backward: float
+    """The same in the layers' backward pass."""
     kept: float
     """What the forward pass leaves for the backward pass."""
-    head: float
-    """The part of `peak` that is there because of the output layer."""
     flops: float
     """Of forward and backward pass, those of gradient checkpointing included."""
 
-    def __add__(self, other: "Trace") -> "Trace":
-        return Trace(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
+    @property
+    def peak(self) -> float:
+        """The most at one time."""
+        return max(self.forward, self.of_head, self.backward)
 
-    def scaled(self, factor: float) -> "Trace":
-        return Trace(*(factor * value for value in _values(self)))
+    @property
+    def head(self) -> float:
+        """The part of `peak` that is there because of the output layer."""
+        return self.peak - max(self.forward, self.backward)
 
-
-def _values(trace: Trace) -> tuple[float, float, float, float]:
-    return trace.peak, trace.kept, trace.head, trace.flops
+    def with_layers(self, count: int, whole: "Trace", without_one: "Trace") -> "Trace":
+        """This with `count` more layers, each of which adds what tells `whole` from `without_one`."""
+        values = {
+            name: getattr(self, name) + count * (getattr(whole, name) - getattr(without_one, name))
+            for name in self.__slots__
+        }
+        return Trace(**values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,8 +179,7 @@ def trace(
     base = total = run(few)
     for kind, layers in kinds.items():
         if len(layers) > few[kind]:
-            step = run({**few, kind: few[kind] - 1})
-            total = total + (base + step.scaled(-1.0)).scaled(len(layers) - few[kind])
+            total = total.with_layers(len(layers) - few[kind], base, run({**few, kind: few[kind] - 1}))
     return total
 
 
@@ -255,13 +267,13 @@ def _run(
             del states
             live.peak = live.now
             hidden.backward(slope)
-            peak = max(forward, of_head, live.peak)
+            backward = live.peak
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"The activations of {type(base).__name__} cannot be forecast: its code looks at the content of tensors "
             f"({error}), and there are none before a run. `grpo-stage profile` measures a step instead."
         ) from error
-    return Trace(peak=peak, kept=kept, head=peak - max(forward, live.peak, kept), flops=live.flops)
+    return Trace(forward=forward, of_head=of_head, backward=backward, kept=kept, flops=live.flops)
 
 
 def _loss(base: Any, states: torch.Tensor, load: Load, mixed: Any, gives_values: bool) -> torch.Tensor:
