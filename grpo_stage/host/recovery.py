@@ -156,6 +156,8 @@ def possible(arguments: RunArguments, settings: Mapping[str, Any]) -> dict[str, 
     values = vars(arguments.values())
     chosen: dict[str, Any] = {}
     for key, value in settings.items():
+        if key == "num_iterations" and arguments.training.max_steps <= 0:
+            continue  # epochs have fewer steps with it: the run would end with prompts that it never sampled
         trial = {**values, **chosen, key: value}
         try:
             refuse_out_of_bounds({**vars(arguments.values()), key: value})

@@ -20,6 +20,7 @@ from grpo_stage.host import advice
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
 from grpo_stage.host.recipe import check_same_training, recipe_of, training_record
+from grpo_stage.host.recovery import possible
 from grpo_stage.host.unsupported import UNSUPPORTED
 from grpo_stage.records.redaction import secrets_in
 from grpo_stage.rollout.engines import vllm_rules
@@ -906,3 +907,13 @@ def test_the_same_rows_and_code_go_on(tmp_path):
 def test_a_recipe_is_plain_json(recipe):
     stored = recipe_of(parse(recipe))
     assert json.loads(json.dumps(stored)) == stored
+
+
+@pytest.mark.parametrize(
+    ("length", "kept"), [({"max_steps": 9}, {"num_iterations": 2}), ({"num_train_epochs": 2}, {})]
+)
+def test_a_remedy_that_would_cut_epochs_short_is_no_remedy(recipe, length, kept):
+    """With half of the iterations an epoch has half of the steps, of which the run has made some already."""
+    arguments = parse(recipe | length | {"num_iterations": 4})
+    rate = {"learning_rate": 1e-5}
+    assert possible(arguments, {"num_iterations": 2} | rate) == kept | rate
