@@ -31,6 +31,8 @@ from grpo_stage.update.head import OutputLayer, statistics_of_logits
 from grpo_stage.update.logprobs import Forward
 
 
+LAYOUTS = {"shared prompts": SharedPromptLayout, "padded rows": PaddedLayout}
+LABELS = {"seconds": "seconds", "peak_gib": "peak memory, GiB"}
 ON_CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_CUDA else "cpu")
 MIDDLE = {"completions": 8, "completion_tokens": 64, "prompt_tokens": 256}
@@ -54,16 +56,16 @@ def main() -> None:
     torch.manual_seed(0)
     model = None if args.head else load_model(args.model, args.layers)
     series = []
-    for is_chunked, layout in product((True, False), [None] if args.head else [SharedPromptLayout, PaddedLayout]):
-        names = {"layout": layout.__name__ if layout else "head", "logits": "chunked" if is_chunked else "whole"}
+    for is_chunked, layout in product((True, False), ["head"] if args.head else LAYOUTS):
+        names = {"layout": layout, "logits": "in parts" if is_chunked else "whole"}
         for axis, values in ({"vocabulary": VOCABULARIES} if args.head else SERIES).items():
             points: list[dict[str, Any]] = []
             for value in (max(1, value // args.shrink) for value in values):
-                if layout is None:
+                if args.head:
                     run = head_pass(is_chunked, value, HEAD_TOKENS // args.shrink)
                 else:
                     sizes = {name: max(2, middle // args.shrink) for name, middle in MIDDLE.items()} | {axis: value}
-                    run = update(model, Forward(layout(0, DEVICE), is_chunked), **sizes)
+                    run = update(model, Forward(LAYOUTS[layout](0, DEVICE), is_chunked), **sizes)
                 points.append(names | {axis: value} | measured(run, args.repeats))
                 print(json.dumps(points[-1]), flush=True)
             print(json.dumps(names | {"by": axis} | slopes(points, axis)), flush=True)
@@ -148,10 +150,10 @@ def draw(series: list[tuple[str, list[dict[str, Any]]]], file: Path) -> None:
     names = list(dict.fromkeys(axis for axis, _ in series))
     _, panels = plt.subplots(2, len(names), figsize=(4.5 * len(names), 7), squeeze=False, layout="constrained")
     for axis, points in series:
-        for row, key in zip(panels, ("seconds", "peak_gib"), strict=True):
-            panel, label = row[names.index(axis)], f"{points[0]['layout']}, {points[0]['logits']}"
+        for row, key in zip(panels, LABELS, strict=True):
+            panel, label = row[names.index(axis)], f"{points[0]['layout']}, logits {points[0]['logits']}"
             panel.plot([point[axis] for point in points], [point[key] for point in points], "o-", label=label)
-            panel.set(xlabel=axis.replace("_", " "), ylabel=key.replace("_", " "))
+            panel.set(xlabel=axis.replace("_", " "), ylabel=LABELS[key])
     for panel in panels.flat:
         panel.set(xlim=0, ylim=0)
     panels[0, 0].legend()
