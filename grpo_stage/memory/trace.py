@@ -123,13 +123,26 @@ class LiveBytes(TorchDispatchMode):
         self._sizes = {each.untyped_storage()._cdata: 0 for each in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=outputs)
+        if func is torch.ops.aten._grouped_mm.default:
+            outputs = self._experts(func, *args, **(kwargs or {}))
+        else:
+            outputs = func(*args, **(kwargs or {}))
+            if (count := flop_registry.get(func._overloadpacket)) is not None:
+                self.flops += count(*args, **(kwargs or {}), out_val=outputs)
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor.untyped_storage())
         return outputs
+
+    def _experts(self, func: Any, rows: torch.Tensor, weights: torch.Tensor, *others: Any, **options: Any) -> Any:
+        """The product of a mixture's experts, of which PyTorch counts no FLOPs.
+
+        It exists in float32, and its rule for shapes knows bfloat16 alone.
+        """
+        self.flops += 2 * rows.numel() * weights.shape[-1]  # [S, K] @ [E, K, N], or [K, S] @ [S, N] for a gradient
+        if rows.dtype == torch.float32:
+            return func(rows.bfloat16(), weights.bfloat16(), *others, **options).float()
+        return func(rows, weights, *others, **options)
 
     def _note(self, storage: Any) -> None:
         if storage._cdata in self._sizes:

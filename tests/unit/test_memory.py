@@ -7,7 +7,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from grpo_stage.memory import trace as tracing
 from grpo_stage.memory.engine import hf_engine, kv_bytes_per_token, vllm_on_gpu
@@ -181,6 +188,19 @@ def test_flops_are_six_for_each_weight_and_token():
     of_layers, of_head = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 176), 500 * 64
     products = 6 * (of_layers * 303 + of_head * 300)
     assert products <= found <= 1.5 * products, "the attention's own products come on top"
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_a_mixture_of_experts_in_float32(autocast):
+    """Each token goes through two of eight experts; the hand count is of all products but the attention's own."""
+    shape = {**SIZES, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+    with torch.device("meta"):
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, num_hidden_layers=5, dtype=torch.float32)).train()
+    load = Load(num_prompts=1, group_size=1, prompt_length=4, completion_length=300, max_tokens=512, device_type="cpu")
+    found = trace(model, load, autocast, checkpointing=False)
+    of_layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 8 + 2 * 3 * 64 * 32
+    products = 6 * (5 * of_layer * 303 + 500 * 64 * 300)
+    assert products <= found.flops <= 1.5 * products
 
 
 def test_a_critic_has_no_logits():
