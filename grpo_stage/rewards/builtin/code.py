@@ -12,6 +12,7 @@ from grpo_stage.rewards.code.cases import Tests, read_tests
 from grpo_stage.rewards.code.grading import Grading
 from grpo_stage.rewards.code.sandbox import Limits, SandboxError
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
+from grpo_stage.types import Prompt
 
 
 _FENCED = re.compile(r"^[ \t]*```[^\n`]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
@@ -52,15 +53,15 @@ class CodeReward:
             None if not value else scores[key] if key else 0.0 for key, value in zip(keys, tests, strict=True)
         ]
 
-    def check_column(self, tests: Sequence[Any]) -> None:
+    def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError where the tests of a prompt cannot be read."""
-        for i, value in enumerate(tests):
+        for prompt in prompts:
             try:
-                if value:
+                if value := prompt.columns["tests"]:
                     read_tests(value)
             except ValueError as error:
                 raise ValueError(
-                    f"reward 'code': the tests of the prompt at index {i} cannot be used: {error}. "
+                    f"reward 'code': the tests of the prompt at index {prompt.index} cannot be used: {error}. "
                     "docs/code_rewards.md has the forms of tests"
                 ) from error
 
