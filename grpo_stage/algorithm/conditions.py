@@ -56,7 +56,7 @@ class Given:
 
 @dataclass(frozen=True)
 class Naming:
-    """Stands for a word, for a list that has it as an item, and for a mapping in which it is a value; or their text."""
+    """Stands for a word, a list that has it as an item, a mapping in which it is a value, and the text of these."""
 
     word: str
 

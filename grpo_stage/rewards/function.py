@@ -103,8 +103,9 @@ class RewardFunction:
                     "turn, or name the column that holds the answer with `reference_column`"
                 )
             raise ValueError(f"reward {self.name!r} takes an argument {name!r}{_missing(name, lacking, prompts)}")
-        if isinstance(self.function, ReadsColumns):
-            self.function.check_columns(prompts)
+        function: Any = self.function
+        if isinstance(function, ReadsColumns):
+            function.check_columns(prompts)
 
     def arguments_from(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The part of the batch that the function is called with."""

@@ -63,9 +63,7 @@ def load_rewards(
     display_names = [display_name(name) for name in names]
     if run_programs(display_names):
         check_sandbox(code_sandbox)
-    context = RewardContext(
-        max_new_tokens, AnswerChecker(timeout_s), timeout_s=timeout_s, code_sandbox=code_sandbox
-    )
+    context = RewardContext(max_new_tokens, AnswerChecker(timeout_s), timeout_s=timeout_s, code_sandbox=code_sandbox)
     functions, workers = [], {}
     for spec, name in zip(names, display_names, strict=True):
         if spec.strip() == REWARD_MODEL:

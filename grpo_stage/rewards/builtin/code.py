@@ -49,9 +49,7 @@ class CodeReward:
                 self._context.counters[f"code/{reason}"] += 1
         scores = {key: grade.share if self._partial else float(grade.has_passed) for key, grade in grades.items()}
         # Without tests it does not apply; without a program nothing is right.
-        return [
-            None if not value else scores[key] if key else 0.0 for key, value in zip(keys, tests, strict=True)
-        ]
+        return [None if not value else scores[key] if key else 0.0 for key, value in zip(keys, tests, strict=True)]
 
     def check_columns(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError where the tests of a prompt cannot be read."""

@@ -49,7 +49,7 @@ class AssertionTests:
 Tests = InputTests | CallTests | AssertionTests
 _FORMS = (
     '{"inputs": [...], "outputs": [...]} of texts, with "fn_name" of arguments and values; {"test_cases": [{"input": '
-    '..., "output": ...}]}; a list of assertions; {"assertions": [...], "setup": ...}; {"test": "def check(candidate): '
+    '..., "output": ...}]}; a list of assertions; {"assertions": [...], "setup": ...}; {"test": "def check(...): '
     '...", "entry_point": ...}'
 )
 

@@ -18,10 +18,11 @@ import select
 import sys
 import time
 import types
+from collections.abc import Iterator
 
 
 # What many programs import is imported once for all processes of a program.
-import bisect, collections, functools, heapq, itertools, math, re, string  # noqa: E401, F401, I001  # isort: skip
+import bisect, collections, functools, heapq, itertools, math, re, string  # noqa: E401  # isort: skip
 
 
 TRAINER_IN, TRAINER_OUT = 0, 1
@@ -215,7 +216,8 @@ def enter(setup, stdin, stdout, *others):
         os.closerange(first, kept)
         first = kept + 1
     confine(setup)
-    sys.stdin, sys.stdout, sys.stderr = (open(n, "rw"[n > 0], encoding="utf-8", closefd=False) for n in range(3))
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (as long as the process)
+    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
     sys.argv = ["solution.py"]
 
 
@@ -253,9 +255,9 @@ def allow_seconds(seconds):
 
 
 def prctl(option, *arguments):
-    arguments = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
-    if ctypes.CDLL(None, use_errno=True).prctl(option, *arguments) != 0:
-        raise OSError(ctypes.get_errno(), "prctl %d: %s" % (option, os.strerror(ctypes.get_errno())))
+    values = [ctypes.c_ulong(value) for value in (*arguments, 0, 0, 0, 0)[:4]]
+    if ctypes.CDLL(None, use_errno=True).prctl(option, *values) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl {option}: {os.strerror(ctypes.get_errno())}")
 
 
 def memory_file(content=b""):
@@ -317,8 +319,9 @@ def asking(lines, trainer, name):
             raise Died(reply["died"])
         if "raised" in reply:
             kind = getattr(builtins, str(reply["raised"]), None)
-            is_error = isinstance(kind, type) and issubclass(kind, Exception)
-            raise (kind if is_error else RuntimeError)(reply.get("said"))
+            if not (isinstance(kind, type) and issubclass(kind, Exception)):
+                kind = RuntimeError
+            raise kind(reply.get("said"))
         return decode(reply["value"])
 
     return ask
@@ -333,25 +336,23 @@ def encode(value):
     Raises:
         ValueError: for anything else.
     """
-    for kind in (bool, int, float, str):
-        if isinstance(value, kind):
-            return kind(value)
     if value is None:
         return None
+    for plain in (bool, int, float, str):
+        if isinstance(value, plain):
+            return plain(value)
     if isinstance(value, list):
         return [encode(each) for each in value]
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(each)] for key, each in value.items()]}
-    for kind in (tuple, set, frozenset):
-        if isinstance(value, kind):
-            return {kind.__name__: [encode(each) for each in value]}
     if isinstance(value, bytes):
         return {"bytes": value.hex()}
     if isinstance(value, complex):
         return {"complex": [value.real, value.imag]}
-    if isinstance(value, collections.abc.Iterator):
-        return {"iter": [encode(each) for each in value]}
-    raise ValueError("%s is no plain data" % type(value).__name__)
+    for name, kind in (("tuple", tuple), ("set", set), ("frozenset", frozenset), ("iter", Iterator)):
+        if isinstance(value, kind):
+            return {name: [encode(each) for each in value]}
+    raise ValueError(f"{type(value).__name__} is no plain data")
 
 
 def decode(value):
@@ -367,8 +368,10 @@ def decode(value):
         return complex(*parts)
     if kind == "dict":
         return {decode(key): decode(each) for key, each in parts}
-    makers = {"tuple": tuple, "set": set, "frozenset": frozenset, "iter": iter}
-    return makers[kind]([decode(each) for each in parts])
+    values = [decode(each) for each in parts]
+    if kind == "iter":
+        return iter(values)
+    return {"tuple": tuple, "set": set, "frozenset": frozenset}[kind](values)
 
 
 if __name__ == "__main__":

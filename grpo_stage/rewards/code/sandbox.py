@@ -12,13 +12,11 @@ import platform
 import re
 import select
 import shutil
-import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -363,7 +361,9 @@ def _check_version() -> None:
     version = tuple(map(int, re.findall(r"\d+", said)))
     if version < OLDEST_BWRAP:
         oldest = ".".join(map(str, OLDEST_BWRAP))
-        raise _refusal(BWRAP, f"{said.strip() or path} is older than {oldest}", f"Install bubblewrap {oldest} or later")
+        raise _refusal(
+            BWRAP, f"{said.strip() or path} is older than {oldest}", f"Install bubblewrap {oldest} or later"
+        )
 
 
 def _refusal(kind: str, reason: str, remedy: str) -> ValueError:
