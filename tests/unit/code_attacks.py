@@ -390,8 +390,17 @@ class Outcome:
     seconds: float
 
 
-def run_attacks(sandbox: str, folder: Path, kinds: Collection[str] = tuple(EXPECT_SECRET)) -> Outcome:
-    """Run all attacks on tests of these kinds, with the canary file in `folder`."""
+MEET_A_LIMIT = (
+    *("fork bomb", "fork bomb past the C library", "memory bomb", "memory bomb of zip", "endless loop", "sleep"),
+    *("deaf to signals", "1 GB of output", "recursion in C"),
+)
+"""Attacks that end at a limit, whoever runs the sandbox."""
+
+
+def run_attacks(
+    sandbox: str, folder: Path, kinds: Collection[str] = tuple(EXPECT_SECRET), leave_out: Collection[str] = ()
+) -> Outcome:
+    """Run the attacks on tests of these kinds, with the canary file in `folder`."""
     canary = folder / f"{MARK}-canary"
     canary.write_text(SECRET)
     os.environ[VARIABLE] = SECRET
@@ -399,7 +408,7 @@ def run_attacks(sandbox: str, folder: Path, kinds: Collection[str] = tuple(EXPEC
         listener.setblocking(False)
         port = str(listener.getsockname()[1])
         programs: dict[str, tuple[str, Tests]] = {}
-        for each in ATTACKS:
+        for each in [one for one in ATTACKS if one.name not in leave_out]:
             source = (
                 each.source.replace("@canary@", str(canary)).replace("@folder@", str(folder)).replace("@port@", port)
             )
@@ -420,7 +429,7 @@ def run_attacks(sandbox: str, folder: Path, kinds: Collection[str] = tuple(EXPEC
 def main() -> None:
     """What an ordinary user's sandbox makes of the attacks: run by root as another user."""
     check_sandbox("bwrap")
-    outcome = run_attacks("bwrap", Path(sys.argv[1]), ["input"])
+    outcome = run_attacks("bwrap", Path(sys.argv[1]), ["input"], leave_out=MEET_A_LIMIT)
     paid = [name for name, grade in outcome.grades.items() if grade.num_passed]
     print(os.getuid(), len(outcome.grades), paid, outcome.num_connections)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from grpo_stage.rewards.code import harness
 from grpo_stage.rewards.code.cases import InputTests, Tests
 from grpo_stage.rewards.code.grading import Grade, Graders, Grading
 from grpo_stage.rewards.code.sandbox import FIRST_UID, NUM_UIDS, Limits, check_sandbox
@@ -19,7 +20,7 @@ from grpo_stage.rewards.code.system_calls import filter_of_programs
 from grpo_stage.rewards.loading import load_rewards
 
 from . import code_attacks
-from .code_attacks import ATTACKS, EXPECT_SECRET, LIMITS, MARK, SECRET, Outcome, run_attacks
+from .code_attacks import ATTACKS, EXPECT_SECRET, LIMITS, MARK, MEET_A_LIMIT, SECRET, Outcome, run_attacks
 
 
 PACKAGE = Path(__file__).resolve().parents[2] / "grpo_stage"
@@ -133,7 +134,7 @@ def test_an_ordinary_user_has_a_sandbox_too(missing_tool: Callable[[str], None])
         done = subprocess.run(
             [*command, str(folder)], cwd=folder, env={"PYTHONPATH": str(folder)}, capture_output=True, text=True
         )
-    num_tried = sum("input" in attack.tests for attack in ATTACKS)
+    num_tried = sum("input" in attack.tests and attack.name not in MEET_A_LIMIT for attack in ATTACKS)
     uid = 65534 if os.getuid() == 0 else os.getuid()
     assert (done.stdout, done.stderr) == (f"{uid} {num_tried} [] 0\n", "")
 
@@ -202,12 +203,6 @@ def test_where_namespaces_are_off_the_reason_is_told(fake_bwrap: Callable[[str],
 
 
 def test_a_sandbox_that_does_not_hold_is_refused(fake_bwrap: Callable[[str], None]) -> None:
-    fake_bwrap('while [ "$1" != -I ]; do python=$1; shift; done; shift 5; exec "$python" -I -S $HARNESS')
-    source = Path(sys.modules["grpo_stage.rewards.code.harness"].__file__ or "")
-    said = ""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(
-            __import__("grpo_stage.rewards.code.sandbox", fromlist=["x"]).ENVIRONMENT, "HARNESS", str(source)
-        )
-        said = refusal()
+    fake_bwrap(f'while [ "$1" != -I ]; do python=$1; shift; done; exec "$python" -I -S {harness.__file__}')
+    said = refusal()
     assert "it does not hold: a program in it could read files of yours" in said

@@ -12,6 +12,7 @@ import platform
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -85,6 +86,7 @@ class Session:
         self._scratch = None if is_apart else tempfile.TemporaryDirectory(prefix="grpo-stage-code-")
         self._buffer = b""
         self._is_lost = False
+        self._first_inside: int | None = None
         setup = {
             "source": source,
             "tests": tests,
@@ -96,27 +98,39 @@ class Session:
             "memory_bytes": limits.memory_bytes,
             "output_bytes": limits.output_bytes,
         }
+        info, info_of_bwrap = os.pipe()
         try:
             self._process = subprocess.Popen(
-                sandbox_command() if is_apart else interpreter_command(_harness_file()),
+                sandbox_command(info_of_bwrap) if is_apart else interpreter_command(_harness_file()),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=ENVIRONMENT,
                 cwd=self._scratch.name if self._scratch else "/",
                 start_new_session=True,
+                pass_fds=[info_of_bwrap] if is_apart else [],
                 bufsize=0,
             )
         except OSError as error:
+            os.close(info)
             self._clear()
             raise SandboxError(f"{error.strerror}: {error.filename}") from error
+        finally:
+            os.close(info_of_bwrap)
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
         ready = self._exchange(setup, time.monotonic() + START_S)
         if ready != {"ready": True}:
+            self._process.kill()
+        with open(info, "rb") as file:
+            said_by_bwrap = file.read()
+        if ready != {"ready": True}:
             said = self._said()
             self.close()
             raise SandboxError(said or "it ended at once without a word")
+        if is_apart:
+            with suppress(ProcessLookupError):  # it has ended
+                self._first_inside = os.pidfd_open(json.loads(said_by_bwrap)["child-pid"])
 
     def ask(self, request: Mapping[str, Any], deadline: float) -> dict[str, Any]:
         """The reply to a request, as `harness.serve_program` and `run_tests` describe it.
@@ -133,10 +147,18 @@ class Session:
     def close(self) -> None:
         """End the sandbox with all that runs in it, and wait for that. May be called twice."""
         if self._process.poll() is None:
-            if self._scratch is not None:
+            if self._first_inside is not None:
+                # All others inside end with it, and bubblewrap reaps it. Were bubblewrap killed, it would be left to
+                # the machine's first process, which in a container often reaps none.
+                with suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self._first_inside, signal.SIGKILL)
+            else:
                 kill_descendants(self._process.pid)
-            self._process.kill()
+                self._process.kill()
         self._process.wait()
+        if self._first_inside is not None:
+            os.close(self._first_inside)
+            self._first_inside = None
         for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
             if pipe is not None and not pipe.closed:
                 pipe.close()
@@ -193,7 +215,6 @@ class Session:
     def _said(self) -> str:
         """What bubblewrap or the interpreter has written about their end."""
         assert self._process.stderr is not None
-        self._process.kill()
         return self._process.stderr.read(4096).decode("utf-8", "replace").strip()
 
     def _clear(self) -> None:
@@ -227,14 +248,14 @@ def interpreter_command(script: str) -> list[str]:
     return [_interpreter(), "-I", "-S", "-B", "-X", "utf8", script]
 
 
-def sandbox_command() -> list[str]:
-    """bubblewrap around the harness."""
+def sandbox_command(info_descriptor: int) -> list[str]:
+    """bubblewrap around the harness. It writes the number of the first process inside to `info_descriptor`."""
     inside = "/harness" + Path(_harness_file()).suffix
     bound = dict.fromkeys([_interpreter(), *_libraries()])
     links = {name: os.readlink(name) for name in _LIBRARIES if os.path.islink(name)}
     parents = sorted({str(parent) for path in [*bound, "/tmp"] for parent in Path(path).parents} - {"/"})
     return [
-        BWRAP,
+        shutil.which(BWRAP) or BWRAP,
         *("--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup-try"),
         # Root keeps what it needs to become another user; the harness does so before it reads a program.
         *("--cap-drop", "ALL"),
@@ -243,7 +264,15 @@ def sandbox_command() -> list[str]:
             if os.geteuid() == 0
             else ("--unshare-user", "--disable-userns")
         ),
-        *("--as-pid-1", "--die-with-parent", "--new-session", "--hostname", "sandbox"),
+        *(
+            "--info-fd",
+            str(info_descriptor),
+            "--as-pid-1",
+            "--die-with-parent",
+            "--new-session",
+            "--hostname",
+            "sandbox",
+        ),
         *(word for parent in parents for word in ("--perms", "0755", "--dir", parent)),
         *(word for path in bound for word in ("--ro-bind", path, path)),
         *(word for name, place in links.items() for word in ("--symlink", place, name)),
@@ -309,7 +338,10 @@ def breaches(canary, counts_threads):
         attempt("write outside its scratch folder", lambda: open("/written", "w"))
         attempt("start threads without end", start_threads)
         attempt("be root", lambda: os.setuid(0))
-    open("/tmp/scratch" if counts_threads else "scratch", "w").write("here it may")
+    try:
+        open("scratch", "w").write("here it may")
+    except OSError:
+        found.append("not write to its scratch folder")
     return found
 """
 _PACKAGE = "Install it: `apt-get install bubblewrap`"
