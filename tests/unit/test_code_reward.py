@@ -253,12 +253,13 @@ def test_every_form_of_tests_is_scored_by_the_share_that_is_passed(suite: Reward
     ]
 
 
-def test_what_programs_died_of_is_counted(suite: RewardSuite) -> None:
-    suite.take_counters()
-    assert suite.score(
-        [group(["assert add(1, 2) == 3"], "import os\nos._exit(0)", "import os\nos._exit(0)", ADD)]
-    ) == [[[0.0], [0.0], [1.0]]]
-    assert suite.take_counters() == {"code/ended": 2}
+def test_timeouts_are_counted() -> None:
+    settings = {"code": {"timeout": 0.1}}
+    with closing(load_rewards(["code"], None, settings, max_new_tokens=9, timeout_s=60.0)) as hasty:
+        hasty.score(
+            [group(["assert add(1, 2) == 3"], "while True: pass", "while True: pass", "import os\nos._exit(0)")]
+        )
+        assert hasty.counters == {"code/timeouts": 2}
 
 
 def test_all_or_nothing_stops_at_the_first_failure(suite: RewardSuite) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from grpo_stage.rewards.answers.final_answer import after_reasoning, answer_tag
 from grpo_stage.rewards.builtin.context import RewardContext
 from grpo_stage.rewards.builtin.settings import boolean, positive_int, seconds
+from grpo_stage.rewards.code import harness
 from grpo_stage.rewards.code.cases import Tests, read_tests
 from grpo_stage.rewards.code.grading import Grading
 from grpo_stage.rewards.code.sandbox import Limits, SandboxError
@@ -44,9 +45,8 @@ class CodeReward:
         except SandboxError as error:
             raise CompletionError(0, f"could not start a sandbox, which worked when the run began: {error}") from error
         grades = dict(zip(programs, found, strict=True))
-        for key in keys:
-            for reason in grades[key].died_of if key else ():
-                self._context.counters[f"code/{reason}"] += 1
+        if timeouts := sum(harness.TIMEOUT in grades[key].died_of for key in keys if key):
+            self._context.counters["code/timeouts"] += timeouts
         scores = {key: grade.share if self._partial else float(grade.has_passed) for key, grade in grades.items()}
         # Without tests it does not apply; without a program nothing is right.
         return [None if not value else scores[key] if key else 0.0 for key, value in zip(keys, tests, strict=True)]

@@ -120,15 +120,15 @@ class Session:
         assert self._process.stdin is not None
         os.set_blocking(self._process.stdin.fileno(), False)
         ready = self._exchange(setup, time.monotonic() + START_S)
+        os.set_blocking(info, False)
+        with open(info, "rb") as file:
+            said_by_bwrap = file.read()  # before it started what is ready
         if ready != {"ready": True}:
             self._process.kill()
-        with open(info, "rb") as file:
-            said_by_bwrap = file.read()
-        if ready != {"ready": True}:
             said = self._said()
             self.close()
             raise SandboxError(said or "it ended at once without a word")
-        if is_apart:
+        if said_by_bwrap:
             with suppress(ProcessLookupError):  # it has ended
                 self._first_inside = os.pidfd_open(json.loads(said_by_bwrap)["child-pid"])
 
