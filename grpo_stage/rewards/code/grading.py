@@ -1,6 +1,5 @@
 """Programs against their tests: one by one in sandboxes, several at a time."""
 
-import itertools
 import os
 import queue
 import signal
@@ -160,15 +159,20 @@ class Graders:
         """End the threads. May be called twice."""
         if self._threads is not None:
             self._threads.shutdown(cancel_futures=True)
-            self._threads = None
+            self._threads, self._slots = None, queue.SimpleQueue()
+
+    @staticmethod
+    def slots() -> range:
+        """The numbers of this process's sandboxes: as many as it has cores."""
+        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        first = os.getpid() * 64
+        return range(first, first + max(1, len(os.sched_getaffinity(0)) // processes_here))
 
     def _ready_threads(self) -> ThreadPoolExecutor:
         if self._threads is None:
-            processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            num_threads = max(1, len(os.sched_getaffinity(0)) // processes_here)
-            for slot in itertools.islice(itertools.count(os.getpid() * 64), num_threads):
+            for slot in self.slots():
                 self._slots.put(slot)
-            self._threads = ThreadPoolExecutor(num_threads, "grade", initializer=_block_stop_signals)
+            self._threads = ThreadPoolExecutor(len(self.slots()), "grade", initializer=_block_stop_signals)
         return self._threads
 
 

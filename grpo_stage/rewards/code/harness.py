@@ -9,6 +9,7 @@ A program runs in processes that are forked from this one, each with limits and 
 standard input, or one for all calls of its functions.
 """
 
+import atexit
 import builtins
 import ctypes
 import json
@@ -113,9 +114,7 @@ def run_once(text, setup):
     pid = os.fork()
     if pid == 0:
         enter(setup, stdin, stdout)
-        run("__main__", setup["source"])
-        # The interpreter ends as that of any script: it waits for threads and writes what is left to be written.
-        raise SystemExit(0)
+        os._exit(exit_code_of(setup["source"]))
     os.close(stdin)
     end = os.pidfd_open(pid)
     is_late = not wait_for(end, time.monotonic() + setup["wall_s"])
@@ -128,6 +127,32 @@ def run_once(text, setup):
     if len(output) > setup["output_bytes"]:
         return {"died": OUTPUT}
     return {"stdout": output.decode("utf-8", "replace"), "code": code}
+
+
+def exit_code_of(source):
+    """Run a program as a script to its end, its threads and what it has left to write included.
+
+    As the interpreter would, which then takes 10 ms more to take itself apart.
+    """
+    code = 0
+    for step in (lambda: run("__main__", source), wait_for_threads, atexit._run_exitfuncs, close_files):
+        try:
+            step()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BaseException:
+            code = 1
+    return code & 0xFF
+
+
+def wait_for_threads():
+    if "threading" in sys.modules:
+        sys.modules["threading"]._shutdown()
+
+
+def close_files():
+    sys.modules["__main__"].__dict__.clear()
+    sys.stdout.flush()
 
 
 class Calls:
