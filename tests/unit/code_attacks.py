@@ -348,7 +348,7 @@ ATTACKS = (
         """,
         kinds="assertion",
     ),
-    attack("recursion in C", "x = []\nfor _ in range(10**6):\n    x = [x]\nprint(x == x[:])", kinds="input"),
+    attack("recursion in C", "x = []\nfor _ in range(10**6):\n    x = [x]\nrepr(x)", kinds="input"),
     attack("a value that holds itself", "x = []\nx.append(x)\ndef solve(*_):\n    return x", kinds="call assertion"),
     attack(
         "deep and long numbers as values",

@@ -1,9 +1,11 @@
 """The reward `code`: which program, which tests, when an answer is right, and what it is worth."""
 
 import json
+import runpy
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -251,6 +253,32 @@ def test_every_form_of_tests_is_scored_by_the_share_that_is_passed(suite: Reward
         [[1.0]],
         [[None]],
     ]
+
+
+def test_a_script_ends_as_any_does(suite: RewardSuite) -> None:
+    """What it leaves to be written is written, and its exit code counts."""
+    right = {
+        "import atexit\natexit.register(print, 3)": 1.0,
+        "out = open(1, 'w')\nout.write('3')": 1.0,
+        "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer)\nprint(3)": 1.0,
+        "print(3)\nimport sys\nsys.exit()": 1.0,
+        "if __name__ == '__main__':\n    import os\n    print(3, flush=True)\n    os._exit(0)": 1.0,
+        "from dataclasses import dataclass\n@dataclass\nclass A:\n    x: int = 3\nprint(A().x)": 1.0,
+        "print(3)\nimport sys\nsys.exit('wrong')": 0.0,
+        "print(3)\nimport sys\nsys.exit(2)": 0.0,
+        "print(3)\n1 / 0": 0.0,
+        "import atexit\natexit.register(lambda: 1 / 0)\nprint(3": 0.0,
+    }
+    [scores] = suite.score([group({"inputs": [""], "outputs": ["3"]}, *right)])
+    assert dict(zip(right, (score for [score] in scores), strict=True)) == right
+
+
+def test_the_example_is_what_its_script_writes_and_its_solutions_pass(suite: RewardSuite) -> None:
+    folder = Path(__file__).resolve().parents[2] / "yaml_examples" / "data"
+    rows = [json.loads(line) for line in (folder / "programs.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == list(runpy.run_path(str(folder / "make_programs.py"))["rows"]())
+    groups = [group(json.loads(row["tests"]), row["answer"]) for row in rows]
+    assert suite.score(groups) == [[[1.0]]] * len(rows)
 
 
 def test_timeouts_are_counted() -> None:

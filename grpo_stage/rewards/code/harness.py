@@ -241,8 +241,10 @@ def enter(setup, stdin, stdout, *others):
         os.closerange(first, kept)
         first = kept + 1
     confine(setup)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 (as long as the process)
-    sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream = open(number, "rw"[number > 0], encoding="utf-8", closefd=False)  # noqa: SIM115 (it stays open)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)  # which keeps the buffer of a stream that a program replaces
     sys.argv = ["solution.py"]
 
 
