@@ -140,6 +140,8 @@ def test_a_program_cannot_take_the_place_of_pythons_own_functions() -> None:
         ("inf", "1e9999", False),
         ("YES", "Yes", False),
         ("9" * 10_000, "9" * 9_999 + "8", False),
+        ("0" * 1_000_000 + ".5", "3", False),  # at once
+        ("٣", "3", False),
     ],
 )
 def test_an_output(output: str, expected: str, is_right: bool) -> None:

@@ -5,8 +5,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +20,7 @@ from grpo_stage.rewards.code.grading import Grade, Graders, Grading
 from grpo_stage.rewards.code.sandbox import FIRST_UID, NUM_UIDS, Limits, check_sandbox
 from grpo_stage.rewards.code.system_calls import filter_of_programs
 from grpo_stage.rewards.loading import load_rewards
+from grpo_stage.rewards.workers.processes import STOP_SIGNALS
 
 from . import code_attacks
 from .code_attacks import ATTACKS, EXPECT_SECRET, LIMITS, MARK, MEET_A_LIMIT, SECRET, Outcome, run_attacks
@@ -138,6 +141,48 @@ def test_an_ordinary_user_has_a_sandbox_too(missing_tool: Callable[[str], None])
     num_tried = sum("input" in attack.tests and attack.name not in MEET_A_LIMIT for attack in ATTACKS)
     uid = 65534 if os.getuid() == 0 else os.getuid()
     assert (done.stdout, done.stderr) == (f"{uid} {num_tried} [] 0\n", "")
+
+
+def in_sandboxes(process: psutil.Process) -> list[psutil.Process]:
+    """bubblewrap below a process, and what runs in it."""
+    return [
+        each
+        for bwrap in process.children()
+        if bwrap.name() == "bwrap"
+        for each in (bwrap, *bwrap.children(recursive=True))
+    ]
+
+
+def test_a_stop_signal_does_not_fail_a_program(graders: Graders) -> None:
+    """LLaMA Board sends its signal to all that a run has started, and a scheduler to the whole job."""
+    program = "import time\ntime.sleep(0.8)\nprint(3)", InputTests(("",), ("3",))
+    num_signals = 0
+    with ThreadPoolExecutor(1) as thread:
+        graded = thread.submit(grade, graders, program)
+        while not graded.done():
+            for process in in_sandboxes(psutil.Process()):
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(STOP_SIGNALS[num_signals % len(STOP_SIGNALS)])
+                    num_signals += 1
+            time.sleep(0.02)
+    assert graded.result()[0].has_passed
+    assert num_signals > 8
+
+
+def test_a_sandbox_ends_with_the_trainer() -> None:
+    code = (
+        "import time\nfrom grpo_stage.rewards.code.sandbox import Limits, Session\n"
+        "session = Session('bwrap', 7, Limits(timeout_s=60), source='while True: pass')\n"
+        "print('ready', flush=True)\nsession.ask({'stdin': ''}, time.monotonic() + 60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as trainer:
+        assert trainer.stdout is not None
+        assert trainer.stdout.readline() == "ready\n"
+        time.sleep(0.3)
+        inside = in_sandboxes(psutil.Process(trainer.pid))
+        trainer.kill()
+    assert len(inside) == 3  # bubblewrap, the harness, the program
+    assert psutil.wait_procs(inside, 20.0)[1] == []
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "aarch64"])

@@ -65,7 +65,7 @@ def read_tests(value: Any) -> Tests:
     return _read(value)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)  # about the prompts of a rollout
 def _read_text(text: str) -> Tests:
     try:
         value = json.loads(text)

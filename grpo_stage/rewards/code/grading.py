@@ -80,7 +80,7 @@ class Grading:
             case InputTests():
                 for text, expected in zip(tests.inputs, tests.outputs, strict=True):
                     reply = program.ask({"stdin": text})
-                    yield reply.get("code") == 0 and same_output(str(reply["stdout"]), expected)
+                    yield reply.get("code") == 0 and same_output(str(reply.get("stdout")), expected)
             case CallTests():
                 for arguments, expected in zip(tests.arguments, tests.values, strict=True):
                     reply = program.ask({"call": [tests.function, [harness.encode(one) for one in arguments], {}]})

@@ -322,17 +322,19 @@ def run_tests(lines, setup):
     namespace.update(bisect=bisect, collections=collections, functools=functools, heapq=heapq, itertools=itertools)
     namespace.update(math=math, re=re, string=string, sys=sys)
     send(trainer, {"ready": True})
-    sources = tests["sources"]
     if tests["setup"]:
-        sources = [tests["setup"], *sources]
-    for i, source in enumerate(sources):
-        try:
-            exec(compile(source, "tests.py", "exec"), namespace)
-            passed = True
-        except BaseException:
-            passed = False
-        if i > 0 or not tests["setup"]:
-            send(trainer, {"passed": passed})
+        has_passed(tests["setup"], namespace)
+    for source in tests["sources"]:
+        allow_seconds(setup["cpu_s"])
+        send(trainer, {"passed": has_passed(source, namespace)})
+
+
+def has_passed(source, namespace):
+    try:
+        exec(compile(source, "tests.py", "exec"), namespace)
+    except BaseException:
+        return False
+    return True
 
 
 def asking(lines, trainer, name):
