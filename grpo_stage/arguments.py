@@ -166,6 +166,17 @@ class GRPOArguments:
         'the path of a field, e.g. {"ground_truth": "reward_model.ground_truth"}. A column itself needs no entry: an '
         "argument of its name gets it.",
     )
+    code_sandbox: Literal["bwrap", "none"] = _key(
+        "bwrap",
+        REWARDS,
+        "Where the reward `code` runs the programs of completions: `bwrap` in bubblewrap, without network, files of "
+        "yours and rights; `none` as you, with all your rights, which `run_code_without_sandbox` has to confirm.",
+    )
+    run_code_without_sandbox: bool = _key(
+        False,
+        REWARDS,
+        "Confirm `code_sandbox: none`: what the model writes may read, change and send whatever you may.",
+    )
     # Objective
     advantage_estimator: AdvantageEstimator = _key(
         "grpo",

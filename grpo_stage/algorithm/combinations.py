@@ -26,6 +26,8 @@ _OTHERS = (
     Part("dynamic_sampling", (True,), reads=("max_resample_times", "filter_metric", "filter_min_range")),
     Part("mask_zero_std_groups", (False,), reads=("kl_in_reward",)),
     Part("on_alarm", Naming("recover"), reads=("max_recoveries",)),
+    Part("reward_funcs", Naming("code"), reads=("code_sandbox",)),
+    Part("code_sandbox", ("none",), reads=("run_code_without_sandbox",)),
     Part("log_completions", (True,), reads=("num_completions_to_print",)),
     Part("eval_strategy", ("steps",), reads=("eval_steps",)),
     Part("eval_strategy", ("steps", "epoch"), reads=("eval_num_generations", "eval_temperature")),
@@ -247,6 +249,11 @@ RULES = (
         lambda v: v.entropy_target is not None and v.entropy_coef > v.entropy_coef_max,
         "`entropy_coef: {entropy_coef}` is above `entropy_coef_max: {entropy_coef_max}`, which it may not pass where "
         "`entropy_target` adapts it. Lower the one or raise the other.",
+    ),
+    Rule(
+        lambda v: v.code_sandbox == "none" and not v.run_code_without_sandbox,
+        "`code_sandbox: none` runs what the model writes with all your rights. If that is meant, write "
+        "`run_code_without_sandbox: true` beside it; else leave `code_sandbox` out.",
     ),
     Rule(
         lambda v: v.clip_cov_min >= v.clip_cov_max,

@@ -6,6 +6,7 @@ Imports no torch, as every reader of keys needs this: the arguments, the host's 
 import json
 import math
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -55,12 +56,14 @@ class Given:
 
 @dataclass(frozen=True)
 class Naming:
-    """Stands for a word, and for a mapping (or its JSON text) in which it is a value."""
+    """Stands for a word, a list that has it as an item, a mapping in which it is a value, and the text of these."""
 
     word: str
 
     def __contains__(self, value: Any) -> bool:
-        return self.word in (value.values() if isinstance(value, Mapping) else str(value))
+        if isinstance(value, str):
+            return self.word in re.split(r"[\s,\"{}\[\]]+", value)
+        return self.word in (value.values() if isinstance(value, Mapping) else value or ())
 
     def __str__(self) -> str:
         return self.word

@@ -61,6 +61,7 @@ def prepare(arguments: RunArguments) -> Preparation:
             timeout_s=finetuning_args.reward_timeout,
             dump_dir=training_args.output_dir,
             fields=tuple(finetuning_args.reward_columns or ()),
+            code_sandbox=finetuning_args.code_sandbox,
             announce=logger.info_rank0,
         )
     with apart():

@@ -8,13 +8,13 @@ from grpo_stage.host.adapters import items
 from grpo_stage.rewards.user_code import describe, is_code
 
 
-TRUSTED = "trust_remote_code"
+TRUSTED, BARE = "trust_remote_code", "run_code_without_sandbox"
 
 
 def code_names(recipe: Mapping[str, Any]) -> list[str]:
-    """The parts of a recipe that run code: functions that are not built in, and `trust_remote_code`."""
+    """The parts of a recipe that run code: functions that are not built in, and the keys that let other code run."""
     functions = [name.strip() for name in items(recipe.get("reward_funcs"))]
-    return [*filter(is_code, functions), *([TRUSTED] if recipe.get(TRUSTED) else [])]
+    return [*filter(is_code, functions), *(key for key in (TRUSTED, BARE) if recipe.get(key))]
 
 
 def code_of(recipe: Mapping[str, Any], names: Collection[str], folder: Path) -> dict[str, str]:
@@ -29,9 +29,11 @@ def code_of(recipe: Mapping[str, Any], names: Collection[str], folder: Path) -> 
         ValueError: if a function cannot be a reward function.
     """
     asked = [name for name in code_names(recipe) if name in names]
-    found = {f"{code.spec} {code.sha256}": str(code) for code in describe([n for n in asked if n != TRUSTED], folder)}
+    found = {f"{code.spec} {code.sha256}": str(code) for code in describe(filter(is_code, asked), folder)}
     if TRUSTED in asked:
         found[TRUSTED] = f"{TRUSTED}: Python code from the repository of {recipe.get('model_name_or_path')}"
+    if BARE in asked:
+        found[BARE] = f"{BARE}: programs that the model writes, with all your rights"
     return found
 
 
@@ -41,5 +43,5 @@ def own_files(recipe: Mapping[str, Any], folder: Path) -> list[Path]:
     Raises:
         ValueError: as `code_of`.
     """
-    functions = [name for name in code_names(recipe) if name != TRUSTED]
+    functions = filter(is_code, code_names(recipe))
     return list(dict.fromkeys(code.file for code in describe(functions, folder) if not code.is_installed))

@@ -78,7 +78,8 @@ TRAINING: tuple[Definition, ...] = (
     Definition(
         ("rewards/{function}/timeouts",),
         "completions that `accuracy` or `length` could not decide within `timeout` of its `reward_kwargs` "
-        "(they count as not applicable), over all processes since the last line; absent where there were none",
+        "(they count as not applicable), or whose program met a time limit of `code` (it fails the test); over all "
+        "processes since the last line, absent where there were none",
     ),
     Definition(
         ("completions/mean_length", "completions/min_length", "completions/max_length"),

@@ -11,13 +11,20 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from grpo_stage.rewards.error_hints import NOT_SUPPLIED, explanation_of
 from grpo_stage.rewards.errors import CompletionError, shorten
 from grpo_stage.rewards.options import BATCH_ARGUMENTS
 from grpo_stage.rewards.user_code import RewardCode
 from grpo_stage.types import Prompt
+
+
+@runtime_checkable
+class ReadsColumns(Protocol):
+    """A built-in function that can say before a run what is wrong with its columns."""
+
+    def check_columns(self, prompts: Sequence[Prompt]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +103,9 @@ class RewardFunction:
                     "turn, or name the column that holds the answer with `reference_column`"
                 )
             raise ValueError(f"reward {self.name!r} takes an argument {name!r}{_missing(name, lacking, prompts)}")
+        function: Any = self.function
+        if isinstance(function, ReadsColumns):
+            function.check_columns(prompts)
 
     def arguments_from(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """The part of the batch that the function is called with."""

@@ -14,9 +14,10 @@ from types import ModuleType
 from typing import Any
 
 from grpo_stage.rewards.builtin.context import RewardContext
+from grpo_stage.rewards.code.sandbox import BWRAP, check_sandbox
 from grpo_stage.rewards.function import RewardFunction, working_directory_kept
 from grpo_stage.rewards.options import REWARD_MODEL, display_name
-from grpo_stage.rewards.registry import BUILTIN_REWARDS, names_that_ask_checker
+from grpo_stage.rewards.registry import BUILTIN_REWARDS, names_that_ask_checker, run_programs
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.rewards.user_code import RewardCode, check_loaded, describe, file_of, locate
 from grpo_stage.rewards.user_modules import first_on_path, module_of
@@ -37,6 +38,7 @@ def load_rewards(
     timeout_s: float,
     dump_dir: str | None = None,
     fields: Collection[str] = (),
+    code_sandbox: str = BWRAP,
     announce: Callable[[str], object] = logger.info,
 ) -> RewardSuite:
     """The suite that `reward_funcs`, `reward_weights` and `reward_kwargs` describe, as `check_rewards` lets them pass.
@@ -50,6 +52,7 @@ def load_rewards(
         timeout_s: seconds that one function may take for the completions of one rollout.
         dump_dir: the folder that the stacks of a function that took longer are written to.
         fields: the arguments that `reward_columns` names.
+        code_sandbox: where programs of completions run, for functions that run any.
         announce: is told of each function's code before any of it is loaded.
 
     Raises:
@@ -58,7 +61,9 @@ def load_rewards(
     for code in describe(names, Path.cwd()):
         announce(f"Reward code that will run: {code}.")
     display_names = [display_name(name) for name in names]
-    context = RewardContext(max_new_tokens, AnswerChecker(timeout_s))
+    if run_programs(display_names):
+        check_sandbox(code_sandbox)
+    context = RewardContext(max_new_tokens, AnswerChecker(timeout_s), timeout_s=timeout_s, code_sandbox=code_sandbox)
     functions, workers = [], {}
     for spec, name in zip(names, display_names, strict=True):
         if spec.strip() == REWARD_MODEL:

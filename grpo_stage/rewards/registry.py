@@ -3,7 +3,7 @@
 `grpo_stage.arguments` reads the names, so that the module of a function is imported when the function is asked for.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from types import MappingProxyType
@@ -20,6 +20,8 @@ class BuiltinReward:
     """It asks the `AnswerChecker`, which has processes of its own."""
     may_never_end: bool = False
     """It runs in a process of its own, which can be ended."""
+    runs_programs: bool = False
+    """It runs programs of completions, for which there has to be a sandbox."""
 
     @property
     def factory(self) -> Callable[..., Callable[..., Any]]:
@@ -34,12 +36,18 @@ BUILTIN_REWARDS: Mapping[str, BuiltinReward] = MappingProxyType(
         "exact_match": BuiltinReward("correctness.exact_match"),
         "format": BuiltinReward("structure.think_answer_format"),
         "tag_count": BuiltinReward("structure.tag_count"),
+        "code": BuiltinReward("code.code", runs_programs=True),
         "length": BuiltinReward("shaping.length", asks_checker=True),
         "overlong": BuiltinReward("shaping.overlong"),
         "repetition": BuiltinReward("shaping.repetition"),
         "regex": BuiltinReward("structure.regex", may_never_end=True),  # a pattern can backtrack for hours
     }
 )
+
+
+def run_programs(names: Iterable[str]) -> bool:
+    """Whether one of the display names `names` runs programs of completions."""
+    return any(name in BUILTIN_REWARDS and BUILTIN_REWARDS[name].runs_programs for name in names)
 
 
 def names_that_ask_checker(names: Collection[str]) -> list[str]:

@@ -142,6 +142,7 @@ class RewardSuite:
         """End the worker processes. May be called twice."""
         self._loop.close()
         self._context.checker.close()
+        self._context.graders.close()
         for worker in self._workers.values():
             worker.close()
 

@@ -39,6 +39,7 @@ def checks(recipe: Mapping[str, Any] | None) -> list[tuple[str, Callable[[], lis
         ("vLLM", partial(check_vllm, recipe)),
         ("FlashAttention", partial(check_flash_attention, values)),
         ("memory", check_memory),
+        ("sandbox", partial(check_programs, recipe)),
     ]
 
 
@@ -360,3 +361,19 @@ def check_memory() -> list[Finding]:
         remedy = "Import alone takes 2 GiB: end other programs."
         return [Finding(check="memory", level=WARN, said=said, remedy=remedy)]
     return [Finding(check="memory", level=OK, said=said)]
+
+
+def check_programs(recipe: Mapping[str, Any] | None) -> list[Finding]:
+    """Whether the reward `code` can run programs here; a failure only for a recipe that asks for it."""
+    from grpo_stage.rewards.code.sandbox import BWRAP, check_sandbox
+
+    functions = (recipe or {}).get("reward_funcs") or ()
+    names = functions.split(",") if isinstance(functions, str) else functions
+    is_needed = "code" in map(str.strip, names) and (recipe or {}).get("code_sandbox", BWRAP) == BWRAP
+    try:
+        check_sandbox(BWRAP)
+    except ValueError as error:
+        said, _, remedy = str(error).partition(". ")
+        level = FAIL if is_needed else WARN if recipe is None else OK
+        return [Finding(check="sandbox", level=level, said=said, remedy=remedy)]
+    return [Finding(check="sandbox", level=OK, said="bubblewrap holds: the reward `code` can run programs")]

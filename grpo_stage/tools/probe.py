@@ -107,6 +107,7 @@ def _probe(configuration: Mapping[str, Any], args: argparse.Namespace) -> "tuple
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=finetuning.reward_timeout,
         fields=tuple(finetuning.reward_columns or ()),
+        code_sandbox=finetuning.code_sandbox,
         announce=print,  # on stderr, as `run` has it
     )
     with contextlib.closing(rewards):

@@ -134,6 +134,7 @@ def try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -
         max_new_tokens=arguments.generating.max_new_tokens,
         timeout_s=arguments.finetuning.reward_timeout,
         fields=tuple(arguments.finetuning.reward_columns or ()),
+        code_sandbox=arguments.finetuning.code_sandbox,
         announce=print,  # on stderr, as `run` has it
     )
     rewards.progress = TrainingProgress(max_steps=max(1, arguments.training.max_steps))

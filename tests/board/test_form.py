@@ -61,7 +61,7 @@ def companions(field: FormField) -> dict[str, Any]:
                 value = other.default if other.default in allowed else allowed[0]
             else:
                 value = allowed.bound + 0.04 if isinstance(allowed, Above) else getattr(allowed, "word", "something")
-            values[f"train__grpo_{key}"] = value
+            values[f"train__grpo_{key}"] = [value] if other.kind == "list" else value
     return values
 
 

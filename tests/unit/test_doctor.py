@@ -261,3 +261,23 @@ def test_a_refused_recipe_breaks_no_other_line(examined: Callable[..., tuple[int
     assert "`num_generation` is not a key" in found["recipe"]["said"]
     assert found["devices"]["level"] == OK
     assert doctor.guarded("template", lambda: []) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "level"),
+    [
+        (None, WARN),
+        ({"reward_funcs": "accuracy"}, OK),
+        ({"reward_funcs": "accuracy, code"}, FAIL),
+        ({"reward_funcs": ["code"]}, FAIL),
+        ({"reward_funcs": "code", "code_sandbox": "none"}, OK),
+    ],
+)
+def test_without_a_sandbox_a_recipe_that_runs_programs_fails(
+    monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any] | None, level: str
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    [finding] = doctor_environment.check_programs(recipe)
+    assert finding.level == level
+    assert "is not installed" in finding.said
+    assert "apt-get install bubblewrap" in finding.remedy

@@ -4,15 +4,22 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from grpo_stage.rewards.code.grading import Graders
+from grpo_stage.rewards.code.sandbox import BWRAP
 from grpo_stage.rewards.workers.answer_checker import AnswerChecker
 
 
 @dataclass(frozen=True)
 class RewardContext:
-    """The limits of a run, the checker of answers and the counters: one object for all built-in rewards."""
+    """The limits of a run, what decides in other processes, and the counters: one object for all built-in rewards."""
 
     max_new_tokens: int
     checker: AnswerChecker
+    graders: Graders = field(default_factory=Graders)
+    timeout_s: float = 600.0
+    """For the completions of one rollout."""
+    code_sandbox: str = BWRAP
+    """Where programs run."""
     counters: Counter[str] = field(default_factory=Counter)
 
     def judge(

@@ -23,3 +23,10 @@ def finite_number(name: str, value: Any) -> float:
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise ValueError(f"{name} is {value!r}: it must be a finite number")
     return float(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    """`value` as true or false, or ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}: it must be true or false")
+    return value
