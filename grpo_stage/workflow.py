@@ -25,7 +25,7 @@ from .records.activity import Activity
 from .records.redaction import errors_masked
 from .records.run_record import write_run_record
 from .trainer import GRPOTrainer
-from .types import RolloutEngine
+from .types import ReplicatedEngine, RolloutEngine
 
 
 logger = facade.get_logger(__name__)
@@ -115,8 +115,11 @@ class _Run:
             rewards=rewards,
             reference=reference,
             max_sampling_logprob_diff=bound,
-            # What the engine samples ahead is of no version that the trainer could compare its own with.
-            tests_slope=bound > TIGHT_BOUND or finetuning_args.rollout_ahead > 0,
+            # What the engine samples ahead is of no version that the trainer could compare its own with, and the mean
+            # over what several servers sample hides one that is wrong.
+            tests_slope=bound > TIGHT_BOUND
+            or finetuning_args.rollout_ahead > 0
+            or isinstance(self.engine, ReplicatedEngine),
             settings=vars(arguments.values()),
             possible_settings=partial(possible, arguments),
             may_recover=recoveries.is_allowed,

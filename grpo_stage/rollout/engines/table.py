@@ -9,7 +9,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from grpo_stage.algorithm.conditions import Rule
-from grpo_stage.rollout.engines import vllm_rules
+from grpo_stage.rollout.engines import vllm_rules, vllm_server_rules
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.types import RolloutEngine
 
@@ -27,6 +27,9 @@ class EngineEntry:
     refuse_unfit: Callable[[SimpleNamespace], None] = lambda values: None
     """Asked about the parsed keys, with `device_type`, `model_quantization` (the method that the model's files are
     quantized with, or None) and `model_positions` (how many tokens the model was made for, or None) among them."""
+    check_service: Callable[[SimpleNamespace], None] = lambda values: None
+    """Asked about the parsed keys of a run that is about to start, before a model is loaded: whether what runs
+    elsewhere is there, and fit."""
     rounds_on_gpu: bool = False
     """Whether it rounds on a GPU where the run computes in float32."""
 
@@ -43,6 +46,18 @@ def _build_vllm(request: EngineRequest) -> RolloutEngine:
     return start_vllm(request)
 
 
+def _build_vllm_server(request: EngineRequest) -> RolloutEngine:
+    from grpo_stage.rollout.engines.vllm_server import connect
+
+    return connect(request)
+
+
+def _check_vllm_servers(values: SimpleNamespace) -> None:
+    from grpo_stage.rollout.engines.vllm_server_check import check_servers
+
+    check_servers(values)
+
+
 ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
     {
         "hf": EngineEntry(build=_build_hf),
@@ -52,6 +67,14 @@ ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
             refuse_adapter=vllm_rules.refuse_adapter,
             refuse_unfit=vllm_rules.refuse_unfit,
             rounds_on_gpu=True,  # in its attention
+        ),
+        "vllm_server": EngineEntry(
+            build=_build_vllm_server,
+            rules=vllm_server_rules.SERVER_RULES,
+            refuse_adapter=vllm_rules.refuse_adapter,
+            refuse_unfit=vllm_server_rules.refuse_unfit,
+            check_service=_check_vllm_servers,
+            rounds_on_gpu=True,
         ),
     }
 )
