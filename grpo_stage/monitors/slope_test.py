@@ -261,7 +261,7 @@ class SlopeTest(Monitor):
             of_syncs.append(slopes[0])
         if chosen:
             self._previous = _Probe(chosen, scores[sum(len(group.completions) for group in self._probes) :])
-        shown = {}
+        shown: dict[str, float] = {}
         for name, slopes_of in (("start", from_start), ("previous", of_syncs)):
             if defined := [slope for slope in slopes_of if slope.is_defined]:
                 worst = max(defined, key=lambda slope: abs(slope.value - 1))
@@ -304,10 +304,11 @@ class SlopeTest(Monitor):
     def _judge(self, slope: Slope, replica: str, start: str, version: int) -> None:
         if not slope.is_defined or slope.is_sound:
             return
+        where = f" at {replica}" if replica else ""
         raise StaleRolloutError(
-            f"The {self.backend} engine{replica and f' at {replica}'} does not follow the policy: at step {version} its log-probabilities of tokens "
-            f"that both score differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what the "
-            "trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
+            f"The {self.backend} engine{where} does not follow the policy: at step {version} its log-probabilities of "
+            f"tokens that both score differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what "
+            "the trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
             "since, 2 with twice that. The completions come from another policy than the one that is trained, so the "
             "run is stopped. Try `rollout_backend: hf`; if that is quiet, report the model and the vLLM version."
         )

@@ -26,7 +26,8 @@ class EngineEntry:
     """Asked about the adapter that is trained further: its path, what its adapter_config.json says, and the keys."""
     refuse_unfit: Callable[[SimpleNamespace], None] = lambda values: None
     """Asked about the parsed keys, with `device_type`, `model_quantization` (the method that the model's files are
-    quantized with, or None) and `model_positions` (how many tokens the model was made for, or None) among them."""
+    quantized with, or None), `model_positions` (how many tokens the model was made for, or None) and `is_tied`
+    (whether its output layer has the embeddings' weight) among them."""
     check_service: Callable[[SimpleNamespace], None] = lambda values: None
     """Asked about the parsed keys of a run that is about to start, before a model is loaded: whether what runs
     elsewhere is there, and fit."""

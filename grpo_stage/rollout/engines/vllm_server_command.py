@@ -58,7 +58,7 @@ def serve_command(
     }
     environment = {
         "VLLM_NO_USAGE_STATS": "1",
-        # vLLM has two model runners, and the second is its choice for some models on CUDA; only the first was run here.
+        # vLLM has two model runners, and the second is its choice for some models on CUDA; only the first was run.
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }
     if serves_adapter(keys):
@@ -75,10 +75,8 @@ def serve_command(
         }
         environment |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "TORCHDYNAMO_DISABLE": "1"}
     flags |= {name.replace("_", "-"): value for name, value in (keys.vllm_config or {}).items()}
-    program = (
-        ["python", "-m", "vllm.entrypoints.openai.api_server", "--model"] if is_cpu_package else ["vllm", "serve"]
-    )
-    arguments = [*program, keys.model_name_or_path]
+    module = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")
+    arguments = [*(module if is_cpu_package else ("vllm", "serve")), keys.model_name_or_path]
     for name, value in flags.items():
         arguments += _flag(name, value)
     return ServeCommand(tuple(arguments), environment)

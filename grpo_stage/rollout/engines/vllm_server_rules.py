@@ -148,6 +148,13 @@ _MODEL_RULES = (
         "what the servers make of such files was not compared with what the trainer does",
         f"Train the unquantized model, or {_OWN_VLLM}",
     ),
+    vllm_rule(
+        lambda v: v.is_tied and v.device_type == "cpu" and not serves_adapter(v),
+        "Delivering all weights of `model_name_or_path: {model_name_or_path}` is not possible on a CPU",
+        "its output layer shares the embeddings' weight, of which vLLM keeps a packed copy there that its reload leaves "
+        "as it was, and a server cannot be made to pack it anew",
+        f"Write `finetuning_type: lora` with `vllm_lora: native`, or {_OWN_VLLM}",
+    ),
     *POSITION_RULES,
 )
 
