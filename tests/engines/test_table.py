@@ -30,7 +30,13 @@ def test_the_rules_are_read_without_an_engine() -> None:
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_the_fields_of_a_rules_message_are_keys(name: str) -> None:
-    fields = {field for rule in ENGINES[name].rules for _, field, _, _ in Formatter().parse(rule.message) if field}
+    fields = {
+        field
+        for rule in ENGINES[name].rules
+        if isinstance(rule.message, str)
+        for _, field, _, _ in Formatter().parse(rule.message)
+        if field
+    }
     assert fields <= {*effective_defaults(), "adapter_rank"}
 
 
@@ -44,7 +50,7 @@ def test_what_is_more_than_a_plain_lora_is_told_by_keys_that_peft_has() -> None:
 @pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (8, 8), (257, 320), (512, 512)])
 def test_a_rank_is_rounded_up_to_one_that_vllm_makes_room_for(rank: int, room: int) -> None:
     assert rank_with_room(rank) == room
-    refuse_broken(RANK_RULES, SimpleNamespace(adapter_rank=rank, vllm_max_lora_rank=room))
+    refuse_broken(RANK_RULES, SimpleNamespace(adapter_rank=rank, vllm_max_lora_rank=room, rollout_backend="vllm"))
 
 
 @pytest.mark.parametrize(
@@ -57,4 +63,4 @@ def test_a_rank_is_rounded_up_to_one_that_vllm_makes_room_for(rank: int, room: i
 )
 def test_a_rank_without_room_is_refused(rank: int, own: int | None, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        refuse_broken(RANK_RULES, SimpleNamespace(adapter_rank=rank, vllm_max_lora_rank=own))
+        refuse_broken(RANK_RULES, SimpleNamespace(adapter_rank=rank, vllm_max_lora_rank=own, rollout_backend="vllm"))

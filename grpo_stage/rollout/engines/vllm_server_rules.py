@@ -58,7 +58,7 @@ def _address(url: str) -> tuple[str, str, int] | None:
         return None
     if parts.scheme not in _PORTS or not parts.hostname or any(character.isspace() for character in url):
         return None
-    if parts.path or parts.query or parts.fragment or "@" in parts.netloc:
+    if parts.path or parts.query or parts.fragment:
         return None
     return parts.scheme, parts.hostname, _PORTS[parts.scheme] if port is None else port
 
@@ -87,10 +87,15 @@ SERVER_RULES = (
         "example `vllm_server_urls: http://localhost:8000`; `grpo-stage serve` prints the command that starts one.",
     ),
     Rule(
+        lambda v: "@" in (v.vllm_server_urls or ""),
+        "`vllm_server_urls` has a name or a password in an address, where logs and messages would show it. Leave it "
+        "out; a key for the servers goes into the environment (VLLM_API_KEY).",
+    ),
+    Rule(
         lambda v: bool(_broken_urls(v)),
         lambda v: (
             f"`vllm_server_urls: {v.vllm_server_urls}` has `{_broken_urls(v)[0]}`, which is no server's address: "
-            "that is `http://` or `https://`, a host and a port, without a path or a password. Write for example "
+            "that is `http://` or `https://`, a host and a port, without a path. Write for example "
             "`http://localhost:8000,http://otherhost:8000`."
         ),
     ),
@@ -151,8 +156,8 @@ _MODEL_RULES = (
     vllm_rule(
         lambda v: v.is_tied and v.device_type == "cpu" and not serves_adapter(v),
         "Delivering all weights of `model_name_or_path: {model_name_or_path}` is not possible on a CPU",
-        "its output layer shares the embeddings' weight, of which vLLM keeps a packed copy there that its reload leaves "
-        "as it was, and a server cannot be made to pack it anew",
+        "its output layer shares the embeddings' weight, of which vLLM keeps a packed copy there that its reload "
+        "leaves as it was, and a server cannot be made to pack it anew",
         f"Write `finetuning_type: lora` with `vllm_lora: native`, or {_OWN_VLLM}",
     ),
     *POSITION_RULES,
