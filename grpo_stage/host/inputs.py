@@ -55,7 +55,9 @@ def prepare(arguments: RunArguments) -> Preparation:
     are_files_sound = not has_refused()
     with apart():
         if are_files_sound:
-            ENGINES[finetuning_args.rollout_backend].check_service(arguments.values())
+            ENGINES[finetuning_args.rollout_backend].check_service(
+                arguments.values(), training_args.process_index == 0
+            )
     with apart():
         rewards = load_rewards(
             cast(list[str], finetuning_args.reward_funcs),

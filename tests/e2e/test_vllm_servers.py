@@ -104,6 +104,8 @@ def cluster(
         yield Cluster(farm, recipe)
     finally:
         farm.close()
+        for server in farm.started:
+            print(f"{server.log}:\n{server.log.read_text()[-3000:]}")  # shown where a test fails
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +123,7 @@ def connect(cluster: Cluster, tokenizer: Any, urls: list[str], i: int = 0) -> VL
         folder="/nowhere",
         limit_s=120.0,
         warn=lambda text: pytest.fail(text),
+        scores_alone=True,
         patience=PATIENCE,
     )
 

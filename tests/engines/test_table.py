@@ -3,9 +3,10 @@
 import dataclasses
 import subprocess
 import sys
+from contextlib import nullcontext
 from string import Formatter
 from types import SimpleNamespace
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from peft import LoraConfig
@@ -45,6 +46,19 @@ def test_what_is_more_than_a_plain_lora_is_told_by_keys_that_peft_has() -> None:
     assert lora_extras(LoraConfig(r=4, target_modules=["q_proj"]).to_dict()) == {}
     extras = lora_extras(LoraConfig(r=4, use_dora=True, rank_pattern={"q_proj": 2}).to_dict())
     assert extras == {"use_dora": True, "rank_pattern": {"q_proj": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_refused"),
+    [({}, True), ({"is_tied": False}, False), ({"device_type": "cuda"}, False), ({"finetuning_type": "lora"}, False)],
+)
+def test_a_servers_reload_on_a_cpu_leaves_a_tied_output_layer(changed: dict[str, Any], is_refused: bool) -> None:
+    keys = {"model_name_or_path": "a/model", "rollout_backend": "vllm_server", "finetuning_type": "full"}
+    empty = dict.fromkeys(("vllm_config", "structured_outputs", "model_quantization", "model_positions"))
+    facts = {"vllm_lora": "native", "device_type": "cpu", "is_tied": True}
+    values = SimpleNamespace(**keys | empty | facts | changed)
+    with pytest.raises(ValueError, match="packed copy.*`finetuning_type: lora`") if is_refused else nullcontext():
+        ENGINES["vllm_server"].refuse_unfit(values)
 
 
 @pytest.mark.parametrize(("rank", "room"), [(1, 1), (2, 8), (8, 8), (257, 320), (512, 512)])

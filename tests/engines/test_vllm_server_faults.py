@@ -4,6 +4,7 @@ tests/engines/test_vllm_server.py has those."""
 import contextlib
 import re
 import threading
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -40,7 +41,7 @@ def wanted(**changed) -> Wanted:
 class Run:
     """An engine with its servers, and what it has warned of."""
 
-    def __init__(self, tokenizer, num_servers=2, is_dev=False, **changed) -> None:
+    def __init__(self, tokenizer, num_servers=2, is_dev=False, scores_alone=False, **changed) -> None:
         self.servers = [FakeServer(MODEL, is_dev=is_dev, has_lora=not is_dev) for _ in range(num_servers)]
         self.warnings: list[str] = []
         self.engine = VLLMServers(
@@ -50,6 +51,7 @@ class Run:
             folder="/nowhere",
             limit_s=2.0,
             warn=self.warnings.append,
+            scores_alone=scores_alone,
             patience=PATIENCE,
         )
 
@@ -128,11 +130,23 @@ def test_a_version_has_a_name_of_its_own_and_only_the_last_is_held(start, policy
     first.engine.close()
 
 
-def test_each_replica_scores_by_itself(start, policy, sampling):
-    run = start()
+@pytest.mark.parametrize("scores_alone", [False, True])
+def test_each_replica_scores_by_itself(start, policy, sampling, scores_alone):
+    run = start(scores_alone=scores_alone)
+    under_way, most = [0], [0]
+
+    def before(path, body):
+        if body and body.get("sampling_params", {}).get("prompt_logprobs") is not None:
+            under_way[0] += 1
+            most[0] = max(most[0], under_way[0])
+            time.sleep(0.005)
+            under_way[0] -= 1
+
+    run.servers[0].before = before
     run.engine.sync(policy, 1)
     groups = run.engine.generate(PROMPTS, sampling, 1)
     scores = run.engine.score(groups)
+    assert (most[0] == 1) == scores_alone
     assert [len(own) for own in scores] == [12] * 18
     first, second = run.engine.score_each(groups).items()
     assert [first[0], second[0]] == [server.url for server in run.servers]
@@ -324,6 +338,10 @@ def test_what_the_servers_refuse_ends_the_run(start, policy, sampling):
         run.engine.generate(PROMPTS, sampling, 1)
 
 
+def check(keys: SimpleNamespace) -> None:
+    check_servers(keys, is_first_rank=True)
+
+
 def recipe(*servers, **changed) -> SimpleNamespace:
     values = {
         "vllm_server_urls": ",".join(server.url for server in servers),
@@ -359,10 +377,19 @@ def fake() -> Iterator:
             server.kill()
 
 
+def test_only_one_rank_tries_the_servers_out(fake):
+    server = fake(mode="raw_logits")
+    check_servers(recipe(server), is_first_rank=False)
+    assert server.log == []
+    server.version = "0.12.0"
+    with pytest.raises(ValueError, match="has vLLM"):
+        check_servers(recipe(server), is_first_rank=False)
+
+
 def test_fit_servers_are_let_through(fake):
-    check_servers(recipe(fake(), fake()))
-    check_servers(recipe(fake(mode="raw_logprobs"), top_p=0.9))
-    check_servers(recipe(fake(is_dev=True, has_lora=False, takes_adapters=False), finetuning_type="full"))
+    check(recipe(fake(), fake()))
+    check(recipe(fake(mode="raw_logprobs"), top_p=0.9))
+    check(recipe(fake(is_dev=True, has_lora=False, takes_adapters=False), finetuning_type="full"))
 
 
 @pytest.mark.parametrize(
@@ -386,14 +413,14 @@ def test_fit_servers_are_let_through(fake):
 def test_an_unfit_server_is_refused_with_its_remedy(fake, own, keys, said):
     server = fake(**own)
     with pytest.raises(ValueError, match=re.escape(f"The vLLM server {server.url} of `vllm_server_urls`")) as error:
-        check_servers(recipe(fake(), server, **keys) if not keys else recipe(server, **keys))
+        check(recipe(fake(), server, **keys) if not keys else recipe(server, **keys))
     for part in said:
         assert part in str(error.value)
 
 
 def test_servers_of_two_versions_are_refused(fake):
     with pytest.raises(ValueError, match=r"has 0\.23\.0, .* has 0\.23\.1"):
-        check_servers(recipe(fake(), fake(version="0.23.1")))
+        check(recipe(fake(), fake(version="0.23.1")))
 
 
 def test_a_folder_that_the_server_does_not_see_is_refused(fake, monkeypatch):
@@ -402,21 +429,21 @@ def test_a_folder_that_the_server_does_not_see_is_refused(fake, monkeypatch):
         server, "_adapter", lambda route, body: (404, {"error": {"message": "No adapter found for x"}})
     )
     with pytest.raises(ValueError, match="`output_dir: /nowhere` on a disk that the server has"):
-        check_servers(recipe(server))
+        check(recipe(server))
 
 
 def test_an_address_without_a_server_is_refused(fake):
     server = fake()
     server.kill()
     with pytest.raises(ValueError, match=f"{server.url} .*cannot be used.*`grpo-stage serve`"):
-        check_servers(recipe(server))
+        check(recipe(server))
 
 
 def test_the_key_comes_from_the_environment(fake, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     server = fake(api_key="secret")
-    check_servers(recipe(server))
+    check(recipe(server))
     server.api_key = "other"
     with pytest.raises(ValueError, match="asks for another API key") as error:
-        check_servers(recipe(server))
+        check(recipe(server))
     assert "secret" not in str(error.value)

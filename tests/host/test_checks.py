@@ -317,7 +317,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         (SERVERS | {"vllm_server_urls": f"http://a:8000,{url}"}, [f"has `{url}`", "no server's address"])
         for url in ("b:8000", "ftp://b:8000", "http://:8000", "http://b:port", "http://b/v1")
     ),
-    (SERVERS | {"vllm_server_urls": "http://me:word@b"}, ["a name or a password", "VLLM_API_KEY"]),
+    (SERVERS | {"vllm_server_urls": "http://me:hunter2@b"}, ["a name or a password", "VLLM_API_KEY"]),
     (SERVERS | {"vllm_server_urls": "http://A:80,http://a/"}, ["names `http://a` twice", "each server once"]),
     (SERVERS | {"vllm_sleep": 1}, ["vllm_sleep: 1", "rollout_backend: vllm_server", "no effect"]),
     (SERVERS | {"vllm_base": "trainer"}, ["vllm_base: trainer", "rollout_backend: vllm_server", "no effect"]),
@@ -328,7 +328,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (SERVERS | {"lora_target": "q_proj,lm_head"}, ["lora_target", "lm_head", "scores tokens"]),
     (SERVERS | {"use_dora": True}, ["use_dora: true", "rollout_backend: vllm_server", "vllm_lora: merged"]),
     (SERVERS | {"vllm_config": {"dtype": "float32"}}, ["`dtype` cannot be set in `vllm_config`"]),
-    (SERVERS | {"finetuning_type": "full"}, ["on a CPU", "packed copy", "finetuning_type: lora"]),
     (VLLM | {"vllm_maxlen": 513}, ["vllm_maxlen: 513", "512 positions", "Leave it out for the 96"]),
 ]
 

@@ -445,7 +445,7 @@ def test_wrong_type(recipe, key, written, expected):
         ("loss_type", "dr-grpo", "Write `loss_type: dr_grpo`"),
         ("scale_rewards", True, "Write `scale_rewards: group`"),
         ("scale_rewards", False, "Write `scale_rewards: none`"),
-        ("rollout_backend", "sglang", "vllm, hf"),
+        ("rollout_backend", "sglang", "vllm, vllm_server, hf"),
         ("finetuning_type", "qlora", "lora, oft, freeze, full"),
         ("lr_scheduler_type", "cosin", "Write `lr_scheduler_type: cosine`"),
         ("flash_attn", "flash", "fa2"),

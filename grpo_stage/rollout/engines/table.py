@@ -28,9 +28,9 @@ class EngineEntry:
     """Asked about the parsed keys, with `device_type`, `model_quantization` (the method that the model's files are
     quantized with, or None), `model_positions` (how many tokens the model was made for, or None) and `is_tied`
     (whether its output layer has the embeddings' weight) among them."""
-    check_service: Callable[[SimpleNamespace], None] = lambda values: None
-    """Asked about the parsed keys of a run that is about to start, before a model is loaded: whether what runs
-    elsewhere is there, and fit."""
+    check_service: Callable[[SimpleNamespace, bool], None] = lambda values, is_first_rank: None
+    """Asked on every rank about the parsed keys of a run that is about to start, before a model is loaded: whether
+    what runs elsewhere is there, and fit."""
     rounds_on_gpu: bool = False
     """Whether it rounds on a GPU where the run computes in float32."""
 
@@ -53,10 +53,10 @@ def _build_vllm_server(request: EngineRequest) -> RolloutEngine:
     return connect(request)
 
 
-def _check_vllm_servers(values: SimpleNamespace) -> None:
+def _check_vllm_servers(values: SimpleNamespace, is_first_rank: bool) -> None:
     from grpo_stage.rollout.engines.vllm_server_check import check_servers
 
-    check_servers(values)
+    check_servers(values, is_first_rank=is_first_rank)
 
 
 ENGINES: Mapping[str, EngineEntry] = MappingProxyType(

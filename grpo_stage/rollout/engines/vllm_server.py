@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock
 from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedTokenizerBase
 
@@ -43,7 +44,7 @@ from grpo_stage.rollout.engines.vllm_server_client import (
     TokenAnswer,
     new_session,
 )
-from grpo_stage.rollout.engines.vllm_server_fleet import Fleet, Held, Patience, Request
+from grpo_stage.rollout.engines.vllm_server_fleet import MOST_IN_FLIGHT, Fleet, Held, Patience, Request
 from grpo_stage.rollout.engines.vllm_server_rules import urls_of
 from grpo_stage.rollout.engines.weights import PolicyWeights, write_adapter
 from grpo_stage.types import Completion, EngineLostError, FinishReason, Prompt, RolloutGroup, SamplingSettings
@@ -78,6 +79,7 @@ def connect(request: EngineRequest) -> "VLLMServers":
         # So long that another server has as long again, before the rollout itself counts as hanging.
         limit_s=keys.rollout_timeout / 2,
         warn=request.warn,
+        scores_alone=request.device_type == "cpu",
     )
 
 
@@ -91,7 +93,9 @@ class VLLMServers:
         folder: weights are written into a folder of their own in it, which the servers have to see under the same
             path; where it does not exist, into a temporary one.
         limit_s: how long a server may take over one request, seconds.
-        warn: told of servers that fail or come back, on rank 0.
+        warn: told of servers that fail or come back.
+        scores_alone: whether the servers compute on a CPU: one of vLLM's engines there fails, and ends, over the
+            log-probabilities of a prompt under an adapter while it does anything else.
         patience: how long a server may be silent.
     """
 
@@ -104,6 +108,7 @@ class VLLMServers:
         folder: str,
         limit_s: float,
         warn: Callable[[str], object],
+        scores_alone: bool = False,
         patience: Patience | None = None,
     ) -> None:
         self._wanted = wanted
@@ -116,7 +121,14 @@ class VLLMServers:
         self._deliveries = 0
         self._version: int | None = None
         self._submitted: tuple[tuple[Prompt, ...], SamplingSettings, concurrent.futures.Future[Any]] | None = None
-        self._folder = Path(tempfile.mkdtemp(prefix="_served_weights-", dir=folder if os.path.isdir(folder) else None))
+        parent = folder if os.path.isdir(folder) else tempfile.gettempdir()
+        self._folder = Path(tempfile.mkdtemp(prefix="_served_weights-", dir=parent))
+        self._folder.chmod(0o755)  # the servers may run as somebody else
+        self._most_scored = 1 if scores_alone else MOST_IN_FLIGHT
+        self._scoring_lock = (
+            FileLock(Path(parent, "_served_weights.lock")) if scores_alone else contextlib.nullcontext()
+        )
+        """Of all ranks."""
         self._loop = _Loop()
         self._release = weakref.finalize(self, _release, self._loop, self._folder)
         self._session = self._loop.wait(_new_session())
@@ -199,11 +211,15 @@ class VLLMServers:
             self._loop.give_up(answers)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
-        answers = self._loop.wait(self._fleet.answer(self._scoring(groups)), self.on_step)
+        requests = self._scoring(groups)
+        with self._scoring_lock:
+            answers = self._loop.wait(self._fleet.answer(requests, self._most_scored), self.on_step)
         return _scores(groups, answers)
 
     def score_each(self, groups: Sequence[RolloutGroup]) -> dict[str, list[torch.Tensor]]:
-        answers = self._loop.wait(self._fleet.answer_each(self._scoring(groups)), self.on_step)
+        requests = self._scoring(groups)
+        with self._scoring_lock:
+            answers = self._loop.wait(self._fleet.answer_each(requests, self._most_scored), self.on_step)
         return {url: _scores(groups, of_server) for url, of_server in answers.items()}
 
     def sleep(self) -> None:

@@ -61,14 +61,19 @@ def wanted_of(keys: SimpleNamespace) -> Wanted:
     )
 
 
-def check_servers(keys: SimpleNamespace) -> None:
+def check_servers(keys: SimpleNamespace, *, is_first_rank: bool) -> None:
     """Ask every server of the run whether it can serve it.
+
+    Args:
+        keys: every key of the run.
+        is_first_rank: whether servers are tried out as well, which only one rank does: vLLM's engine on a CPU fails
+            over the log-probabilities of a prompt while it does anything else.
 
     Raises:
         ValueError: naming the server, what it lacks, the reason and the remedy.
     """
     urls = urls_of(keys.vllm_server_urls)
-    found = asyncio.run(_ask_all(urls, wanted_of(keys)))
+    found = asyncio.run(_ask_all(urls, wanted_of(keys), is_first_rank))
     for error in found:
         with apart():
             if isinstance(error, ValueError):
@@ -82,18 +87,20 @@ def check_servers(keys: SimpleNamespace) -> None:
         )
 
 
-async def _ask_all(urls: Sequence[str], wanted: Wanted) -> list[str | BaseException]:
+async def _ask_all(urls: Sequence[str], wanted: Wanted, is_tried: bool) -> list[str | BaseException]:
     async with new_session(os.environ.get(API_KEY_VARIABLE)) as session:
         clients = [ServerClient(session, url, _LIMIT_S) for url in urls]
-        found = await asyncio.gather(*(inspect(client, wanted) for client in clients), return_exceptions=True)
+        found = await asyncio.gather(
+            *(inspect(client, wanted, is_tried) for client in clients), return_exceptions=True
+        )
     for error in found:
         if isinstance(error, BaseException) and not isinstance(error, ValueError):
             raise error
     return found
 
 
-async def inspect(client: ServerClient, wanted: Wanted) -> str:
-    """The server's version of vLLM, after it was found to be fit.
+async def inspect(client: ServerClient, wanted: Wanted, is_tried: bool = True) -> str:
+    """The server's version of vLLM, after it was found to be fit, by what it says and by trying it out.
 
     Raises:
         ValueError: naming the server, what it lacks, the reason and the remedy.
@@ -113,6 +120,8 @@ async def inspect(client: ServerClient, wanted: Wanted) -> str:
                 f"(`--max-model-len`), and the run needs {wanted.max_model_len} (`vllm_maxlen`, by default "
                 f"`cutoff_len` and `max_new_tokens`). {_AS_SERVE_SAYS}, or lower one of them."
             )
+        if not is_tried:
+            return version
         await _check_delivery(client, server, wanted)
         mode = await _logprobs_mode(client, base.name)
         if mode != wanted.logprobs_mode:

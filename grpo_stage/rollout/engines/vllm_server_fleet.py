@@ -102,8 +102,8 @@ class Fleet:
     def up(self) -> list[Server]:
         return [server for server in self.servers if server.is_up]
 
-    async def answer(self, requests: Sequence[Request]) -> list[TokenAnswer]:
-        """The answers, in order. Each request goes to the server with the fewest under way.
+    async def answer(self, requests: Sequence[Request], most: int = MOST_IN_FLIGHT) -> list[TokenAnswer]:
+        """The answers, in order. Each request goes to the server with the fewest under way, which has at most `most`.
 
         Raises:
             EngineLostError: if no server is left.
@@ -113,14 +113,14 @@ class Fleet:
         waiting = deque(range(len(requests)))
         async with self._watching():
             while waiting:
-                by = await self._answer(requests, waiting, answers)
+                by = await self._answer(requests, most, waiting, answers)
                 for server in set(by.values()):
                     if not await self._is_same(server):
                         waiting.extend(index for index, answerer in by.items() if answerer is server)
         return [answers[index] for index in range(len(requests))]
 
     async def _answer(
-        self, requests: Sequence[Request], waiting: deque[int], answers: dict[int, TokenAnswer]
+        self, requests: Sequence[Request], most: int, waiting: deque[int], answers: dict[int, TokenAnswer]
     ) -> dict[int, Server]:
         """Fill in the answers to the requests at `waiting`, and return who has given each of them."""
         by: dict[int, Server] = {}
@@ -129,7 +129,7 @@ class Fleet:
             while waiting or asked:
                 while waiting:
                     server = min(self._left(), key=lambda each: len(each.tasks))
-                    if len(server.tasks) >= MOST_IN_FLIGHT:
+                    if len(server.tasks) >= most:
                         break
                     index = waiting.popleft()
                     asked[self._begin(server, self._asked(server, requests[index]))] = index, server
@@ -145,25 +145,35 @@ class Fleet:
             await _cancel(asked)
         return by
 
-    async def answer_each(self, requests: Sequence[Request]) -> dict[str, list[TokenAnswer]]:
-        """The answers of every server that is up to all requests, by its address.
+    async def answer_each(
+        self, requests: Sequence[Request], most: int = MOST_IN_FLIGHT
+    ) -> dict[str, list[TokenAnswer]]:
+        """The answers of every server that is up to all requests, by its address; it has at most `most` at once.
 
         Raises:
             EngineLostError, RuntimeError: as `answer`.
         """
-        answers = {}
+
+        async def all_of(server: Server) -> list[TokenAnswer]:
+            room = asyncio.Semaphore(most)
+
+            async def one(request: Request) -> TokenAnswer:
+                async with room:
+                    return await self._asked(server, request)
+
+            return list(await asyncio.gather(*map(one, requests)))
+
+        answers: dict[str, list[TokenAnswer]] = {}
         async with self._watching():
-            servers = self._left()
-            tasks = [[self._begin(each, self._asked(each, request)) for request in requests] for each in servers]
-            every = [task for of_server in tasks for task in of_server]
+            tasks = {server: self._begin(server, all_of(server)) for server in self._left()}
             try:
-                await asyncio.wait(every)
-                for server, of_server in zip(servers, tasks, strict=True):
-                    own = [self._result(server, task) for task in of_server]
-                    if None not in own and await self._is_same(server):
-                        answers[server.url] = [each for each in own if each is not None]
+                await asyncio.wait(tasks.values())
+                for server, task in tasks.items():
+                    own = self._result(server, task)
+                    if own is not None and await self._is_same(server):
+                        answers[server.url] = own
             finally:
-                await _cancel(every)
+                await _cancel(tasks.values())
             self._left()
         return answers
 
