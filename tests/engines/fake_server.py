@@ -54,14 +54,15 @@ class FakeServer:
         """As a new process would: nothing of what was delivered is there."""
         self.adapters, self.weights, self.starts = {}, "files", self.starts + 1
         self._connections: list[socket.socket] = []
-        handler = type("Handler", (_Handler,), {"fake": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
+        self._handler = type("Handler", (_Handler,), {"fake": self, "is_dead": False})
+        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler)
         self._server.daemon_threads = True
         self.port = self._server.server_address[1]
         threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def kill(self) -> None:
         """As kill -9 does: connections break, and new ones are refused."""
+        self._handler.is_dead = True
         self._server.shutdown()
         self._server.server_close()
         for connection in self._connections:
@@ -153,6 +154,7 @@ class FakeServer:
 
 class _Handler(BaseHTTPRequestHandler):
     fake: FakeServer
+    is_dead: bool
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
@@ -174,6 +176,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = 401, {"error": "Unauthorized"}
         else:
             status, answer = fake.answer(method, self.path, body)
+        if self.is_dead:
+            self.close_connection = True
+            return
         text = json.dumps(answer).encode()
         with suppress(OSError):
             self.send_response(status)

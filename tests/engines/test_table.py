@@ -57,7 +57,7 @@ def test_a_servers_reload_on_a_cpu_leaves_a_tied_output_layer(changed: dict[str,
     empty = dict.fromkeys(("vllm_config", "structured_outputs", "model_quantization", "model_positions"))
     facts = {"vllm_lora": "native", "device_type": "cpu", "is_tied": True}
     values = SimpleNamespace(**keys | empty | facts | changed)
-    with pytest.raises(ValueError, match="packed copy.*`finetuning_type: lora`") if is_refused else nullcontext():
+    with pytest.raises(ValueError, match=r"packed copy.*`finetuning_type: lora`") if is_refused else nullcontext():
         ENGINES["vllm_server"].refuse_unfit(values)
 
 

@@ -21,7 +21,6 @@ from .fake_server import FakeServer
 
 MODEL = "a/model"
 PROMPTS = [Prompt(index=i, token_ids=(20 + i, 30, 40), messages=(), reference=None) for i in range(6)]
-PATIENCE = Patience(ping_every=0.05, ping=1.0, rejoin=1.0)
 
 
 def wanted(**changed) -> Wanted:
@@ -41,7 +40,7 @@ def wanted(**changed) -> Wanted:
 class Run:
     """An engine with its servers, and what it has warned of."""
 
-    def __init__(self, tokenizer, num_servers=2, is_dev=False, scores_alone=False, **changed) -> None:
+    def __init__(self, tokenizer, num_servers=2, is_dev=False, scores_alone=False, ping=30.0, **changed) -> None:
         self.servers = [FakeServer(MODEL, is_dev=is_dev, has_lora=not is_dev) for _ in range(num_servers)]
         self.warnings: list[str] = []
         self.engine = VLLMServers(
@@ -49,10 +48,10 @@ class Run:
             wanted(**changed),
             tokenizer,
             folder="/nowhere",
-            limit_s=2.0,
+            limit_s=30.0,
             warn=self.warnings.append,
             scores_alone=scores_alone,
-            patience=PATIENCE,
+            patience=Patience(ping_every=0.05, ping=ping, rejoin=ping),
         )
 
     def end(self) -> None:
@@ -175,7 +174,7 @@ def broken_by(fault, server, after):
 
 @pytest.mark.parametrize("fault", ["kill", "freeze", "restart", "errors"])
 def test_the_prompts_of_a_server_that_fails_go_to_the_others(start, policy, sampling, undisturbed, fault):
-    run = start()
+    run = start(ping=2.0 if fault == "freeze" else 30.0)
     broken = run.servers[1]
 
     def restart():
@@ -193,7 +192,7 @@ def test_the_prompts_of_a_server_that_fails_go_to_the_others(start, policy, samp
     assert f"{broken.url} is out" in warning
     said = {
         "kill": "Connect|Disconnect|Reset|OSError",
-        "freeze": "no answer to /health within 1 s",
+        "freeze": "no answer to /health within 2 s",
         "restart": "no longer knows",
         "errors": "HTTP 500",
     }
