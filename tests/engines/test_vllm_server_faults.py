@@ -6,11 +6,13 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo_stage.rollout.engines import vllm_server
 from grpo_stage.rollout.engines.vllm_server import VLLMServers
 from grpo_stage.rollout.engines.vllm_server_check import Wanted, check_servers
 from grpo_stage.rollout.engines.vllm_server_fleet import Patience
@@ -446,3 +448,74 @@ def test_the_key_comes_from_the_environment(fake, monkeypatch):
     with pytest.raises(ValueError, match="asks for another API key") as error:
         check(recipe(server))
     assert "secret" not in str(error.value)
+
+
+class Ranks:
+    """Two ranks in two threads: what `distributed` does between processes."""
+
+    def __init__(self, monkeypatch) -> None:
+        self._barrier, self._values, self._own = threading.Barrier(2, timeout=30), [None, None], threading.local()
+        monkeypatch.setattr(vllm_server, "process_index", lambda: getattr(self._own, "rank", 0))
+        monkeypatch.setattr(vllm_server, "all_gather", self._gathered)
+
+    def _gathered(self, value):
+        self._values[self._own.rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+    def alone(self, work):
+        """What `work` returns in a run of one rank."""
+        with pytest.MonkeyPatch.context() as one:
+            one.setattr(vllm_server, "process_index", lambda: 0)
+            one.setattr(vllm_server, "all_gather", lambda value: [value])
+            return work()
+
+    def each(self, work):
+        """What `work` returns or raises on each rank."""
+
+        def on(rank):
+            self._own.rank = rank
+            try:
+                return work(rank)
+            except Exception as error:
+                return error
+
+        with ThreadPoolExecutor(2) as pool:
+            return list(pool.map(on, range(2)))
+
+
+def test_of_several_ranks_one_delivers_and_all_sample(start, policy, sampling, undisturbed, monkeypatch, tokenizer):
+    ranks = Ranks(monkeypatch)
+    run = start()
+    engines = [
+        run.engine,
+        VLLMServers(
+            [s.url for s in run.servers],
+            wanted(),
+            tokenizer,
+            folder="/nowhere",
+            limit_s=30.0,
+            warn=run.warnings.append,
+        ),
+    ]
+
+    def sampled(rank):
+        engines[rank].sync(policy, 6)
+        return answers(engines[rank].generate(PROMPTS[rank::2], sampling, 6))
+
+    expected = ranks.alone(lambda: answers(undisturbed(sampling, 6)))
+    assert ranks.each(sampled) == [expected[0::2], expected[1::2]]
+    loads = [path for server in run.servers for path, _ in server.log if path == "/v1/load_lora_adapter"]
+    assert len(loads) == 2, "each server takes the version once"
+    run.servers[0].kill()
+    assert ranks.each(sampled) == [expected[0::2], expected[1::2]]
+    run.servers[1].max_lora_rank = 1
+    own, other = ranks.each(sampled)
+    assert isinstance(own, ValueError)
+    assert isinstance(other, ValueError)
+    assert "On rank 0: The vLLM server" in str(other)
+    run.servers[1].kill()
+    assert [type(error) for error in ranks.each(sampled)] == [EngineLostError] * 2
+    ranks.each(lambda rank: engines[rank].close())

@@ -8,6 +8,7 @@ number of servers nor on which of them answers.
 import asyncio
 import concurrent.futures
 import contextlib
+import hashlib
 import math
 import os
 import shutil
@@ -125,10 +126,9 @@ class VLLMServers:
         self._folder = Path(tempfile.mkdtemp(prefix="_served_weights-", dir=parent))
         self._folder.chmod(0o755)  # the servers may run as somebody else
         self._most_scored = 1 if scores_alone else MOST_IN_FLIGHT
-        self._scoring_lock = (
-            FileLock(Path(parent, "_served_weights.lock")) if scores_alone else contextlib.nullcontext()
-        )
-        """Of all ranks."""
+        lock = f"grpo-stage-{hashlib.sha256(','.join(sorted(urls)).encode()).hexdigest()[:16]}.lock"
+        self._scoring_lock = FileLock(Path(tempfile.gettempdir(), lock)) if scores_alone else contextlib.nullcontext()
+        """Of all ranks, which are on one machine where they compute on a CPU."""
         self._loop = _Loop()
         self._release = weakref.finalize(self, _release, self._loop, self._folder)
         self._session = self._loop.wait(_new_session())
