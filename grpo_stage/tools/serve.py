@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="127.0.0.1",
         help="the address that it listens at (default: 127.0.0.1, for runs on this machine alone)",
     )
-    parser.add_argument("--run", action="store_true", help="start it, in the place of this process")
+    # `run` is the function of every subcommand.
+    parser.add_argument("--run", dest="starts", action="store_true", help="start it, in the place of this process")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
             problem = problem_here()
     write_json(args.json, {"environment": dict(command.environment), "arguments": list(command.arguments)})
-    if args.run:
+    if args.starts:
         if problem is not None:
             raise ValueError(problem)
         arguments = list(command.arguments)

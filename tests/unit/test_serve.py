@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from grpo_stage.rollout.engines.vllm_server_command import ServeCommand, serve_command
-from grpo_stage.tools import serve
+from grpo_stage.tools import cli, serve
 
 
 KEYS = {
@@ -127,10 +127,6 @@ def test_on_a_cpu() -> None:
     assert flags(command(on_cpu=True))["--max-num-batched-tokens"] == "256"
 
 
-def arguments(*words: str) -> SimpleNamespace:
-    return SimpleNamespace(config="x.yaml", overrides=[], json=None, port=8001, host="127.0.0.1", run="--run" in words)
-
-
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> ServeCommand:
     own = command(on_cpu=True, is_cpu_package=True, model_name_or_path="a/model")
@@ -141,7 +137,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> ServeCommand:
 
 def test_what_is_printed_is_a_command_for_a_shell(made, capsys, monkeypatch) -> None:
     monkeypatch.setattr("grpo_stage.rollout.engines.vllm_server_command.problem_here", lambda: None)
-    assert serve.run(arguments()) == 0
+    assert cli.main(["serve", "x.yaml"]) == 0
     words = shlex.split(capsys.readouterr().out.replace("\\\n", ""))
     count = len(made.environment)
     assert dict(word.split("=", 1) for word in words[:count]) == made.environment
@@ -153,7 +149,7 @@ def test_run_takes_the_place_of_this_process(made, monkeypatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
     calls: list[Any] = []
     monkeypatch.setattr(os, "execvpe", lambda *of: calls.append(of))
-    serve.run(arguments("--run"))
+    cli.main(["serve", "x.yaml", "--run", "--port", "8001"])
     ((program, words, environment),) = calls
     assert program == words[0] != "python"
     assert tuple(words[1:]) == made.arguments[1:]
@@ -161,20 +157,23 @@ def test_run_takes_the_place_of_this_process(made, monkeypatch) -> None:
     assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
 
 
-def test_it_is_not_run_where_it_would_fail(made, monkeypatch) -> None:
+def test_where_it_would_fail_it_is_printed_and_not_run(made, monkeypatch, capsys) -> None:
     monkeypatch.setattr("grpo_stage.rollout.engines.vllm_server_command.problem_here", lambda: "no vLLM")
-    with pytest.raises(ValueError, match="no vLLM"):
-        serve.run(arguments("--run"))
+    assert cli.main(["serve", "x.yaml"]) == 0
+    assert cli.main(["serve", "x.yaml", "--run"]) == 1
+    output = capsys.readouterr()
+    assert "--model a/model" in output.out
+    assert output.err.count("grpo-stage: no vLLM") == 2
 
 
-def test_a_port_that_is_none(made) -> None:
-    with pytest.raises(ValueError, match="`--port 70000` is no port"):
-        serve.run(SimpleNamespace(**{**vars(arguments()), "port": 70000}))
+def test_a_port_that_is_none(made, capsys) -> None:
+    assert cli.main(["serve", "x.yaml", "--port", "70000"]) == 1
+    assert "`--port 70000` is no port" in capsys.readouterr().err
 
 
 def test_json(made, tmp_path, monkeypatch) -> None:
     file = tmp_path / "command.json"
-    serve.run(SimpleNamespace(**{**vars(arguments()), "json": file}))
+    cli.main(["serve", "x.yaml", "--json", str(file)])
     assert json.loads(file.read_text()) == {
         "environment": dict(made.environment),
         "arguments": list(made.arguments),
