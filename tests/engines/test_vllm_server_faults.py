@@ -159,6 +159,19 @@ def test_each_replica_scores_by_itself(start, policy, sampling, scores_alone):
     assert not torch.equal(wrong[0], scores[0])
 
 
+def test_weights_are_written_into_the_folder_of_the_run_and_removed(fake, policy, tokenizer, tmp_path):
+    left = tmp_path / "_served_weights-of-a-run-that-was-killed"
+    left.mkdir()
+    server = fake()
+    engine = VLLMServers([server.url], wanted(), tokenizer, folder=str(tmp_path), limit_s=30.0, warn=pytest.fail)
+    for version in (1, 2):
+        engine.sync(policy, version)
+        (folder,) = tmp_path.iterdir()
+        assert len(list(folder.iterdir())) == 1, "the last version, which vLLM may read again"
+    engine.close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def broken_by(fault, server, after):
     """Have a server fail once it has got so many requests. Returns an event that says that it has."""
     lock, done, is_over = threading.Lock(), [], threading.Event()

@@ -56,6 +56,8 @@ T = TypeVar("T")
 _POLL_S = 0.1
 """How long a stop may wait to be seen."""
 _GOODBYE_S = 5.0
+_FOLDER = "_served_weights-"
+"""Names with a `_` in front are not pushed to the hub."""
 
 
 def connect(request: EngineRequest) -> "VLLMServers":
@@ -122,9 +124,7 @@ class VLLMServers:
         self._deliveries = 0
         self._version: int | None = None
         self._submitted: tuple[tuple[Prompt, ...], SamplingSettings, concurrent.futures.Future[Any]] | None = None
-        parent = folder if os.path.isdir(folder) else tempfile.gettempdir()
-        self._folder = Path(tempfile.mkdtemp(prefix="_served_weights-", dir=parent))
-        self._folder.chmod(0o755)  # the servers may run as somebody else
+        self._folder = _new_folder(folder) if process_index() == 0 else None
         self._most_scored = 1 if scores_alone else MOST_IN_FLIGHT
         lock = f"grpo-stage-{hashlib.sha256(','.join(sorted(urls)).encode()).hexdigest()[:16]}.lock"
         self._scoring_lock = FileLock(Path(tempfile.gettempdir(), lock)) if scores_alone else contextlib.nullcontext()
@@ -164,6 +164,7 @@ class VLLMServers:
         self._version = version
 
     def _deliver(self, policy: torch.nn.Module) -> None:
+        assert self._folder is not None, "rank 0 delivers"
         weights = PolicyWeights(policy, is_adapter=self._wanted.adapter)
         name = f"grpo-stage-{self._run}-{self._deliveries}"
         folder = self._folder / name
@@ -229,8 +230,7 @@ class VLLMServers:
         self.discard()
         self._version = None
         if self._release.alive:
-            with contextlib.suppress(concurrent.futures.TimeoutError):
-                self._loop.wait(self._say_goodbye())
+            concurrent.futures.wait([self._loop.begin(self._say_goodbye())], timeout=2 * _GOODBYE_S)
         self._release()
 
     async def _say_goodbye(self) -> None:
@@ -383,6 +383,17 @@ class _Loop:
         self._thread.join(_GOODBYE_S)
 
 
-def _release(loop: _Loop, folder: Path) -> None:
+def _new_folder(output_dir: str) -> Path:
+    """An empty folder in that of the run; what an earlier run has left there when it was killed is removed."""
+    is_there = os.path.isdir(output_dir)
+    for left in Path(output_dir).glob(f"{_FOLDER}*") if is_there else ():
+        shutil.rmtree(left)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER, dir=output_dir if is_there else None))
+    folder.chmod(0o755)  # the servers may run as somebody else
+    return folder
+
+
+def _release(loop: _Loop, folder: Path | None) -> None:
     loop.stop()
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder is not None:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -161,7 +161,11 @@ class Fleet:
                 async with room:
                     return await self._asked(server, request)
 
-            return list(await asyncio.gather(*map(one, requests)))
+            asked = [asyncio.ensure_future(one(request)) for request in requests]
+            try:
+                return list(await asyncio.gather(*asked))
+            finally:
+                await _cancel(asked)
 
         answers: dict[str, list[TokenAnswer]] = {}
         async with self._watching():
