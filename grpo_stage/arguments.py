@@ -55,8 +55,15 @@ class GRPOArguments:
     rollout_backend: RolloutBackend = _key(
         "vllm",
         ROLLOUT,
-        "The engine that samples completions: `vllm` runs vLLM in this process on the training device, `hf` uses "
-        "transformers' generate, slower but everywhere.",
+        "The engine that samples completions: `vllm` runs vLLM in this process on the training device, `vllm_server` "
+        "asks vLLM servers on the same or other machines, `hf` uses transformers' generate, slower but everywhere.",
+    )
+    vllm_server_urls: str | None = _key(
+        None,
+        ROLLOUT,
+        "The addresses of the servers that sample, comma-separated, such as `http://a:8000,http://b:8000`. Each is a "
+        "`vllm serve` with the flags that `grpo-stage serve` prints; results do not depend on their number. They have "
+        "to see `output_dir` under the same path. A key is taken from the environment (VLLM_API_KEY).",
     )
     num_generations: int = _key(
         8,

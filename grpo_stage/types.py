@@ -105,6 +105,10 @@ class SamplingSettings:
         return not cuts and self.repetition_penalty == 1.0
 
 
+class EngineLostError(RuntimeError):
+    """Nothing of the engine answers any more. What the trainer has is sound: it is saved before the run ends."""
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions from the policy. One instance a process; used by one thread."""
@@ -157,6 +161,14 @@ class AheadEngine(RolloutEngine, Protocol):
 
     def discard(self) -> None:
         """Give up the rollout that is under way, if there is one."""
+
+
+@runtime_checkable
+class ReplicatedEngine(RolloutEngine, Protocol):
+    """An engine that holds the policy several times, each of which may be wrong alone."""
+
+    def score_each(self, groups: Sequence[RolloutGroup]) -> "dict[str, list[torch.Tensor]]":
+        """What `score` returns, of each that is there, by its name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

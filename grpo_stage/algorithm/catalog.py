@@ -285,6 +285,10 @@ ENGINE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *("vllm_base", "vllm_lora", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
             *("vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead"),
         ),
+        "vllm_server": (
+            *("vllm_server_urls", "vllm_lora", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
+            *("vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead"),
+        ),
         "hf": (),
     }
 )

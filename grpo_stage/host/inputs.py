@@ -15,6 +15,7 @@ from grpo_stage.host.recipe import check_resume, recipe_of, training_record
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.suite import RewardSuite
+from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.types import Prompt
 
 
@@ -52,6 +53,11 @@ def prepare(arguments: RunArguments) -> Preparation:
     training_args, finetuning_args = arguments.training, arguments.finetuning
     recipe = recipe_of(arguments)  # before the host's loaders change the arguments
     are_files_sound = not has_refused()
+    with apart():
+        if are_files_sound:
+            ENGINES[finetuning_args.rollout_backend].check_service(
+                arguments.values(), training_args.process_index == 0
+            )
     with apart():
         rewards = load_rewards(
             cast(list[str], finetuning_args.reward_funcs),

@@ -31,7 +31,8 @@ def _as_regex(value: Any) -> str:
 
 
 _SERVER = (
-    "this version runs the engine in the training process and talks to no server; `rollout_backend: vllm` starts it"
+    "servers are plain `vllm serve` here, started as `grpo-stage serve` says, named in `vllm_server_urls`, and have "
+    "to be there when the run begins"
 )
 TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
     {
@@ -54,13 +55,18 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "generation_kwargs": TRLKey(None, note="write the keys themselves, such as `temperature` or `top_p`"),
         "use_transformers_paged": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),
         "cache_implementation": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),
-        "vllm_mode": TRLKey(None, note=_SERVER),
-        "vllm_server_base_url": TRLKey(None, note=_SERVER),
-        "vllm_server_host": TRLKey(None, note=_SERVER),
-        "vllm_server_port": TRLKey(None, note=_SERVER),
+        "vllm_mode": TRLKey("rollout_backend", lambda value: "vllm_server" if value == "server" else "vllm"),
+        "vllm_server_base_url": TRLKey("vllm_server_urls"),
+        "vllm_server_host": TRLKey("vllm_server_urls", lambda value: f"http://{value}:8000"),
+        "vllm_server_port": TRLKey("vllm_server_urls", lambda value: f"http://localhost:{value}"),
         "vllm_server_timeout": TRLKey(None, note=_SERVER),
+        "vllm_group_port": TRLKey(None, note=_SERVER),
         "vllm_model_impl": TRLKey(None, note="vLLM's own options go into `vllm_config`, a mapping"),
-        "vllm_tensor_parallel_size": TRLKey(None, note="the engine runs on the device that trains"),
+        "vllm_tensor_parallel_size": TRLKey(
+            None,
+            note="`rollout_backend: vllm` runs on the device that trains; a server may have several: `vllm_config: "
+            '{"tensor_parallel_size": 2}` with `rollout_backend: vllm_server`',
+        ),
         "vllm_enable_sleep_mode": TRLKey("vllm_sleep", _of_bool("1", "0")),
         "vllm_guided_decoding_regex": TRLKey("structured_outputs", _as_regex),
         "vllm_structured_outputs_regex": TRLKey("structured_outputs", _as_regex),

@@ -240,6 +240,9 @@ class _Planner:
                 prompt_length=load.prompt_length,
                 completion_length=load.completion_length,
             )
+        if self.finetuning.rollout_backend == "vllm_server":
+            self.notes.append("The servers that sample hold the model a second time, on devices of their own.")
+            return Engine()
         if self.device.type == "cpu":
             cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB or _CPU_CACHE
             return vllm_on_cpu(4.0 * sizes.num_parameters, cache)

@@ -34,7 +34,12 @@ def check_model_config(arguments: RunArguments) -> None:
             "(the room for a prompt) or `max_new_tokens` (the room for a completion), or extend the model with "
             "`rope_parameters` in its config.json."
         )
-    facts = {"device_type": arguments.training.device.type, "model_quantization": method, "model_positions": limit}
+    facts = {
+        "device_type": arguments.training.device.type,
+        "model_quantization": method,
+        "model_positions": limit,
+        "is_tied": bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+    }
     values = SimpleNamespace(**vars(arguments.values()), **facts)
     ENGINES[arguments.finetuning.rollout_backend].refuse_unfit(values)
 

@@ -71,7 +71,8 @@ def recipe_of(arguments: RunArguments) -> dict[str, Any]:
         f.name
         for f in dataclasses.fields(GRPOArguments)
         # Another engine samples from the same policy; the canary's message even advises to try one.
-        if f.metadata["group"] not in (EVALUATION, LIMITS, MEMORY, MONITORING) and f.name != "rollout_backend"
+        if f.metadata["group"] not in (EVALUATION, LIMITS, MEMORY, MONITORING)
+        and f.name not in ("rollout_backend", "vllm_server_urls")
     ]
     parts = (
         (arguments.model, _MODEL.split()),

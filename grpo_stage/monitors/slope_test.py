@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
@@ -15,10 +15,15 @@ from grpo_stage.monitors.canary import StaleRolloutError, beginnings
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest, Scores
 from grpo_stage.records.metrics import MetricTracker
 from grpo_stage.rollout.serialization import group_state, load_group, load_tensors, tensors_state
-from grpo_stage.types import Prompt, RolloutEngine, RolloutGroup
+from grpo_stage.types import Prompt, ReplicatedEngine, RolloutEngine, RolloutGroup
 
 
 _START_SEQUENCES, _PREVIOUS_SEQUENCES = 16, 8
+Answers = Mapping[str, Scores]
+"""The scores of each replica of an engine, by its name."""
+_ONLY = ""
+"""The name of an engine that has no replicas."""
+
 _TOKENS_A_BLOCK = 8
 """Rounding errors of neighboring tokens may depend on each other; errors of different blocks count as independent."""
 
@@ -159,6 +164,8 @@ class SlopeTest(Monitor):
     that is one sync behind. If updates are small, one sync says little, so evidence adds up: over the whole run, and
     over the last syncs, for a fault that begins late. If updates are large, the present sync alone is enough.
 
+    Of an engine with several replicas each is tested by itself: one that is wrong would be lost in the mean.
+
     The engine answers (`ask`) while it is awake, and the trainer (`check`) once the engine has given up its memory.
     """
 
@@ -172,10 +179,10 @@ class SlopeTest(Monitor):
     """The dataset."""
     _start: _Probe | None = None
     _previous: _Probe | None = None
-    _since_previous: tuple[Slope, Slope] = field(default_factory=lambda: (Slope(), Slope()))
-    """Over all syncs, and over the last ones."""
+    _since_previous: dict[str, tuple[Slope, Slope]] = field(default_factory=dict)
+    """Of each replica, over all syncs and over the last ones."""
     _version: int = -1
-    _answers: Scores = ()
+    _answers: Answers = field(default_factory=dict)
     """Between `before_sleep` and `after_sleep`."""
 
     @classmethod
@@ -196,8 +203,8 @@ class SlopeTest(Monitor):
         for name, value in self.check(self._answers, groups, version).items():
             metrics.add(name, value)
 
-    def ask(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> list[torch.Tensor]:
-        """The engine's scores of the probes, for `check`; none where there is nothing to compare.
+    def ask(self, engine: RolloutEngine, groups: Sequence[RolloutGroup], version: int) -> Answers:
+        """Each replica's scores of the probes, for `check`; none where there is nothing to compare.
 
         Args:
             engine: the engine, with the weights of `version`.
@@ -207,10 +214,12 @@ class SlopeTest(Monitor):
         if self._start is None and (chosen := beginnings(groups, _START_SEQUENCES)):
             self._start = _Probe(chosen, ())
         if self._start is None or version == self._version:
-            return []
-        return engine.score(self._probes)
+            return {}
+        if isinstance(engine, ReplicatedEngine):
+            return engine.score_each(self._probes)
+        return {_ONLY: engine.score(self._probes)}
 
-    def check(self, answers: Scores, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
+    def check(self, answers: Answers, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
         """Compare the engine's answers with the trainer's, and prepare the next comparison.
 
         Args:
@@ -219,7 +228,8 @@ class SlopeTest(Monitor):
             version: the same as in `ask`.
 
         Returns:
-            The slopes and their standard errors, by metric name; those that are not defined yet are left out.
+            The slopes and their standard errors, by metric name; those that are not defined yet are left out. Of
+            several replicas, those of the one that is furthest from 1.
 
         Raises:
             StaleRolloutError: if a slope is not sound.
@@ -231,26 +241,31 @@ class SlopeTest(Monitor):
         probes = [probe.groups for probe in (self._start, self._previous) if probe]
         # Each by itself, as its earlier scores were: in another batch the same tokens round differently.
         scores = [score for each in (*probes, chosen) for score in self.score(each)]
-        policy, engine = iter(scores[: len(answers)]), iter(answers)
         if not self._start.before:  # not in `ask`: the engine may need its memory until it sleeps
             with (self.adapter_off or nullcontext)():
                 self._start = _Probe(self._start.groups, self.score(self._start.groups))
-        from_start, this_sync = Slope(), Slope()
-        self._start.add_to([from_start], policy, engine)
-        self._since_previous[1].forget(1 - 1 / _MEMORY_SYNCS)
-        if self._previous is not None:
-            self._previous.add_to([*self._since_previous, this_sync], policy, engine)
+        from_start, of_syncs = [], []
+        for replica, answered in answers.items():
+            slopes = self._since_previous.setdefault(replica, (Slope(), Slope()))
+            slopes[1].forget(1 - 1 / _MEMORY_SYNCS)
+            policy, engine = iter(scores), iter(answered)
+            start, this_sync = Slope(), Slope()
+            self._start.add_to([start], policy, engine)
+            if self._previous is not None:
+                self._previous.add_to([*slopes, this_sync], policy, engine)
+            before = "the model without its adapter" if self.adapter_off else "the first rollout"
+            for slope, since in ((start, before), *((each, "the sync before") for each in (*slopes, this_sync))):
+                self._judge(slope, replica, since, version)
+            from_start.append(start)
+            of_syncs.append(slopes[0])
         if chosen:
-            self._previous = _Probe(chosen, scores[len(answers) :])
-        self._judge(from_start, "the model without its adapter" if self.adapter_off else "the first rollout", version)
-        for slope in (*self._since_previous, this_sync):
-            self._judge(slope, "the sync before", version)
-        return {
-            f"sampling/{figure}/{name}": value
-            for name, slope in (("start", from_start), ("previous", self._since_previous[0]))
-            if slope.is_defined
-            for figure, value in (("slope", slope.value), ("slope_error", slope.error))
-        }
+            self._previous = _Probe(chosen, scores[sum(len(group.completions) for group in self._probes) :])
+        shown: dict[str, float] = {}
+        for name, slopes_of in (("start", from_start), ("previous", of_syncs)):
+            if defined := [slope for slope in slopes_of if slope.is_defined]:
+                worst = max(defined, key=lambda slope: abs(slope.value - 1))
+                shown |= {f"sampling/slope/{name}": worst.value, f"sampling/slope_error/{name}": worst.error}
+        return shown
 
     def state_dict(self) -> dict[str, Any]:
         """For JSON, exact; `load_state_dict` reads it."""
@@ -259,7 +274,10 @@ class SlopeTest(Monitor):
                 probe and [[group_state(group) for group in probe.groups], tensors_state(probe.before)]
                 for probe in (self._start, self._previous)
             ],
-            "since_previous": [dataclasses.asdict(slope) for slope in self._since_previous],
+            "since_previous": {
+                replica: [dataclasses.asdict(slope) for slope in slopes]
+                for replica, slopes in self._since_previous.items()
+            },
             "version": self._version,
             "backend": self.backend,
         }
@@ -269,8 +287,11 @@ class SlopeTest(Monitor):
         if state["backend"] != self.backend:
             return
         self._start, self._previous = (probe and self._load_probe(*probe) for probe in state["probes"])
-        whole_run, last_syncs = (Slope(**slope) for slope in state["since_previous"])
-        self._since_previous, self._version = (whole_run, last_syncs), state["version"]
+        self._since_previous = {
+            replica: (Slope(**whole_run), Slope(**last_syncs))
+            for replica, (whole_run, last_syncs) in state["since_previous"].items()
+        }
+        self._version = state["version"]
 
     def _load_probe(self, groups: Sequence[dict[str, Any]], before: list[list[float]]) -> _Probe:
         return _Probe(tuple(load_group(group, self.prompts) for group in groups), load_tensors(before) or ())
@@ -279,13 +300,14 @@ class SlopeTest(Monitor):
     def _probes(self) -> list[RolloutGroup]:
         return [group for probe in (self._start, self._previous) if probe for group in probe.groups]
 
-    def _judge(self, slope: Slope, start: str, version: int) -> None:
+    def _judge(self, slope: Slope, replica: str, start: str, version: int) -> None:
         if not slope.is_defined or slope.is_sound:
             return
+        where = f" at {replica}" if replica else ""
         raise StaleRolloutError(
-            f"The {self.backend} engine does not follow the policy: at step {version} its log-probabilities of tokens "
-            f"that both score differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what the "
-            "trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
+            f"The {self.backend} engine{where} does not follow the policy: at step {version} its log-probabilities of "
+            f"tokens that both score differ from those of {start} by {slope.value:.2f} +- {slope.error:.2f} of what "
+            "the trainer's do. 1 is sound, 0 means that the engine answers as then, 0.5 with half of what was trained "
             "since, 2 with twice that. The completions come from another policy than the one that is trained, so the "
             "run is stopped. Try `rollout_backend: hf`; if that is quiet, report the model and the vLLM version."
         )

@@ -24,6 +24,7 @@ from grpo_stage.survival.checkpoints import ROLLOUT_FILE, TENSORS_FILE
 from grpo_stage.survival.run_state import RunState, Scope
 from grpo_stage.survival.stop import RunStopped, SafeStop
 from grpo_stage.survival.watchdog import HangError, Watchdog
+from grpo_stage.types import EngineLostError
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -146,14 +147,14 @@ class ResumableTrainer(Trainer):
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
-        """In this block a stop, a hang and a failing reward leave a checkpoint of the last finished step."""
+        """In this block stops, hangs, lost engines and failing rewards leave a checkpoint of the last full step."""
         with self.stop.listening():
             try:
                 yield
             except RunStopped as stop:
                 stop.checkpoint = self.save_progress()
                 raise
-            except (HangError, RewardError, UnrewardedError) as error:
+            except (HangError, EngineLostError, RewardError, UnrewardedError) as error:
                 # One rank alone cannot save the state of all. The weights are those of the last finished step.
                 if self.args.world_size == 1 and (checkpoint := self.save_progress()) is not None:
                     error.add_note(f"What was trained until then is in {checkpoint}.")

@@ -19,6 +19,7 @@ from grpo_stage.tools import (
     quickstart_model,
     recipe,
     report,
+    serve,
     sweep,
     try_rewards,
 )
@@ -33,6 +34,7 @@ SUBCOMMANDS = (
     plan,
     profile,
     sweep,
+    serve,
     report,
     recipe,
     configuration_docs,

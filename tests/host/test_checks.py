@@ -45,6 +45,7 @@ def _no_model_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 VLLM = {"rollout_backend": "vllm"}
+SERVERS = {"rollout_backend": "vllm_server", "vllm_server_urls": "http://a:8000,http://b:8000"}
 EVAL = {"val_size": 2, "eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
 ALONE = {"reward_funcs": None, "reward_model": "a/rm"}
 BEST = EVAL | {"load_best_model_at_end": True}
@@ -309,6 +310,25 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (VLLM | {"vllm_config": {"max_num_seq": 4}}, ["`max_num_seq` cannot be set", "Did you mean `max_num_seqs`?"]),
     (VLLM | {"vllm_config": '{"unheard_of": 4}'}, ["`unheard_of` cannot be set", "no such argument", "Leave it out"]),
     (VLLM | {"vllm_config": {"enable_chunked_prefill": True}}, ["`enable_chunked_prefill` cannot be set", "CPU"]),
+    ({"vllm_server_urls": "http://a:8000"}, ["vllm_server_urls: http://a:8000", "rollout_backend: hf", "no effect"]),
+    (VLLM | {"vllm_server_urls": "http://a:8000"}, ["vllm_server_urls", "rollout_backend: vllm", "no effect"]),
+    ({"rollout_backend": "vllm_server"}, ["needs `vllm_server_urls`", "http://localhost:8000", "grpo-stage serve"]),
+    (SERVERS | {"vllm_server_urls": " , "}, ["needs `vllm_server_urls`"]),
+    *(
+        (SERVERS | {"vllm_server_urls": f"http://a:8000,{url}"}, [f"has `{url}`", "no server's address"])
+        for url in ("b:8000", "ftp://b:8000", "http://:8000", "http://b:port", "http://b/v1")
+    ),
+    (SERVERS | {"vllm_server_urls": "http://me:hunter2@b"}, ["a name or a password", "VLLM_API_KEY"]),
+    (SERVERS | {"vllm_server_urls": "http://A:80,http://a/"}, ["names `http://a` twice", "each server once"]),
+    (SERVERS | {"vllm_sleep": 1}, ["vllm_sleep: 1", "rollout_backend: vllm_server", "no effect"]),
+    (SERVERS | {"vllm_base": "trainer"}, ["vllm_base: trainer", "rollout_backend: vllm_server", "no effect"]),
+    (SERVERS | {"quantization_bit": 4}, ["quantization_bit: 4", "as its files have it", "rollout_backend: vllm`"]),
+    (SERVERS | {"resize_vocab": True}, ["resize_vocab", "vocabulary", "llamafactory-cli export"]),
+    (SERVERS | {"pissa_init": True}, ["pissa_init: true", "first value", "Leave it out"]),
+    (SERVERS | {"train_from_scratch": True}, ["train_from_scratch: true", "finetuning_type: full"]),
+    (SERVERS | {"lora_target": "q_proj,lm_head"}, ["lora_target", "lm_head", "scores tokens"]),
+    (SERVERS | {"use_dora": True}, ["use_dora: true", "rollout_backend: vllm_server", "vllm_lora: merged"]),
+    (SERVERS | {"vllm_config": {"dtype": "float32"}}, ["`dtype` cannot be set in `vllm_config`"]),
     (VLLM | {"vllm_maxlen": 513}, ["vllm_maxlen: 513", "512 positions", "Leave it out for the 96"]),
 ]
 

@@ -348,7 +348,12 @@ def test_every_key_that_only_trl_has_is_answered():
         ("router_aux_loss_coef", 0.01, "moe_aux_loss_coef: 0.01"),
         ("use_liger_loss", True, "does not have"),
         ("generation_batch_size", 64, "steps_per_generation"),
-        ("vllm_mode", "server", "does not have"),
+        ("vllm_mode", "server", "rollout_backend: vllm_server"),
+        ("vllm_mode", "colocate", "rollout_backend: vllm"),
+        ("vllm_server_base_url", "http://a:8000", "vllm_server_urls: http://a:8000"),
+        ("vllm_server_host", "a", "vllm_server_urls: http://a:8000"),
+        ("vllm_server_port", 8001, "vllm_server_urls: http://localhost:8001"),
+        ("vllm_server_timeout", 60.0, "grpo-stage serve"),
     ],
 )
 def test_trls_key_is_answered_with_ours(recipe, theirs, value, ours):
@@ -440,7 +445,7 @@ def test_wrong_type(recipe, key, written, expected):
         ("loss_type", "dr-grpo", "Write `loss_type: dr_grpo`"),
         ("scale_rewards", True, "Write `scale_rewards: group`"),
         ("scale_rewards", False, "Write `scale_rewards: none`"),
-        ("rollout_backend", "sglang", "vllm, hf"),
+        ("rollout_backend", "sglang", "vllm, vllm_server, hf"),
         ("finetuning_type", "qlora", "lora, oft, freeze, full"),
         ("lr_scheduler_type", "cosin", "Write `lr_scheduler_type: cosine`"),
         ("flash_attn", "flash", "fa2"),

@@ -396,3 +396,52 @@ def test_completions_of_one_token_are_no_probe():
     assert world.asked == []
     world.step()
     assert world.asked == [16], "the first rollout with a longer one"
+
+
+class Replicas(World):
+    """An engine of several servers, one of which is behind."""
+
+    logprob_temperature = 1.0
+
+    def __init__(self, num_servers: int, **changed: float) -> None:
+        super().__init__(**changed)
+        self.servers = [f"http://server-{i}" for i in range(num_servers)]
+        self.behind = 0
+
+    def score_each(self, groups):
+        scores = {}
+        for server in self.servers:
+            self.backlog = self.behind if server == self.servers[-1] else 0
+            scores[server] = self.score(groups)
+        return scores
+
+    def on_step(self) -> None: ...
+
+    def sync(self, policy, version) -> None: ...
+
+    def generate(self, prompts, sampling, step): ...
+
+    def sleep(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_one_server_of_many_that_is_behind_is_named():
+    """In the mean over eight servers it would be an eighth of what is judged."""
+    world = Replicas(8, rate=0.1)
+    for _ in range(10):
+        figures = world.step()
+    assert 0.8 < figures["sampling/slope/previous"] < 1.1
+    state = world.test.state_dict()
+    world.test.load_state_dict(json.loads(json.dumps(state)))
+    assert world.test.state_dict() == state
+    world.behind = 1
+    with pytest.raises(StaleRolloutError, match=r"engine at http://server-7 does not follow .* sync before"):
+        world.step()
+
+
+def test_a_server_that_is_out_for_a_while_is_tested_again():
+    world = Replicas(2)
+    for version in range(6):
+        world.servers = ["http://server-0"] if version in (2, 3) else ["http://server-0", "http://server-1"]
+        assert world.step() is not None

@@ -210,6 +210,24 @@ def test_a_version_of_trl_whose_defaults_are_not_known_is_refused() -> None:
         trl.defaults_of("newest")
 
 
+@pytest.mark.parametrize(
+    ("keys", "urls"),
+    [
+        ({"vllm_mode": "server"}, "http://localhost:8000"),
+        ({"vllm_server_host": "0.0.0.0", "vllm_server_port": 8001}, "http://localhost:8001"),
+        ({"vllm_mode": "server", "vllm_server_host": "a"}, "http://a:8000"),
+        ({"vllm_server_base_url": "http://a:1"}, "http://a:1"),
+        ({"vllm_mode": "server", "vllm_server_host": ["a", "b"], "vllm_server_port": [1, 2]}, "http://a:1,http://b:2"),
+        ({"vllm_mode": "colocate", "vllm_server_host": "a"}, None),
+        ({}, None),
+    ],
+)
+def test_servers_of_trl(keys: dict[str, Any], urls: str | None) -> None:
+    port = port_of_trl(use_vllm=True, **keys)
+    assert port.recipe["rollout_backend"] == ("vllm" if urls is None else "vllm_server")
+    assert urls is None or port.recipe["vllm_server_urls"] == urls
+
+
 def test_lora_of_trl() -> None:
     port = port_of_trl(use_peft=True, lora_r=8, lora_target_modules="all-linear", lora_dropout=0.05, load_in_4bit=True)
     expected = {"finetuning_type": "lora", "lora_rank": 8, "lora_alpha": 32, "lora_target": "all"}

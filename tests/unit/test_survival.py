@@ -22,7 +22,7 @@ from grpo_stage.survival import checkpoints, descendants
 from grpo_stage.survival import stop as stop_module
 from grpo_stage.survival.stop import SafeStop, StopRequested
 from grpo_stage.survival.watchdog import HangError, Watchdog
-from grpo_stage.types import FinishReason
+from grpo_stage.types import EngineLostError, FinishReason
 from grpo_stage.update.reference import InitialWeightsReference
 
 from .trainer_on_fakes import (
@@ -920,3 +920,15 @@ def test_a_failing_reward_leaves_a_checkpoint(tmp_path):
     resumed = make_trainer(tmp_path)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert resumed.state.global_step == 3
+
+
+def test_an_engine_that_is_lost_leaves_a_checkpoint(tmp_path):
+    class Lost(FakeEngine):
+        def generate(self, prompts, sampling, step):
+            if step == 2:
+                raise EngineLostError("None of the servers answers")
+            return super().generate(prompts, sampling, step)
+
+    with pytest.raises(EngineLostError) as error:
+        make_trainer(tmp_path, engine=Lost()).train()
+    assert str(tmp_path / "checkpoint-2") in error.value.__notes__[0]

@@ -9,7 +9,7 @@ from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from grpo_stage.algorithm.conditions import Rule
-from grpo_stage.rollout.engines import vllm_rules
+from grpo_stage.rollout.engines import vllm_rules, vllm_server_rules
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.types import RolloutEngine
 
@@ -26,7 +26,11 @@ class EngineEntry:
     """Asked about the adapter that is trained further: its path, what its adapter_config.json says, and the keys."""
     refuse_unfit: Callable[[SimpleNamespace], None] = lambda values: None
     """Asked about the parsed keys, with `device_type`, `model_quantization` (the method that the model's files are
-    quantized with, or None) and `model_positions` (how many tokens the model was made for, or None) among them."""
+    quantized with, or None), `model_positions` (how many tokens the model was made for, or None) and `is_tied`
+    (whether its output layer has the embeddings' weight) among them."""
+    check_service: Callable[[SimpleNamespace, bool], None] = lambda values, is_first_rank: None
+    """Asked on every rank about the parsed keys of a run that is about to start, before a model is loaded: whether
+    what runs elsewhere is there, and fit."""
     rounds_on_gpu: bool = False
     """Whether it rounds on a GPU where the run computes in float32."""
 
@@ -43,6 +47,18 @@ def _build_vllm(request: EngineRequest) -> RolloutEngine:
     return start_vllm(request)
 
 
+def _build_vllm_server(request: EngineRequest) -> RolloutEngine:
+    from grpo_stage.rollout.engines.vllm_server import connect
+
+    return connect(request)
+
+
+def _check_vllm_servers(values: SimpleNamespace, is_first_rank: bool) -> None:
+    from grpo_stage.rollout.engines.vllm_server_check import check_servers
+
+    check_servers(values, is_first_rank=is_first_rank)
+
+
 ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
     {
         "hf": EngineEntry(build=_build_hf),
@@ -52,6 +68,14 @@ ENGINES: Mapping[str, EngineEntry] = MappingProxyType(
             refuse_adapter=vllm_rules.refuse_adapter,
             refuse_unfit=vllm_rules.refuse_unfit,
             rounds_on_gpu=True,  # in its attention
+        ),
+        "vllm_server": EngineEntry(
+            build=_build_vllm_server,
+            rules=vllm_server_rules.SERVER_RULES,
+            refuse_adapter=vllm_rules.refuse_adapter,
+            refuse_unfit=vllm_server_rules.refuse_unfit,
+            check_service=_check_vllm_servers,
+            rounds_on_gpu=True,
         ),
     }
 )

@@ -6,7 +6,6 @@ the other.
 """
 
 import contextlib
-import dataclasses
 import math
 import tempfile
 import weakref
@@ -20,6 +19,13 @@ from grpo_stage.rollout.engines import vllm_delivery, vllm_process
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
 from grpo_stage.rollout.engines.vllm_options import rank_with_room
+from grpo_stage.rollout.engines.vllm_requests import (
+    SCORING,
+    refuse_long_prompts,
+    sampling_arguments,
+    temperature_of_logprobs,
+    with_logprobs,
+)
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.rollout.engines.weights import PolicyWeights, Weights
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
@@ -136,21 +142,8 @@ class VLLMEngine:
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         if not self._is_synced:
             raise RuntimeError("generate() was called before sync(): there is no policy to sample from.")
-        if self._settings.logprob_temperature is None:
-            if not sampling.is_neutral:
-                raise ValueError(
-                    "The engine was started for neutral sampling, and top_k, top_p, min_p, repetition_penalty or "
-                    "structured_outputs is set: its log-probabilities would not be the policy's. Start it with "
-                    "logprob_temperature=1.0."
-                )
-            self.logprob_temperature = sampling.temperature or 1.0
-        for prompt in prompts:
-            if len(prompt.token_ids) + sampling.max_new_tokens > self._settings.max_model_len:
-                raise ValueError(
-                    f"Prompt {prompt.index} has {len(prompt.token_ids)} tokens: with max_new_tokens "
-                    f"{sampling.max_new_tokens} it passes the engine's {self._settings.max_model_len}. Raise "
-                    "`vllm_maxlen`, or lower `cutoff_len` or `max_new_tokens`."
-                )
+        self.logprob_temperature = temperature_of_logprobs(self._settings.logprob_temperature, sampling)
+        refuse_long_prompts(prompts, sampling, self._settings.max_model_len)
         group_size = sampling.num_generations
         with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
             outputs = self._llm.generate(
@@ -167,21 +160,7 @@ class VLLMEngine:
             self._group(prompt, outputs[i * group_size : (i + 1) * group_size], sampling)
             for i, prompt in enumerate(prompts)
         ]
-        return groups if sampling.structured_outputs is None else self._with_own_logprobs(groups)
-
-    def _with_own_logprobs(self, groups: Sequence[RolloutGroup]) -> list[RolloutGroup]:
-        """Under structured outputs vLLM gives those of what is left of the distribution, its raw ones included."""
-        scores = iter(self.score(groups))
-        return [
-            dataclasses.replace(
-                group,
-                completions=tuple(
-                    dataclasses.replace(each, sampling_logprobs=tuple(next(scores).tolist()))
-                    for each in group.completions
-                ),
-            )
-            for group in groups
-        ]
+        return groups if sampling.structured_outputs is None else with_logprobs(groups, self.score(groups))
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
         if not self._is_synced:
@@ -322,25 +301,13 @@ def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    structured = sampling.structured_outputs
-    return SamplingParams(
-        seed=seed,
-        max_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        min_p=sampling.min_p,
-        structured_outputs=None if structured is None else StructuredOutputsParams(**structured),
-        repetition_penalty=sampling.repetition_penalty,
-        stop_token_ids=list(sampling.stop_token_ids),
-        ignore_eos=True,  # the end tokens are those above, and no other that vLLM finds in a checkpoint
-        logprobs=0,
-        detokenize=False,
-    )
+    arguments = sampling_arguments(sampling, seed)
+    if (structured := arguments["structured_outputs"]) is not None:
+        arguments["structured_outputs"] = StructuredOutputsParams(**structured)
+    return SamplingParams(**arguments)
 
 
 def _scoring_params() -> Any:
-    """One token is sampled, since vLLM knows no request without, and thrown away."""
     from vllm import SamplingParams
 
-    return SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=0, detokenize=False)
+    return SamplingParams(**SCORING)

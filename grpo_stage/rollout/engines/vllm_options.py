@@ -69,6 +69,9 @@ OWNED_OPTIONS = {
 }
 """`vllm_config` keys that would make rollouts wrong, and why."""
 
+SERVER_OPTIONS = frozenset({"tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend"})
+"""Those of them that a server of its own may have."""
+
 _IMPORTED = "vLLM imports the code that it names, and a recipe alone must not run code"
 CODE_OPTIONS = {
     **dict.fromkeys(
@@ -132,8 +135,13 @@ tables, such as one of a later vLLM, is refused."""
 OWNED_OPTIONS_ON_CPU = {"enable_chunked_prefill": "vLLM's seeds fail with it on a CPU"}
 
 
-def refuse_options(options: Mapping[str, Any], on_cpu: bool) -> None:
+def refuse_options(options: Mapping[str, Any], on_cpu: bool, is_server: bool = False) -> None:
     """Refuse what would make rollouts wrong, what names code, and what vLLM does not know.
+
+    Args:
+        options: `vllm_config`.
+        on_cpu: whether vLLM computes on a CPU.
+        is_server: whether vLLM is a server, which may compute on several devices.
 
     Raises:
         ValueError: naming the option, the reason and the remedy.
@@ -141,6 +149,8 @@ def refuse_options(options: Mapping[str, Any], on_cpu: bool) -> None:
     refused = OWNED_OPTIONS | CODE_OPTIONS | (OWNED_OPTIONS_ON_CPU if on_cpu else {})
     known = known_options()
     for key, value in options.items():
+        if is_server and key in SERVER_OPTIONS:
+            continue
         if key in refused:
             raise ValueError(f"`{key}` cannot be set in `vllm_config`: {refused[key]}. Leave it out.")
         if key not in known:

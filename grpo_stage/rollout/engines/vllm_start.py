@@ -114,7 +114,8 @@ def _max_lora_rank(request: EngineRequest) -> int:
     """The highest rank that vLLM makes room for; that of an adapter from a hub is known since it was loaded."""
     rank = servable_config(request.policy).r
     own = request.keys.vllm_max_lora_rank if "vllm_max_lora_rank" in request.given else None
-    refuse_broken(RANK_RULES, SimpleNamespace(adapter_rank=rank, vllm_max_lora_rank=own))
+    backend = request.keys.rollout_backend
+    refuse_broken(RANK_RULES, SimpleNamespace(adapter_rank=rank, vllm_max_lora_rank=own, rollout_backend=backend))
     return own or rank
 
 

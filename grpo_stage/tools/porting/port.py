@@ -114,6 +114,27 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
+def put_servers(port: "Port") -> None:
+    """Take over the addresses of vLLM servers, of TRL's names, where completions are sampled by such."""
+    keys = "vllm_server_base_url vllm_server_host vllm_server_port"
+    is_given = any(port.has(key) for key in keys.split())
+    if str(port.get("vllm_mode", "server" if is_given else "colocate")) != "server":
+        return
+    hosts, ports = (_several(port.get(f"vllm_server_{name}")) for name in ("host", "port"))
+    pairs = zip(hosts or ["localhost"] * max(1, len(ports)), ports or [8000] * max(1, len(hosts)), strict=False)
+    addresses = [f"http://{'localhost' if host == '0.0.0.0' else host}:{number}" for host, number in pairs]
+    urls = _several(port.get("vllm_server_base_url")) or addresses
+    port.put(
+        f"use_vllm vllm_mode {keys}",
+        {"rollout_backend": "vllm_server", "vllm_server_urls": ",".join(map(str, urls))},
+        note="start the servers as `grpo-stage serve` says: those of the other system have other routes",
+    )
+
+
+def _several(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
 class Port:
     """The recipe that is being made, and the account so far.
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from grpo_stage.host.keys import as_written
 from grpo_stage.tools.porting import batch, rewards
-from grpo_stage.tools.porting.port import Entry, Fate, Port
+from grpo_stage.tools.porting.port import Entry, Fate, Port, put_servers
 
 
 NUM_DEVICES = "NPROC_PER_NODE"
@@ -146,6 +146,8 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         port.default(key, default, _SAID)
     if not port.has("use_vllm"):
         port.default("use_vllm", {"rollout_backend": "hf"}, f"{_SAID}; `rollout_backend: vllm` is much faster")
+    if _as_bool(port.get("use_vllm", False)):
+        put_servers(port)
     if str(port.get("torch_dtype", "bfloat16")) == "bfloat16" and not port.has("bf16"):
         port.put("torch_dtype", {"bf16": True}, Fate.COMPUTED)
     if (mode := port.get("rollout_importance_sampling_mode")) is not None:

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_stage.tools.porting import batch, rewards
-from grpo_stage.tools.porting.port import Entry, Fate, Port
+from grpo_stage.tools.porting.port import Entry, Fate, Port, put_servers
 
 
 NEWEST = "0.24"
@@ -244,6 +244,8 @@ def _rollout(port: Port, defaults: Mapping[str, Any], said: str) -> None:
             "it has no effect without `use_vllm`",
             False,
         )
+    if uses_vllm:
+        put_servers(port)
     is_neutral = port.get("top_p", 1.0) in (1, 1.0) and not port.get("top_k") and not port.get("min_p")
     if uses_vllm and defaults["corrects"] and is_neutral:
         port.default("vllm_importance_sampling_correction", {"rollout_correction": "token"}, said)
