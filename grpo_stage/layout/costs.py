@@ -1,7 +1,7 @@
 """What the parts of a step cost: a pass of an engine, an update of a rank, a delivery of weights.
 
-Everything is a roofline: bytes over a bandwidth or operations over a speed, whichever takes longer, with a share of the
-data sheet's figure that is stated in `Rates`. Rewards, logs, checkpoints and offloading to main memory are left out.
+Everything is a roofline: bytes over a bandwidth or operations over a speed, whichever takes longer, with a share of
+the data sheet's figure that is stated in `Rates`. Rewards, logs, checkpoints and offloading to main memory are left out.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,9 @@ class ModelCost:
     weights: float
     """Bytes of the weights that a pass of the trainer computes with; sharding gathers them."""
     gradients: float
-    """Bytes that ranks sum."""
+    """Bytes that ranks sum, in the precision of the weights."""
+    sharded_gradients: float
+    """The same with ZeRO or FSDP, which sum in the precision of the passes."""
     delivered: float
     """Bytes of a sync: an adapter, or all weights."""
     is_adapter: bool
@@ -170,19 +172,20 @@ def update_cost(
     completions = [(length, own) for group in groups for own in group]
     prompts = [length] * (len(groups) if work.shares_prompts else len(completions))
     num_tokens = sum(prompts) + sum(own for _, own in completions)
-    backward = flops.of_batch(prompts, completions) + (num_tokens * flops.forward if work.checkpointing else 0.0)
-    scoring = num_tokens * (flops.forward + flops.head / 3)
-    total = work.num_iterations * backward + work.num_scorings * scoring
+    once = flops.of_batch(prompts, completions)
+    again = num_tokens * flops.forward if work.checkpointing else 0.0
+    total = work.num_iterations * (once + again) + work.num_scorings * once * flops.forward / flops.body
     compute = total / (layout.card.flops * rates.update)
     if layout.num_trainers == 1:
         return UpdateCost(compute, 0.0)
     bandwidth = train_bandwidth(layout) * rates.collective
     moved = (layout.num_trainers - 1) / layout.num_trainers / bandwidth
     if layout.sharding in ("none", "zero2"):
-        return UpdateCost(compute, work.num_optimizer_steps * work.num_iterations * 2 * model.gradients * moved)
+        summed = model.gradients if layout.sharding == "none" else model.sharded_gradients
+        return UpdateCost(compute, work.num_optimizer_steps * work.num_iterations * 2 * summed * moved)
     num_micro_batches = work.num_iterations * -(-num_tokens // work.max_tokens)
     num_scored = work.num_scorings * -(-num_tokens // work.max_tokens)
-    gathered = (2 * num_micro_batches + num_scored) * model.weights + num_micro_batches * model.gradients
+    gathered = (2 * num_micro_batches + num_scored) * model.weights + num_micro_batches * model.sharded_gradients
     return UpdateCost(compute, max(0.0, gathered * moved - compute))
 
 

@@ -18,6 +18,10 @@ FEW = 0.1
 """The tail of a rollout is the time in which no more than this share of its completions still runs."""
 
 
+class NoRoomError(ValueError):
+    """A prompt with its completions is larger than an engine's cache."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """What a rollout took, seconds."""
@@ -69,8 +73,8 @@ class _Engine:
         self.now = 0.0
         self._passes = 0
         """How many tokens a completion would have that was there from the start."""
-        self._running: list[tuple[int, int, int]] = []
-        """A heap: the pass in which a completion ends, its tokens, and those of its prompt that are kept for it."""
+        self._running: list[tuple[int, int, float]] = []
+        """A heap: the pass in which a completion ends, its tokens with its prompt's, and its share of the cache."""
         self._context = 0.0
         self._reserved = 0.0
         self.parts = dict.fromkeys(("prompts", "overhead", "weights", "keys and values", "compute"), 0.0)
@@ -87,10 +91,10 @@ class _Engine:
     def has_room(self, prompt_length: int, group: Sequence[int]) -> bool:
         needed = prompt_length + sum(group)
         if needed > self._cost.capacity:
-            raise ValueError(
+            raise NoRoomError(
                 f"An engine of {self._cost.num_cards} x {self._cost.card.name} has room for {self._cost.capacity:,} "
-                f"tokens beside its weights, and one prompt with its {len(group)} completions takes {needed:,}. Give it "
-                "more cards (`serve 4x2xH100` has two), or sample fewer or shorter completions."
+                f"tokens beside its weights, and one prompt with its {len(group)} completions takes {needed:,}. Give "
+                "it more cards (`serve 4x2xH100` has two), or sample fewer or shorter completions."
             )
         fits = self.in_flight + len(group) <= self._cost.card.max_sequences
         return not self._running or (fits and self._reserved + needed <= self._cost.capacity)
@@ -101,7 +105,8 @@ class _Engine:
         self.now += seconds
         self.parts["prompts"] += seconds
         for length in group:
-            heapq.heappush(self._running, (self._passes + length, length, prompt_length))
+            held = length + prompt_length / len(group)
+            heapq.heappush(self._running, (self._passes + length, prompt_length + length, held))
             self._context += prompt_length
         self._reserved += prompt_length + sum(group)
 
@@ -112,12 +117,11 @@ class _Engine:
         ):
             self.parts[name] += seconds
             self.now += seconds
-        end, length, prompt_length = heapq.heappop(self._running)
-        self._context += (self.in_flight + 1) * (end - self._passes) - length - prompt_length
+        num_running = self.in_flight
+        end, num_tokens, held = heapq.heappop(self._running)
+        self._context += num_running * (end - self._passes) - num_tokens
+        self._reserved -= held
         self._passes = end
-        self._reserved -= length
-        if not self._running:
-            self._reserved = 0.0
         return self.now
 
     def _until_next(self) -> tuple[float, ...]:
@@ -131,7 +135,7 @@ def roll_out(engines: Sequence[EngineCost], prompt_length: int, groups: Sequence
     """Sample groups, each given to the engine with the fewest completions in flight that has room for it.
 
     Raises:
-        ValueError: if a group has no room in an engine.
+        NoRoomError: if a group has no room in an engine.
     """
     running = [_Engine(cost) for cost in engines]
     waiting = deque(groups)
@@ -187,13 +191,14 @@ def simulate(
         seed: of the lengths.
 
     Raises:
-        ValueError: if an engine has no room for a group, or `rollout_ahead` has nothing to overlap.
+        NoRoomError: if a group has no room in an engine.
+        ValueError: if `rollout_ahead` has nothing to overlap.
     """
     rates = rates or Rates()
     if work.runs_ahead and layout.is_colocated:
         raise ValueError(
-            "`rollout_ahead: 1` needs cards of its own for the engines, since the next rollout runs beside the update. "
-            "Add a part `serve` to `--layout`, or leave `rollout_ahead` out."
+            "`rollout_ahead: 1` needs cards of its own for the engines, since the next rollout runs beside the "
+            "update. Add a part `serve` to `--layout`, or leave `rollout_ahead` out."
         )
     engine = EngineCost(
         card=layout.engine_card, num_cards=layout.engine_size, model=model, rates=rates, memory=engine_memory
@@ -215,7 +220,7 @@ def simulate(
         hidden.append(slowest.communication)
         means.append(sum(cost.total for cost in ranks) / len(ranks))
     sync = sync_seconds(layout, model, rates)
-    # The first rollout is the next one's of nobody; with `rollout_ahead` an update runs beside the rollout after it.
+    # With `rollout_ahead` an update runs beside the rollout after its own; the last one drawn is only for that.
     steps = [
         sync + (max(update, following.total) if work.runs_ahead else update + rollout.total)
         for rollout, following, update in zip(rollouts, rollouts[1:], updates, strict=False)
@@ -229,7 +234,7 @@ def simulate(
         else {"train": 1 - train_busy / step, "serve": 1 - engine_busy / step}
     )
     parts = {name: _mean([each.parts[name] for each in rollouts]) for name in rollouts[0].parts}
-    outcome = Outcome(
+    return Outcome(
         step=step,
         rollout=rollout,
         update=update,
@@ -243,7 +248,6 @@ def simulate(
         num_cards=layout.num_cards,
         bottleneck=_bottleneck(rollout, update, sync, _mean(hidden), parts),
     )
-    return outcome
 
 
 def _rollout_of(layout: Layout, engine: EngineCost, prompt_length: int, groups: Sequence[Sequence[int]]) -> Rollout:

@@ -17,8 +17,8 @@ _PARTS = {
     "nodes": re.compile(r"nodes\s+(\d+)"),
 }
 HELP = (
-    "`train 8xH100 zero3; serve 4x2xH100`: eight H100 train with ZeRO-3 (or `zero2`, `fsdp`, or nothing: each holds all "
-    "weights), and four servers of two H100 each sample. Without `serve` the cards that train sample, too; "
+    "`train 8xH100 zero3; serve 4x2xH100`: eight H100 train with ZeRO-3 (or `zero2`, `fsdp`, or nothing: each holds "
+    "all weights), and four servers of two H100 each sample. Without `serve` the cards that train sample, too; "
     "`colocate 4x2` makes that four engines of two cards each. `nodes 2` spreads the cards over two machines"
 )
 
