@@ -1,7 +1,8 @@
 """What the parts of a step cost: a pass of an engine, an update of a rank, a delivery of weights.
 
 Everything is a roofline: bytes over a bandwidth or operations over a speed, whichever takes longer, with a share of
-the data sheet's figure that is stated in `Rates`. Rewards, logs, checkpoints and offloading to main memory are left out.
+the data sheet's figure that is stated in `Rates`. Rewards, logs, checkpoints and offloading to main memory are
+left out.
 """
 
 from collections.abc import Sequence
@@ -17,8 +18,10 @@ from grpo_stage.update.model_flops import TokenFlops
 class Rates:
     """What is reached of the data sheets' figures. docs/scaling.md says which measurement each is from."""
 
-    update: float = 0.22
+    update: float = 0.26
     """Of a card's FLOP/s in the update, gradient checkpointing's second forward pass counted."""
+    layer_s: float = 4e-3
+    """What a layer takes in a micro-batch beside its operations: launching kernels."""
     prefill: float = 0.5
     """Of a card's FLOP/s in an engine."""
     memory: float = 0.9
@@ -175,7 +178,10 @@ def update_cost(
     once = flops.of_batch(prompts, completions)
     again = num_tokens * flops.forward if work.checkpointing else 0.0
     total = work.num_iterations * (once + again) + work.num_scorings * once * flops.forward / flops.body
-    compute = total / (layout.card.flops * rates.update)
+    num_micro_batches = -(-num_tokens // work.max_tokens)
+    num_learned, num_scored = work.num_iterations * num_micro_batches, work.num_scorings * num_micro_batches
+    launched = (num_learned + num_scored / 3) * model.num_layers * rates.layer_s
+    compute = total / (layout.card.flops * rates.update) + launched
     if layout.num_trainers == 1:
         return UpdateCost(compute, 0.0)
     bandwidth = train_bandwidth(layout) * rates.collective
@@ -183,9 +189,7 @@ def update_cost(
     if layout.sharding in ("none", "zero2"):
         summed = model.gradients if layout.sharding == "none" else model.sharded_gradients
         return UpdateCost(compute, work.num_optimizer_steps * work.num_iterations * 2 * summed * moved)
-    num_micro_batches = work.num_iterations * -(-num_tokens // work.max_tokens)
-    num_scored = work.num_scorings * -(-num_tokens // work.max_tokens)
-    gathered = (2 * num_micro_batches + num_scored) * model.weights + num_micro_batches * model.sharded_gradients
+    gathered = (2 * num_learned + num_scored) * model.weights + num_learned * model.sharded_gradients
     return UpdateCost(compute, max(0.0, gathered * moved - compute))
 
 

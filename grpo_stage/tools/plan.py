@@ -144,7 +144,13 @@ def _plan(
     written = typed(dict(configuration))
     precision = {key: bool(written.get(key)) for key in PRECISIONS}
     arguments = parse_without_run(configuration, on_device=False)
-    plan = make_plan(arguments, precision, device, **lengths)
+    plan = make_plan(
+        arguments,
+        precision,
+        device,
+        prompt_length=lengths.get("prompt_length"),
+        completion_length=lengths.get("completion_length"),
+    )
     return plan, {**vars(arguments.values()), **precision, "checkpointing_is_off": not plan.checkpointing}
 
 

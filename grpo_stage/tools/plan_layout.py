@@ -290,7 +290,8 @@ def _show_step(plan: LayoutPlan, outcome: "Outcome", console: Any) -> None:
     per_card = outcome.tokens_per_s / outcome.num_cards
     console.print(
         f"{outcome.num_prompts} prompts and {outcome.num_tokens:,.0f} sampled tokens a step: "
-        f"{outcome.tokens_per_s:,.0f} tokens a second, {per_card:,.0f} for each card. Cards idle: {idle}. Bottleneck: {outcome.bottleneck}."
+        f"{outcome.tokens_per_s:,.0f} tokens a second, {per_card:,.0f} for each card. Cards idle: {idle}. "
+        f"Bottleneck: {outcome.bottleneck}."
     )
     if plan.hours is not None:
         console.print(f"{plan.hours:.3g} hours an epoch.")
