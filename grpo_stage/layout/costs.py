@@ -92,6 +92,8 @@ class Work:
     shares_prompts: bool = True
     runs_ahead: bool = False
     """`rollout_ahead`."""
+    max_in_flight: int = 1024
+    """Completions that an engine is given at a time, if its card does not allow fewer."""
 
 
 class DecodeCost(NamedTuple):
@@ -118,6 +120,7 @@ class EngineCost:
     rates: Rates
     memory: float
     """Bytes of each card that weights and cache can take."""
+    max_in_flight: int = 1024
 
     @property
     def capacity(self) -> int:

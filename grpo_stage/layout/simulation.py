@@ -3,7 +3,7 @@
 import heapq
 import json
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ FEW = 0.1
 
 
 class NoRoomError(ValueError):
-    """A prompt with its completions is larger than an engine's cache."""
+    """A prompt with a completion is larger than an engine's cache."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,15 +68,17 @@ class Outcome:
 class _Engine:
     """Its clock jumps from the end of one completion to that of the next."""
 
-    def __init__(self, cost: EngineCost) -> None:
-        self._cost = cost
+    def __init__(self, cost: EngineCost, prompt_length: int) -> None:
+        self._cost, self._prompt_length = cost, prompt_length
         self.now = 0.0
         self._passes = 0
         """How many tokens a completion would have that was there from the start."""
-        self._running: list[tuple[int, int, float]] = []
-        """A heap: the pass in which a completion ends, its tokens with its prompt's, and its share of the cache."""
-        self._context = 0.0
-        self._reserved = 0.0
+        self._running: list[tuple[int, int, int]] = []
+        """A heap: the pass in which a completion ends, its tokens, and its group."""
+        self._of_group: Counter[int] = Counter()
+        """Completions that run, by group; a group that was here once has its prompt in the cache."""
+        self._context = 0
+        self._reserved = 0
         self.parts = dict.fromkeys(("prompts", "overhead", "weights", "keys and values", "compute"), 0.0)
 
     @property
@@ -88,27 +90,32 @@ class _Engine:
         """When the next completion will have ended, if no other is added."""
         return self.now + sum(self._until_next())
 
-    def has_room(self, prompt_length: int, group: Sequence[int]) -> bool:
-        needed = prompt_length + sum(group)
-        if needed > self._cost.capacity:
+    def has_room(self, group: int, length: int) -> bool:
+        """For a completion of `group` up to its end.
+
+        Raises:
+            NoRoomError: if there is none even without others.
+        """
+        if self._prompt_length + length > self._cost.capacity:
             raise NoRoomError(
                 f"An engine of {self._cost.num_cards} x {self._cost.card.name} has room for {self._cost.capacity:,} "
-                f"tokens beside its weights, and one prompt with its {len(group)} completions takes {needed:,}. Give "
-                "it more cards (`serve 4x2xH100` has two), or sample fewer or shorter completions."
+                f"tokens beside its weights, and a prompt with a completion takes {self._prompt_length + length:,}. "
+                "Give it more cards (`serve 4x2xH100` has two), or sample shorter completions."
             )
-        fits = self.in_flight + len(group) <= self._cost.card.max_sequences
-        return not self._running or (fits and self._reserved + needed <= self._cost.capacity)
+        held = length if self._of_group[group] else length + self._prompt_length
+        most = min(self._cost.card.max_sequences, self._cost.max_in_flight)
+        return not self._running or (self.in_flight < most and self._reserved + held <= self._cost.capacity)
 
-    def add(self, prompt_length: int, group: Sequence[int]) -> None:
-        """Compute a prompt and begin its completions."""
-        seconds = self._cost.prefill(prompt_length)
-        self.now += seconds
-        self.parts["prompts"] += seconds
-        for length in group:
-            held = length + prompt_length / len(group)
-            heapq.heappush(self._running, (self._passes + length, prompt_length + length, held))
-            self._context += prompt_length
-        self._reserved += prompt_length + sum(group)
+    def add(self, group: int, length: int) -> None:
+        """Begin a completion, and compute the prompt of its group if that was not here yet."""
+        if group not in self._of_group:
+            seconds = self._cost.prefill(self._prompt_length)
+            self.now += seconds
+            self.parts["prompts"] += seconds
+        self._reserved += length if self._of_group[group] else length + self._prompt_length
+        self._of_group[group] += 1
+        self._context += self._prompt_length
+        heapq.heappush(self._running, (self._passes + length, length, group))
 
     def advance(self) -> float:
         """Go on to the end of the next completion, and take it out."""
@@ -118,10 +125,11 @@ class _Engine:
             self.parts[name] += seconds
             self.now += seconds
         num_running = self.in_flight
-        end, num_tokens, held = heapq.heappop(self._running)
-        self._context += num_running * (end - self._passes) - num_tokens
-        self._reserved -= held
+        end, length, group = heapq.heappop(self._running)
+        self._context += num_running * (end - self._passes) - length - self._prompt_length
         self._passes = end
+        self._of_group[group] -= 1
+        self._reserved -= length if self._of_group[group] else length + self._prompt_length
         return self.now
 
     def _until_next(self) -> tuple[float, ...]:
@@ -132,20 +140,20 @@ class _Engine:
 
 
 def roll_out(engines: Sequence[EngineCost], prompt_length: int, groups: Sequence[Sequence[int]]) -> Rollout:
-    """Sample groups, each given to the engine with the fewest completions in flight that has room for it.
+    """Sample groups. Each completion goes to the engine with the fewest in flight that has room for it.
 
     Raises:
-        NoRoomError: if a group has no room in an engine.
+        NoRoomError: if a prompt with a completion has no room in an engine.
     """
-    running = [_Engine(cost) for cost in engines]
-    waiting = deque(groups)
+    running = [_Engine(cost, prompt_length) for cost in engines]
+    waiting = deque((i, length) for i, group in enumerate(groups) for length in group)
 
     def give(candidates: Sequence[_Engine]) -> None:
         while waiting:
-            free = [engine for engine in candidates if engine.has_room(prompt_length, waiting[0])]
+            free = [engine for engine in candidates if engine.has_room(*waiting[0])]
             if not free:
                 return
-            min(free, key=lambda engine: engine.in_flight).add(prompt_length, waiting.popleft())
+            min(free, key=lambda engine: engine.in_flight).add(*waiting.popleft())
 
     give(running)
     events = [(engine.next_end, i) for i, engine in enumerate(running) if engine.in_flight]
@@ -191,7 +199,7 @@ def simulate(
         seed: of the lengths.
 
     Raises:
-        NoRoomError: if a group has no room in an engine.
+        NoRoomError: if a prompt with a completion has no room in an engine.
         ValueError: if `rollout_ahead` has nothing to overlap.
     """
     rates = rates or Rates()
@@ -201,7 +209,12 @@ def simulate(
             "update. Add a part `serve` to `--layout`, or leave `rollout_ahead` out."
         )
     engine = EngineCost(
-        card=layout.engine_card, num_cards=layout.engine_size, model=model, rates=rates, memory=engine_memory
+        card=layout.engine_card,
+        num_cards=layout.engine_size,
+        model=model,
+        rates=rates,
+        memory=engine_memory,
+        max_in_flight=work.max_in_flight,
     )
     random_ = random.Random(seed)
     rollouts, updates, means, hidden, num_tokens = [], [], [], [], 0

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 GIB = float(2**30)
 SERVER_SHARE = 0.9
 """Of a server's cards, what weights and cache take: vLLM's own default of `--gpu-memory-utilization`."""
+REQUESTS_OF_A_SERVER = 256
+"""How many completions a server is asked for at a time."""
 OF_SEVERAL_DEVICES = ("deepspeed", "fsdp", "fsdp_config", "vllm_server_urls")
 """Keys that the layout stands for: they need packages or servers that a plan does without."""
 
@@ -140,7 +142,7 @@ def plan_layout(
     _check(written, layout)
     here = {key: value for key, value in configuration.items() if key not in OF_SEVERAL_DEVICES}
     if here.get("rollout_backend") == "vllm_server":
-        here["rollout_backend"] = "vllm"
+        here |= {"rollout_backend": "vllm", "vllm_config": None}  # options of a server, such as its number of cards
     arguments = parse_without_run(here, on_device=False)
     memory = make_plan(
         arguments,
@@ -163,6 +165,7 @@ def plan_layout(
         checkpointing=memory.checkpointing,
         shares_prompts=not finetuning.disable_prompt_sharing,
         runs_ahead=bool(finetuning.rollout_ahead),
+        **({} if layout.is_colocated else {"max_in_flight": REQUESTS_OF_A_SERVER}),
     )
     if lengths is not None:
         draw = of_file(lengths)
