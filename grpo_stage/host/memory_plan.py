@@ -152,6 +152,8 @@ class _Planner:
         if self.finetuning.cast_lm_head_to_fp32:
             compute_output_layer_in_float32(policy)
         sizes = sizes_of(policy, self.quantization)
+        if self.layout is not None and self.layout.sharding != "none":
+            policy.to(self.compute_dtype)  # as weights are gathered: autocast makes no copies of them
         kept, recomputed = (
             trace(policy, self.load, self.autocast, checkpointing=checkpointing) for checkpointing in (False, True)
         )

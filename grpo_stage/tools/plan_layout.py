@@ -138,11 +138,14 @@ def plan_layout(
     from grpo_stage.layout.costs import Rates, Work
     from grpo_stage.layout.simulation import NoRoomError, fixed, of_file, simulate, uniform
 
-    written = typed(dict(configuration))
-    _check(written, layout)
+    backend = configuration.get("rollout_backend")
+    _check_backend(backend, layout)
     here = {key: value for key, value in configuration.items() if key not in OF_SEVERAL_DEVICES}
-    if here.get("rollout_backend") == "vllm_server":
+    if backend == "vllm_server":
         here |= {"rollout_backend": "vllm", "vllm_config": None}  # options of a server, such as its number of cards
+    written = typed(here)
+    if written.get("use_cpu"):
+        raise ValueError("`use_cpu: true` cannot go with `--layout`, which names GPUs. Leave it out.")
     arguments = parse_without_run(here, on_device=False)
     memory = make_plan(
         arguments,
@@ -192,19 +195,17 @@ def plan_layout(
     )
 
 
-def _check(written: Mapping[str, Any], layout: "Layout") -> None:
-    if written.get("rollout_backend") == "hf":
+def _check_backend(backend: Any, layout: "Layout") -> None:
+    if backend == "hf":
         raise ValueError(
             "`--layout` knows vLLM's engine and not `rollout_backend: hf`, which is no choice for several devices. "
             "Write `rollout_backend: vllm`."
         )
-    if written.get("rollout_backend") == "vllm_server" and layout.is_colocated:
+    if backend == "vllm_server" and layout.is_colocated:
         raise ValueError(
             "`rollout_backend: vllm_server` samples on servers, and `--layout` has none. Add a part `serve`, such as "
             f"`serve 2x{layout.card.name}`."
         )
-    if written.get("use_cpu"):
-        raise ValueError("`use_cpu: true` cannot go with `--layout`, which names GPUs. Leave it out.")
 
 
 def _server(layout: "Layout", memory: "MemoryPlan", engine_memory: float) -> dict[str, float]:
