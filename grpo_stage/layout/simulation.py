@@ -217,13 +217,14 @@ def simulate(
         max_in_flight=work.max_in_flight,
     )
     random_ = random.Random(seed)
-    rollouts, updates, means, hidden, num_tokens = [], [], [], [], 0
-    for _ in range(num_steps + 1):
-        groups = [
-            [draw(random_) for _ in range(work.group_size)] for _ in range(work.num_prompts * layout.num_trainers)
-        ]
-        num_tokens += sum(map(sum, groups))
-        rollouts.append(_rollout_of(layout, engine, work.prompt_length, groups))
+    drawn = [
+        [[draw(random_) for _ in range(work.group_size)] for _ in range(work.num_prompts * layout.num_trainers)]
+        for _ in range(num_steps + 1)
+    ]
+    # With `rollout_ahead` an update runs beside the rollout after its own; the last one drawn is only for that.
+    *rollouts, after = (_rollout_of(layout, engine, work.prompt_length, groups) for groups in drawn)
+    updates, means, hidden = [], [], []
+    for groups in drawn[:num_steps]:
         ranks = [
             update_cost(layout, model, work, rates, groups[rank :: layout.num_trainers])
             for rank in range(layout.num_trainers)
@@ -231,12 +232,11 @@ def simulate(
         slowest = max(ranks, key=lambda cost: cost.total)
         updates.append(slowest.total)
         hidden.append(slowest.communication)
-        means.append(sum(cost.total for cost in ranks) / len(ranks))
+        means.append(_mean([cost.total for cost in ranks]))
     sync = sync_seconds(layout, model, rates)
-    # With `rollout_ahead` an update runs beside the rollout after its own; the last one drawn is only for that.
     steps = [
         sync + (max(update, following.total) if work.runs_ahead else update + rollout.total)
-        for rollout, following, update in zip(rollouts, rollouts[1:], updates, strict=False)
+        for rollout, following, update in zip(rollouts, [*rollouts[1:], after], updates, strict=True)
     ]
     step = _mean(steps)
     rollout, update = _mean([each.total for each in rollouts]), _mean(updates)
@@ -257,7 +257,7 @@ def simulate(
         rollout_parts=parts,
         idle={name: max(0.0, share) for name, share in idle.items()},
         num_prompts=work.num_prompts * layout.num_trainers,
-        num_tokens=num_tokens / len(rollouts),
+        num_tokens=_mean([sum(map(sum, groups)) for groups in drawn[:num_steps]]),
         num_cards=layout.num_cards,
         bottleneck=_bottleneck(rollout, update, sync, _mean(hidden), parts),
     )
