@@ -71,7 +71,7 @@ H20 = Card(name="H20", memory=96 * 2.0**30, flops=148e12, memory_bandwidth=4000e
 H800 = dataclasses.replace(CARDS["H100"], name="H800", link=200e9)
 """Cards of published runs; NVIDIA has no public data sheets of them, so these are the figures of resellers."""
 CPU = Card(name="2 cores", memory=24 * 2.0**30, flops=0.14e12, memory_bandwidth=20e9, link=1e9, network=1e9)
-"""0.11 to 0.17 TFLOP/s of matrix products in float32 (docs/performance.md); the bandwidth is assumed and binds nothing."""
+"""0.11 to 0.17 TFLOP/s of matrix products in float32 (docs/performance.md); the bandwidth is assumed."""
 
 
 @cache
@@ -228,6 +228,22 @@ _TT = "tenstorrent/tt-inference-server issues 143, 125, 340, 356: vLLM on GPUs"
 _NEMO = "NeMo-RL docs/about/performance-summary.md, v0.4"
 _EASY = "EasyR1 assets/baselines.md"
 _VERL = "verl docs/advance/fully_async.md"
+_SHARED, _AGAIN = "shared", "checkpointing"
+_GROUPS = (
+    (64, 512, 8, "", _AGAIN, 0.273),
+    (64, 512, 8, _SHARED, _AGAIN, 0.262),
+    (512, 512, 8, "", _AGAIN, 0.443),
+    (512, 512, 8, _SHARED, _AGAIN, 0.293),
+    (1024, 256, 8, "", _AGAIN, 0.533),
+    (1024, 256, 8, _SHARED, _AGAIN, 0.267),
+    (512, 512, 16, "", _AGAIN, 0.850),
+    (512, 512, 16, _SHARED, _AGAIN, 0.537),
+    (512, 512, 8, "", "", 0.322),
+    (512, 512, 8, _SHARED, "", 0.216),
+    (1024, 256, 8, "", "", 0.383),
+    (1024, 256, 8, _SHARED, "", 0.150),
+)
+"""Prompt, completion, completions, how prompts and activations are handled, and seconds on an H200."""
 CPU_RATES = Rates(update=0.75, layer_s=0.0, prefill=0.23, memory=1.0, token_s=0.0, sequence_s=0.0)
 """Of the two rows marked as calibration."""
 VERL_RATES = Rates(update=0.5)
@@ -241,70 +257,201 @@ def verl_lengths(random_: random.Random) -> int:
 
 ROWS = {
     "ours": [
-        Row("1.5B LoRA, update, 128 x (520 + 512), s", 5.4, update("Qwen2.5-1.5B", H200, 520, 512, 16, 8, shares_prompts=False, max_tokens=16384), _OURS, True),
+        Row(
+            "1.5B LoRA, update, 128 x (520 + 512), s",
+            5.4,
+            update("Qwen2.5-1.5B", H200, 520, 512, 16, 8, shares_prompts=False, max_tokens=16384),
+            _OURS,
+            True,
+        ),
         Row("the same, rollout, s", 3.3, rollout("Qwen2.5-1.5B", H200, 520, fixed(512), 16, 8), _OURS, True),
         Row("135M, rollout, 64 x (45 + 16), s", 0.11, rollout("SmolLM2-135M", H200, 45, uniform(16), 8, 8), _OURS),
-        Row("135M LoRA, update, s", 0.23, update("SmolLM2-135M", H200, 45, 8, 8, 8, shares_prompts=False, checkpointing=False), _OURS),
+        Row(
+            "135M LoRA, update, s",
+            0.23,
+            update("SmolLM2-135M", H200, 45, 8, 8, 8, shares_prompts=False, checkpointing=False),
+            _OURS,
+        ),
         Row("135M LoRA, sync, s", 0.07, sync("SmolLM2-135M", "train 1xH200", lora=True), _OURS, True),
         Row("135M full, sync, s", 0.09, sync("SmolLM2-135M", "train 1xH200"), _OURS),
         *(
             Row(
-                f"1.5B LoRA, {prompt}/{own}, G {size}, {'shared' if shares else 'plain'}, {'checkpointing' if again else 'none'}, s",
+                f"1.5B LoRA, {prompt}/{own}, G {size}, {shares or 'plain'}, {again or 'no checkpointing'}, s",
                 figure,
-                update("Qwen2.5-1.5B", H200, prompt, own, 1, size, shares_prompts=shares, checkpointing=again, max_tokens=20000),
+                update(
+                    "Qwen2.5-1.5B",
+                    H200,
+                    prompt,
+                    own,
+                    1,
+                    size,
+                    shares_prompts=bool(shares),
+                    checkpointing=bool(again),
+                    max_tokens=20000,
+                ),
                 _MICRO,
-                (prompt, size, shares) == (64, 8, False),
+                (prompt, size, shares) == (64, 8, ""),
             )
-            for prompt, own, size, shares, again, figure in (
-                (64, 512, 8, False, True, 0.273), (64, 512, 8, True, True, 0.262), (512, 512, 8, False, True, 0.443),
-                (512, 512, 8, True, True, 0.293), (1024, 256, 8, False, True, 0.533), (1024, 256, 8, True, True, 0.267),
-                (512, 512, 16, False, True, 0.850), (512, 512, 16, True, True, 0.537), (512, 512, 8, False, False, 0.322),
-                (512, 512, 8, True, False, 0.216), (1024, 256, 8, False, False, 0.383), (1024, 256, 8, True, False, 0.150),
-            )
+            for prompt, own, size, shares, again, figure in _GROUPS
         ),
     ],
     "cpu": [
-        Row("135M LoRA, update, 8 x 8, 45 + 16, s", 6.9, update("SmolLM2-135M", CPU, 45, 16, 8, 8, rates=CPU_RATES, itemsize=4, checkpointing=False), _CPU, True),
-        Row("135M LoRA, update, 2 x 8, 520 + 64, s", 9.5, update("SmolLM2-135M", CPU, 520, 64, 2, 8, rates=CPU_RATES, itemsize=4, checkpointing=False), _CPU),
-        Row("135M, vLLM rollout, 8 x 8, 45 + 1..16, s", 7.73, rollout("SmolLM2-135M", CPU, 45, uniform(16), 8, 8, rates=CPU_RATES, itemsize=4), _CPU, True),
-        Row("135M, vLLM rollout, 64 x 64 tokens, s", 22.5, rollout("SmolLM2-135M", CPU, 45, fixed(64), 8, 8, rates=CPU_RATES, itemsize=4), _CPU),
+        Row(
+            "135M LoRA, update, 8 x 8, 45 + 16, s",
+            6.9,
+            update("SmolLM2-135M", CPU, 45, 16, 8, 8, rates=CPU_RATES, itemsize=4, checkpointing=False),
+            _CPU,
+            True,
+        ),
+        Row(
+            "135M LoRA, update, 2 x 8, 520 + 64, s",
+            9.5,
+            update("SmolLM2-135M", CPU, 520, 64, 2, 8, rates=CPU_RATES, itemsize=4, checkpointing=False),
+            _CPU,
+        ),
+        Row(
+            "135M, vLLM rollout, 8 x 8, 45 + 1..16, s",
+            7.73,
+            rollout("SmolLM2-135M", CPU, 45, uniform(16), 8, 8, rates=CPU_RATES, itemsize=4),
+            _CPU,
+            True,
+        ),
+        Row(
+            "135M, vLLM rollout, 64 x 64 tokens, s",
+            22.5,
+            rollout("SmolLM2-135M", CPU, 45, fixed(64), 8, 8, rates=CPU_RATES, itemsize=4),
+            _CPU,
+        ),
     ],
     "decode": [
         Row("Qwen3-1.7B, A100, ms a token", 4.6, token("Qwen3-1.7B", A100, 192), _TT, True),
         Row("Qwen2.5-7B, 4090, ms a token", 17.1, token("Qwen2.5-7B", R4090, 192), _TT),
         Row("Qwen2.5-72B, 2 x H100, ms a token", 30.9, token("Qwen2.5-72B", H100, 192, num_cards=2), _TT),
         Row("the same after 8,192 tokens", 31.3, token("Qwen2.5-72B", H100, 8256, num_cards=2), _TT),
-        Row("DeepSeek-R1 in 4 bits, 8 x H100, ms a token", 16.1, token("DeepSeek-V3", H100, 192, num_cards=8, itemsize=0.5), _TT),
+        Row(
+            "DeepSeek-R1 in 4 bits, 8 x H100, ms a token",
+            16.1,
+            token("DeepSeek-V3", H100, 192, num_cards=8, itemsize=0.5),
+            _TT,
+        ),
         Row("72B, 2 x H100, ms to the first token, 4,096", 505, prefill("Qwen2.5-72B", H100, 4096, 2), _TT),
         Row("the same, 8,192", 1064, prefill("Qwen2.5-72B", H100, 8192, 2), _TT),
     ],
     "sync": [
-        Row("72B, whole weights, s", 28.8, sync("Qwen2.5-72B", "train 32xH100 fsdp; serve 8x4xH100"), "verl, before delta_sharded"),
-        Row("7B, whole weights, s", 0.3, sync("Qwen2.5-7B", "train 12xH100 fsdp; serve 4xH100"), "verl docs/advance/one_step_off.md"),
+        Row(
+            "72B, whole weights, s",
+            28.8,
+            sync("Qwen2.5-72B", "train 32xH100 fsdp; serve 8x4xH100"),
+            "verl, before delta_sharded",
+        ),
+        Row(
+            "7B, whole weights, s",
+            0.3,
+            sync("Qwen2.5-7B", "train 12xH100 fsdp; serve 4xH100"),
+            "verl docs/advance/one_step_off.md",
+        ),
         Row("0.6B, whole weights, s", 0.18, sync("Qwen3-0.6B", "train 1xH100; serve 1xH100"), "TRL #5892"),
     ],
     "steps": [
-        Row("8B, 16 H100, s", 97.7, step("Llama-3.1-8B", "train 16xH100 zero2", nemo(16), exponential(910, 3946)), _NEMO),
-        Row("8B, 8 + 8, one step off, s", 74.6, step("Llama-3.1-8B", "train 8xH100 zero2; serve 8xH100", nemo(8, ahead=True), exponential(979, 3946)), _NEMO),
-        Row("32B, 32 H100, s", 393, step("Qwen3-32B", "train 32xH100 fsdp; colocate 8x4", nemo(32), exponential(3056, 3946)), _NEMO),
-        Row("32B, 32 + 32, one step off, s", 215, step("Qwen3-32B", "train 32xH100 fsdp; serve 8x4xH100", nemo(32, ahead=True), exponential(3057, 3946)), _NEMO),
-        Row("30B-A3B, 32 H100, s", 225, step("Qwen3-30B-A3B", "train 32xH100 fsdp; colocate 8x4", nemo(32), exponential(3004, 3946)), _NEMO),
-        Row("235B-A22B, 128 H100, s", 506, step("Qwen3-235B-A22B", "train 128xH100 fsdp; colocate 8x16", dataclasses.replace(nemo(128), num_prompts=1, group_size=4), exponential(5521, 8042)), _NEMO),
-        Row("DeepSeek-V3, 256 H100, s", 154, step("DeepSeek-V3", "train 256xH100 fsdp; colocate 8x32", dataclasses.replace(nemo(256), num_prompts=1, group_size=2), exponential(595, 1386)), _NEMO),
-        Row("VL-3B as text, 8 H100, s", 120, step("Qwen2.5-3B", "train 8xH100 fsdp; colocate 4x2", easyr1(), exponential(300, 2048), util=0.6), _EASY),
-        Row("VL-7B as text, 8 H100, s", 145, step("Qwen2.5-7B", "train 8xH100 fsdp; colocate 4x2", easyr1(), exponential(300, 2048), util=0.6), _EASY),
-        Row("VL-32B as text, 8 H100, s", 530, step("Qwen2.5-32B", "train 8xH100 fsdp; colocate 1x8", easyr1(), exponential(300, 2048), util=0.6), _EASY),
+        Row(
+            "8B, 16 H100, s",
+            97.7,
+            step("Llama-3.1-8B", "train 16xH100 zero2", nemo(16), exponential(910, 3946)),
+            _NEMO,
+        ),
+        Row(
+            "8B, 8 + 8, one step off, s",
+            74.6,
+            step("Llama-3.1-8B", "train 8xH100 zero2; serve 8xH100", nemo(8, ahead=True), exponential(979, 3946)),
+            _NEMO,
+        ),
+        Row(
+            "32B, 32 H100, s",
+            393,
+            step("Qwen3-32B", "train 32xH100 fsdp; colocate 8x4", nemo(32), exponential(3056, 3946)),
+            _NEMO,
+        ),
+        Row(
+            "32B, 32 + 32, one step off, s",
+            215,
+            step("Qwen3-32B", "train 32xH100 fsdp; serve 8x4xH100", nemo(32, ahead=True), exponential(3057, 3946)),
+            _NEMO,
+        ),
+        Row(
+            "30B-A3B, 32 H100, s",
+            225,
+            step("Qwen3-30B-A3B", "train 32xH100 fsdp; colocate 8x4", nemo(32), exponential(3004, 3946)),
+            _NEMO,
+        ),
+        Row(
+            "235B-A22B, 128 H100, s",
+            506,
+            step(
+                "Qwen3-235B-A22B",
+                "train 128xH100 fsdp; colocate 8x16",
+                dataclasses.replace(nemo(128), num_prompts=1, group_size=4),
+                exponential(5521, 8042),
+            ),
+            _NEMO,
+        ),
+        Row(
+            "DeepSeek-V3, 256 H100, s",
+            154,
+            step(
+                "DeepSeek-V3",
+                "train 256xH100 fsdp; colocate 8x32",
+                dataclasses.replace(nemo(256), num_prompts=1, group_size=2),
+                exponential(595, 1386),
+            ),
+            _NEMO,
+        ),
+        Row(
+            "VL-3B as text, 8 H100, s",
+            120,
+            step("Qwen2.5-3B", "train 8xH100 fsdp; colocate 4x2", easyr1(), exponential(300, 2048), util=0.6),
+            _EASY,
+        ),
+        Row(
+            "VL-7B as text, 8 H100, s",
+            145,
+            step("Qwen2.5-7B", "train 8xH100 fsdp; colocate 4x2", easyr1(), exponential(300, 2048), util=0.6),
+            _EASY,
+        ),
+        Row(
+            "VL-32B as text, 8 H100, s",
+            530,
+            step("Qwen2.5-32B", "train 8xH100 fsdp; colocate 1x8", easyr1(), exponential(300, 2048), util=0.6),
+            _EASY,
+        ),
     ],
     "verl": [
         *(
-            Row(f"7B, {ranks} H20, {part}, s", figure, step("Qwen2.5-7B", f"train {ranks}xH100 fsdp", verl(ranks), verl_lengths, card=H20, part=part, rates=VERL_RATES), _VERL, ranks == 32)
+            Row(
+                f"7B, {ranks} H20, {part}, s",
+                figure,
+                step(
+                    "Qwen2.5-7B",
+                    f"train {ranks}xH100 fsdp",
+                    verl(ranks),
+                    verl_lengths,
+                    card=H20,
+                    part=part,
+                    rates=VERL_RATES,
+                ),
+                _VERL,
+                ranks == 32,
+            )
             for ranks, part, figure in (
-                (32, "update", 313.8), (32, "rollout", 357.4), (64, "update", 133.4), (64, "rollout", 150.7),
-                (128, "update", 113.8), (128, "rollout", 177.9),
+                (32, "update", 313.8),
+                (32, "rollout", 357.4),
+                (64, "update", 133.4),
+                (64, "rollout", 150.7),
+                (128, "update", 113.8),
+                (128, "rollout", 177.9),
             )
         ),
     ],
-}  # fmt: skip
+}
 
 
 def main(names: list[str]) -> None:
