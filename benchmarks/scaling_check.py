@@ -69,7 +69,7 @@ SHAPES = {
 """As published in the models' config.json."""
 H20 = Card(name="H20", memory=96 * 2.0**30, flops=148e12, memory_bandwidth=4000e9, link=450e9, network=200e9)
 H800 = dataclasses.replace(CARDS["H100"], name="H800", link=200e9)
-"""Cards of published runs; NVIDIA has no public data sheets of them, so these are the figures of resellers."""
+"""Cards of published runs; NVIDIA has no public data sheets of them, so these are figures as commonly reported."""
 CPU = Card(name="2 cores", memory=24 * 2.0**30, flops=0.14e12, memory_bandwidth=20e9, link=1e9, network=1e9)
 """0.11 to 0.17 TFLOP/s of matrix products in float32 (docs/performance.md); the bandwidth is assumed."""
 
