@@ -5,17 +5,23 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from peft import PeftModel
 
 from grpo_stage.host import facade
 from grpo_stage.host.empty_model import dtype_of_files, empty_model, empty_policy
 from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.layout.costs import ModelCost
+from grpo_stage.layout.syntax import Layout
 from grpo_stage.memory.engine import Engine, hf_engine, kv_bytes_per_token, vllm_on_cpu, vllm_on_gpu
+from grpo_stage.memory.model_cost import model_cost
 from grpo_stage.memory.optimizers import galore_states, state_bytes
 from grpo_stage.memory.parts import GIB, Budget
 from grpo_stage.memory.plan import CONTEXT, USABLE, Others, Trainee, grpo, ppo
 from grpo_stage.memory.ppo import critic_of
+from grpo_stage.memory.sharding import gathered_bytes, sharded
 from grpo_stage.memory.sizes import Quantization, Sizes, sizes_of
 from grpo_stage.memory.trace import Load, Trace, trace
 from grpo_stage.update.activations import OF_A_LOGIT, OF_ADAM
@@ -50,7 +56,7 @@ class MemoryPlan:
     num_parameters: int
     num_trained: int
     budgets: tuple[Budget, ...]
-    """GRPO first, then PPO in its forms."""
+    """GRPO first, then PPO in its forms, if no layout is planned."""
     kept: Trace
     recomputed: Trace
     """A micro-batch of the policy, with its activations kept, and with gradient checkpointing."""
@@ -59,6 +65,8 @@ class MemoryPlan:
     micro_batch_tokens: int
     update_flops: float
     """Of an optimizer step's forward and backward passes on one device."""
+    cost: ModelCost
+    """What the model costs in a pass."""
     problems: tuple[str, ...]
     """Why the run cannot start, memory aside."""
     notes: tuple[str, ...]
@@ -84,6 +92,7 @@ def make_plan(
     *,
     prompt_length: int | None = None,
     completion_length: int | None = None,
+    layout: Layout | None = None,
 ) -> MemoryPlan:
     """Plan a run without loading weights.
 
@@ -93,11 +102,12 @@ def make_plan(
         device: where it is to run.
         prompt_length: in tokens; None is `cutoff_len`, the longest.
         completion_length: in tokens; None is `max_new_tokens`, the longest.
+        layout: how weights are divided over devices and where the engine is; None is on each device, undivided.
 
     Raises:
         ValueError: if the model's activations cannot be forecast.
     """
-    planner = _Planner(arguments, precision, device, prompt_length, completion_length)
+    planner = _Planner(arguments, precision, device, prompt_length, completion_length, layout)
     return planner.plan()
 
 
@@ -109,8 +119,9 @@ class _Planner:
         device: Device,
         prompt_length: int | None,
         completion_length: int | None,
+        layout: Layout | None,
     ) -> None:
-        self.arguments, self.device = arguments, device
+        self.arguments, self.device, self.layout = arguments, device, layout
         self.finetuning, self.training = arguments.finetuning, arguments.training
         self.finetuning.pure_bf16 = bool(precision.get("pure_bf16"))
         self.autocast = torch.bfloat16 if precision.get("bf16") else torch.float16 if precision.get("fp16") else None
@@ -141,6 +152,8 @@ class _Planner:
         if self.finetuning.cast_lm_head_to_fp32:
             compute_output_layer_in_float32(policy)
         sizes = sizes_of(policy, self.quantization)
+        if self.layout is not None and self.layout.sharding != "none":
+            policy.to(self.compute_dtype)  # as weights are gathered: autocast makes no copies of them
         kept, recomputed = (
             trace(policy, self.load, self.autocast, checkpointing=checkpointing) for checkpointing in (False, True)
         )
@@ -152,15 +165,14 @@ class _Planner:
         )
         checkpointing = self._checkpointing(sizes, kept, others)
         trainee = self._trainee(sizes, recomputed if checkpointing else kept)
-        critic = critic_of(policy)
-        of_critic = self._trainee(
-            sizes_of(critic, self.quantization),
-            trace(critic, self.load, self.autocast, checkpointing=checkpointing, gives_values=True),
-        )
-        budgets = [grpo(trainee, others), ppo(trainee, of_critic, others, "PPO, critic a model of its own")]
-        if self.finetuning.finetuning_type in ("lora", "oft"):
-            shared = _on_the_same_base(of_critic)
-            budgets.append(ppo(trainee, shared, others, "PPO, critic an adapter on the policy's base"))
+        budgets = [grpo(trainee, others)]
+        itemsize = self.compute_dtype.itemsize
+        if self.layout is None:
+            budgets += self._ppo(policy, trainee, others, checkpointing)
+        elif self.layout.sharding != "none":
+            gathered = gathered_bytes(policy, itemsize)
+            count = self.layout.num_trainers
+            budgets = [sharded(budgets[0], self.layout.sharding, count, sizes, itemsize, gathered)]
         chunks = self.load.micro_batches()
         passes = sum(map(len, chunks)) / len(chunks[0])
         return MemoryPlan(
@@ -174,9 +186,29 @@ class _Planner:
             num_micro_batches=len(chunks),
             micro_batch_tokens=int(self.load.inputs(chunks[0]).input_ids.numel()),
             update_flops=passes * trainee.micro_batch.flops,
+            cost=model_cost(
+                policy,
+                self.config,
+                sizes,
+                itemsize,
+                engine_weights=self._engine_weights(sizes),
+                delivers_adapter=isinstance(policy, PeftModel) and self.finetuning.vllm_lora == "native",
+            ),
             problems=tuple(filter(None, [others.engine.problem])),
             notes=tuple(dict.fromkeys(self.notes)),
         )
+
+    def _ppo(self, policy: Any, trainee: Trainee, others: Others, checkpointing: bool) -> list[Budget]:
+        critic = critic_of(policy)
+        of_critic = self._trainee(
+            sizes_of(critic, self.quantization),
+            trace(critic, self.load, self.autocast, checkpointing=checkpointing, gives_values=True),
+        )
+        budgets = [ppo(trainee, of_critic, others, "PPO, critic a model of its own")]
+        if self.finetuning.finetuning_type in ("lora", "oft"):
+            shared = _on_the_same_base(of_critic)
+            budgets.append(ppo(trainee, shared, others, "PPO, critic an adapter on the policy's base"))
+        return budgets
 
     def _trainee(self, sizes: Sizes, micro_batch: Trace) -> Trainee:
         buckets = sizes.gradients if self.device.count > 1 else 0.0
@@ -229,6 +261,8 @@ class _Planner:
 
     def _engine(self, sizes: Sizes) -> Engine:
         load, generating = self.load, self.arguments.generating
+        if self.layout is not None and not self.layout.is_colocated:
+            return Engine()
         if self.finetuning.rollout_backend == "hf":
             count = self.prompts * self.finetuning.steps_per_generation * load.group_size
             rows = max(1, min(count, HF_TOKENS // (load.prompt_length + generating.max_new_tokens)))
@@ -246,25 +280,28 @@ class _Planner:
         if self.device.type == "cpu":
             cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB or _CPU_CACHE
             return vllm_on_cpu(4.0 * sizes.num_parameters, cache)
-        if self.finetuning.rollout_ahead:
+        if self.finetuning.rollout_ahead and self.layout is None:
             self.notes.append(
                 "vLLM is counted on the GPU that trains; with `rollout_ahead` it has another where there are twice as "
                 "many GPUs as processes."
             )
-        weights = sizes.num_parameters * float(self.compute_dtype.itemsize)
-        is_four_bit = self.quantization is not None and self.quantization.bits == 4
-        if is_four_bit and self.finetuning.vllm_base == "auto":
-            weights = sizes.frozen
+        weights = self._engine_weights(sizes)
         model, length = self.arguments.model, self.arguments.model.vllm_maxlen
-        itemsize = self.compute_dtype.itemsize
+        itemsize, parts = self.compute_dtype.itemsize, 1 if self.layout is None else self.layout.engine_size
         return vllm_on_gpu(
-            weights,
-            length * kv_bytes_per_token(self.config, itemsize, is_vllm=True),
+            weights / parts,
+            length * kv_bytes_per_token(self.config, itemsize, is_vllm=True) / parts,
             self.device.capacity,
             model.vllm_gpu_util,
             not model.vllm_enforce_eager,
             self.finetuning.vllm_sleep,
         )
+
+    def _engine_weights(self, sizes: Sizes) -> float:
+        is_four_bit = self.quantization is not None and self.quantization.bits == 4
+        if is_four_bit and self.finetuning.vllm_base == "auto":
+            return sizes.frozen
+        return sizes.num_parameters * float(self.compute_dtype.itemsize)
 
     def _checkpointing(self, sizes: Sizes, kept: Trace, others: Others) -> bool:
         """As the recipe says, or as the run will decide (`update/activations.py`)."""

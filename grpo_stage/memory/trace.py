@@ -177,7 +177,7 @@ def trace(
         ValueError: if the model's code needs the content of a tensor.
     """
     rows, *others = load.micro_batches()
-    kinds = _layers_by_kind(model)
+    kinds = layers_by_kind(model)
     few = {kind: min(len(layers), FEW_LAYERS) for kind, layers in kinds.items()}
 
     def run(counts: dict[Hashable, int]) -> Trace:
@@ -196,7 +196,7 @@ def trace(
     return total
 
 
-def _layers_by_kind(model: nn.Module) -> dict[Hashable, list[nn.Module]]:
+def layers_by_kind(model: nn.Module) -> dict[Hashable, list[nn.Module]]:
     """The layers that gradient checkpointing knows, by their shapes, precisions, and way to attend."""
     kinds: dict[Hashable, list[nn.Module]] = defaultdict(list)
     for name, module in model.named_modules():

@@ -4,6 +4,10 @@ Reads the model's config, no weights. Exit code 3 if the run does not fit; then 
 
     grpo-stage plan grpo.yaml --device 24GB
     grpo-stage plan grpo.yaml --device 80GB --devices 4 finetuning_type=full
+
+With `--layout` it also simulates steps on several devices, of which some may only sample: seconds and who waits.
+
+    grpo-stage plan grpo.yaml --layout "train 8xH100 zero3; serve 4x2xH100" --lengths saves/run/completions.jsonl
 """
 
 import argparse
@@ -12,6 +16,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from grpo_stage.tools.plan_layout import add_layout_arguments, check_layout_arguments, run_layout
 from grpo_stage.tools.recipe_file import (
     ATTENTION,
     add_recipe_arguments,
@@ -64,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tflops", type=float, metavar="X", help="what one device computes, to estimate the time of an update"
     )
+    add_layout_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
         value = getattr(args, name)
         if value is not None and value <= 0:
             raise ValueError(f"`--{name.replace('_', '-')} {value:g}` must be above 0.")
+    check_layout_arguments(args)
+    if args.layout is not None:
+        return run_layout(args)
     with quiet_host():
         configuration = read_recipe(args.config, args.overrides)
         with errors_explained(configuration):
@@ -135,7 +144,13 @@ def _plan(
     written = typed(dict(configuration))
     precision = {key: bool(written.get(key)) for key in PRECISIONS}
     arguments = parse_without_run(configuration, on_device=False)
-    plan = make_plan(arguments, precision, device, **lengths)
+    plan = make_plan(
+        arguments,
+        precision,
+        device,
+        prompt_length=lengths.get("prompt_length"),
+        completion_length=lengths.get("completion_length"),
+    )
     return plan, {**vars(arguments.values()), **precision, "checkpointing_is_off": not plan.checkpointing}
 
 

@@ -5,7 +5,8 @@ gradient needs, each once. What an implementation computes twice (gradient check
 padding) takes time and counts as nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,16 +54,37 @@ def flops_of_update(model: nn.Module, sequences: Sequence[Sequenced]) -> float:
     """
     prompts = {each.prompt.token_ids for each in sequences}
     lengths = [(len(each.prompt.token_ids), len(each.completion.token_ids)) for each in sequences]
-    num_tokens = sum(map(len, prompts)) + sum(own - 1 for _, own in lengths)  # the last one predicts nothing
-    num_keys = sum(_pairs(len(prompt)) for prompt in prompts)
-    num_keys += sum((own - 1) * prompt + _pairs(own - 1) for prompt, own in lengths)
+    return token_flops(model).of_batch(map(len, prompts), lengths)
 
-    body, head = _flops_of_weights(model)
+
+@dataclass(frozen=True, slots=True)
+class TokenFlops:
+    """FLOPs of a token in the forward and backward pass."""
+
+    body: float
+    """In all weights but the output layer."""
+    head: float
+    """In the output layer."""
+    key: float
+    """In attention, for each key that the token sees."""
+    forward: float
+    """Of `body`, the forward pass."""
+
+    def of_batch(self, prompts: Iterable[int], completions: Iterable[tuple[int, int]]) -> float:
+        """Of prompts, each going through once, and completions, each with the length of the prompt that it sees."""
+        prompts, completions = list(prompts), list(completions)
+        num_tokens = sum(prompts) + sum(own - 1 for _, own in completions)  # the last one predicts nothing
+        num_keys = sum(map(_pairs, prompts)) + sum((own - 1) * prompt + _pairs(own - 1) for prompt, own in completions)
+        return self.body * num_tokens + self.head * sum(own for _, own in completions) + self.key * num_keys
+
+
+def token_flops(model: nn.Module) -> TokenFlops:
+    """Of a causal language model on any device, `meta` included."""
+    body, head, forward = _flops_of_weights(model)
     text: Any = _base_model(model).config.get_text_config()
     num_heads = getattr(text, "num_attention_heads", 0)
     head_size = getattr(text, "head_dim", None) or (text.hidden_size // num_heads if num_heads else 0)
-    of_a_key = 3 * 4 * num_heads * head_size * text.num_hidden_layers
-    return body * num_tokens + head * sum(own for _, own in lengths) + of_a_key * num_keys
+    return TokenFlops(body, head, 3 * 4 * num_heads * head_size * text.num_hidden_layers, forward)
 
 
 def _pairs(length: int) -> int:
@@ -70,12 +92,13 @@ def _pairs(length: int) -> int:
     return length * (length + 1) // 2
 
 
-def _flops_of_weights(model: nn.Module) -> tuple[float, float]:
-    """FLOPs of a token in all weights but the output layer, and in that one."""
+def _flops_of_weights(model: nn.Module) -> tuple[float, float, float]:
+    """FLOPs of a token in all weights but the output layer, in that one, and of the first, in the forward pass."""
     base = _base_model(model)
     head = set(base.get_output_embeddings().modules()) if base.get_output_embeddings() is not None else set()
-    share = _share_of_experts(base.config.get_text_config())
+    share = share_of_experts(base.config.get_text_config())
     totals = [0.0, 0.0]
+    forward = 0.0
     has_trained = False  # so far, from the bottom
     for name, module in base.named_modules():
         path = name.split(".")
@@ -86,10 +109,11 @@ def _flops_of_weights(model: nn.Module) -> tuple[float, float]:
         )  # the layer below an adapter is in it
         has_trained = has_trained or any(p.requires_grad for p in own)
         for size, is_trained in _weights(module):
-            flops = 2 * size * (1 + has_trained + is_trained)
-            totals[module in head] += flops * (share if "experts" in path else 1)
+            flops = 2 * size * (share if "experts" in path else 1)
+            totals[module in head] += flops * (1 + has_trained + is_trained)
+            forward += 0.0 if module in head else flops
     body, of_head = totals
-    return body, of_head
+    return body, of_head, forward
 
 
 def _weights(module: nn.Module) -> Iterator[tuple[int, bool]]:
@@ -102,7 +126,7 @@ def _weights(module: nn.Module) -> Iterator[tuple[int, bool]]:
                 yield p.numel(), p.requires_grad
 
 
-def _share_of_experts(config: Any) -> float:
+def share_of_experts(config: Any) -> float:
     """Of a mixture's experts, the share that a token meets; 1 without experts, or if the config does not say."""
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     of_all = next((number for name in names if (number := getattr(config, name, None))), None)

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("host",),
     ("plugin.finetuning_args",),
     ("memory",),
+    ("layout",),
     ("trainer",),
     ("evaluator",),
     ("collector", "learner"),
