@@ -15,8 +15,7 @@ import wrapt
 from gradio.components import Component
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
-from llamafactory.webui.common import load_dataset_info
-from llamafactory.webui.control import list_datasets
+from llamafactory.webui.control import list_datasets, load_dataset_info
 
 from grpo_stage.algorithm.conditions import applies
 from grpo_stage.arguments import REWARDS

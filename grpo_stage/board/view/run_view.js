@@ -605,14 +605,15 @@ function groupControls(part) {
 }
 
 function followGroups() {  // new completions of the newest step, unless another is being read
-  if (now.is_reading) { put(parts.found, t("reading")); return; }
+  const isNewest = want.step === null && !want.all;
+  if (now.is_reading && !isNewest) { put(parts.found, t("reading")); return; }  // the end of the file is read first
   const isBeingRead = parts.groups.querySelector(".whole, .times") !== null || String(getSelection()) !== "";
   if (groupsMark() === groupsOf || (isBeingRead && groupsOf)) return;
   loadGroups();
 }
 
 function groupsMark() {
-  return JSON.stringify([now.name, want.step === null || want.all ? now.completions?.version : ""]);
+  return JSON.stringify([now.name, now.is_reading, want.step === null || want.all ? now.completions?.version : ""]);
 }
 
 function loadGroups() {
