@@ -52,6 +52,11 @@ SANE_VALUES: Mapping[str, Any] = {
     "logging_steps": 1,
     "save_steps": 50,
 }
+# The answers stand at the top of a long page, and the check far below.
+_CHECK_AND_SHOW = """() => {
+  document.getElementById("grpo_check_btn").click();
+  document.getElementById("grpo_check_panel").scrollIntoView({ block: "center" });
+}"""
 
 
 @wrapt.decorator
@@ -67,6 +72,8 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     finally:
         del engine.manager.get_base_elems
     _move_behind(panel.accordion, train["rlhf_tab"])
+    # What a first run needs stands where the stage is chosen: the panel is a page below.
+    _move_behind(panel.wizard.block, _at_level_of(panel.wizard.block, train["training_stage"]))
     checks = CheckPanel()
     _move_before(checks.block, train["start_btn"].parent)
     view = RunView()
@@ -75,9 +82,9 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     panel.connect(engine, train, inputs, checks)
     view.connect(engine, train, inputs)
     train["training_stage"].change(
-        lambda stage: [gr.update(visible=is_grpo(stage))] * 3,
+        lambda stage: [gr.update(visible=is_grpo(stage))] * 4,
         [train["training_stage"]],
-        [panel.accordion, checks.block, view.panel],
+        [panel.wizard.block, panel.accordion, checks.block, view.panel],
         queue=False,
         show_progress="hidden",
     )
@@ -87,6 +94,14 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
 def is_grpo(stage_name: str) -> bool:
     """Whether this entry of the Board's stage list is GRPO."""
     return TRAINING_STAGES.get(stage_name) == STAGE
+
+
+def _at_level_of(block: gr.blocks.Block, inner: gr.blocks.Block) -> gr.blocks.Block:
+    """The block around an inner one that stands beside another block."""
+    while inner.parent is not block.parent:
+        assert inner.parent is not None
+        inner = inner.parent
+    return inner
 
 
 def _move_behind(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
@@ -117,8 +132,8 @@ class Panel:
     def __init__(self) -> None:
         self.fields: dict[str, Component] = {}
         self.elements: dict[str, gr.blocks.Block] = {}
+        self.wizard = Wizard()
         with gr.Accordion(open=True, visible=False, elem_id="grpo_tab", elem_classes="grpo") as self.accordion:
-            self.wizard = Wizard()
             with gr.Row():
                 self._import = gr.UploadButton(file_types=[".yaml", ".yml", *SUFFIXES], elem_id="grpo_import")
                 self._export = gr.Button()
@@ -258,7 +273,7 @@ class Panel:
             concurrency_limit=None,
             cancels=[trial, *checking],
         )
-        made.success(None, js=f"() => document.getElementById('{checks.check.elem_id}').click()")
+        made.success(None, js=_CHECK_AND_SHOW)
         self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
         train["stop_btn"].click(
             stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False

@@ -336,6 +336,12 @@ ROWS: tuple[Row, ...] = (
         "So do its adapters.",
     ),
     Row(
+        "llamafactory.webui.components.top",
+        "check_template",
+        _by("page_state", "keep_quiet"),
+        "A recipe without a template takes the tokenizer's own, where the host warns of a model that is not instructed.",
+    ),
+    Row(
         "llamafactory.webui.components.train",
         "change_stage",
         _by("page_state", "keep_dataset"),

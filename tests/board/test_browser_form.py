@@ -19,7 +19,7 @@ per_device_train_batch_size: 16
 max_completion_length: 64
 reward_funcs: [accuracy, "{EVIL.replace('"', "'")}"]
 """
-OURS = ("#grpo_tab", "#grpo_check_panel")
+OURS = ("#grpo_wizard", "#grpo_tab", "#grpo_check_panel")
 
 
 def test_problems_stand_beside_their_fields(page: Page) -> None:
