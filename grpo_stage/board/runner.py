@@ -275,7 +275,7 @@ def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], ext
         raise ValueError(f"The extra arguments have `stage: {arguments['stage']}`: choose the stage in its list.")
     if "output_dir" in extra and not extra["output_dir"]:
         raise ValueError(
-            f"The extra arguments have `output_dir: {json.dumps(extra['output_dir'])}`, and a run writes into a folder. "
+            f"The extra arguments have `output_dir: {json.dumps(extra['output_dir'])}`, and a run needs a folder. "
             'Leave it out of them: its folder stands under "Output dir".'
         )
     default = effective_defaults()

@@ -339,7 +339,7 @@ ROWS: tuple[Row, ...] = (
         "llamafactory.webui.components.top",
         "check_template",
         _by("page_state", "keep_quiet"),
-        "A recipe without a template takes the tokenizer's own, where the host warns of a model that is not instructed.",
+        "A recipe without a template takes the tokenizer's own, and the host warns that the model is not instructed.",
     ),
     Row(
         "llamafactory.webui.components.train",
