@@ -56,7 +56,7 @@ GROUPS_AT_ONCE = 4
 MAX_COMPARED = 6
 _KEPT_RUNS = 32
 """How many runs keep their files in memory; older ones are read again."""
-_READING_S, _SEARCH_S = 0.4, 1.0
+_READING_S, _SEARCH_S = 0.2, 1.0
 """A large file is read, and searched, in several answers, so that each comes soon."""
 _NUM_BARS = 24
 _DOWNLOAD_BYTES = 2**22

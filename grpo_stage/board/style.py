@@ -19,7 +19,8 @@ _CSS = """
 .grpo summary { cursor: pointer; }
 .grpo a[data-grpo-field] { text-decoration: underline; font-weight: 600; color: var(--link-text-color); }
 """
-# A link to a field opens the folded groups around it, and puts the cursor there.
+# A link to a field opens the folded groups around it, and puts the cursor there. Gradio gives an open list no name,
+# which a screen reader would say.
 _SCRIPT = """
 <script>
 document.addEventListener("click", (event) => {
@@ -35,6 +36,16 @@ document.addEventListener("click", (event) => {
     field.querySelector("input, textarea, button")?.focus({ preventScroll: true });
   }, 50);
 });
+new MutationObserver((changes) => {
+  for (const change of changes)
+    for (const list of change.addedNodes) {
+      if (list.nodeName !== "UL" || list.getAttribute("role") !== "listbox") continue;
+      const field = list.closest(".block");
+      const name = field?.querySelector("input[aria-label]")?.getAttribute("aria-label")
+        ?? field?.querySelector("[data-testid=block-info]")?.textContent.trim();
+      list.setAttribute("aria-label", name ?? "");
+    }
+}).observe(document, { childList: true, subtree: true });
 </script>
 """
 

@@ -57,6 +57,8 @@ _CHECK_AND_SHOW = """() => {
   document.getElementById("grpo_check_btn").click();
   document.getElementById("grpo_check_panel").scrollIntoView({ block: "center" });
 }"""
+# What the host says of a start, and the state of the run, stand below the buttons.
+_SHOW_RUN = """() => document.getElementById("grpo_run_status")?.scrollIntoView({ block: "center" })"""
 
 
 @wrapt.decorator
@@ -81,6 +83,7 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     serve_many_pages(engine, train)
     panel.connect(engine, train, inputs, checks)
     view.connect(engine, train, inputs)
+    train["start_btn"].click(None, js=_SHOW_RUN)
     train["training_stage"].change(
         lambda stage: [gr.update(visible=is_grpo(stage))] * 4,
         [train["training_stage"]],

@@ -2,21 +2,19 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from tests.report_runs import completion, write_lines, write_log
 
 from .browser import (
     EVIL,
-    PATIENCE_MS,
     append_line,
     choose,
     darken,
-    open_board,
     open_run,
     serious_faults,
     write_run,
@@ -27,20 +25,10 @@ NUM_STEPS, GROUP_SIZE = 20_000, 8
 
 
 @pytest.fixture(scope="module")
-def page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
-    """One page for all: it has the stage and a model chosen."""
-    (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)
-    page = chromium.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
-    problems: list[str] = []
-    page.on("response", lambda answer: problems.append(answer.url) if answer.status >= 500 else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    open_board(page, board_url)
-    choose(page, "Model name", "Custom")
-    yield page
-    page.close()
-    assert problems == []
+def page(shared_page: Page) -> Page:
+    """One page for all: it has a model chosen."""
+    choose(shared_page, "Model name", "Custom")
+    return shared_page
 
 
 @pytest.fixture

@@ -196,7 +196,8 @@ function showState() {
     const done = state.done.map(([name, took]) => `${t(`doing_${name}`)} ${seconds(took)}`);
     const present = t(`doing_${state.doing}`) + (state.seconds === null ? "" : ` … ${seconds(state.seconds)}`);
     doing = [...done, present].join(" · ");
-  } else if (state.kind === "evaluating" && state.seconds !== null) doing = seconds(state.seconds);
+  } else if (state.kind === "running" && !state.step && state.seconds !== null) doing = t("first_step", { seconds: seconds(state.seconds) });
+  else if (state.kind === "evaluating" && state.seconds !== null) doing = seconds(state.seconds);
   else if (state.kind === "stopped") doing = [state.error, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
   else if (state.kind === "killed") doing = state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint");
   put(parts.doing, doing);
