@@ -54,16 +54,22 @@ def main() -> None:
 def open_run(page: Page, url: str, recipe: Path, language: str, theme: str) -> None:
     """The Board with the recipe in its form, and its run in the view."""
     page.goto(url)
-    page.wait_for_function("document.querySelector('input[aria-label=\"Output dir\"]')?.value.startsWith('train_')")
+    page.wait_for_function("[...document.querySelectorAll('input')].some(each => each.value.startsWith('train_'))")
+    choose_language(page, "en")  # a page opens in the language of the one before
     page.get_by_label("Stage", exact=True).click()
     page.get_by_role("option", name="GRPO", exact=True).click()
     page.locator("#grpo_tab input[type=file]").set_input_files(recipe)
     expect(page.locator("#grpo_run_status .badge")).to_have_text(texts("en")["view"]["state_finished"])
-    page.get_by_role("listbox").first.click()
-    page.get_by_role("option", name=language, exact=True).click()
+    choose_language(page, language)
     expect(page.locator("#grpo_run_status .badge")).to_have_text(texts(language)["view"]["state_finished"])
     if theme == "dark":
         page.evaluate("document.body.classList.add('dark')")
+
+
+def choose_language(page: Page, language: str) -> None:
+    page.get_by_role("listbox").first.click()
+    page.get_by_role("option", name=language, exact=True).click()
+    page.wait_for_timeout(1000)
 
 
 def panel(page: Page, language: str) -> Locator:

@@ -19,6 +19,7 @@ from grpo_stage.records.definitions import row_of
 
 
 LANGUAGES = ("en", "ru", "zh", "ko", "ja")
+_WITHOUT_SPACES = ("zh", "ja")
 PREFIX = "grpo_"
 """Begins the names of our elements, which share one table with the host's."""
 _FOLDER = Path(__file__).with_name("translations")
@@ -57,5 +58,5 @@ def texts(language: str) -> dict[str, Any]:
             element["info"] = spec.metadata["help"]
     for key, sentence in content["watch"].items():
         element = content["elements"][f"{PREFIX}{key}"]
-        element["info"] = f"{element['info']} {sentence}"
+        element["info"] = f"{element['info']}{'' if language in _WITHOUT_SPACES else ' '}{sentence}"
     return content

@@ -58,8 +58,14 @@ def test_a_filled_form_is_previewed(shared_page: Page, tiny_model_dir: Path) -> 
     page = shared_page
     choose(page, "Model name", "Custom")
     text_field(page, "Model path").fill(str(tiny_model_dir))
-    page.get_by_label("Dataset", exact=True).first.fill("sums")
-    page.get_by_label("Dataset", exact=True).first.press("Enter")
+    dataset, chosen = page.get_by_label("Dataset", exact=True).first, page.locator(".token")
+    dataset.fill("nowhere")  # no file describes it: the host's answer was an error 500
+    dataset.press("Enter")
+    expect(chosen.filter(has_text="nowhere")).to_have_count(1)
+    dataset.press("Backspace")
+    expect(chosen.filter(has_text="nowhere")).to_have_count(0)
+    dataset.fill("sums")
+    dataset.press("Enter")
     choose(page, "Rollout engine", "hf")
     page.locator("#grpo_num_generations input").fill("4")
     page.get_by_role("button", name="Preview command").click()

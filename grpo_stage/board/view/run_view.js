@@ -449,7 +449,7 @@ class Chart {
     for (const curve of this.visible) {
       const stroke = color(curve.color), base = { x: curve.x, type: "scatter", name: curve.name, hoverinfo: "skip" };
       const isFew = curve.x.length <= FEW_POINTS;
-      const main = { ...base, hoverinfo: "none", mode: isFew ? "lines+markers" : "lines", marker: { color: stroke, size: curve.x.length === 1 ? 8 : 4 } };
+      const main = { ...base, hoverinfo: "none", cliponaxis: false, mode: isFew ? "lines+markers" : "lines", marker: { color: stroke, size: curve.x.length === 1 ? 8 : 4 } };
       if (this.data.is_stacked) {
         traces.push({ ...main, y: curve.y, stackgroup: "all", mode: curve.x.length === 1 ? "lines+markers" : "lines", line: { color: stroke, width: 0.5 }, fillcolor: stroke });
         continue;
@@ -504,7 +504,7 @@ class Chart {
     }
     if (!(high >= low)) return [0, 1];
     if (isLog) return [Math.log10(low) - 0.05, Math.log10(high) + 0.05];
-    if (this.data.unit === "share" && low >= 0 && high <= 1) return [0, high > 0 ? Math.min(1, high * 1.1) : 1];
+    if (this.data.unit === "share" && low >= 0 && high <= 1) return [0, high > 0 ? Math.min(1.03, high * 1.1) : 1];
     if (high / 2 - low / 2 <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) {
       const reach = Math.abs(low) / 2 || 1;
       return [low - reach, high + reach];
