@@ -15,6 +15,7 @@ _CSS = """
 .grpo .grpo-bad { color: var(--grpo-bad); }
 .grpo .grpo-good { color: var(--grpo-good); }
 .grpo pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20em; overflow: auto; }
+.grpo .grpo-prompt { border-left: 3px solid var(--border-color-primary); padding-left: 10px; margin: 8px 0; }
 .grpo li, .grpo p { overflow-wrap: anywhere; }
 .grpo summary { cursor: pointer; }
 .grpo a[data-grpo-field] { text-decoration: underline; font-weight: 600; color: var(--link-text-color); }
