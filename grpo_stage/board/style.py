@@ -41,10 +41,10 @@ new MutationObserver((changes) => {
   for (const change of changes)
     for (const list of change.addedNodes) {
       if (list.nodeName !== "UL" || list.getAttribute("role") !== "listbox") continue;
-      const field = list.closest(".block");
+      const field = list.closest(".grpo .block");
       const name = field?.querySelector("input[aria-label]")?.getAttribute("aria-label")
         ?? field?.querySelector("[data-testid=block-info]")?.textContent.trim();
-      list.setAttribute("aria-label", name ?? "");
+      if (field) list.setAttribute("aria-label", name ?? "");
     }
 }).observe(document, { childList: true, subtree: true });
 </script>
