@@ -311,7 +311,7 @@ def test_completions_that_a_resume_cut_short(tmp_path: Path, completions: Path) 
 def test_a_large_run_opens_at_once(tmp_path: Path, log: Path, completions: Path) -> None:
     """20,000 log lines of 30 metrics and 100,000 completions, 200 MB, in less than 4 seconds of a processor.
 
-    The newest completions are there in less than 2. No part takes longer than the page waits for an answer.
+    The newest completions are there before the others are read. No part takes longer than the page waits for an answer.
     """
     metrics = [{f"rewards/f{i}/mean": (i + step % 3) / 7 for i in range(30)} for step in range(3)]
     append(log, "".join(log_line(step, **metrics[step % 3]) for step in range(1, 20_001)))
@@ -324,18 +324,19 @@ def test_a_large_run_opens_at_once(tmp_path: Path, log: Path, completions: Path)
     started = time.process_time()
     curves, groups = MetricCurves(tmp_path), CompletionGroups(tmp_path)
     curves.update()
+    curves_read = time.process_time()
     groups.update(seconds=0)
     newest, _ = groups.search(Filter(step=groups.steps[-1]), "sampled", 0, 9, 1.0)
-    seconds_until_newest = time.process_time() - started
+    seconds_until_newest = time.process_time() - curves_read
     num_parts = 1
     while not groups.update(seconds=0.2):
         num_parts += 1
     best, _ = groups.search(Filter(step=groups.steps[-1]), "best", 0, 1, 1.0)
     seconds = time.process_time() - started
-    print(f"{seconds:.2f} s in {num_parts} parts, the newest completions after {seconds_until_newest:.2f} s")
+    print(f"{seconds:.2f} s in {num_parts} parts, the newest completions in {seconds_until_newest:.2f} s")
     assert (len(curves.history.series("rewards/f3/mean")), len(groups.steps)) == (20_000, 12_500)
     assert best[0][1][-1]["reward"] == newest[-1][1][-1]["reward"] == 99_999 / 64
-    assert seconds_until_newest < 2
+    assert seconds_until_newest < 0.5
     assert num_parts > 1
     assert seconds < 4
     started = time.process_time()
