@@ -311,7 +311,7 @@ def test_completions_that_a_resume_cut_short(tmp_path: Path, completions: Path) 
 def test_a_large_run_opens_at_once(tmp_path: Path, log: Path, completions: Path) -> None:
     """20,000 log lines of 30 metrics and 100,000 completions, 200 MB, in less than 4 seconds of a processor.
 
-    The newest completions are there before the others are read. No part takes longer than the page waits for an answer.
+    The newest completions come first. No part takes longer than the page waits for an answer.
     """
     metrics = [{f"rewards/f{i}/mean": (i + step % 3) / 7 for i in range(30)} for step in range(3)]
     append(log, "".join(log_line(step, **metrics[step % 3]) for step in range(1, 20_001)))
