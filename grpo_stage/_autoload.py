@@ -23,6 +23,7 @@ WATCHED = frozenset(
         "llamafactory.train.tuner",
         "llamafactory.v1.launcher",
         "llamafactory.webui.common",
+        "llamafactory.webui.components.data",
         "llamafactory.webui.components.top",
         "llamafactory.webui.components.train",
         "llamafactory.webui.control",

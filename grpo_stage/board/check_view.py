@@ -127,10 +127,12 @@ def probe_view(found: Mapping[str, Any], language: str) -> str:
 def _prompts(prompts: Iterable[Mapping[str, Any]], language: str) -> Iterable[str]:
     for prompt in prompts:
         ids = prompt["token_ids"]
-        yield f"<pre>{escape(prompt['text'])}</pre>"
         reference = escape(prompt["reference"] or "–")  # noqa: RUF001
-        yield f"<p>{escape(message('check_reference', language))} <code>{reference}</code></p>"
-        yield _folded(message("check_tokens", language, count=len(ids)), f"<pre>{' '.join(map(str, ids))}</pre>")
+        tokens = _folded(message("check_tokens", language, count=len(ids)), f"<pre>{' '.join(map(str, ids))}</pre>")
+        yield (
+            f'<div class="grpo-prompt"><pre>{escape(prompt["text"])}</pre>'
+            f"<p>{escape(message('check_reference', language))} <code>{reference}</code></p>{tokens}</div>"
+        )
 
 
 def _estimate(one: Mapping[str, Any]) -> str:

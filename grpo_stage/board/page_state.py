@@ -5,6 +5,7 @@ values that were just loaded by the default template, no adapters and no dataset
 the handlers below return the loaded values, as long as the fields that they follow from have their loaded values, too.
 """
 
+import json
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -82,6 +83,15 @@ def keep_model(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> tuple[str
         _recall("top.model_path", model_name=model_name) or path,
         _recall("top.template", model_name=model_name) or template,
     )
+
+
+@wrapt.decorator
+def keep_quiet(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    """The warning about a model without a template, which is wrong where a run takes that of its tokenizer."""
+    _, template = args
+    loaded = _recall("train.extra_args", template=template)
+    if loaded is None or json.loads(loaded).get("template", "") is not None:
+        wrapped(*args, **kwargs)
 
 
 @wrapt.decorator

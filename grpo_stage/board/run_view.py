@@ -34,7 +34,7 @@ from grpo_stage.algorithm.conditions import as_lines
 from grpo_stage.board.devices import Devices
 from grpo_stage.board.downloads import curves_as_csv, report_of
 from grpo_stage.board.groups import group_of, over_steps, text_of
-from grpo_stage.board.locales import message, texts
+from grpo_stage.board.locales import definition, message, texts
 from grpo_stage.board.page_state import Page, this_page
 from grpo_stage.board.remedy import with_settings
 from grpo_stage.board.run_list import runs_below
@@ -56,7 +56,7 @@ GROUPS_AT_ONCE = 4
 MAX_COMPARED = 6
 _KEPT_RUNS = 32
 """How many runs keep their files in memory; older ones are read again."""
-_READING_S, _SEARCH_S = 0.4, 1.0
+_READING_S, _SEARCH_S = 0.2, 1.0
 """A large file is read, and searched, in several answers, so that each comes soon."""
 _NUM_BARS = 24
 _DOWNLOAD_BYTES = 2**22
@@ -91,8 +91,11 @@ class _Run:
 
     @property
     def version(self) -> Any:
-        """A version that depends on the files alone, so that reading a run again gives the same one."""
-        return self.curves.version, self.completions.version, self.alarms.version
+        """A version that depends on the files alone, so that reading a run again gives the same one.
+
+        It stays the same while the completions are read, so that those answers are short.
+        """
+        return self.curves.version, self.completions.version if self.is_read else None, self.alarms.version
 
     def derived(self, name: str, version: Any, make: Callable[[], Any]) -> Any:
         """A value that several pages want, made once for each version."""
@@ -211,7 +214,7 @@ class RunView:
             ),
         )
         answer |= {
-            "sections": [_section(section, charts, texts(lang)["view"]) for section in sections],
+            "sections": [_section(section, charts, lang) for section in sections],
             "runs": [each.folder.name for each in (run, *others)],
             "alarms": [_alarm(record) for record in reversed(run.alarms.records)],
             "completions": {"version": _short(run.completions.version), "steps": [*steps[:1], *steps[-1:]]},
@@ -375,7 +378,8 @@ def _is_shown(chosen: Mapping[str, bool], title: str, is_folded: bool) -> bool:
     return chosen.get(title, not is_folded and title not in _NOT_AT_FIRST)
 
 
-def _section(section: DrawnSection, chosen: Mapping[str, bool], words: Mapping[str, Any]) -> dict[str, Any]:
+def _section(section: DrawnSection, chosen: Mapping[str, bool], lang: str) -> dict[str, Any]:
+    words = texts(lang)["view"]
     return {
         "key": section.title,
         "title": words["charts"].get(section.title, section.title),
@@ -388,7 +392,7 @@ def _section(section: DrawnSection, chosen: Mapping[str, bool], words: Mapping[s
                 "unit": chart.unit,
                 "is_stacked": chart.is_stacked,
                 "is_shown": _is_shown(chosen, chart.title, section.is_folded),
-                "definitions": dict(chart.definitions),
+                "definitions": {name: definition(name, lang) for name in chart.definitions},
                 "curves": [asdict(curve) for curve in chart.curves],
             }
             for chart in section.charts

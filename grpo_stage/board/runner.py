@@ -273,6 +273,11 @@ def stage_arguments(arguments: Mapping[str, Any], values: Mapping[str, Any], ext
         raise ValueError(f"The extra arguments are {extra!r}: write a mapping in braces.")
     if arguments["stage"] != STAGE:
         raise ValueError(f"The extra arguments have `stage: {arguments['stage']}`: choose the stage in its list.")
+    if "output_dir" in extra and not extra["output_dir"]:
+        raise ValueError(
+            f"The extra arguments have `output_dir: {json.dumps(extra['output_dir'])}`, and a run needs a folder. "
+            'Leave it out of them: its folder stands under "Output dir".'
+        )
     default = effective_defaults()
     # The host's form writes False and empty text if nothing was chosen.
     is_choice = {key: value is not None and value is not False and value != "" for key, value in arguments.items()}

@@ -15,11 +15,13 @@ _CSS = """
 .grpo .grpo-bad { color: var(--grpo-bad); }
 .grpo .grpo-good { color: var(--grpo-good); }
 .grpo pre { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 20em; overflow: auto; }
+.grpo .grpo-prompt { border-left: 3px solid var(--border-color-primary); padding-left: 10px; margin: 8px 0; }
 .grpo li, .grpo p { overflow-wrap: anywhere; }
 .grpo summary { cursor: pointer; }
 .grpo a[data-grpo-field] { text-decoration: underline; font-weight: 600; color: var(--link-text-color); }
 """
-# A link to a field opens the folded groups around it, and puts the cursor there.
+# A link to a field opens the folded groups around it, and puts the cursor there. Gradio gives an open list no name,
+# which a screen reader would say.
 _SCRIPT = """
 <script>
 document.addEventListener("click", (event) => {
@@ -35,6 +37,16 @@ document.addEventListener("click", (event) => {
     field.querySelector("input, textarea, button")?.focus({ preventScroll: true });
   }, 50);
 });
+new MutationObserver((changes) => {
+  for (const change of changes)
+    for (const list of change.addedNodes) {
+      if (list.nodeName !== "UL" || list.getAttribute("role") !== "listbox") continue;
+      const field = list.closest(".grpo .block");
+      const name = field?.querySelector("input[aria-label]")?.getAttribute("aria-label")
+        ?? field?.querySelector("[data-testid=block-info]")?.textContent.trim();
+      if (field) list.setAttribute("aria-label", name ?? "");
+    }
+}).observe(document, { childList: true, subtree: true });
 </script>
 """
 

@@ -15,8 +15,7 @@ import wrapt
 from gradio.components import Component
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
-from llamafactory.webui.common import load_dataset_info
-from llamafactory.webui.control import list_datasets
+from llamafactory.webui.control import list_datasets, load_dataset_info
 
 from grpo_stage.algorithm.conditions import applies
 from grpo_stage.arguments import REWARDS
@@ -53,6 +52,13 @@ SANE_VALUES: Mapping[str, Any] = {
     "logging_steps": 1,
     "save_steps": 50,
 }
+# The answers stand at the top of a long page, and the check far below.
+_CHECK_AND_SHOW = """() => {
+  document.getElementById("grpo_check_btn").click();
+  document.getElementById("grpo_check_panel").scrollIntoView({ block: "center" });
+}"""
+# What the host says of a start, and the state of the run, stand below the buttons.
+_SHOW_RUN = """() => document.getElementById("grpo_run_status")?.scrollIntoView({ block: "center" })"""
 
 
 @wrapt.decorator
@@ -68,6 +74,8 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     finally:
         del engine.manager.get_base_elems
     _move_behind(panel.accordion, train["rlhf_tab"])
+    # What a first run needs stands where the stage is chosen: the panel is a page below.
+    _move_behind(panel.wizard.block, _at_level_of(panel.wizard.block, train["training_stage"]))
     checks = CheckPanel()
     _move_before(checks.block, train["start_btn"].parent)
     view = RunView()
@@ -75,10 +83,11 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     serve_many_pages(engine, train)
     panel.connect(engine, train, inputs, checks)
     view.connect(engine, train, inputs)
+    train["start_btn"].click(None, js=_SHOW_RUN)
     train["training_stage"].change(
-        lambda stage: [gr.update(visible=is_grpo(stage))] * 3,
+        lambda stage: [gr.update(visible=is_grpo(stage))] * 4,
         [train["training_stage"]],
-        [panel.accordion, checks.block, view.panel],
+        [panel.wizard.block, panel.accordion, checks.block, view.panel],
         queue=False,
         show_progress="hidden",
     )
@@ -88,6 +97,14 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
 def is_grpo(stage_name: str) -> bool:
     """Whether this entry of the Board's stage list is GRPO."""
     return TRAINING_STAGES.get(stage_name) == STAGE
+
+
+def _at_level_of(block: gr.blocks.Block, inner: gr.blocks.Block) -> gr.blocks.Block:
+    """The block around an inner one that stands beside another block."""
+    while inner.parent is not block.parent:
+        assert inner.parent is not None
+        inner = inner.parent
+    return inner
 
 
 def _move_behind(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
@@ -118,8 +135,8 @@ class Panel:
     def __init__(self) -> None:
         self.fields: dict[str, Component] = {}
         self.elements: dict[str, gr.blocks.Block] = {}
+        self.wizard = Wizard()
         with gr.Accordion(open=True, visible=False, elem_id="grpo_tab", elem_classes="grpo") as self.accordion:
-            self.wizard = Wizard()
             with gr.Row():
                 self._import = gr.UploadButton(file_types=[".yaml", ".yml", *SUFFIXES], elem_id="grpo_import")
                 self._export = gr.Button()
@@ -259,7 +276,7 @@ class Panel:
             concurrency_limit=None,
             cancels=[trial, *checking],
         )
-        made.success(None, js=f"() => document.getElementById('{checks.check.elem_id}').click()")
+        made.success(None, js=_CHECK_AND_SHOW)
         self._export.click(save, inputs | {lang}, [output_box, self._exported], concurrency_limit=None)
         train["stop_btn"].click(
             stop, [self._is_trying, lang], [self._report, self._is_trying], cancels=[trial], queue=False

@@ -71,10 +71,10 @@ def _room(model: str, max_new_tokens: int) -> dict[str, int]:
 
 
 class Wizard:
-    """The questions, in a folded group at the top of the panel."""
+    """The questions, in a folded group."""
 
     def __init__(self) -> None:
-        with gr.Accordion(open=False, elem_id="grpo_wizard") as self.block:
+        with gr.Accordion(open=False, visible=False, elem_id="grpo_wizard", elem_classes="grpo") as self.block:
             with gr.Row():
                 self.dataset = gr.Dropdown(
                     [], value=None, allow_custom_value=True, elem_id="grpo_wizard_dataset", filterable=True

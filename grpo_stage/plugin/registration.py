@@ -336,9 +336,33 @@ ROWS: tuple[Row, ...] = (
         "So do its adapters.",
     ),
     Row(
+        "llamafactory.webui.components.top",
+        "check_template",
+        _by("page_state", "keep_quiet"),
+        "A recipe without a template takes the tokenizer's own, and the host warns that the model is not instructed.",
+    ),
+    Row(
         "llamafactory.webui.components.train",
         "change_stage",
         _by("page_state", "keep_dataset"),
         "And the stage its datasets.",
+    ),
+    Row(
+        "llamafactory.webui.control",
+        "load_dataset_info",
+        _by("datasets", "only_mappings"),
+        "A dataset_info.json that is no mapping of mappings fails the lists of datasets.",
+    ),
+    Row(
+        "llamafactory.webui.components.data",
+        "can_preview",
+        _by("datasets", "none_if_not_described"),
+        "A recipe's dataset that dataset_info.json does not have fails the event that follows its choice.",
+    ),
+    Row(
+        "llamafactory.webui.components.data",
+        "get_preview",
+        _by("datasets", "say_why_not"),
+        "A file that is not JSON or text fails the preview.",
     ),
 )

@@ -1,7 +1,7 @@
 """The completions of a run by group: the completions of one prompt at one step, found in a file of any size.
 
-The file is scanned once, and as it grows only its new part. What stays in memory is where each group is and what it
-earned; texts are read when they are asked for.
+The file is scanned once, its end first, so that the newest groups are known at once; as it grows only its new part is.
+What stays in memory is where each group is and what it earned; texts are read when they are asked for.
 """
 
 import json
@@ -110,14 +110,18 @@ class CompletionGroups(GrowingFile):
         """Find the new lines, for about so many seconds. Returns whether all are found."""
         deadline = time.monotonic() + seconds
         while True:
-            start = self.position
-            added, is_new = self.read_new(_BLOCK_BYTES)
+            lines, is_new = self.read_new(_BLOCK_BYTES, end_bytes=_BLOCK_BYTES)
+            start = self.position - len(lines)
             if is_new:
                 self._forget()
-                start = 0
-            if not added:
+            if not lines:
+                try:
+                    lines, start = self.read_skipped(_BLOCK_BYTES)
+                except OSError:  # the file is gone since: the next call finds that, or the one that took its place
+                    return False
+            if not lines:
                 return True
-            self._scan(added, start)
+            self._scan(lines, start)
             if time.monotonic() > deadline:
                 return False
 
@@ -176,7 +180,8 @@ class CompletionGroups(GrowingFile):
         return self._by_step.get(step, {}).get(prompt)
 
     def at_step(self, step: int) -> Sequence[Group]:
-        return list(self._by_step.get(step, {}).values())
+        """The groups of a step, as they stand in the file."""
+        return sorted(self._by_step.get(step, {}).values(), key=lambda group: min(group.spans))
 
     def of_prompt(self, prompt: int) -> Sequence[Group]:
         """The groups of a prompt, by step."""
@@ -250,7 +255,7 @@ class CompletionGroups(GrowingFile):
 
 def _lines_of(file: Any, group: Group) -> Iterator[tuple[int, bytes]]:
     """(where it begins, the line) of each line of a group."""
-    for begin, end in group.spans:
+    for begin, end in sorted(group.spans):
         file.seek(begin)
         place = begin
         for line in file.read(end - begin).split(b"\n")[:-1]:

@@ -336,15 +336,22 @@ TABLES: Mapping[str, Sequence[Definition]] = {"training": TRAINING, "evaluation"
 """By the name of their place in docs/metrics.md."""
 
 
-def definition_of(metric: str) -> str:
-    """The definition of a metric by its name in the log, as Markdown; empty where it has none.
+@functools.lru_cache(maxsize=4096)
+def row_of(metric: str) -> Definition | None:
+    """The row of a metric by its name in the log; None where it has none.
 
     A metric of an evaluation that has no row of its own is defined as the one of training.
     """
     for definition in (*EVALUATION, *TRAINING):
         if definition.text != _AS_IN_TRAINING and any(_pattern(name).fullmatch(metric) for name in definition.names):
-            return definition.text
-    return definition_of(metric.removeprefix("eval_")) if metric.startswith("eval_") else ""
+            return definition
+    return row_of(metric.removeprefix("eval_")) if metric.startswith("eval_") else None
+
+
+def definition_of(metric: str) -> str:
+    """The definition of a metric by its name in the log, as Markdown; empty where it has none."""
+    row = row_of(metric)
+    return "" if row is None else row.text
 
 
 def with_tables(page: str) -> str:

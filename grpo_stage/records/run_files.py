@@ -11,7 +11,7 @@ import stat
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from grpo_stage.monitors.alarm import History
 
@@ -28,20 +28,23 @@ class GrowingFile:
         self._path = path
         self._identity: tuple[int, int] | None = None
         self.position = 0
-        """How many bytes were returned so far."""
+        """Where the lines end that `read_new` has returned or skipped, in bytes."""
+        self.skipped = (0, 0)
+        """Where the lines begin and end that `read_new` has skipped and `read_skipped` has not returned yet."""
         self.error = ""
         """Why the file cannot be read; empty where it can, or where there is none."""
 
     @property
     def version(self) -> tuple[Any, ...]:
         """Another one whenever the content is another."""
-        return self._identity, self.position, self.error
+        return self._identity, self.position, self.skipped, self.error
 
-    def read_new(self, max_bytes: int = -1) -> tuple[bytes, bool]:
+    def read_new(self, max_bytes: int = -1, end_bytes: int = -1) -> tuple[bytes, bool]:
         """The new whole lines, and whether they are the first of the file: then the earlier ones no longer count.
 
         Args:
             max_bytes: leave lines after so many bytes to the next call.
+            end_bytes: of a file that was not read before, skip the lines before so many bytes at its end.
         """
         before = self.version
         self.error = ""
@@ -52,18 +55,45 @@ class GrowingFile:
                 status = os.fstat(file.fileno())
                 is_new = (status.st_dev, status.st_ino) != self._identity or status.st_size < self.position
                 if is_new:
-                    self._identity, self.position = (status.st_dev, status.st_ino), 0
+                    self._identity = status.st_dev, status.st_ino
+                    self.position = _line_near_end(file, status.st_size, end_bytes) if end_bytes >= 0 else 0
+                    self.skipped = 0, self.position
                 file.seek(self.position)
                 added = file.read(max_bytes)
                 if len(added) == max_bytes:
                     added += file.readline()
         except OSError as error:
-            self._identity, self.position = None, 0
+            self._identity, self.position, self.skipped = None, 0, (0, 0)
             self.error = "" if isinstance(error, FileNotFoundError) else error.strerror or str(error)
             return b"", self.version != before
         added = added[: added.rfind(b"\n") + 1]  # the last line may be half written
         self.position += len(added)
         return added, is_new
+
+    def read_skipped(self, max_bytes: int) -> tuple[bytes, int]:
+        """The next whole lines of those that `read_new` has skipped, about so many bytes, and where they begin.
+
+        Raises:
+            OSError: if the file can no longer be read.
+        """
+        begin, end = self.skipped
+        if begin == end:
+            return b"", begin
+        with self._path.open("rb") as file:
+            file.seek(begin)
+            lines = file.read(min(max_bytes, end - begin))
+            if begin + len(lines) < end:
+                lines += file.readline()
+        self.skipped = (begin + len(lines), end) if lines else (end, end)  # it was cut since: `read_new` will see that
+        return lines, begin
+
+
+def _line_near_end(file: BinaryIO, size: int, num_bytes: int) -> int:
+    """Where the first whole line among the last bytes of a file begins; 0 where there is none."""
+    if size <= num_bytes:
+        return 0
+    file.seek(size - num_bytes)
+    return file.tell() if file.readline().endswith(b"\n") else 0
 
 
 class MetricCurves(GrowingFile):

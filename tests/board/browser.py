@@ -1,10 +1,11 @@
 """What the tests of the Board in a browser do with a page."""
 
+import importlib
 import json
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -104,3 +105,23 @@ def open_run(page: Page, name: str) -> None:
     """Type the name of a run, as a person would."""
     page.get_by_label("Output dir", exact=True).fill(name)
     page.get_by_label("Output dir", exact=True).press("Enter")
+
+
+def darken(page: Page, is_dark: bool = True) -> None:
+    """Turn the page's theme, as its footer does."""
+    page.evaluate("isDark => document.body.classList.toggle('dark', isDark)", is_dark)
+
+
+def serious_faults(page: Page, parts: Sequence[str], missing_tool: Callable[[str], None]) -> list[str]:
+    """What axe-core finds in parts of the page, by their selectors."""
+    try:
+        axe = importlib.import_module("axe_playwright_python.sync_playwright").Axe()
+    except ImportError:
+        missing_tool("Faults of access are found by axe-core, which `axe-playwright-python` brings.")
+    found = axe.run(page, context={"include": [[part] for part in parts]}).response["violations"]
+    return [
+        f"{fault['id']}: {node['html'][:200]} {node['failureSummary']}"
+        for fault in found
+        if fault["impact"] in ("serious", "critical")
+        for node in fault["nodes"][:3]
+    ]

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -193,16 +194,31 @@ def chromium(missing_tool: Callable[[str], None]) -> Iterator[Browser]:
         browser.close()
 
 
-@pytest.fixture
-def page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
-    """The Board as it opens the first time, with GRPO chosen."""
+@contextmanager
+def opened(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
+    """The Board as it opens the first time, with GRPO chosen; no answer of it may be an error."""
     (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)  # the model of another test
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE_MS)
     expect.set_options(timeout=PATIENCE_MS)
-    failures: list[str] = []
-    page.on("response", lambda answer: failures.append(answer.url) if answer.status >= 500 else None)
+    problems: list[str] = []
+    page.on("response", lambda answer: problems.append(answer.url) if answer.status >= 500 else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
     open_board(page, board_url)
     yield page
     page.close()
-    assert failures == []
+    assert problems == []
+
+
+@pytest.fixture
+def page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
+    """A page of the test's own."""
+    with opened(chromium, board_url, workplace) as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def shared_page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
+    """A page for the tests of a file that leave nothing behind."""
+    with opened(chromium, board_url, workplace) as shared:
+        yield shared

@@ -23,20 +23,22 @@ from .browser import (
 )
 
 
-def test_the_panel_comes_and_goes_with_the_stage(page: Page) -> None:
-    expect(text_field(page, "Learning rate")).to_have_value("1e-5")
-    assert value_of(page, "LR scheduler") == "constant_with_warmup"
-    assert value_of(page, "Compute type") == "fp32"  # no accelerator here
-    choose(page, "Finetuning method", "full")
-    expect(text_field(page, "Learning rate")).to_have_value("1e-6")
-    choose(page, "Stage", "DPO")
-    expect(page.locator("#grpo_tab")).to_be_hidden()
-    expect(page.locator("#grpo_run")).to_be_hidden()
-    expect(text_field(page, "Learning rate")).to_have_value("5e-5")
-    expect(page.get_by_label("LR scheduler", exact=True)).to_have_value("cosine")
+def test_languages_switch_live(shared_page: Page) -> None:
+    page = shared_page
+    for language in (*LANGUAGES[1:], "en"):
+        page.get_by_role("listbox").first.click()
+        page.get_by_role("option", name=language, exact=True).click()
+        elements = texts(language)["elements"]
+        expect(page.get_by_role("button", name=elements["grpo_export_btn"]["value"])).to_be_visible()
+        for name in ("grpo_num_generations", "grpo_reward_funcs", "grpo_max_new_tokens"):
+            expect(page.locator(f"#{name}")).to_contain_text(elements[name]["label"])
+        # Markdown takes the back-quotes away.
+        said = page.locator("#grpo_overlong_prompts").inner_text().replace("\n", " ")
+        assert elements["grpo_overlong_prompts"]["info"].replace("`", "")[:20] in said
 
 
-def test_fields_that_do_not_apply_are_hidden(page: Page) -> None:
+def test_fields_that_do_not_apply_are_hidden(shared_page: Page) -> None:
+    page = shared_page
     page.get_by_role("button", name="Memory").click()
     expect(page.locator("#grpo_vllm_sleep")).to_be_visible()
     choose(page, "Rollout engine", "hf")
@@ -52,11 +54,18 @@ def test_fields_that_do_not_apply_are_hidden(page: Page) -> None:
     expect(page.locator("#grpo_ref_model")).to_be_visible()
 
 
-def test_a_filled_form_is_previewed(page: Page, tiny_model_dir: Path) -> None:
+def test_a_filled_form_is_previewed(shared_page: Page, tiny_model_dir: Path) -> None:
+    page = shared_page
     choose(page, "Model name", "Custom")
     text_field(page, "Model path").fill(str(tiny_model_dir))
-    page.get_by_label("Dataset", exact=True).first.fill("sums")
-    page.get_by_label("Dataset", exact=True).first.press("Enter")
+    dataset, chosen = page.get_by_label("Dataset", exact=True).first, page.locator(".token")
+    dataset.fill("nowhere")  # no file describes it: the host's answer was an error 500
+    dataset.press("Enter")
+    expect(chosen.filter(has_text="nowhere")).to_have_count(1)
+    dataset.press("Backspace")
+    expect(chosen.filter(has_text="nowhere")).to_have_count(0)
+    dataset.fill("sums")
+    dataset.press("Enter")
     choose(page, "Rollout engine", "hf")
     page.locator("#grpo_num_generations input").fill("4")
     page.get_by_role("button", name="Preview command").click()
@@ -74,17 +83,18 @@ def test_a_filled_form_is_previewed(page: Page, tiny_model_dir: Path) -> None:
     expect(preview).not_to_contain_text("vllm")
 
 
-def test_languages_switch_live(page: Page) -> None:
-    for language in (*LANGUAGES[1:], "en"):
-        page.get_by_role("listbox").first.click()
-        page.get_by_role("option", name=language, exact=True).click()
-        elements = texts(language)["elements"]
-        expect(page.get_by_role("button", name=elements["grpo_export_btn"]["value"])).to_be_visible()
-        for name in ("grpo_num_generations", "grpo_reward_funcs", "grpo_max_new_tokens"):
-            expect(page.locator(f"#{name}")).to_contain_text(elements[name]["label"])
-        # Markdown takes the back-quotes away.
-        said = page.locator("#grpo_overlong_prompts").inner_text().replace("\n", " ")
-        assert elements["grpo_overlong_prompts"]["info"].replace("`", "")[:20] in said
+def test_the_panel_comes_and_goes_with_the_stage(shared_page: Page) -> None:
+    page = shared_page
+    expect(text_field(page, "Learning rate")).to_have_value("1e-5")
+    assert value_of(page, "LR scheduler") == "constant_with_warmup"
+    assert value_of(page, "Compute type") == "fp32"  # no accelerator here
+    choose(page, "Finetuning method", "full")
+    expect(text_field(page, "Learning rate")).to_have_value("1e-6")
+    choose(page, "Stage", "DPO")
+    expect(page.locator("#grpo_tab")).to_be_hidden()
+    expect(page.locator("#grpo_run")).to_be_hidden()
+    expect(text_field(page, "Learning rate")).to_have_value("5e-5")
+    expect(page.get_by_label("LR scheduler", exact=True)).to_have_value("cosine")
 
 
 def test_rewards_are_tried(page: Page, workplace: Path) -> None:

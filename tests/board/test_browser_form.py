@@ -1,6 +1,6 @@
 """The form as a person uses it before a run: the check, a recipe of another system, and the first recipe."""
 
-import importlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from playwright.sync_api import Page, expect
 
 from grpo_stage.board.locales import texts
 
-from .browser import EVIL, fold, open_board, text_field
+from .browser import EVIL, choose, darken, fold, open_board, serious_faults, text_field
 
 
 OF_TRL = f"""
@@ -19,21 +19,7 @@ per_device_train_batch_size: 16
 max_completion_length: 64
 reward_funcs: [accuracy, "{EVIL.replace('"', "'")}"]
 """
-OURS = ("#grpo_tab", "#grpo_check_panel")
-
-
-def serious_faults(page: Page, missing_tool: Callable[[str], None]) -> list[str]:
-    """What axe-core finds in our part of the page."""
-    try:
-        axe = importlib.import_module("axe_playwright_python.sync_playwright").Axe()
-    except ImportError:
-        missing_tool("Faults of access are found by axe-core, which `axe-playwright-python` brings.")
-    found = axe.run(page, context={"include": [[part] for part in OURS]}).response["violations"]
-    return [
-        f"{fault['id']}: {fault['nodes'][0]['html'][:200]} {fault['nodes'][0]['failureSummary']}"
-        for fault in found
-        if fault["impact"] in ("serious", "critical")
-    ]
+OURS = ("#grpo_wizard", "#grpo_tab", "#grpo_check_panel")
 
 
 def test_problems_stand_beside_their_fields(page: Page) -> None:
@@ -97,4 +83,19 @@ def test_another_systems_recipe_and_then_the_first_one(
     expect(page.locator("#grpo_max_steps input")).to_have_value("20")
     assert page.locator("#grpo_check_panel img, #grpo_tab img[src=x]").count() == 0
     assert page.title() != "evil"
-    assert serious_faults(page, missing_tool) == []
+    assert serious_faults(page, OURS, missing_tool) == []
+
+    # The same recipe's model is asked, while a list is open in the dark.
+    choose(page, "Rollout engine", "hf")
+    page.locator("#grpo_probe_btn").click()
+    darken(page)
+    page.locator("#grpo_wizard_rewards input").click()
+    expect(page.get_by_role("option", name="exact_match", exact=True)).to_be_visible()
+    assert serious_faults(page, OURS, missing_tool) == []
+    page.keyboard.press("Escape")
+    expect(result).to_contain_text(texts("en")["messages"]["probe_result"], timeout=120_000)
+    expect(result.get_by_role("row").filter(has_text="prompts x samples")).to_contain_text(" x 8")
+    expect(result.get_by_role("row").filter(has_text="tokens a second")).to_contain_text(re.compile(r"[1-9]\d*$"))
+    expect(result.locator("li").first).not_to_be_empty()  # what it means for the recipe
+    expect(result.get_by_role("status")).to_have_count(0)
+    assert serious_faults(page, OURS, missing_tool) == []

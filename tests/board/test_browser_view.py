@@ -2,35 +2,33 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, expect
+from playwright.sync_api import Page, expect
 
 from tests.report_runs import completion, write_lines, write_log
 
-from .browser import EVIL, PATIENCE_MS, append_line, choose, open_board, open_run, write_run
+from .browser import (
+    EVIL,
+    append_line,
+    choose,
+    darken,
+    open_run,
+    serious_faults,
+    write_run,
+)
 
 
 NUM_STEPS, GROUP_SIZE = 20_000, 8
 
 
 @pytest.fixture(scope="module")
-def page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
-    """One page for all: it has the stage and a model chosen."""
-    (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)
-    page = chromium.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
-    problems: list[str] = []
-    page.on("response", lambda answer: problems.append(answer.url) if answer.status >= 500 else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    open_board(page, board_url)
-    choose(page, "Model name", "Custom")
-    yield page
-    page.close()
-    assert problems == []
+def page(shared_page: Page) -> Page:
+    """One page for all: it has a model chosen."""
+    choose(shared_page, "Model name", "Custom")
+    return shared_page
 
 
 @pytest.fixture
@@ -65,7 +63,7 @@ def wait_until_drawn(page: Page, title: str, num_curves: int) -> list[dict]:
     raise AssertionError(f"{title}: {found}")
 
 
-def test_curves(page: Page, saves: Path) -> None:
+def test_curves(page: Page, saves: Path, missing_tool: Callable[[str], None]) -> None:
     write_run(saves / "curves", [{"reward": 0.5}], [(step, f"text of {step}") for step in (1, 5)])
     show(page, "curves")
     (single,) = wait_until_drawn(page, "Total reward", 1)
@@ -119,11 +117,13 @@ def test_curves(page: Page, saves: Path) -> None:
 
     wait_until_drawn(page, "Total reward", 2)
     light = paper()
-    page.evaluate("document.body.classList.add('dark')")
+    assert serious_faults(page, ["#grpo_run"], missing_tool) == []
+    darken(page)
     page.wait_for_function(
         "light => document.querySelector('#grpo_view .plot').layout.paper_bgcolor !== light", arg=light
     )
-    page.evaluate("document.body.classList.remove('dark')")
+    assert serious_faults(page, ["#grpo_run"], missing_tool) == []
+    darken(page, False)
 
     # A click on a step opens its completions.
     plot.click(position={"x": box["width"] * 0.5, "y": 80})
@@ -135,7 +135,7 @@ def test_curves(page: Page, saves: Path) -> None:
     page.set_viewport_size({"width": 1280, "height": 900})
 
 
-def test_completions_runs_and_alarms(page: Page, saves: Path) -> None:
+def test_completions_runs_and_alarms(page: Page, saves: Path, missing_tool: Callable[[str], None]) -> None:
     write_log(saves / "groups", 30)
     long_text = "<think>\nfirst line\n\n    an indented one\n</think>" + "word " * 2000 + "THE END"
     rows = [completion(step, i % 2, f"{EVIL} {step}.{i}", reward=i / 4) for step in (10, 20) for i in range(4)]
@@ -174,7 +174,11 @@ def test_completions_runs_and_alarms(page: Page, saves: Path) -> None:
     table.get_by_label("all steps").uncheck()
     table.get_by_label("Step", exact=True).fill("99")
     expect(table).to_contain_text("There is no step 99")
+    expect(table.locator(".answer").first).to_be_visible()
     assert page.locator("#grpo_view :is(img, script, a)").count() == 0
+    for is_dark in (True, False):
+        darken(page, is_dark)
+        assert serious_faults(page, ["#grpo_run"], missing_tool) == []
     assert page.title() != "evil"
 
     # Two runs in the same plots, and their files.
@@ -198,6 +202,11 @@ def test_completions_runs_and_alarms(page: Page, saves: Path) -> None:
     expect(status.locator(".line")).to_contain_text("groups-too")
     page.get_by_role("button", name="Back to the form's run").click()
     expect(status).to_contain_text("Damaged lines")
+    page.get_by_role("tab", name="Runs").click()
+    expect(runs.locator("tbody tr").first).to_be_visible()
+    for is_dark in (True, False):
+        darken(page, is_dark)
+        assert serious_faults(page, ["#grpo_run"], missing_tool) == []
 
 
 def test_a_large_run_opens_at_once_and_loses_no_line(page: Page, saves: Path) -> None:

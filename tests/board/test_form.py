@@ -277,3 +277,7 @@ def test_the_panel_stands_behind_the_rlhf_panel(board: Board) -> None:
     panel, rlhf = (board.manager.get_elem_by_id(f"train.{name}") for name in ("grpo_tab", "rlhf_tab"))
     siblings = panel.parent.children
     assert siblings[siblings.index(rlhf) + 1] is panel
+    stage, questions = (board.manager.get_elem_by_id(f"train.{name}") for name in ("training_stage", "grpo_wizard"))
+    while stage.parent is not panel.parent:
+        stage = stage.parent
+    assert siblings[siblings.index(stage) + 1] is questions

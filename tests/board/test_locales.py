@@ -7,12 +7,13 @@ from typing import Any, get_args
 
 import pytest
 
-from grpo_stage.board.fields import FORM_FIELDS
-from grpo_stage.board.locales import LANGUAGES, add_texts, message, texts
+from grpo_stage.board.fields import BASICS, FORM_FIELDS
+from grpo_stage.board.locales import LANGUAGES, add_texts, definition, message, texts
 from grpo_stage.board.run_state import Kind
 from grpo_stage.board.segments import KINDS
 from grpo_stage.records.activity import Doing
 from grpo_stage.records.completion_groups import ORDERS
+from grpo_stage.records.definitions import EVALUATION, TRAINING
 from grpo_stage.report.charts import OTHER_METRICS, SECTIONS
 
 from .conftest import Board
@@ -150,3 +151,36 @@ def test_the_script_asks_for_texts_that_are_there() -> None:
         for end in ends
     }
     assert set(texts("en")["view"]) == asked | made | {"charts"}
+
+
+@pytest.mark.parametrize("language", LANGUAGES[1:])
+def test_the_metrics_of_charts_are_defined_in_every_language(language: str) -> None:
+    patterns = [
+        pattern.replace("{}", "x") for section in SECTIONS for chart in section.charts for pattern in chart.patterns
+    ]
+    rows = {
+        row.names[0]: row.text
+        for row in (*EVALUATION, *TRAINING)
+        for name in row.names
+        if any(
+            re.fullmatch(pattern, re.sub(r"\{\w\}", "1", name).replace("{dataset}", "x").replace("{function}", "x"))
+            for pattern in patterns
+        )
+    }
+    ours = texts(language)["metrics"]
+    assert set(ours) == set(rows)
+    assert [name for name, text in ours.items() if not re.search(SCRIPTS[language], text, re.IGNORECASE)] == []
+
+
+def test_a_definition_is_plain_text() -> None:
+    assert definition("eval_completions/mean_length", "en") == "tokens of a completion, its end token included"
+    assert definition("eval_completions/mean_length", "zh") == texts("zh")["metrics"]["completions/mean_length"]
+    assert definition("frac_reward_zero_std", "en").startswith("share of groups in which")
+    assert not re.search(r"\]\(|\(\[", definition("frac_reward_zero_std", "en"))
+    assert "the same final answer (Simpson" in definition("completions/same_answer_frac", "ru")
+    assert definition("no_such_metric", "ja") == ""
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_what_everyone_sets_says_what_to_watch_for(language: str) -> None:
+    assert {field.key for field in FORM_FIELDS if field.section == BASICS} <= set(texts(language)["watch"])

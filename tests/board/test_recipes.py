@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -232,6 +233,34 @@ def test_a_value_that_a_field_cannot_hold_stays_in_the_extra_arguments(board: Bo
     board.runner.save_args(board.data(train__extra_args='{"top_k": -1}'))
     loaded = board.by_id(board.runner.load_args("en", "saved.yaml"))
     assert (loaded["train.grpo_top_k"], json.loads(loaded["train.extra_args"])) == (0, {"top_k": -1})
+
+
+def test_a_recipe_without_a_folder_runs_in_the_form_s(board: Board) -> None:
+    """Taking it away from the run, as from the recipe, left the start without a folder."""
+    recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
+    del recipe["output_dir"]
+    form = import_recipe(board.runner, recipe)
+    output_dir = board.manager.get_elem_by_id("train.output_dir")
+    assert form[output_dir] == ""
+    data = {**board.data(), **form, output_dir: "here"}
+    assert board.runner._parse_train_args(data)["output_dir"] == "saves/Custom/lora/here"
+    extra = board.manager.get_elem_by_id("train.extra_args")
+    for value in ("null", '""'):
+        with pytest.raises(ValueError, match='its folder stands under "Output dir"'):
+            board.runner._parse_train_args({**data, extra: f'{{"output_dir": {value}}}'})
+
+
+def test_no_model_is_said_to_lack_instructions_that_takes_its_own_template(board: Board) -> None:
+    from llamafactory.webui.components import top
+
+    recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
+    import_recipe(board.runner, recipe)
+    with pytest.warns(UserWarning, match="non-instruct"):
+        top.check_template("en", "default")
+    import_recipe(board.runner, {key: value for key, value in recipe.items() if key != "template"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        top.check_template("en", "default")
 
 
 def test_the_host_does_not_undo_what_was_loaded(board: Board) -> None:

@@ -196,7 +196,8 @@ function showState() {
     const done = state.done.map(([name, took]) => `${t(`doing_${name}`)} ${seconds(took)}`);
     const present = t(`doing_${state.doing}`) + (state.seconds === null ? "" : ` … ${seconds(state.seconds)}`);
     doing = [...done, present].join(" · ");
-  } else if (state.kind === "evaluating" && state.seconds !== null) doing = seconds(state.seconds);
+  } else if (state.kind === "running" && !state.step && state.seconds !== null) doing = t("first_step", { seconds: seconds(state.seconds) });
+  else if (state.kind === "evaluating" && state.seconds !== null) doing = seconds(state.seconds);
   else if (state.kind === "stopped") doing = [state.error, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
   else if (state.kind === "killed") doing = state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint");
   put(parts.doing, doing);
@@ -448,7 +449,7 @@ class Chart {
     for (const curve of this.visible) {
       const stroke = color(curve.color), base = { x: curve.x, type: "scatter", name: curve.name, hoverinfo: "skip" };
       const isFew = curve.x.length <= FEW_POINTS;
-      const main = { ...base, hoverinfo: "none", mode: isFew ? "lines+markers" : "lines", marker: { color: stroke, size: curve.x.length === 1 ? 8 : 4 } };
+      const main = { ...base, hoverinfo: "none", cliponaxis: false, mode: isFew ? "lines+markers" : "lines", marker: { color: stroke, size: curve.x.length === 1 ? 8 : 4 } };
       if (this.data.is_stacked) {
         traces.push({ ...main, y: curve.y, stackgroup: "all", mode: curve.x.length === 1 ? "lines+markers" : "lines", line: { color: stroke, width: 0.5 }, fillcolor: stroke });
         continue;
@@ -503,7 +504,7 @@ class Chart {
     }
     if (!(high >= low)) return [0, 1];
     if (isLog) return [Math.log10(low) - 0.05, Math.log10(high) + 0.05];
-    if (this.data.unit === "share" && low >= 0 && high <= 1) return [0, high > 0 ? Math.min(1, high * 1.1) : 1];
+    if (this.data.unit === "share" && low >= 0 && high <= 1) return [0, high > 0 ? Math.min(1.03, high * 1.1) : 1];
     if (high / 2 - low / 2 <= 1e-9 * Math.max(Math.abs(low), Math.abs(high))) {
       const reach = Math.abs(low) / 2 || 1;
       return [low - reach, high + reach];
@@ -605,14 +606,15 @@ function groupControls(part) {
 }
 
 function followGroups() {  // new completions of the newest step, unless another is being read
-  if (now.is_reading) { put(parts.found, t("reading")); return; }
+  const isNewest = want.step === null && !want.all;
+  if (now.is_reading && !isNewest) { put(parts.found, t("reading")); return; }  // the end of the file is read first
   const isBeingRead = parts.groups.querySelector(".whole, .times") !== null || String(getSelection()) !== "";
   if (groupsMark() === groupsOf || (isBeingRead && groupsOf)) return;
   loadGroups();
 }
 
 function groupsMark() {
-  return JSON.stringify([now.name, want.step === null || want.all ? now.completions?.version : ""]);
+  return JSON.stringify([now.name, now.is_reading, want.step === null || want.all ? now.completions?.version : ""]);
 }
 
 function loadGroups() {
