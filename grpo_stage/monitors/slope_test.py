@@ -30,6 +30,8 @@ equal size in two versions. Such a bias does not shrink as a standard error does
 _FALSE_ALARMS = 1e-7
 """The probability of an alarm in a sound run, at each test of a slope."""
 
+_NUM_SCORES = 4
+"""Calls of `SlopeTest.score` for a version, with nothing to score or not: a pass may need all ranks."""
 _MEMORY_SYNCS = 16
 
 
@@ -226,16 +228,20 @@ class SlopeTest(Monitor):
             StaleRolloutError: if a slope is not sound.
         """
         if self._start is None or not answers:
+            for _ in range(_NUM_SCORES):
+                self.score(())  # other ranks may have something to compare
             return {}
         self._version = version
         chosen = _choose(groups, _PREVIOUS_SEQUENCES)
-        probes = [probe.groups for probe in (self._start, self._previous) if probe]
+        probes = [probe.groups if probe else () for probe in (self._start, self._previous)]
         # Each by itself, as its earlier scores were: in another batch the same tokens round differently.
         scores = [score for each in (*probes, chosen) for score in self.score(each)]
         policy, engine = iter(scores[: len(answers)]), iter(answers)
-        if not self._start.before:  # not in `ask`: the engine may need its memory until it sleeps
-            with (self.adapter_off or nullcontext)():
-                self._start = _Probe(self._start.groups, self.score(self._start.groups))
+        # Not in `ask`: the engine may need its memory until it sleeps.
+        with (self.adapter_off or nullcontext)():
+            before = self.score(() if self._start.before else self._start.groups)
+        if not self._start.before:
+            self._start = _Probe(self._start.groups, before)
         from_start, this_sync = Slope(), Slope()
         self._start.add_to([from_start], policy, engine)
         self._since_previous[1].forget(1 - 1 / _MEMORY_SYNCS)

@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+from grpo_stage.update.sharding import gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,10 @@ class _Row:
 
 
 class HFEngine:
-    """Samples from the live policy, so `sync` only notes which version that is."""
+    """Samples from the live policy, so `sync` only notes which version that is.
+
+    Where several processes hold the policy's weights together, each has all of them from `sync` to `sleep`.
+    """
 
     def __init__(
         self,
@@ -60,8 +64,11 @@ class HFEngine:
         self._max_tokens_per_batch = max_tokens_per_batch
         self._policy: torch.nn.Module | None = None
         self._version = -1
+        self._gathered = contextlib.ExitStack()
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
+        self.sleep()
+        self._gathered.enter_context(gathered(policy))
         self._policy, self._version = policy, version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
@@ -113,9 +120,10 @@ class HFEngine:
     def sleep(self) -> None:
         """The trainer's own model samples; it is let go of until the next `sync`, so that a new one can replace it."""
         self._policy = None
+        self._gathered.close()
 
     def close(self) -> None:
-        self._policy = None
+        self.sleep()
 
     @contextlib.contextmanager
     def _sampler(self, max_new_tokens: int, stop_token_ids: Sequence[int]) -> Iterator[Any]:
