@@ -241,11 +241,14 @@ def _base_model(policy: torch.nn.Module) -> PreTrainedModel:
 
 def _unquantized_view(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, less what was done to read quantized files: that cannot be reverted, and need not be."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    kept = [
+        conversion
+        for conversion in conversions
+        if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+    ]
+    if len(kept) == len(conversions):
+        return model
     view = copy.copy(model)
-    if conversions := getattr(model, "_weight_conversions", None):
-        view._weight_conversions = [
-            conversion
-            for conversion in conversions
-            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
-        ]
+    view._weight_conversions = kept
     return view

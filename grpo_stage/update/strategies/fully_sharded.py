@@ -37,9 +37,8 @@ class FullySharded:
         plugin = accelerator.state.fsdp_plugin
         if plugin.mixed_precision_policy is not None:
             # accelerate would have gradients summed, and log-probabilities returned, in half precision as well.
-            plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=plugin.mixed_precision_policy.param_dtype, reduce_dtype=torch.float32
-            )
+            dtype = plugin.mixed_precision_policy.param_dtype
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model
@@ -121,10 +120,12 @@ def _packed(value: Any) -> Any:
     """A sharded tensor without its process group, which no file holds."""
     if not isinstance(value, DTensor):
         return value
-    placements = [None if each.is_replicate() else each.dim for each in value.placements]  # type: ignore[attr-defined]
     return {
-        "shard": value.to_local(), "placements": placements, "shape": list(value.shape), "stride": list(value.stride()),
-    }  # fmt: skip
+        "shard": value.to_local(),
+        "placements": [each.dim if isinstance(each, Shard) else None for each in value.placements],
+        "shape": list(value.shape),
+        "stride": list(value.stride()),
+    }
 
 
 def _is_packed(value: Any) -> bool:

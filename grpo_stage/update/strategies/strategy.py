@@ -33,7 +33,7 @@ class Strategy(Protocol):
         """How many passes without gradient it makes that has `own` micro-batches."""
 
     def any(self, is_due: bool) -> bool:
-        """Whether this process makes a pass that is due here or not: where passes are collective, if it is anywhere."""
+        """Whether this process makes a pass: where passes are collective it does if one is due on any process."""
 
     def sum_gradients(self, model: nn.Module) -> None:
         """Leave the gradient of all samples: on every process, or each process's part of it."""
