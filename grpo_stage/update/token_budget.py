@@ -81,9 +81,9 @@ class PolicyBudget(TokenBudget):
         if isinstance(outcome, OutOfMemory) and not self._can_repeat:
             raise RuntimeError(
                 f"Out of memory on rank {self._rank}, with micro-batches of at most {self.max_tokens} tokens. The "
-                "ranks hold the weights together, and the others are in the middle of the same pass: it cannot be made "
-                f"again in smaller parts. Write `max_tokens_per_micro_batch: {self.max_tokens // 2}`, and go on from "
-                "the last checkpoint."
+                "ranks hold the weights together, and the others are in the middle of the same pass, so it cannot be "
+                f"made again in smaller parts. Write `max_tokens_per_micro_batch: {self.max_tokens // 2}`, and go on "
+                "from the last checkpoint."
             ) from outcome.error
         return outcome
 

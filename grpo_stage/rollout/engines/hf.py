@@ -112,6 +112,7 @@ class HFEngine:
                     attention_mask=attention_mask.to(model.device),
                     past_key_values=_prefilled(model, [row.prompt for row in batch]),
                     logits_processor=LogitsProcessorList([reader]),
+                    synced_gpus=False,
                 )
                 logprobs = torch.stack(reader.logprobs, dim=1).cpu()
                 scores += [row[: len(tokens)] for row, tokens in zip(logprobs, token_ids, strict=True)]
@@ -151,6 +152,7 @@ class HFEngine:
             attention_mask=attention_mask.to(model.device),
             past_key_values=_prefilled(model, [row.prompt for row in batch]),
             logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=False,  # each process has the whole model, and its own number of tokens
         )
         sampled = output[:, input_ids.shape[1] :].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
