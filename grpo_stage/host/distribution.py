@@ -1,4 +1,4 @@
-"""How a run's weights are distributed over processes, as far as keys and environment show it, and what does not fit."""
+"""How a run's weights are distributed over processes, as keys and environment say, and what does not fit that."""
 
 import os
 from types import MappingProxyType, SimpleNamespace
@@ -87,10 +87,6 @@ def check_distribution(values: SimpleNamespace) -> None:
             raise ValueError(
                 _refusal("finetuning_type: oft", "it was not verified with shards", "Write `finetuning_type: lora`.")
             )
-    with apart():
-        if not values.do_train:
-            reason = "weights are sharded as training begins, and an evaluation alone would not use that"
-            raise ValueError(_refusal("do_train: false", reason, "Launch with `llamafactory-cli train`."))
 
 
 def _check_fsdp(values: SimpleNamespace) -> None:

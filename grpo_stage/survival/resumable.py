@@ -18,6 +18,7 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from grpo_stage.distributed import gather_on_cpu
 from grpo_stage.rewards.errors import RewardError, UnrewardedError
 from grpo_stage.survival import checkpoints
 from grpo_stage.survival.checkpoints import ROLLOUT_FILE, TENSORS_FILE
@@ -104,6 +105,7 @@ class ResumableTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         with cpus_may_shard():
             super().create_accelerator_and_postprocess()
+        gather_on_cpu(self.args.ddp_timeout_delta)
 
     # The questions that a subclass answers
 
@@ -142,7 +144,7 @@ class ResumableTrainer(Trainer):
         elif self.args.should_save:
             checkpoints.discard_earlier_run(self.args.output_dir)
         if not self.strategy.is_collective:
-            self._start_models(resume_from_checkpoint)
+            self._start_models(resume_from_checkpoint or None)
         self.prepare_from(step)
         with self.stoppable():
             try:

@@ -1,7 +1,7 @@
 """Weights that several processes hold together: which they are, and how a process sees some or all of them whole.
 
-Under FSDP2 a unit (a decoder layer; the root has all the rest) is gathered in its own forward pass. Between passes each
-process has a shard of every weight, a DTensor. Every gathering is a collective: all processes make the same ones.
+Under FSDP2 a unit (a decoder layer; the root has all the rest) is gathered in its own forward pass. Between passes
+each process has a shard of every weight, a DTensor. Every gathering is a collective: all processes make the same ones.
 """
 
 from collections.abc import Iterable, Iterator, Sequence

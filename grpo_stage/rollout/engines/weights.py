@@ -27,6 +27,8 @@ from grpo_stage.update import sharding
 ADAPTER = "default"
 """The one adapter that the host trains."""
 
+BYTES_OF_A_PART = 2**30
+"""Of whole weights that are written for another process: a part is in memory at a time."""
 _QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 """Of bitsandbytes, by name: it is imported only where it is used."""
 
@@ -83,7 +85,8 @@ class PolicyWeights:
                 yield WrittenWeights(folder, self.adapted)
             return
         with tempfile.TemporaryDirectory(prefix="grpo-stage-weights-") as name:
-            save_torch_state_dict(dict(self.tensors()), name)
+            for number, tensors in enumerate(_in_parts(self.tensors())):
+                save_torch_state_dict(tensors, name, filename_pattern=f"{number:05}{{suffix}}.safetensors")
             yield WrittenWeights(Path(name), ())
 
 
@@ -103,6 +106,18 @@ class WrittenWeights:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     yield name, tensors.get_tensor(name)
+
+
+def _in_parts(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in order, about `BYTES_OF_A_PART` together."""
+    part: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        part[name] = tensor
+        if sum(each.nbytes for each in part.values()) >= BYTES_OF_A_PART:
+            yield part
+            part = {}
+    if part:
+        yield part
 
 
 def write_adapter(policy: torch.nn.Module, folder: Path) -> None:

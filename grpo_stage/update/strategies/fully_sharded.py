@@ -77,7 +77,7 @@ class FullySharded:
 
     def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
         sharding.rest(model)
-        owned = dict(model.named_parameters(remove_duplicate=False))
+        owned: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
         if isinstance(model, PeftModel):  # the base is in its own files
             owned = {name: p for name, p in owned.items() if p.requires_grad}
         else:
