@@ -39,7 +39,7 @@ from .types import Prompt, RolloutEngine, SamplingSettings
 from .update.batch import rows_of
 from .update.dropout import disable_dropout
 from .update.output_layer import compute_output_layer_in_float32
-from .update.reference import MovingReference, ReferencePolicy, ReferenceSync
+from .update.reference import MovingReference, ReferencePolicy, ReferenceSync, ShardableReference
 from .update.routing import RouterLoss
 
 
@@ -247,8 +247,8 @@ class GRPOTrainer(ResumableTrainer):
         return super().save_progress()
 
     def prepare_models(self) -> None:
-        if self.reference is not None and self.strategy.is_collective:
-            self.reference.distribute(self.model, self.strategy.distribute)
+        if self.reference is not None and self.sharded is not None:
+            cast(ShardableReference, self.reference).distribute(self.model, self.sharded.distribute)
         self.learner.prepare(self.model, self.reference, self.train_dataset)
 
     def prepare_from(self, step: int) -> None:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -26,6 +26,7 @@ from grpo_stage.survival.run_state import RunState, Scope
 from grpo_stage.survival.stop import RunStopped, SafeStop
 from grpo_stage.survival.watchdog import HangError, Watchdog
 from grpo_stage.update.strategies.choice import choose_strategy, cpus_may_shard
+from grpo_stage.update.strategies.strategy import ShardedStrategy
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -91,6 +92,8 @@ class ResumableTrainer(Trainer):
         vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles the arguments beside the weights
         super().__init__(args=args, **kwargs)
         self.strategy = choose_strategy(self.accelerator)
+        self.sharded = cast(ShardedStrategy, self.strategy) if self.strategy.is_collective else None
+        """The strategy, where the processes hold the weights together."""
         self.run_state = RunState({})
         self.stop = SafeStop(self.args.process_index)
         self.watchdog = Watchdog(self.args.output_dir, self.args.process_index, self.stop.interrupt, self._end_hanging)
@@ -241,8 +244,9 @@ class ResumableTrainer(Trainer):
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def _load_best_model(self) -> None:
-        if self.strategy.is_collective:
-            self.strategy.load(self.model, None, self.state.best_model_checkpoint)
+        if self.sharded is not None:
+            assert self.state.best_model_checkpoint is not None
+            self.sharded.load(self.model, None, self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
         self._holds_best = True
@@ -335,20 +339,20 @@ class ResumableTrainer(Trainer):
         return TENSORS_FILE.format(name=f"{name}_{self.args.process_index}" if self.strategy.is_collective else name)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        weights = self.strategy.state_dict(self.model)
-        if weights is None:
+        if self.sharded is None:
             super().save_model(output_dir, _internal_call)
             return
+        weights = self.sharded.state_dict(self.model)
         if self.args.should_save:
             self._save(output_dir, state_dict=weights)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self.strategy.is_collective:
+        if self.sharded is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        self.strategy.save(self.model, self.optimizer, output_dir)
+        self.sharded.save(self.model, self.optimizer, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
@@ -372,10 +376,10 @@ class ResumableTrainer(Trainer):
 
     def _load_states(self, checkpoint: str | None) -> None:
         """Of optimizer and schedule; of the weights as well, where processes hold them together."""
-        if checkpoint is None or not self.strategy.is_collective:
+        if checkpoint is None or self.sharded is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.strategy.load(self.model, self.optimizer, checkpoint)
+        self.sharded.load(self.model, self.optimizer, checkpoint)
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

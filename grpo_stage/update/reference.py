@@ -24,8 +24,12 @@ class ReferencePolicy(Protocol):
     def activate(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         """Yield the reference; after the block `policy` (unwrapped) is as it was."""
 
+
+class ShardableReference(ReferencePolicy, Protocol):
+    """A reference for a policy whose weights several processes hold together."""
+
     def distribute(self, policy: nn.Module, distribute: Callable[[nn.Module], nn.Module]) -> None:
-        """Called where several processes hold the policy's weights together, once they do and before the first step.
+        """Called once the processes hold the policy's weights together, and before the first step.
 
         Args:
             policy: as it is at the start of the run; each process has its shards.
@@ -103,9 +107,6 @@ class InitialWeightsReference:
         finally:
             for name, data in trained.items():
                 parameters[name].data = data
-
-    def distribute(self, policy: nn.Module, distribute: Callable[[nn.Module], nn.Module]) -> None:
-        raise NotImplementedError("InitialShardsReference is for that")
 
 
 class InitialShardsReference:

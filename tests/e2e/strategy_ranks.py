@@ -72,8 +72,8 @@ def trainer_of(num_ranks: int, case: dict[str, Any]) -> Any:
 
 def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
     """The trained weights; on the first process."""
-    whole = trainer.strategy.state_dict(trainer.model)
-    named = whole if whole is not None else dict(trainer.model.named_parameters())
+    sharded = trainer.sharded
+    named = dict(trainer.model.named_parameters()) if sharded is None else sharded.state_dict(trainer.model)
     trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
     return {name: named[name].detach().clone() for name in trained if name in named}
 

@@ -52,17 +52,5 @@ class ReplicatedParameters:
         trained = [p for p in model.parameters() if p.requires_grad]
         torch.autograd.grad(loss, trained[:1], allow_unused=True)
 
-    def distribute(self, model: nn.Module) -> nn.Module:
-        return model
-
     def grad_norm(self, norm: Any) -> Any:
         return norm
-
-    def state_dict(self, model: nn.Module) -> None:
-        return None
-
-    def save(self, model: nn.Module, optimizer: Any, folder: str) -> None:
-        raise NotImplementedError("Trainer saves what every process has")
-
-    def load(self, model: nn.Module, optimizer: Any | None, folder: str) -> None:
-        raise NotImplementedError("Trainer loads what every process has")

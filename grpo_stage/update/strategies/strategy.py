@@ -44,20 +44,21 @@ class Strategy(Protocol):
     def try_backward(self, model: nn.Module, loss: torch.Tensor) -> None:
         """Go back from `loss` to a trained weight, and leave no gradient."""
 
-    def distribute(self, model: nn.Module) -> nn.Module:
-        """Another model (the reference), distributed as the policy is."""
-
     def grad_norm(self, norm: Any) -> Any:
         """Trainer's norm of the whole gradient, as a number or a plain tensor."""
 
-    def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor] | None:
-        """The whole weights that a save of the policy holds, on the CPU of the first process; empty on the others.
 
-        None where the policy can be saved as it is.
-        """
+class ShardedStrategy(Strategy, Protocol):
+    """A strategy whose passes are collective: the processes hold the weights together."""
+
+    def distribute(self, model: nn.Module) -> nn.Module:
+        """Another model (the reference), distributed as the policy is."""
+
+    def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        """The whole weights that a save of the policy holds, on the CPU of the first process; empty on the others."""
 
     def save(self, model: nn.Module, optimizer: Any, folder: str) -> None:
-        """Write this process's part of weights and optimizer, where `is_collective`."""
+        """Write this process's part of weights and optimizer."""
 
     def load(self, model: nn.Module, optimizer: Any | None, folder: str) -> None:
         """Go on from what `save` wrote."""
