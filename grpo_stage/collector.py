@@ -295,6 +295,7 @@ class Collector:
         """
         has_waited = any(group.old_logprobs is not None for group in share)
         if not (makes_several_steps or has_waited or self._grpo_args.kl_in_reward):
+            self._frozen.logprobs(self._policy, ())  # other ranks may have some that waited
             return share
         return self._with_tensors(share, "old_logprobs", self._frozen.logprobs)
 

@@ -1,21 +1,38 @@
 """Communication between the ranks of a run. Everything here also works in a single process."""
 
 import gc
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 
 T = TypeVar("T")
+_objects: dict[Any, Any] = {}
+"""The group that `all_gather` communicates in, by the run's own group."""
+
+
+def gather_on_cpu(timeout: timedelta) -> None:
+    """Have `all_gather` communicate on the CPU from now on, and wait for the slowest rank for as long as `timeout`.
+
+    On the device, a rank that samples for long would have the others' watchdog (NCCL's) end the run, and each message
+    would be copied there and back. All ranks call it together; nothing happens in a single process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        _objects[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=timeout)
 
 
 def all_gather(value: T) -> list[T]:
-    """The values of all ranks, in order; `[value]` where there is one process."""
+    """The values of all ranks, in order; `[value]` where there is one process.
+
+    Raises:
+        RuntimeError: if a rank is gone, or does not answer in time.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_objects.get(dist.group.WORLD))
     return values
 
 
@@ -51,5 +68,6 @@ def leave_process_group() -> None:
     frees. A thread that releases a tensor while the interpreter exits aborts the process (SIGABRT).
     """
     if dist.is_available() and dist.is_initialized():
+        _objects.clear()
         gc.collect()
         dist.destroy_process_group()

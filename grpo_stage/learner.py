@@ -28,7 +28,7 @@ from .update.model_flops import flops_of_update, peak_flops
 from .update.objective import Objective
 from .update.reference import ReferencePolicy
 from .update.routing import RouterLoss
-from .update.strategy import choose_strategy
+from .update.strategies.strategy import Strategy
 from .update.token_budget import PolicyBudget
 
 
@@ -52,7 +52,8 @@ class Learner:
         monitors: see the metrics of each step.
         router_loss: see `PolicyGradient`.
         pad_token_id: fills micro-batches.
-        accelerator: computes the backward pass.
+        accelerator: knows device and precision.
+        strategy: how the policy's parameters are distributed over processes.
         checkpoints_if_needed: whether gradient checkpointing may be switched off where memory allows it.
         phases: times the update.
         gather: see `PolicyGradient`.
@@ -68,6 +69,7 @@ class Learner:
         router_loss: RouterLoss | None,
         pad_token_id: int,
         accelerator: Accelerator,
+        strategy: Strategy,
         checkpoints_if_needed: bool,
         phases: Phases,
         gather: Callable[[Any], list[Any]],
@@ -79,10 +81,12 @@ class Learner:
             self._plain if grpo_args.disable_prompt_sharing else SharedPromptLayout(pad_token_id, accelerator.device)
         )
         self.forward = Forward(layout, is_chunked=not grpo_args.disable_logit_chunking)
-        self.strategy = choose_strategy(accelerator)
+        self.strategy = strategy
         self.objective = Objective(grpo_args)
-        self.budget = PolicyBudget(grpo_args.max_tokens_per_micro_batch, args.process_index)
-        self.frozen = FrozenPass(self.forward, self.budget, autocast, sampling.temperature)
+        self.budget = PolicyBudget(
+            grpo_args.max_tokens_per_micro_batch, args.process_index, can_repeat=not strategy.is_collective
+        )
+        self.frozen = FrozenPass(self.forward, self.budget, autocast, sampling.temperature, strategy)
         self.gradient = PolicyGradient(
             grpo_args=grpo_args,
             objective=self.objective,
@@ -115,12 +119,13 @@ class Learner:
 
     def prepare(self, policy: nn.Module, reference: ReferencePolicy | None, prompts: Sequence[Prompt]) -> None:
         """Find out how these models can be trained on these prompts; before the first step, on all ranks together."""
-        settle(self.forward, self._plain, policy, prompts, self._autocast)
+        settle(self.forward, self._plain, policy, prompts, self._autocast, self.strategy)
         if reference is not None:
             with reference.activate(policy) as model:
                 if model is not policy:
-                    settle(self.forward, self._plain, model, prompts, self._autocast)
-        if self._checkpoints_if_needed:
+                    settle(self.forward, self._plain, model, prompts, self._autocast, self.strategy)
+        # Where it runs out of memory because of this, a pass has to be made again.
+        if self._checkpoints_if_needed and not self.strategy.is_collective:
             longest = max(len(prompt.token_ids) for prompt in prompts) + self._sampling.max_new_tokens
             max_tokens = max(self.budget.max_tokens, longest)
             self.budget.relief = keep_activations_if_they_fit(

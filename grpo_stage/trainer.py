@@ -39,7 +39,7 @@ from .types import Prompt, RolloutEngine, SamplingSettings
 from .update.batch import rows_of
 from .update.dropout import disable_dropout
 from .update.output_layer import compute_output_layer_in_float32
-from .update.reference import MovingReference, ReferencePolicy, ReferenceSync
+from .update.reference import MovingReference, ReferencePolicy, ReferenceSync, ShardableReference
 from .update.routing import RouterLoss
 
 
@@ -115,6 +115,7 @@ class GRPOTrainer(ResumableTrainer):
             router_loss=RouterLoss(model, router_aux_loss_coef) if router_aux_loss_coef > 0 else None,
             pad_token_id=self.processing_class.pad_token_id or 0,
             accelerator=self.accelerator,
+            strategy=self.strategy,
             checkpoints_if_needed=checkpoints_if_needed,
             phases=phases,
             gather=self.stop.gather,
@@ -137,7 +138,7 @@ class GRPOTrainer(ResumableTrainer):
         self._num_prompts_to_skip = num_prompts_to_skip
         self.run_state = RunState(self._stateful_parts())
         if grpo_args.sync_ref_model:
-            self.add_callback(ReferenceSync(cast(MovingReference, reference), grpo_args, self.learner.strategy.unwrap))
+            self.add_callback(ReferenceSync(cast(MovingReference, reference), grpo_args, self.strategy.unwrap))
         self._optimizer_factory = optimizer_factory
         self._prepare_scheduler = prepare_scheduler
 
@@ -245,8 +246,12 @@ class GRPOTrainer(ResumableTrainer):
         self.activity.begin("stopping")
         return super().save_progress()
 
-    def prepare_from(self, step: int) -> None:
+    def prepare_models(self) -> None:
+        if self.reference is not None and self.sharded is not None:
+            cast(ShardableReference, self.reference).distribute(self.model, self.sharded.distribute)
         self.learner.prepare(self.model, self.reference, self.train_dataset)
+
+    def prepare_from(self, step: int) -> None:
         self.alarms.drop_after(step)
         self.collector.stream.skip_to(self._num_prompts_to_skip)
         if self.grpo_args.log_completions:
@@ -278,6 +283,9 @@ class GRPOTrainer(ResumableTrainer):
         self.state.epoch = self.collector.epochs.done(self.state.epoch)
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.alarms.act(self.collector.stream.num_taken)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return self.strategy.grad_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.train_dataset)

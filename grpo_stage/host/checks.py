@@ -5,7 +5,6 @@ reads the model's config and a checkpoint's state file.
 """
 
 import math
-import os
 from collections.abc import Collection
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -23,6 +22,7 @@ from grpo_stage.host.advice import warn
 from grpo_stage.host.bounds import refuse_out_of_bounds
 from grpo_stage.host.coercion import did_you_mean
 from grpo_stage.host.dataset_files import check_descriptions
+from grpo_stage.host.distribution import check_distribution
 from grpo_stage.host.evaluation_rules import EVALUATION_RULES, check_best_metric
 from grpo_stage.host.idle_keys import IDLE_KEYS
 from grpo_stage.host.model_config_checks import check_model_config, check_reward_model_config
@@ -72,14 +72,8 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     engine = ENGINES[values.rollout_backend]
     refuse_broken(engine.rules, SimpleNamespace(**vars(values), adapter_rank=lora_rank(values)))
 
-    for variable in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
-        with apart():
-            if os.environ.get(variable, "").lower() in ("1", "true"):
-                raise ValueError(
-                    f"{variable} is set, as `accelerate launch` does for DeepSpeed and FSDP: sharded weights were not "
-                    "verified in `stage: grpo`. Launch with `llamafactory-cli train`, which uses DDP on several "
-                    "devices."
-                )
+    with apart():
+        check_distribution(values)
 
     adapters = items(values.adapter_name_or_path)
     for i, adapter in enumerate(adapters):

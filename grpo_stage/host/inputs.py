@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_stage.algorithm.refusals import apart, has_refused, stop_if_refused
 from grpo_stage.host import facade
 from grpo_stage.host.datasets import PromptData, load_prompts
+from grpo_stage.host.distribution import distribution
 from grpo_stage.host.model_checks import refuse_tied_adapters, refuse_unknown_tokens, refuse_unloadable
 from grpo_stage.host.other_model_checks import check_other_models
 from grpo_stage.host.recipe import check_resume, recipe_of, training_record
@@ -86,7 +87,7 @@ def prepare(arguments: RunArguments) -> Preparation:
     with apart():
         if training_args.resume_from_checkpoint:
             check_resume(arguments, record, len(prompts.train))
-    return Preparation(inputs, rewards, {"recipe": recipe, **record})
+    return Preparation(inputs, rewards, {"recipe": recipe, "distribution": distribution(), **record})
 
 
 def _refuse_unanswered(prompts: Sequence[Prompt], answer_balance: float) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from grpo_stage.host import facade
+from grpo_stage.host.distribution import is_sharded
 from grpo_stage.host.model_checks import adapter_source
 from grpo_stage.host.precision import warn_of_slow_precision
 from grpo_stage.host.run_arguments import RunArguments
@@ -30,8 +31,11 @@ def load_policy(arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def to_device(model: Any, arguments: RunArguments) -> Any:
-    """Move the model to its device: the host does so only with `low_cpu_mem_usage` or quantization, Trainer later."""
-    if getattr(model, "quantization_method", None) is not None:
+    """Move the model to its device: the host does so only with `low_cpu_mem_usage` or quantization, Trainer later.
+
+    One that is to be sharded stays where it is: whole it may not fit.
+    """
+    if getattr(model, "quantization_method", None) is not None or is_sharded():
         return model
     return model.to(arguments.training.device)
 

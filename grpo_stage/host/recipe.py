@@ -18,6 +18,7 @@ from llamafactory.hparams.finetuning_args import (
 
 from grpo_stage.arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArguments
 from grpo_stage.host import facade
+from grpo_stage.host.distribution import REPLICATED, distribution
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.redaction import mask
 from grpo_stage.rollout.epochs import prompts_of_step, steps_of_epoch, steps_of_run
@@ -219,7 +220,9 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
             f"Cannot resume from {folder}: it has no {STATE_FILE}, so it is not a checkpoint of `stage: grpo` "
             f"but of another stage, or was saved without the trainer's state. {remedy}"
         )
-    stored = mask(read_state(folder)["recipe"])
+    state = read_state(folder)
+    stored = mask(state["recipe"])
+    _refuse_other_layout(folder, state, stored, recipe)
     if stored == recipe:
         verify(folder)
         return
@@ -234,6 +237,26 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
         f"Cannot resume from {folder}: it was trained by another recipe. "
         f"Differing: {', '.join(differing)}. Give those keys their old values to resume. {remedy}"
     )
+
+
+def _refuse_other_layout(
+    folder: Path, state: Mapping[str, Any], stored: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> None:
+    """Refuse a checkpoint whose parts are those of other processes."""
+    before = state.get("distribution", REPLICATED), stored.get("world_size")
+    now = distribution(), recipe["world_size"]
+    if (before != now and REPLICATED not in (before[0], now[0])) or before[0] != now[0]:
+        raise ValueError(
+            f"Cannot resume from {folder}: it was saved by {_layout(*before)}, and this run has {_layout(*now)}. A "
+            "checkpoint has a part for each process, which fits no other. Launch as it was launched then; or, to "
+            "train its weights further in another way, choose another `output_dir` and start from them "
+            "(`adapter_name_or_path` or `model_name_or_path` with the folder)."
+        )
+
+
+def _layout(kind: str, num_processes: int | None) -> str:
+    weights = "the whole weights in each" if kind == REPLICATED else f"the weights sharded by {kind}"
+    return f"{num_processes} process{'' if num_processes == 1 else 'es'} with {weights}"
 
 
 def _number(text: str) -> float:

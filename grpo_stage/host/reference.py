@@ -3,10 +3,17 @@
 from typing import Any
 
 from grpo_stage.host import facade
+from grpo_stage.host.distribution import is_sharded
 from grpo_stage.host.policy import to_device
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.update.output_layer import compute_output_layer_in_float32
-from grpo_stage.update.reference import AdapterOffReference, InitialWeightsReference, ModelReference, ReferencePolicy
+from grpo_stage.update.reference import (
+    AdapterOffReference,
+    InitialShardsReference,
+    InitialWeightsReference,
+    ModelReference,
+    ReferencePolicy,
+)
 
 
 def reference_policy(arguments: RunArguments, model: Any) -> ReferencePolicy | None:
@@ -25,8 +32,12 @@ def reference_policy(arguments: RunArguments, model: Any) -> ReferencePolicy | N
             other.check_alike(model)
         return other
     if finetuning_args.sync_ref_model:
-        return InitialWeightsReference(model)
+        return _initial_weights(model)
     starts_at_base = arguments.model.adapter_name_or_path is None or finetuning_args.create_new_adapter
     if finetuning_args.finetuning_type in ("lora", "oft") and starts_at_base and not finetuning_args.pissa_init:
         return AdapterOffReference()
-    return InitialWeightsReference(model)
+    return _initial_weights(model)
+
+
+def _initial_weights(model: Any) -> InitialShardsReference | InitialWeightsReference:
+    return InitialShardsReference() if is_sharded() else InitialWeightsReference(model)

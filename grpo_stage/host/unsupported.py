@@ -142,10 +142,16 @@ UNSUPPORTED = (
     Unsupported("hyper_parallel_args hyper_parallel_cp_size", "that backend has no GRPO", harmless=()),
     # Optimization
     Unsupported(
-        "deepspeed fsdp fsdp_config parallelism_config",
-        "sharded weights were not verified in this stage",
-        "Leave it out; several devices run under torchrun (DDP), and LoRA, `quantization_bit` or a lower "
-        "`max_tokens_per_micro_batch` save memory.",
+        "fsdp fsdp_config parallelism_config",
+        "it is the launcher that says how weights are sharded",
+        "Leave it out, and launch with `accelerate launch --config_file fsdp2.yaml` (docs/devices.md).",
+        harmless=(),
+    ),
+    Unsupported(
+        "deepspeed",
+        "its sharded weights were not verified in this stage",
+        "Leave it out; FSDP2 shards weights, gradients and the optimizer's states as ZeRO-3 does: launch with "
+        "`accelerate launch --config_file fsdp2.yaml` (docs/devices.md).",
         harmless=(),
     ),
     Unsupported("fp8 fp8_enable_fsdp_float8_all_gather", "fp8 was not verified in this stage", "Write `bf16: true`."),

@@ -34,6 +34,8 @@ equal size in two versions. Such a bias does not shrink as a standard error does
 _FALSE_ALARMS = 1e-7
 """The probability of an alarm in a sound run, at each test of a slope."""
 
+_NUM_SCORES = 4
+"""Calls of `SlopeTest.score` for a version, with nothing to score or not: a pass may need all ranks."""
 _MEMORY_SYNCS = 16
 
 
@@ -235,15 +237,19 @@ class SlopeTest(Monitor):
             StaleRolloutError: if a slope is not sound.
         """
         if self._start is None or not answers:
+            for _ in range(_NUM_SCORES):
+                self.score(())  # other ranks may have something to compare
             return {}
         self._version = version
         chosen = beginnings(groups, _PREVIOUS_SEQUENCES)
-        probes = [probe.groups for probe in (self._start, self._previous) if probe]
+        probes = [probe.groups if probe else () for probe in (self._start, self._previous)]
         # Each by itself, as its earlier scores were: in another batch the same tokens round differently.
         scores = [score for each in (*probes, chosen) for score in self.score(each)]
-        if not self._start.before:  # not in `ask`: the engine may need its memory until it sleeps
-            with (self.adapter_off or nullcontext)():
-                self._start = _Probe(self._start.groups, self.score(self._start.groups))
+        # Not in `ask`: the engine may need its memory until it sleeps.
+        with (self.adapter_off or nullcontext)():
+            before = self.score(() if self._start.before else self._start.groups)
+        if not self._start.before:
+            self._start = _Probe(self._start.groups, before)
         from_start, of_syncs = [], []
         for replica, answered in answers.items():
             slopes = self._since_previous.setdefault(replica, (Slope(), Slope()))
@@ -253,8 +259,8 @@ class SlopeTest(Monitor):
             self._start.add_to([start], policy, engine)
             if self._previous is not None:
                 self._previous.add_to([*slopes, this_sync], policy, engine)
-            before = "the model without its adapter" if self.adapter_off else "the first rollout"
-            for slope, since in ((start, before), *((each, "the sync before") for each in (*slopes, this_sync))):
+            origin = "the model without its adapter" if self.adapter_off else "the first rollout"
+            for slope, since in ((start, origin), *((each, "the sync before") for each in (*slopes, this_sync))):
                 self._judge(slope, replica, since, version)
             from_start.append(start)
             of_syncs.append(slopes[0])

@@ -9,15 +9,16 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
+from grpo_stage.distributed import gather_on_cpu
 from grpo_stage.rewards.errors import RewardError, UnrewardedError
 from grpo_stage.survival import checkpoints
 from grpo_stage.survival.checkpoints import ROLLOUT_FILE, TENSORS_FILE
@@ -25,6 +26,8 @@ from grpo_stage.survival.run_state import RunState, Scope
 from grpo_stage.survival.stop import RunStopped, SafeStop
 from grpo_stage.survival.watchdog import HangError, Watchdog
 from grpo_stage.types import EngineLostError
+from grpo_stage.update.strategies.choice import choose_strategy, cpus_may_shard
+from grpo_stage.update.strategies.strategy import ShardedStrategy
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -89,6 +92,9 @@ class ResumableTrainer(Trainer):
     def __init__(self, *, args: TrainingArguments, recipe: dict[str, Any], **kwargs: Any) -> None:
         vars(args)["__reduce_ex__"] = partial(_without_token, args)  # Trainer pickles the arguments beside the weights
         super().__init__(args=args, **kwargs)
+        self.strategy = choose_strategy(self.accelerator)
+        self.sharded = cast(ShardedStrategy, self.strategy) if self.strategy.is_collective else None
+        """The strategy, where the processes hold the weights together."""
         self.run_state = RunState({})
         self.stop = SafeStop(self.args.process_index)
         self.watchdog = Watchdog(self.args.output_dir, self.args.process_index, self.stop.interrupt, self._end_hanging)
@@ -99,6 +105,11 @@ class ResumableTrainer(Trainer):
         self._saved: tuple[int, bool] | None = None  # the step of the last checkpoint, and whether evaluation was due
         self._is_over = False
         self._holds_best = False  # the model has the weights of the best step, not the last
+
+    def create_accelerator_and_postprocess(self) -> None:
+        with cpus_may_shard():
+            super().create_accelerator_and_postprocess()
+        gather_on_cpu(self.args.ddp_timeout_delta)
 
     # The questions that a subclass answers
 
@@ -113,6 +124,9 @@ class ResumableTrainer(Trainer):
 
     def prepare_from(self, step: int) -> None:
         """Called before the first step of this process, with the number of steps that are done."""
+
+    def prepare_models(self) -> None:
+        """Called before the first step of this process, once the models are distributed, as they were at the start."""
 
     def check_learned(self, num_steps: int) -> None:
         """Raise if the run, which has ended after `num_steps`, has learned nothing."""
@@ -133,6 +147,8 @@ class ResumableTrainer(Trainer):
             self.args.eval_on_start = False
         elif self.args.should_save:
             checkpoints.discard_earlier_run(self.args.output_dir)
+        if not self.strategy.is_collective:
+            self._start_models(resume_from_checkpoint or None)
         self.prepare_from(step)
         with self.stoppable():
             try:
@@ -209,8 +225,11 @@ class ResumableTrainer(Trainer):
         """The rest of a run whose last step is done: an evaluation that is due, and loading the best model."""
         if checkpoint is not None:
             logger.info(f"Every step is done in {checkpoint}: what is left is the end of the run.")
-            self._load_from_checkpoint(checkpoint)
             self.state = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME))
+            if self.strategy.is_collective:
+                self._prepare_for_training(self.state.max_steps, None, checkpoint)
+            else:
+                self._load_from_checkpoint(checkpoint)
             self.state.is_local_process_zero = self.is_local_process_zero()
             self.state.is_world_process_zero = self.is_world_process_zero()
             self._saved = (self.state.global_step, self.evaluations.is_pending)
@@ -226,7 +245,11 @@ class ResumableTrainer(Trainer):
         return TrainOutput(self.state.global_step, metrics["train_loss"], metrics)
 
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if self.sharded is not None:
+            assert self.state.best_model_checkpoint is not None
+            self.sharded.load(self.model, None, self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
         self._holds_best = True
 
     def _finalize_training(self, *args: Any) -> TrainOutput:
@@ -282,9 +305,9 @@ class ResumableTrainer(Trainer):
                 "the random states": self._save_rng_state,
                 "the rollouts": self._save_rank_state,
             }
-            if self.args.should_save:
+            if self.args.should_save or self.strategy.is_collective:
                 for name, tensors in self.run_state.state_dict(Scope.TENSORS).items():
-                    parts[f"the {name}"] = partial(_save_tensors, name, tensors)
+                    parts[f"the {name}"] = partial(_save_tensors, self._tensors_file(name), tensors)
         parts["the trainer's state"] = self._save_trainer_state
         checkpoints.save(folder, parts, state, is_saver=self.args.should_save)
         self._saved = None if state is None else (step, self.evaluations.is_due)
@@ -312,11 +335,59 @@ class ResumableTrainer(Trainer):
                     states[name] = callback.state()
         self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
 
+    def _tensors_file(self, name: str) -> str:
+        """Each process has its own part where they hold the weights together."""
+        return TENSORS_FILE.format(name=f"{name}_{self.args.process_index}" if self.strategy.is_collective else name)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.sharded is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        weights = self.sharded.state_dict(self.model)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=weights)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded is None:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        self.sharded.save(self.model, self.optimizer, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _start_models(self, checkpoint: str | None) -> None:
+        self.prepare_models()
+        if checkpoint:
+            names = self.run_state.names(Scope.TENSORS)
+            tensors = {name: _load_tensors(os.path.join(checkpoint, self._tensors_file(name))) for name in names}
+            self.run_state.load_state_dict(Scope.TENSORS, tensors)
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """Where processes are to hold the weights together, they do from here on; then the checkpoint is loaded."""
+        if not self.strategy.is_collective:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._start_models(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _load_states(self, checkpoint: str | None) -> None:
+        """Of optimizer and schedule; of the weights as well, where processes hold them together."""
+        if checkpoint is None or self.sharded is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.sharded.load(self.model, self.optimizer, checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As Trainer does; if a recovery has changed the learning rate since, the schedule goes on at the new one."""
         schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
         rates = list(getattr(schedule, "base_lrs", ()))
-        super()._load_optimizer_and_scheduler(checkpoint)
+        self._load_states(checkpoint)
         if checkpoint is None or not rates or rates == schedule.base_lrs:
             return
         for group, rate, before in zip(self.optimizer.param_groups, rates, schedule.base_lrs, strict=True):
@@ -332,9 +403,6 @@ class ResumableTrainer(Trainer):
         rank_file = Path(folder, ROLLOUT_FILE.format(rank=self.args.process_index))
         self.run_state.load_state_dict(Scope.RUN, checkpoints.read_state(Path(folder)))
         self.run_state.load_state_dict(Scope.RANK, json.loads(rank_file.read_text(encoding="utf-8")))
-        self.run_state.load_state_dict(
-            Scope.TENSORS, {name: _load_tensors(folder, name) for name in self.run_state.names(Scope.TENSORS)}
-        )
         num_steps = self.num_steps(step)
         self._is_over = checkpoints.is_over(Path(folder), self.args.output_dir, num_steps, self.args.do_eval)
         if self.args.device.type == "cpu":  # with several processes it is `cpu:<rank>`, which torch.load does not know
@@ -354,11 +422,10 @@ class ResumableTrainer(Trainer):
 
 def _save_tensors(name: str, tensors: dict[str, torch.Tensor], folder: str) -> None:
     kept = {key: tensor.detach().cpu() for key, tensor in tensors.items()}
-    torch.save(kept, os.path.join(folder, TENSORS_FILE.format(name=name)))
+    torch.save(kept, os.path.join(folder, name))
 
 
-def _load_tensors(folder: str, name: str) -> dict[str, torch.Tensor]:
-    file = os.path.join(folder, TENSORS_FILE.format(name=name))
+def _load_tensors(file: str) -> dict[str, torch.Tensor]:
     return torch.load(file, map_location="cpu", weights_only=True)
 
 

@@ -15,6 +15,7 @@ from grpo_stage.types import Completion, FinishReason, Prompt
 from grpo_stage.update.attention import attention_of
 from grpo_stage.update.batch import Layout, PaddedLayout, Row
 from grpo_stage.update.logprobs import Forward
+from grpo_stage.update.strategies.strategy import Strategy
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # seen wherever the host's messages are
@@ -32,6 +33,7 @@ def settle(
     model: nn.Module,
     prompts: Sequence[Prompt],
     autocast: Callable[[], AbstractContextManager],
+    strategy: Strategy,
 ) -> None:
     """Leave of `forward` what is exact for this model. All ranks call it together.
 
@@ -41,11 +43,12 @@ def settle(
         model: the policy without DDP.
         prompts: of the run.
         autocast: the precision of a forward pass.
+        strategy: how the model's parameters are distributed.
     """
     if isinstance(forward.layout, PaddedLayout) and not forward.is_chunked:
         return
     rows = probe_rows(prompts)
-    compare = partial(_logprobs, model=model, rows=rows, autocast=autocast)
+    compare = partial(_logprobs, model=model, rows=rows, autocast=autocast, strategy=strategy)
     expected, failure = _attempt(partial(compare, Forward(plain, is_chunked=False)))
     problems = []
     for candidate in _candidates(forward, plain):
@@ -102,7 +105,12 @@ def _difference(
 
 
 def _logprobs(
-    forward: Forward, *, model: nn.Module, rows: Sequence[Row], autocast: Callable[[], AbstractContextManager]
+    forward: Forward,
+    *,
+    model: nn.Module,
+    rows: Sequence[Row],
+    autocast: Callable[[], AbstractContextManager],
+    strategy: Strategy,
 ) -> torch.Tensor:
     """[B, T] at temperature 1, by a pass that goes back to a trained weight as well, if there is one.
 
@@ -110,12 +118,12 @@ def _logprobs(
         NotImplementedError: if the model hides a window or chunks of its attention from the attention function.
     """
     batch = forward.layout.tokens(rows)
-    shared, trained = batch.inputs.shared_prompts, [p for p in model.parameters() if p.requires_grad]
+    shared, is_trained = batch.inputs.shared_prompts, any(p.requires_grad for p in model.parameters())
     with attention_of(model, shared):
-        with autocast(), torch.set_grad_enabled(bool(trained)):
+        with autocast(), torch.set_grad_enabled(is_trained):
             logprobs = forward.statistics(model, batch, 1.0).logprobs
-        if trained:
-            torch.autograd.grad(logprobs.sum(), trained[:1], allow_unused=True)
+        if is_trained:
+            strategy.try_backward(model, logprobs.sum())
     if shared is not None:
         _refuse_hidden_windows(model, shared.windows)
     return logprobs.detach()

@@ -23,7 +23,7 @@ from grpo_stage.update.batch import count_totals
 from grpo_stage.update.logprobs import Forward, FrozenPass
 from grpo_stage.update.objective import Objective
 from grpo_stage.update.routing import RouterLoss
-from grpo_stage.update.strategy import Strategy
+from grpo_stage.update.strategies.strategy import Strategy
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
@@ -117,7 +117,7 @@ class PolicyGradient:
             check = not is_checked and bool((batch.policy_versions == number).any())
             with attention_of(model, batch.inputs.shared_prompts):
                 micro_loss = self._micro_batch_loss(model, batch, step, number if check else None, metrics)
-                self._strategy.backward(micro_loss)
+                self._strategy.backward(model, micro_loss)
             loss += micro_loss.detach()
             return check
 
@@ -142,6 +142,10 @@ class PolicyGradient:
     def _micro_batch_loss(
         self, model: nn.Module, batch: SampleBatch, step: Step, fresh_version: int | None, metrics: MetricTracker
     ) -> torch.Tensor:
+        own = None
+        if step.logprob_temperature != self._sampling.temperature and self._strategy.any(fresh_version is not None):
+            with torch.no_grad(), self._autocast():
+                own = self._forward.statistics(self._strategy.unwrap(model), batch, step.logprob_temperature).logprobs
         routers: AbstractContextManager[list[torch.Tensor]] = nullcontext([])
         if self.router_loss is not None:
             routers = self.router_loss.recording()
@@ -151,12 +155,7 @@ class PolicyGradient:
         if not self._objective.entropy_gradient:
             entropies = entropies.detach()
         if fresh_version is not None and torch.isfinite(logprobs).all():
-            own = logprobs.detach()
-            if step.logprob_temperature != self._sampling.temperature:
-                policy = self._strategy.unwrap(model)
-                with torch.no_grad(), self._autocast():
-                    own = self._forward.statistics(policy, batch, step.logprob_temperature).logprobs
-            record_difference(own, batch, fresh_version, metrics)
+            record_difference(logprobs.detach() if own is None else own, batch, fresh_version, metrics)
         loss = (batch.loss_weights * self._objective.token_losses(batch, logprobs, entropies, metrics)).sum()
         if self.router_loss is not None:
             loss = loss + self.router_loss.of_micro_batch(router_outputs, batch.inputs, metrics)

@@ -18,6 +18,7 @@ from grpo_stage.types import ModelInputs, TokenBatch
 from grpo_stage.update.attention import attention_of
 from grpo_stage.update.batch import Layout, Sequenced
 from grpo_stage.update.head import Halves, TokenStatistics, statistics_of_logits
+from grpo_stage.update.strategies.strategy import Strategy
 from grpo_stage.update.token_budget import OutOfMemory, PolicyBudget
 
 
@@ -94,6 +95,8 @@ class FrozenPass:
         budget: how many tokens go through a model at once.
         autocast: the precision of a forward pass.
         temperature: the sampling temperature.
+        strategy: how the parameters are distributed. Where passes are collective, every rank makes each call below,
+            if with no sequences.
     """
 
     def __init__(
@@ -102,8 +105,10 @@ class FrozenPass:
         budget: PolicyBudget,
         autocast: Callable[[], AbstractContextManager],
         temperature: float,
+        strategy: Strategy,
     ) -> None:
         self.forward = forward
+        self._strategy = strategy
         self._budget = budget
         self._autocast = autocast
         self._temperature = temperature
@@ -171,6 +176,9 @@ class FrozenPass:
             with attention_of(model, batch.inputs.shared_prompts), self._autocast():
                 return run(batch)
 
+        num_chunks = len(list(layout.split(sequences, self._budget.max_tokens)))
+        for _ in range(self._strategy.num_frozen_passes(num_chunks) - num_chunks):
+            self._budget.attempt(partial(attempt, layout.dummy()))
         while remaining:
             of_remaining = [sequences[position] for position in remaining]
             done: set[int] = set()

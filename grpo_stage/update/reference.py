@@ -11,6 +11,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from grpo_stage.arguments import GRPOArguments
+from grpo_stage.update import sharding
 
 
 _PEFT_PARTS = re.compile(r"\.base_layer|\.modules_to_save\.default")
@@ -22,6 +23,18 @@ class ReferencePolicy(Protocol):
 
     def activate(self, policy: nn.Module) -> AbstractContextManager[nn.Module]:
         """Yield the reference; after the block `policy` (unwrapped) is as it was."""
+
+
+class ShardableReference(ReferencePolicy, Protocol):
+    """A reference for a policy whose weights several processes hold together."""
+
+    def distribute(self, policy: nn.Module, distribute: Callable[[nn.Module], nn.Module]) -> None:
+        """Called once the processes hold the policy's weights together, and before the first step.
+
+        Args:
+            policy: as it is at the start of the run; each process has its shards.
+            distribute: does to another model what was done to the policy.
+        """
 
 
 class MovingReference(ReferencePolicy, Protocol):
@@ -59,6 +72,9 @@ class AdapterOffReference:
         with policy.disable_adapter():
             yield policy
 
+    def distribute(self, policy: nn.Module, distribute: Callable[[nn.Module], nn.Module]) -> None:
+        """It has no weights of its own."""
+
 
 class InitialWeightsReference:
     """The trainable weights as they were at the start, swapped in for the reference pass.
@@ -93,11 +109,52 @@ class InitialWeightsReference:
                 parameters[name].data = data
 
 
+class InitialShardsReference:
+    """The same, where several processes hold the weights together: each keeps its shards, from `distribute` on."""
+
+    def __init__(self) -> None:
+        self._initial: dict[str, torch.Tensor] = {}
+
+    def distribute(self, policy: nn.Module, distribute: Callable[[nn.Module], nn.Module]) -> None:
+        self._initial = {name: shard.clone() for name, shard in sharding.shards(policy).items()}
+
+    @torch.no_grad()
+    def mix(self, policy: nn.Module, alpha: float) -> None:
+        _mix(self._initial, sharding.shards(policy), alpha)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self._initial
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        _mix(self._initial, state, 1.0)
+
+    @contextmanager
+    def activate(self, policy: nn.Module) -> Iterator[nn.Module]:
+        self._swap(policy)
+        try:
+            yield policy
+        finally:
+            self._swap(policy)
+
+    @torch.no_grad()
+    def _swap(self, policy: nn.Module) -> None:
+        """Exchange the contents, a weight at a time: what gathers a shard holds its memory, not the parameter."""
+        for name, shard in sharding.shards(policy).items():
+            initial = self._initial[name]
+            kept = shard.clone()
+            shard.copy_(initial)
+            initial.copy_(kept)
+
+
 class ModelReference:
     """Another model (`ref_model`)."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model.eval()
+
+    def distribute(self, policy: nn.Module, distribute: Callable[[nn.Module], nn.Module]) -> None:
+        self._model = distribute(self._model)
 
     def match_precision(self, policy: Any) -> None:
         """Raise each weight's precision to that of the policy's weight of the same name, if that is higher.
@@ -124,14 +181,14 @@ class ModelReference:
 
     @torch.no_grad()
     def mix(self, policy: nn.Module, alpha: float) -> None:
-        _mix(dict(self._model.named_parameters()), dict(policy.named_parameters()), alpha)
+        _mix(self.state_dict(), sharding.shards(policy, trained=False), alpha)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return dict(self._model.named_parameters())
+        return sharding.shards(self._model, trained=False)
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        _mix(dict(self._model.named_parameters()), state, 1.0)
+        _mix(self.state_dict(), state, 1.0)
 
     @contextmanager
     def activate(self, policy: nn.Module) -> Iterator[nn.Module]:

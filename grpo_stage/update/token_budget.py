@@ -52,7 +52,14 @@ class PolicyBudget(TokenBudget):
     relief: Callable[[], None] | None = None
     """Saves memory in another way, once, before micro-batches have to become smaller."""
 
-    def __init__(self, max_tokens: int, rank: int) -> None:
+    def __init__(self, max_tokens: int, rank: int, *, can_repeat: bool = True) -> None:
+        """
+        Args:
+            max_tokens: of a batch, padding included.
+            rank: this process.
+            can_repeat: whether a pass can be made again: not where the other ranks wait in the middle of it.
+        """
+
         def message(now: int, before: int) -> str:
             return (
                 f"Out of memory on rank {rank}: the pass is done again with micro-batches of {now} tokens instead of "
@@ -61,6 +68,24 @@ class PolicyBudget(TokenBudget):
             )
 
         super().__init__(max_tokens, message)
+        self._rank = rank
+        self._can_repeat = can_repeat
+
+    def attempt(self, run: Callable[[], T]) -> T | OutOfMemory:
+        """The result of `run`, or `OutOfMemory`. Other errors pass through.
+
+        Raises:
+            RuntimeError: if memory ran out, and the pass cannot be made again.
+        """
+        outcome = super().attempt(run)
+        if isinstance(outcome, OutOfMemory) and not self._can_repeat:
+            raise RuntimeError(
+                f"Out of memory on rank {self._rank}, with micro-batches of at most {self.max_tokens} tokens. The "
+                "ranks hold the weights together, and the others are in the middle of the same pass, so it cannot be "
+                f"made again in smaller parts. Write `max_tokens_per_micro_batch: {self.max_tokens // 2}`, and go on "
+                "from the last checkpoint."
+            ) from outcome.error
+        return outcome
 
     def give_way(
         self, num_completions: int, num_tokens: int, failure: OutOfMemory, *, keeps_activations: bool = False

@@ -150,7 +150,7 @@ def test_its_errors_come_here_and_it_goes_on(apart, make_policy, sampling):
 def test_whole_weights_arrive_as_they_are(checkpoint: Path, make_policy, kind):
     is_merged = kind == "an adapter, merged"
     policy = make_policy(1) if is_merged else AutoModelForCausalLM.from_pretrained(checkpoint)
-    expected = checkpoint_weights(policy, is_merged=is_merged)
+    expected = dict(checkpoint_weights(policy, is_merged=is_merged))
     with PolicyWeights(policy, is_adapter=False).written() as written:
         arrived = dict(written.tensors())
         assert written.adapted == ()

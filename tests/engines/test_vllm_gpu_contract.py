@@ -221,7 +221,8 @@ def test_vllm_quantizes_to_four_bits_as_the_host_does(checkpoint: Path, monkeypa
         bnb_4bit_quant_type="nf4",
         bnb_4bit_quant_storage=torch.float32,
     )
-    trainers = checkpoint_weights(AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=host))
+    policy = AutoModelForCausalLM.from_pretrained(checkpoint, quantization_config=host)
+    trainers = dict(checkpoint_weights(policy))
     assert len(states) == 2
     for name, state in states.items():
         assert torch.equal(dequantize_4bit(weights[name], state), trainers[name])

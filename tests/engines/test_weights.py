@@ -49,7 +49,7 @@ def test_names_that_transformers_changes_on_loading_are_the_files_again(tmp_path
     )
     Qwen3MoeForCausalLM(config).save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    expected, weights = load_file(tmp_path / "model.safetensors"), checkpoint_weights(model)
+    expected, weights = load_file(tmp_path / "model.safetensors"), dict(checkpoint_weights(model))
     assert set(weights) == set(expected)
     assert set(weights) != set(model.state_dict())
     assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
@@ -94,7 +94,7 @@ def test_a_merged_adapter_is_in_the_weights_and_the_policy_is_only_read(
                 parameter.mul_(torch.linspace(0.8, 1.3, len(parameter)))
     before = {name: tensor.clone() for name, tensor in policy.state_dict().items()}
     expected = logprobs(policy)
-    weights = checkpoint_weights(policy, is_merged=True)
+    weights = dict(checkpoint_weights(policy, is_merged=True))
     plain = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     without = logprobs(plain)
     plain.load_state_dict(weights)

@@ -198,9 +198,9 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["mask_zero_std_groups: true", "no effect", "dynamic_sampling: false"],
     ),
     # optimization
-    ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "DDP"]),
-    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed: {", "DDP"]),
-    ({"fsdp": "full_shard"}, ["fsdp: full_shard", "DDP"]),
+    ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "FSDP2", "accelerate launch"]),
+    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed: {", "FSDP2"]),
+    ({"fsdp": "full_shard"}, ["fsdp: full_shard", "accelerate launch --config_file"]),
     ({"fp8": True}, ["fp8: true", "bf16: true"]),
     ({"use_galore": True, "galore_layerwise": True}, ["galore_layerwise: true", "use_galore"]),
     ({"use_apollo": True, "apollo_layerwise": True}, ["apollo_layerwise: true", "use_apollo"]),
@@ -421,12 +421,66 @@ def test_vllm_that_is_not_installed_names_both_ways_out(recipe, monkeypatch):
     parse(recipe)
 
 
-@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_accelerate_launch_with_sharding_is_refused(recipe, monkeypatch, variable):
-    monkeypatch.setenv(variable, "true")
+def test_accelerate_launch_with_deepspeed_is_refused(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     message = refusal(recipe)
-    assert variable in message
+    assert "ACCELERATE_USE_DEEPSPEED" in message
+    assert "fsdp_version: 2" in message
     assert "llamafactory-cli train" in message
+
+
+LAUNCHED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+}
+"""What `accelerate launch` sets for FSDP2."""
+
+
+@pytest.mark.parametrize(
+    ("launched", "keys", "said"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, ["fsdp_version: 1", "fsdp_version: 2"]),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, {}, ["SIZE_BASED_WRAP", "TRANSFORMER_BASED_WRAP"]),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, ["fsdp_offload_params: true", "fsdp_offload_params: false"]),
+        (
+            {"FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            {},
+            ["fsdp_activation_checkpointing: true", "on by default"],
+        ),
+        ({"FSDP_IGNORED_MODULES": "lm_head"}, {}, ["fsdp_ignored_modules", "Leave it out"]),
+        ({}, {"save_only_model": True}, ["save_only_model: true", "FULL_STATE_DICT"]),
+        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "FSDP2", "llamafactory-cli train"]),
+        ({}, {"fp16": True}, ["fp16: true", "FSDP2", "bf16: true"]),
+        ({}, {"optim": "adafactor"}, ["optim: adafactor", "FSDP2", "adamw_torch"]),
+        ({}, {"use_muon": True}, ["use_muon: true", "whole weights"]),
+        ({}, {"finetuning_type": "oft"}, ["finetuning_type: oft", "FSDP2", "lora"]),
+        ({}, {"save_on_each_node": True}, ["save_on_each_node: true", "first process"]),
+        (
+            {},
+            {"reward_model": "a/rm", "reward_funcs": "reward_model", "reward_model_type": "full"},
+            ["reward_model_type: full", "reward_model_type: api"],
+        ),
+        (
+            {"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            {"pissa_init": True, "rollout_backend": "vllm"},
+            ["fsdp_cpu_ram_efficient_loading: false"],
+        ),
+    ],
+)
+def test_what_sharded_weights_do_not_go_with_is_refused(recipe, monkeypatch, launched, keys, said):
+    for name, value in {**LAUNCHED, **launched}.items():
+        monkeypatch.setenv(name, value)
+    message = refusal(recipe | keys)
+    for words in said:
+        assert words in message
+
+
+def test_fsdp2_as_the_documentation_launches_it_is_accepted(recipe, monkeypatch):
+    for name, value in LAUNCHED.items():
+        monkeypatch.setenv(name, value)
+    parse(recipe)
 
 
 @pytest.mark.parametrize(

@@ -85,3 +85,12 @@ def test_memory_that_runs_out_brings_checkpointing_back_before_micro_batches_shr
     assert (calls, budget.max_tokens) == ([1], 1000)
     with pytest.raises(RuntimeError, match="nothing left to split"):
         budget.give_way(1, 700, failure)
+
+
+def test_where_a_pass_cannot_be_made_again_memory_that_runs_out_ends_the_run():
+    def run() -> None:
+        raise RuntimeError("CUDA out of memory.")
+
+    with pytest.raises(RuntimeError, match=r"rank 3, .* 4096 tokens.*`max_tokens_per_micro_batch: 2048`"):
+        PolicyBudget(4096, 3, can_repeat=False).attempt(run)
+    assert isinstance(PolicyBudget(4096, 3).attempt(run), OutOfMemory)

@@ -31,7 +31,7 @@ from grpo_stage.types import Completion, FinishReason, Prompt, Sample, SampleBat
 from grpo_stage.update import gradient, objective
 from grpo_stage.update.batch import PaddedLayout
 from grpo_stage.update.logprobs import Forward, FrozenPass
-from grpo_stage.update.strategy import ReplicatedParameters
+from grpo_stage.update.strategies.replicated import ReplicatedParameters
 from grpo_stage.update.terms.entropy_bonus import EntropyBonus
 from grpo_stage.update.terms.kl_penalty import KLPenalty
 from grpo_stage.update.token_budget import PolicyBudget
@@ -801,14 +801,15 @@ def package_gradient(
         unwrap_model=lambda model: model,
         backward=lambda loss: loss.backward(),
     )
+    strategy = ReplicatedParameters(accelerator)
     policy_gradient = module.PolicyGradient(
         grpo_args=args,
         objective=objective.Objective(args),
         sampling=SamplingSettings(num_generations=1, max_new_tokens=5, temperature=TEMPERATURE),
         forward=forward,
         budget=tokens,
-        frozen=FrozenPass(forward, tokens, nullcontext, TEMPERATURE),
-        strategy=ReplicatedParameters(accelerator),
+        frozen=FrozenPass(forward, tokens, nullcontext, TEMPERATURE, strategy),
+        strategy=strategy,
         autocast=nullcontext,
         device=torch.device("cpu"),
         gather=lambda value: [value],

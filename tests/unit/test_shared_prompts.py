@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from accelerate import Accelerator
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -31,11 +32,13 @@ from grpo_stage.update.attention import Family, SharedPrompts, attention_of
 from grpo_stage.update.batch import PaddedLayout, Row, SharedPromptLayout
 from grpo_stage.update.head import OutputLayer, statistics_of_logits
 from grpo_stage.update.logprobs import Forward
+from grpo_stage.update.strategies.replicated import ReplicatedParameters
 
 
 CPU = torch.device("cpu")
 PLAIN = PaddedLayout(0, CPU)
 SHARED = SharedPromptLayout(0, CPU)
+STRATEGY = ReplicatedParameters(Accelerator(cpu=True))
 SIZES = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -314,7 +317,7 @@ def test_each_token_sees_its_prompt_and_its_own_completion_up_to_itself(window, 
 
 def settled(model: nn.Module, forward: Forward, lengths=(9, 14)) -> Forward:
     prompts = [row.prompt for row in make_rows([(length, [1]) for length in lengths])]
-    exactness.settle(forward, PLAIN, model, prompts, nullcontext)
+    exactness.settle(forward, PLAIN, model, prompts, nullcontext, STRATEGY)
     return forward
 
 

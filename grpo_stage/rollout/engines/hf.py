@@ -25,6 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+from grpo_stage.update.sharding import gathered
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,10 @@ class _Row:
 
 
 class HFEngine:
-    """Samples from the live policy, so `sync` only notes which version that is."""
+    """Samples from the live policy, so `sync` only notes which version that is.
+
+    Where several processes hold the policy's weights together, each has all of them from `sync` to `sleep`.
+    """
 
     def __init__(
         self,
@@ -60,8 +64,11 @@ class HFEngine:
         self._max_tokens_per_batch = max_tokens_per_batch
         self._policy: torch.nn.Module | None = None
         self._version = -1
+        self._gathered = contextlib.ExitStack()
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
+        self.sleep()
+        self._gathered.enter_context(gathered(policy))
         self._policy, self._version = policy, version
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
@@ -105,6 +112,7 @@ class HFEngine:
                     attention_mask=attention_mask.to(model.device),
                     past_key_values=_prefilled(model, [row.prompt for row in batch]),
                     logits_processor=LogitsProcessorList([reader]),
+                    synced_gpus=False,
                 )
                 logprobs = torch.stack(reader.logprobs, dim=1).cpu()
                 scores += [row[: len(tokens)] for row, tokens in zip(logprobs, token_ids, strict=True)]
@@ -113,9 +121,10 @@ class HFEngine:
     def sleep(self) -> None:
         """The trainer's own model samples; it is let go of until the next `sync`, so that a new one can replace it."""
         self._policy = None
+        self._gathered.close()
 
     def close(self) -> None:
-        self._policy = None
+        self.sleep()
 
     @contextlib.contextmanager
     def _sampler(self, max_new_tokens: int, stop_token_ids: Sequence[int]) -> Iterator[Any]:
@@ -143,6 +152,7 @@ class HFEngine:
             attention_mask=attention_mask.to(model.device),
             past_key_values=_prefilled(model, [row.prompt for row in batch]),
             logits_processor=LogitsProcessorList([sampler]),
+            synced_gpus=False,  # each process has the whole model, and its own number of tokens
         )
         sampled = output[:, input_ids.shape[1] :].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()

@@ -21,11 +21,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from grpo_stage.rollout.engines.lora import LORA_EXTRAS, lora_extras
+from grpo_stage.update import sharding
 
 
 ADAPTER = "default"
 """The one adapter that the host trains."""
 
+BYTES_OF_A_PART = 2**30
+"""Of whole weights that are written for another process: a part is in memory at a time."""
 _QUANTIZED_PARAMETERS = ("Params4bit", "Int8Params")
 """Of bitsandbytes, by name: it is imported only where it is used."""
 
@@ -68,8 +71,11 @@ class PolicyWeights:
             yield Path(folder)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Without files; in memory twice are those that an adapter changes, which is merged in."""
-        yield from checkpoint_weights(self._policy, is_merged=isinstance(self._policy, PeftModel)).items()
+        """Without files; in memory twice are those that an adapter changes, which is merged in.
+
+        Where several processes hold the weights together, a layer at a time is whole in each of them.
+        """
+        yield from checkpoint_weights(self._policy, is_merged=isinstance(self._policy, PeftModel))
 
     @contextlib.contextmanager
     def written(self) -> "Iterator[WrittenWeights]":
@@ -79,7 +85,8 @@ class PolicyWeights:
                 yield WrittenWeights(folder, self.adapted)
             return
         with tempfile.TemporaryDirectory(prefix="grpo-stage-weights-") as name:
-            save_torch_state_dict(dict(self.tensors()), name)
+            for number, tensors in enumerate(_in_parts(self.tensors())):
+                save_torch_state_dict(tensors, name, filename_pattern=f"{number:05}{{suffix}}.safetensors")
             yield WrittenWeights(Path(name), ())
 
 
@@ -101,6 +108,18 @@ class WrittenWeights:
                     yield name, tensors.get_tensor(name)
 
 
+def _in_parts(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in order, about `BYTES_OF_A_PART` together."""
+    part: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors:
+        part[name] = tensor
+        if sum(each.nbytes for each in part.values()) >= BYTES_OF_A_PART:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
 def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
     """Write the policy's adapter as `adapter_model.safetensors` and `adapter_config.json`; the policy is only read.
 
@@ -110,11 +129,12 @@ def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
     config = servable_config(policy)
     assert isinstance(policy, PeftModel)
     # Named parameters rather than a state dict: that of a quantized base would bring its quantization states along.
+    sharding.rest(policy)
     tensors = get_peft_model_state_dict(
         policy, state_dict=dict(policy.named_parameters()), adapter_name=ADAPTER, save_embedding_layers=False
     )
     save_file(
-        {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()},
+        {name: sharding.whole(tensor.detach()).to("cpu").contiguous() for name, tensor in tensors.items()},
         folder / "adapter_model.safetensors",
     )
     config.save_pretrained(str(folder))
@@ -158,28 +178,43 @@ def adapted_modules(policy: torch.nn.Module) -> list[str]:
     ]
 
 
-def checkpoint_weights(policy: torch.nn.Module, *, is_merged: bool = False) -> dict[str, torch.Tensor]:
+def checkpoint_weights(policy: torch.nn.Module, *, is_merged: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """The policy's weights, without its adapter, as the files of its model would hold them.
 
     That is: under a checkpoint's names, which transformers changes when it loads one; each tied weight once; and
-    dequantized. They share the policy's memory where nothing had to be computed.
+    dequantized. They share the policy's memory where nothing had to be computed, and nothing is sharded.
 
     Args:
-        policy: the model; it is only read.
+        policy: the model; it is only read. Where several processes hold its weights together, each makes this call
+            and takes all that it gives: a layer is gathered when its first weight is asked for.
         is_merged: with the adapter merged into the weights that it changes.
     """
+    saved = list(_base_model(policy).state_dict())
+    for block in sharding.blocks(policy):
+        with block.gathered():
+            tensors = _weights_of_block(policy, block, saved, is_merged=is_merged)
+            for name, tensor in tensors.items():
+                # Who takes it may use it once the block's memory is taken back.
+                yield name, tensor.clone() if block.is_sharded else tensor
+
+
+def _weights_of_block(
+    policy: torch.nn.Module, block: sharding.Block, saved: Sequence[str], *, is_merged: bool
+) -> dict[str, torch.Tensor]:
     model = _base_model(policy)
     owned = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    # The state dict knows what is saved at all, and holds quantization states, which are neither of the two above.
-    tensors = {name: owned[name].detach() for name in model.state_dict() if name in owned}
-    for name, module in model.named_modules():
+    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if m in block.modules}
+    # `saved` knows what is saved at all, and holds quantization states, which are neither of the two above.
+    tensors = {name: owned[name].detach() for name in saved if name in owned and name.rpartition(".")[0] in modules}
+    for name, module in modules.items():
         weight = module._parameters.get("weight")  # not the attribute: an adapted layer shows its base's
         if type(weight).__name__ in _QUANTIZED_PARAMETERS:
             # Not on the device: it would hold the whole model a second time, and larger.
             tensors[f"{name}.weight"] = dequantize_bnb_weight(weight, getattr(module, "state", None)).detach().cpu()
     if is_merged:
         for name in adapted_modules(policy):
-            key = f"{name}.base_layer.weight"
+            if (key := f"{name}.base_layer.weight") not in tensors:
+                continue
             tensors[key] = _merged(model.get_submodule(name), tensors[key])
     if isinstance(policy, PeftModel):
         prefix = policy.base_model.prefix  # PEFT's own test of what belongs to an adapter
@@ -212,7 +247,7 @@ def write_base(policy: torch.nn.Module, folder: Path) -> None:
     if model._auto_class is not None:  # the code of a model that transformers does not have
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
-    save_torch_state_dict(checkpoint_weights(policy), folder)
+    save_torch_state_dict(dict(checkpoint_weights(policy)), folder)
 
 
 def _base_model(policy: torch.nn.Module) -> PreTrainedModel:
@@ -221,11 +256,14 @@ def _base_model(policy: torch.nn.Module) -> PreTrainedModel:
 
 def _unquantized_view(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, less what was done to read quantized files: that cannot be reverted, and need not be."""
+    conversions = getattr(model, "_weight_conversions", None) or []
+    kept = [
+        conversion
+        for conversion in conversions
+        if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
+    ]
+    if len(kept) == len(conversions):
+        return model
     view = copy.copy(model)
-    if conversions := getattr(model, "_weight_conversions", None):
-        view._weight_conversions = [
-            conversion
-            for conversion in conversions
-            if not any(hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))
-        ]
+    view._weight_conversions = kept
     return view

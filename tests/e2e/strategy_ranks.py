@@ -1,0 +1,133 @@
+"""What an optimizer step does to a small model, by as many processes as there are: argv names a file for the result.
+
+The environment says how the weights are distributed, as the launchers do. Rewards, completions and what the losses
+compare with are the same everywhere.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import LoraConfig, get_peft_model
+
+from grpo_stage.distributed import leave_process_group
+from grpo_stage.rollout.engines.weights import PolicyWeights
+from grpo_stage.types import Step
+from grpo_stage.update import sharding
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests.unit.trainer_on_fakes import collect, make_trainer
+
+
+NUM_PROMPTS = 3  # of a step that has room for four: one process gets fewer than the other
+LORA = "lora"
+FAST: dict[str, Any] = {"max_tokens_per_micro_batch": 24}
+PLAIN: dict[str, Any] = {**FAST, "disable_prompt_sharing": True, "disable_logit_chunking": True}
+CASES: dict[str, dict[str, Any]] = {
+    "full": {**FAST, "beta": 0.1},
+    "full, clipped": {**FAST, "max_grad_norm": 0.3},
+    "full, checkpointing, plain passes": {**PLAIN, "gradient_checkpointing": True},
+    "full, tokens chosen over the step": {**FAST, "covariance_control": "kl_cov", "covariance_frac": 0.2},
+    "lora": {**FAST, "beta": 0.1, LORA: True},
+    "lora, sequences weighed": {**FAST, "loss_type": "gspo", LORA: True},
+}
+TRAINING = ("max_grad_norm", "gradient_checkpointing")
+
+
+def with_adapter(model: torch.nn.Module) -> torch.nn.Module:
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    return get_peft_model(model, config)
+
+
+def trainer_of(num_ranks: int, case: dict[str, Any]) -> Any:
+    """One whose optimizer moves each weight by a hundred times its gradient."""
+    training = {key: case[key] for key in TRAINING if key in case}
+    training |= {"per_device_train_batch_size": 4 // num_ranks, "optim": "sgd", "learning_rate": 100.0}
+    if case.get("gradient_checkpointing"):
+        training["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
+    options = {key: value for key, value in case.items() if key not in (*TRAINING, LORA)}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            Path(folder),
+            num_prompts=NUM_PROMPTS,
+            num_iterations=2,
+            training={"max_grad_norm": 0.0} | training,
+            change_model=with_adapter if case.get(LORA) else lambda model: model,
+            **options,
+        )
+    if training.get("gradient_checkpointing"):
+        trainer.model.gradient_checkpointing_enable(training["gradient_checkpointing_kwargs"])
+    trainer._prepare_for_training(10, None, None)
+    if not trainer.strategy.is_collective:
+        trainer.prepare_models()
+    return trainer
+
+
+def weights_of(trainer: Any) -> dict[str, torch.Tensor]:
+    """The trained weights; on the first process."""
+    sharded = trainer.sharded
+    named = dict(trainer.model.named_parameters()) if sharded is None else sharded.state_dict(trainer.model)
+    trained = [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    return {name: named[name].detach().clone() for name in trained if name in named}
+
+
+def compared(step: Step) -> Step:
+    """The step as if other policies had sampled it, and the reference were another."""
+
+    def near(sample: Any, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed + sum(sample.completion.token_ids))
+        return sample.old_logprobs + 0.3 * torch.randn(len(sample.old_logprobs), generator=generator)
+
+    samples = [dataclasses.replace(s, old_logprobs=near(s, 1), ref_logprobs=near(s, 2)) for s in step.samples]
+    return dataclasses.replace(step, samples=tuple(samples))
+
+
+def update_of(num_ranks: int, case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
+    """What a step adds to each trained weight, and the norm of its gradient."""
+    trainer = trainer_of(num_ranks, case)
+    step = compared(collect(trainer)[0])
+    before = weights_of(trainer)
+    model = trainer.model_wrapped
+    trainer.learner.learn(model, step, trainer.state.global_step)
+    norm = trainer._clip_grad_norm(model) if trainer.args.max_grad_norm > 0 else None
+    norm = float(trainer._get_grad_norm(model, norm))
+    trainer.optimizer.step()
+    after = weights_of(trainer)
+    return {name: after[name] - tensor for name, tensor in before.items()}, norm
+
+
+def deliveries(num_ranks: int) -> dict[str, Any]:
+    """What the engines get of a model, and how much of it is whole at once."""
+    result = {}
+    for name in ("full", "lora"):
+        model = trainer_of(num_ranks, CASES[name]).model
+        whole, most = {}, 0
+        for key, tensor in PolicyWeights(model, is_adapter=False).tensors():
+            whole[key] = tensor.clone()
+            here = sum(sharding.shard(p).untyped_storage().nbytes() for p in model.parameters())
+            most = max(most, here)
+        sharding.rest(model)
+        shards = sum(sharding.shard(p).untyped_storage().nbytes() for p in model.parameters())
+        result[name] = {"weights": whole, "whole at once": most - shards}
+    return result
+
+
+def main(file: str) -> None:
+    num_ranks = int(os.environ["WORLD_SIZE"])
+    result = {name: update_of(num_ranks, case) for name, case in CASES.items()}
+    delivered = deliveries(num_ranks)
+    if dist.get_rank() == 0:
+        torch.save({"updates": result, "deliveries": delivered}, file)
+    print(json.dumps({name: norm for name, (_, norm) in result.items()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    leave_process_group()

@@ -1,0 +1,195 @@
+"""Two processes that hold the weights together train as one process does."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from llamafactory import launcher
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from grpo_stage.survival import checkpoints
+
+from .conftest import completions, recipe_file, trainer_log
+from .test_two_processes import untimed
+
+
+SCRIPT = Path(__file__).with_name("strategy_ranks.py")
+FSDP2 = {
+    "compute_environment": "LOCAL_MACHINE",
+    "distributed_type": "FSDP",
+    "fsdp_config": {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_cpu_ram_efficient_loading": True,
+        "fsdp_state_dict_type": "FULL_STATE_DICT",
+        "fsdp_offload_params": False,
+    },
+    "mixed_precision": "no",
+    "num_machines": 1,
+    "num_processes": 2,
+    "machine_rank": 0,
+    "use_cpu": True,
+}
+"""A config file of `accelerate launch`, as docs/devices.md has it, for CPUs."""
+
+
+@pytest.fixture(scope="module")
+def fsdp2(tmp_path_factory) -> dict[str, str]:
+    """What `accelerate launch` tells its processes."""
+    file = tmp_path_factory.mktemp("launch") / "fsdp2.yaml"
+    file.write_text(yaml.safe_dump(FSDP2))
+    parsed = launch_command_parser().parse_args(["--config_file", str(file), "train.py"])
+    arguments, *_ = _validate_launch_command(parsed)
+    return {k: v for k, v in prepare_multi_gpu_env(arguments).items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.fixture(scope="module")
+def steps_of(host_processes, tmp_path_factory) -> Callable[[dict[str, str], int], dict[str, Any]]:
+    """What `strategy_ranks.py` writes."""
+
+    def run(environment: dict[str, str], num_ranks: int) -> dict[str, Any]:
+        file = tmp_path_factory.mktemp("steps") / "steps.pt"
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            for result in host_processes.run_ranks(num_ranks, str(SCRIPT), str(file)):
+                assert result.returncode == 0, result.stderr[-8000:]
+        return torch.load(file)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def one(steps_of) -> dict[str, Any]:
+    return steps_of({}, 1)
+
+
+def test_fsdp2_updates_as_one_process_does(fsdp2, steps_of, one):
+    check_updates(steps_of(fsdp2, 2), one)
+
+
+def check_updates(two: dict[str, Any], one: dict[str, Any]) -> None:
+    """The same gradient, clipped alike; the same weights for the engine, and never all of them at once."""
+    for case, (expected, norm) in one["updates"].items():
+        update, its_norm = two["updates"][case]
+        assert update.keys() == expected.keys()
+        ours, theirs = (torch.cat([each[name].flatten() for name in expected]) for each in (update, expected))
+        assert theirs.norm() > 1, case
+        assert (ours - theirs).norm() / theirs.norm() < 1e-5, case
+        assert its_norm == pytest.approx(norm, rel=1e-5), case
+    for case, expected in one["deliveries"].items():
+        delivered = two["deliveries"][case]
+        assert delivered["weights"].keys() == expected["weights"].keys()
+        assert all(torch.equal(tensor, expected["weights"][name]) for name, tensor in delivered["weights"].items())
+        size = sum(tensor.nbytes for tensor in expected["weights"].values())
+        assert delivered["whole at once"] < size / 3, "two layers, embeddings, and this process's halves"
+
+
+LORA_RUN: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "max_samples": 9,
+    "max_steps": -1,
+    "num_train_epochs": 1,
+    "beta": 0.05,
+    "sync_ref_model": True,
+    "ref_model_sync_steps": 1,
+    "dynamic_sampling": True,
+    "eval_dataset": "tens,thousand",
+    "eval_strategy": "epoch",
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "log_completions": True,
+}
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    (file,) = Path(folder).glob("*.safetensors")
+    return load_file(file)
+
+
+def relative(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    assert ours.keys() == theirs.keys()
+    a, b = (torch.cat([each[name].flatten() for name in sorted(theirs)]) for each in (ours, theirs))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def resumed(run: dict[str, Any], step: int, folder: Path) -> dict[str, Any]:
+    """The recipe of a run that goes on from a copy of a checkpoint of `run`."""
+    output_dir = folder / "resumed"
+    shutil.copytree(Path(run["output_dir"]) / f"checkpoint-{step}", output_dir / f"checkpoint-{step}")
+    return {**run, "output_dir": str(output_dir), "resume_from_checkpoint": str(output_dir / f"checkpoint-{step}")}
+
+
+def test_an_adapter_trains_under_fsdp2_and_goes_on_exactly(recipe, train_in_ranks, fsdp2, monkeypatch, tmp_path):
+    one = recipe(output_dir=str(tmp_path / "one"), **LORA_RUN | {"per_device_train_batch_size": 4})
+    train_in_ranks(one, num_ranks=1)
+    for name, value in fsdp2.items():
+        monkeypatch.setenv(name, value)
+    two = recipe(output_dir=str(tmp_path / "two"), **LORA_RUN)
+    train_in_ranks(two)
+
+    def sampled(arguments: dict[str, Any]) -> list[Any]:
+        return sorted((c["step"], c["prompt_index"], c["completion"]) for c in completions(arguments["output_dir"]))
+
+    assert sampled(two) == sampled(one)
+    assert relative(weights(two["output_dir"]), weights(one["output_dir"])) < 1e-4
+    for ours, theirs in zip(*(trainer_log(run["output_dir"]) for run in (two, one)), strict=True):
+        for name in theirs.keys() & {"loss", "reward", "kl", "grad_norm", "entropy", "eval_reward"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
+
+    checkpoint = Path(two["output_dir"]) / "checkpoint-1"
+    parts = {f"grpo_{part}_{rank}.pt" for part in ("shard", "reference") for rank in (0, 1)}
+    assert parts <= checkpoints.read_state(checkpoint)["files"].keys()
+    again = resumed(two, 1, tmp_path)
+    train_in_ranks(again)
+    ours, theirs = weights(again["output_dir"]), weights(two["output_dir"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [line for line in untimed(two) if line["current_steps"] > 1] == untimed(again)
+
+
+def test_full_tuning_under_fsdp2_leaves_an_ordinary_checkpoint(
+    recipe, train_in_ranks, host_processes, fsdp2, monkeypatch, tmp_path
+):
+    settings = {
+        **{key: value for key, value in LORA_RUN.items() if "ref" not in key and key != "dynamic_sampling"},
+        "finetuning_type": "full",
+        "num_iterations": 2,
+        "load_best_model_at_end": True,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "metric_for_best_model": "eval_reward",
+    }
+    one = recipe(output_dir=str(tmp_path / "one"), **settings | {"per_device_train_batch_size": 4})
+    two = recipe(output_dir=str(tmp_path / "two"), **settings)
+    for run in (one, two):
+        for key in ("lora_rank", "lora_target"):
+            del run[key]
+    train_in_ranks(one, num_ranks=1)
+    for name, value in fsdp2.items():
+        monkeypatch.setenv(name, value)
+    train_in_ranks(two)
+    assert relative(weights(two["output_dir"]), weights(one["output_dir"])) < 1e-4
+    config = json.loads((Path(two["output_dir"]) / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    AutoModelForCausalLM.from_pretrained(two["output_dir"])
+
+    again = resumed(two, 3, tmp_path)
+    train_in_ranks(again)
+    ours, theirs = weights(again["output_dir"]), weights(two["output_dir"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    for name in fsdp2:
+        monkeypatch.delenv(name)
+    for result in host_processes.run_ranks(2, launcher.__file__, recipe_file(resumed(two, 3, tmp_path / "other"))):
+        assert result.returncode != 0
+        assert "saved by 2 processes with the weights sharded by FSDP2" in result.stderr
+        assert "this run has 2 processes with the whole weights in each" in result.stderr
