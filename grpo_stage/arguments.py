@@ -140,6 +140,35 @@ class GRPOArguments:
         "Tokens that cannot match are never sampled, so that completions come from another distribution than the "
         "policy's; the reward `regex` scores a form without forcing it.",
     )
+    # Tools
+    tools: str | None = _key(
+        None,
+        ROLLOUT,
+        "Functions that the model may call while it answers, as `path/file.py:function`, separated by commas or as a "
+        "YAML list. Each has types and a docstring with its arguments, of which the model is told in the tool format "
+        "of the `template`. What they return has no loss.",
+    )
+    environment: str | None = _key(
+        None,
+        ROLLOUT,
+        "A class of which each completion has an object, as `path/file.py:Class`: its `reset(**row)` gets the columns "
+        "of the row and may return a text for the prompt, its other public methods are tools, and its `get_reward()` "
+        "gives the reward `environment`.",
+    )
+    max_turns: int = _key(
+        8,
+        ROLLOUT,
+        "Turns of the model in a completion, with `tools` or `environment`: the tools that the last one calls are not "
+        "run.",
+        min=1,
+        most=10_000,
+    )
+    completion_limit: Literal["total", "turn"] = _key(
+        "total",
+        ROLLOUT,
+        "What `max_new_tokens` limits, with `tools` or `environment`: `total` a whole completion, the results of its "
+        "tools included, `turn` each turn of the model, and max_turns x max_new_tokens the whole.",
+    )
     # Rewards
     reward_funcs: str | None = _key(
         None,
@@ -572,6 +601,13 @@ class GRPOArguments:
         above=0.0,
         most=LONGEST_TIMEOUT_S,
     )
+    tool_timeout: float = _key(
+        30.0,
+        LIMITS,
+        "Seconds that one call of a tool may take. After them it is ended, and the model reads that it took too long.",
+        above=0.0,
+        most=LONGEST_TIMEOUT_S,
+    )
     max_skipped_steps: int = _key(
         5,
         LIMITS,
@@ -624,6 +660,7 @@ class GRPOArguments:
 
     def __post_init__(self) -> None:
         self.reward_funcs: list[str] = _split(self.reward_funcs)  # type: ignore[assignment]
+        self.tools: list[str] = _split(self.tools)  # type: ignore[assignment]
         if self.reward_weights is not None:
             weights = [as_weight(item) for item in _split(self.reward_weights)]
             self.reward_weights: list[float] | None = weights  # type: ignore[assignment]

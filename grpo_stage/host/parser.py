@@ -102,6 +102,8 @@ def check(raw: RawArguments) -> dict[str, Any]:
     written = typed(raw)
     if written.get("reward_funcs") is None and written.get("reward_model") is not None:
         written["reward_funcs"] = REWARD_MODEL  # the only reward
+    elif written.get("reward_funcs") is None and written.get("environment") is not None:
+        written["reward_funcs"] = "environment"
     with apart():
         if not written.get("output_dir", True):  # if it is left out, transformers has a default
             raise ValueError(
@@ -136,6 +138,8 @@ def typed(raw: RawArguments) -> dict[str, Any]:
 def _derive(arguments: RunArguments) -> None:
     """Set the keys that follow from others, unless the user wrote them."""
     model, training, generating = arguments.model, arguments.training, arguments.generating
+    if arguments.finetuning.completion_limit == "turn":
+        generating.max_new_tokens *= arguments.finetuning.max_turns  # from here on that of a whole completion
     total_length = arguments.data.cutoff_len + generating.max_new_tokens
     model.model_max_length = total_length  # the host's value is `cutoff_len`; it drives rope scaling
     generating.top_k = max(generating.top_k, 0)  # -1 keeps all tokens as well

@@ -9,11 +9,13 @@ from grpo_stage.rewards.user_code import describe, is_code
 
 
 TRUSTED = "trust_remote_code"
+CODE_KEYS = ("reward_funcs", "tools", "environment")
+"""The keys whose items may name code in files."""
 
 
 def code_names(recipe: Mapping[str, Any]) -> list[str]:
-    """The parts of a recipe that run code: functions that are not built in, and `trust_remote_code`."""
-    functions = [name.strip() for name in items(recipe.get("reward_funcs"))]
+    """The parts of a recipe that run code: functions that are not built in, tools, and `trust_remote_code`."""
+    functions = [name.strip() for key in CODE_KEYS for name in items(recipe.get(key))]
     return [*filter(is_code, functions), *([TRUSTED] if recipe.get(TRUSTED) else [])]
 
 

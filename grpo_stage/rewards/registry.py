@@ -38,6 +38,7 @@ BUILTIN_REWARDS: Mapping[str, BuiltinReward] = MappingProxyType(
         "overlong": BuiltinReward("shaping.overlong"),
         "repetition": BuiltinReward("shaping.repetition"),
         "regex": BuiltinReward("structure.regex", may_never_end=True),  # a pattern can backtrack for hours
+        "environment": BuiltinReward("environment.environment"),
     }
 )
 

@@ -43,7 +43,7 @@ def flops_of_update(model: nn.Module, sequences: Sequence[Sequenced]) -> float:
     With N the weights that a token meets (embeddings are looked up, and of experts a token meets some), forward takes
     2 N a token. Backward takes 2 a weight for the gradient of what is below it, if anything below is trained, and 2
     for its own, if it is trained: 6 N in all for a whole model, 4 N under an adapter. The output layer is met where a
-    completion's token is predicted. Attention takes 4 x heads x head size x layers for each key that a token sees, and
+    sampled token is predicted. Attention takes 4 x heads x head size x layers for each key that a token sees, and
     twice that in the backward pass; PaLM counts all keys of a sequence, and this those up to the token. A sliding
     window is not regarded.
 
@@ -62,7 +62,8 @@ def flops_of_update(model: nn.Module, sequences: Sequence[Sequenced]) -> float:
     num_heads = getattr(text, "num_attention_heads", 0)
     head_size = getattr(text, "head_dim", None) or (text.hidden_size // num_heads if num_heads else 0)
     of_a_key = 3 * 4 * num_heads * head_size * text.num_hidden_layers
-    return body * num_tokens + head * sum(own for _, own in lengths) + of_a_key * num_keys
+    num_predicted = sum(each.completion.num_sampled for each in sequences)
+    return body * num_tokens + head * num_predicted + of_a_key * num_keys
 
 
 def _pairs(length: int) -> int:

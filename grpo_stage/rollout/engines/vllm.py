@@ -145,10 +145,10 @@ class VLLMEngine:
                 )
             self.logprob_temperature = sampling.temperature or 1.0
         for prompt in prompts:
-            if len(prompt.token_ids) + sampling.max_new_tokens > self._settings.max_model_len:
+            if len(prompt.token_ids) + _most_tokens(prompt, sampling) > self._settings.max_model_len:
                 raise ValueError(
                     f"Prompt {prompt.index} has {len(prompt.token_ids)} tokens: with max_new_tokens "
-                    f"{sampling.max_new_tokens} it passes the engine's {self._settings.max_model_len}. Raise "
+                    f"{_most_tokens(prompt, sampling)} it passes the engine's {self._settings.max_model_len}. Raise "
                     "`vllm_maxlen`, or lower `cutoff_len` or `max_new_tokens`."
                 )
         group_size = sampling.num_generations
@@ -156,7 +156,7 @@ class VLLMEngine:
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(group_size)],
                 [
-                    _sampling_params(sampling, sample_seed(sampling.seed, step, prompt.index, sample))
+                    _sampling_params(prompt, sampling, sample_seed(sampling.seed, step, prompt.index, sample))
                     for prompt in prompts
                     for sample in range(group_size)
                 ],
@@ -318,14 +318,18 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
+def _most_tokens(prompt: Prompt, sampling: SamplingSettings) -> int:
+    return sampling.max_new_tokens if prompt.room is None else min(prompt.room, sampling.max_new_tokens)
+
+
+def _sampling_params(prompt: Prompt, sampling: SamplingSettings, seed: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
     structured = sampling.structured_outputs
     return SamplingParams(
         seed=seed,
-        max_tokens=sampling.max_new_tokens,
+        max_tokens=_most_tokens(prompt, sampling),
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
