@@ -38,7 +38,7 @@ class ToolUse:
 
     def around(self, engine: RolloutEngine) -> RolloutEngine:
         """The engine with tools."""
-        return Episodes(engine, self.turns, self.worker, self.settings)
+        return Episodes(engine, self.turns, self.worker, self.settings)  # type: ignore[return-value]  # read-only
 
     def first_texts(self, rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         """What `reset` of the environment says of each row, empty where it says nothing.

@@ -184,10 +184,10 @@ def _schemas_of_environment(spec: str, environment: type) -> list[dict[str, Any]
             f"{key} has no method `reset`. Write `def reset(self, **row)`: it is called with the columns of the row "
             "before each completion, and may return a text that is appended to the prompt."
         )
-    needed = [p for p in list(inspect.signature(environment).parameters.values()) if p.default is p.empty]
-    if needed := [p.name for p in needed if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]:
+    parameters = [p for p in inspect.signature(environment).parameters.values() if p.default is p.empty]
+    if needed := [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]:
         raise ValueError(f"{key} needs {', '.join(needed)} to be made: each completion makes one as `Class()`.")
-    bare = object.__new__(environment)
+    bare: Any = object.__new__(environment)  # its methods are bound, and `__init__` has not run
     names = [
         name
         for name, _ in inspect.getmembers(environment, inspect.isroutine)

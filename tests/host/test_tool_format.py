@@ -99,12 +99,11 @@ def ended(ids: Sequence[int], ends: set[int], opening: int | None) -> list[int]:
         ("llama3", {}),
         ("mistral", {}),
         ("glm4", {}),
-        ("bailing_v2", {}),
+        ("minimax1", {}),
         ("chatml", {}),
         ("smollm2", {}),
         ("smollm2", {"tool_format": "qwen"}),
         ("lfm2", {}),
-        ("minimax2", {}),
         ("granite4", {}),
         ("seed_oss", {}),
     ],
@@ -146,7 +145,7 @@ def test_an_episode_has_the_tokens_that_the_host_encodes(name, changes, short_to
     assert group.policy_version == 7
 
 
-@pytest.mark.parametrize("name", ["gemma4", "phi4_mini", "glm4_moe"])
+@pytest.mark.parametrize("name", ["gemma4", "phi4_mini", "glm4_moe", "minimax2"])
 def test_a_template_whose_calls_do_not_work_is_refused(name, short_tokenizer_dir):
     template, tokenizer = template_of(name, short_tokenizer_dir)
     with pytest.raises(ValueError, match=f"`template: {name}`.*Write a `template` that has tools"):

@@ -65,9 +65,12 @@ class Reply:
 class Loaded(Protocol):
     """The tools in their process."""
 
-    functions: Mapping[str, Callable[..., Any]]
-    """By name."""
-    environment: type | None
+    @property
+    def functions(self) -> Mapping[str, Callable[..., Any]]:
+        """By name."""
+
+    @property
+    def environment(self) -> type | None: ...
 
 
 def serve(
