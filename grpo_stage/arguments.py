@@ -124,6 +124,13 @@ class GRPOArguments:
         "The dataset column that holds the reference answer for the rewards, or a field of one by its path, such as "
         "`reward_model.ground_truth`. By default the last assistant turn is the reference.",
     )
+    dataset_kwargs: dict | str | None = _key(
+        None,
+        ROLLOUT,
+        "Settings of generated datasets as a mapping (or a JSON string) from the task's name to them, e.g. "
+        '{"leg_counting": {"max_animals": 5}} for `dataset: reasoning_gym:leg_counting`; `size` and `seed` among '
+        "them, which are `max_samples` and the run's `seed` by default.",
+    )
     min_p: float = _key(
         0.0,
         ROLLOUT,
@@ -669,6 +676,8 @@ class GRPOArguments:
         if isinstance(self.structured_outputs, str):
             self.structured_outputs = _mapping("structured_outputs", self.structured_outputs, '{"regex": "[0-9]+"}')
         self.on_alarm = actions_of_alarms(self.on_alarm)
+        if isinstance(self.dataset_kwargs, str):
+            self.dataset_kwargs = _mapping("dataset_kwargs", self.dataset_kwargs, '{"leg_counting": {"size": 100}}')
         if isinstance(self.reward_columns, str):
             self.reward_columns = _mapping("reward_columns", self.reward_columns, REWARD_COLUMNS_EXAMPLE)
 

@@ -26,6 +26,7 @@ from llamafactory.data.processor.processor_utils import DatasetProcessor
 
 from grpo_stage import __version__
 from grpo_stage.host.dataset_files import check_files, defect_of
+from grpo_stage.host.generated_datasets import generated, is_generated
 from grpo_stage.host.log import get_logger
 from grpo_stage.rollout.prompts import PromptSet, build_prompts
 from grpo_stage.types import Prompt
@@ -93,7 +94,11 @@ def load_prompts(
         reward_columns=dict(reward_columns),
         tools="" if tool_use is None else tool_use.text,
     )
-    with _prompt_pipeline(make_processor):
+    dataset_kwargs = cast(dict[str, Any], finetuning_args.dataset_kwargs or {})
+    with (
+        _prompt_pipeline(make_processor),
+        generated(data_args, dataset_kwargs, training_args.seed) as data_args,
+    ):
         try:
             datasets = loader.get_dataset(
                 template, model_args, data_args, training_args, stage="ppo", tokenizer=tokenizer, processor=processor
@@ -150,7 +155,9 @@ def _defect(data_args: "DataArguments") -> str | None:
 
 
 def _named(data_args: "DataArguments") -> list[tuple[str, str]]:
-    return [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
+    """The datasets that have files of their own, with their keys."""
+    named = [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
+    return [(key, name) for key, name in named if not is_generated(name)]
 
 
 def _check_split(dataset: Any, val_size: float) -> None:

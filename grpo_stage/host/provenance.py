@@ -12,6 +12,7 @@ from llamafactory.data.parser import DATA_CONFIG
 
 from grpo_stage.host.adapters import items, may_be_hub_id
 from grpo_stage.host.dataset_files import local_files
+from grpo_stage.host.generated_datasets import is_generated
 from grpo_stage.host.recipe_code import CODE_KEYS
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.redaction import mask
@@ -91,6 +92,8 @@ def fingerprint(file: Path) -> str:
 
 
 def _dataset(name: str, dataset_dir: Any) -> dict[str, Any]:
+    if is_generated(name):
+        return {"description": {}, "files": {}}
     if isinstance(dataset_dir, Mapping):
         description = dataset_dir.get(name, {})
     else:
