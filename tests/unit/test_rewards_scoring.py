@@ -429,7 +429,7 @@ def test_these_built_ins_need_references(name: str) -> None:
         load(name).check([prompt(reference=None)])
 
 
-@pytest.mark.parametrize("name", sorted({*BUILTIN_REWARDS} - {"accuracy", "exact_match", "length"}))
+@pytest.mark.parametrize("name", sorted({*BUILTIN_REWARDS} - {"accuracy", "exact_match", "length", "reasoning_gym"}))
 def test_the_others_do_not(name: str) -> None:
     suite = load(name, regex={"pattern": "a"}) if name == "regex" else load(name)
     suite.check([prompt(reference=None)])

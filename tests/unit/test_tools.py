@@ -18,6 +18,7 @@ from grpo_stage.monitors.canary import beginnings
 from grpo_stage.records.completion_groups import CompletionGroups
 from grpo_stage.records.completions import CompletionsLog
 from grpo_stage.records.metrics import MetricTracker, record_completions
+from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.user_tools import load_tools
 from grpo_stage.rewards.workers.tool_process import Reply, Request
 from grpo_stage.rewards.workers.tool_worker import ToolError, ToolWorker
@@ -717,3 +718,36 @@ def test_keys_that_cannot_be_right_are_refused(keys, words):
     with pytest.raises(ValueError, match=words):
         GRPOArguments(**{"reward_funcs": "accuracy"} | keys).validate(keys)
     GRPOArguments(reward_funcs="accuracy", tools="a.py:f, b.py:g", max_turns=3, dynamic_sampling=True).validate()
+
+
+# What rewards see
+
+
+def test_rewards_see_the_turns_and_grade_what_the_model_wrote_last(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        "def own(completions, messages, final_turns, environment_rewards):\n"
+        "    assert [len(each) for each in messages] == [4, 4], messages\n"
+        '    assert messages[0][2] == {"role": "observation", "content": "42"}\n'
+        '    assert all("42" in text for text in completions)\n'
+        "    return environment_rewards\n"
+    )
+    turns = [
+        Turn(num_tokens=2, text="6 times 7?", is_sampled=True, num_calls=1),
+        Turn(num_tokens=1, text="42", is_sampled=False, num_calls=1),
+    ]
+    completions = tuple(
+        dataclasses.replace(
+            completion_of((2, 1, 2), 0),
+            text=f"6 times 7? 42 {text}",
+            turns=(*turns, Turn(num_tokens=2, text=text, is_sampled=True)),
+            environment_reward=0.25,
+        )
+        for text in ("It is 42.", "")
+    )
+    prompt = Prompt(index=0, token_ids=(1,), messages=({"role": "user", "content": "?"},), reference="42")
+    names = ["accuracy", "exact_match", "environment", f"{file}:own"]
+    rewards = load_rewards(names, None, None, max_new_tokens=8, timeout_s=60)
+    (scores,) = rewards.score([RolloutGroup(prompt=prompt, completions=completions, policy_version=0)])
+    rewards.close()
+    assert scores == [[1.0, 0.0, 0.25, 0.25], [0.0, 0.0, 0.25, 0.25]]  # the tool's result is no answer

@@ -8,7 +8,7 @@ from grpo_stage.rewards.builtin.context import RewardContext
 def environment(context: RewardContext) -> Callable[..., list[float | None]]:
     """What `get_reward()` of the completion's environment returned at its end.
 
-    Any range. None where it returned None, and where the environment was ended because a call took too long or ended
+    Range: any. None where it returned None, and where the environment was ended because a call took too long or ended
     its process.
     """
 
