@@ -88,15 +88,10 @@ def load_prompts(
     data_args = copy.copy(data_args)
     data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt's dataset is unknown
     reward_columns = cast(dict[str, str], finetuning_args.reward_columns or {})
-    make_processor = partial(
-        PromptProcessor,
-        reference_column=finetuning_args.reference_column,
-        reward_columns=dict(reward_columns),
-        tools="" if tool_use is None else tool_use.text,
-    )
+    tools = "" if tool_use is None else tool_use.text
     dataset_kwargs = cast(dict[str, Any], finetuning_args.dataset_kwargs or {})
     with (
-        _prompt_pipeline(make_processor),
+        _prompt_pipeline(finetuning_args.reference_column, reward_columns, tools),
         generated(data_args, dataset_kwargs, training_args.seed) as data_args,
     ):
         try:
@@ -122,7 +117,7 @@ def load_prompts(
     cutoff_len, overlong = data_args.cutoff_len, finetuning_args.overlong_prompts
     records: Callable[[Any], Iterable[str]] = list
     if tool_use is not None and tool_use.settings.has_environment:
-        encoder = make_processor(template, tokenizer, processor, data_args)
+        encoder = PromptProcessor(template, tokenizer, processor, data_args, None, {}, tools)
         records = partial(_with_first_texts, encoder=encoder, tool_use=tool_use)
     train = build_prompts(records(datasets["train_dataset"][ROW]), cutoff_len, overlong)
     _report_rows(train, "training", cutoff_len, overlong)
@@ -173,7 +168,9 @@ def _check_split(dataset: Any, val_size: float) -> None:
 
 
 @contextmanager
-def _prompt_pipeline(make_processor: "Callable[..., PromptProcessor]") -> Iterator[None]:
+def _prompt_pipeline(
+    reference_column: str | None, reward_columns: Mapping[str, str], tools: str = ""
+) -> Iterator[None]:
     """Let the host's loader use our converter and processor."""
     host_get_converter, host_get_processor = converter.get_dataset_converter, loader._get_dataset_processor
     host_split = loader.split_dataset
@@ -189,7 +186,8 @@ def _prompt_pipeline(make_processor: "Callable[..., PromptProcessor]") -> Iterat
         processor: "ProcessorMixin | None",
         do_generate: bool = False,
     ) -> PromptProcessor:
-        return make_processor(template, tokenizer, processor, data_args)
+        columns = dict(reward_columns)
+        return PromptProcessor(template, tokenizer, processor, data_args, reference_column, columns, tools)
 
     def split(dataset: Any, eval_dataset: Any, data_args: "DataArguments", seed: int) -> Any:
         if dataset is not None and data_args.val_size > 1e-6:  # as the host does
