@@ -172,7 +172,9 @@ class RolloutEngine(Protocol):
         """Sample exactly `sampling.num_generations` completions for each prompt, in order.
 
         The seed of each completion depends on (sampling.seed, step, prompt.index, sample) alone. Neither the global
-        random state nor the policy's training mode is changed.
+        random state nor the policy's training mode is changed. Of a prompt with a `room` no more tokens are needed,
+        and others than these are not looked at; prompt and room together fit wherever a prompt of `cutoff_len` and
+        `max_new_tokens` do.
 
         Raises:
             RuntimeError: if `sync` was never called.

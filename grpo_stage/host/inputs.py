@@ -125,6 +125,9 @@ def load_inputs(arguments: RunArguments) -> RunInputs:
         arguments,
         tokenizer,
         [*prompts.train, *prompts.evaluation],
-        facade.closing_tokens(template, tokenizer) if is_scored_on_policy else (),
+        (
+            *(facade.closing_tokens(template, tokenizer) if is_scored_on_policy else ()),
+            *(tool_use.turns.example if tool_use is not None else ()),
+        ),
     )
     return RunInputs(tokenizer, processor, template, prompts, tool_use)

@@ -33,6 +33,11 @@ class ToolFormat:
     def text(self, token_ids: Sequence[int], finish_reason: FinishReason) -> str:
         return completion_text(self.tokenizer, token_ids, finish_reason)
 
+    @property
+    def example(self) -> tuple[int, ...]:
+        """The tokens that tell a result."""
+        return self._results(-1, "17")
+
     def calls(self, token_ids: Sequence[int]) -> Sequence[ToolCall]:
         if self.opening is not None and token_ids[-1] != self.opening:
             return ()
