@@ -98,7 +98,9 @@ class Layout(ABC):
         for row, each in enumerate(sequences):
             length = len(each.completion.token_ids)
             completion_ids[row, :length] = torch.tensor(each.completion.token_ids)
-            completion_mask[row, :length] = torch.tensor(each.completion.sampled_mask, dtype=torch.float)
+            completion_mask[row, :length] = 1
+            if each.completion.turns:
+                completion_mask[row, :length] = torch.tensor(each.completion.sampled_mask, dtype=torch.float)
         return TokenBatch(
             inputs=self.inputs(sequences),
             completion_ids=completion_ids.to(self._device),
