@@ -453,7 +453,7 @@ def test_a_column_the_dataset_lacks_is_named_with_those_it_has(own: Callable[[st
     [
         ("log_metric", "TRL's way to log a number.*`log_metric=None`"),
         ("log_extra", "TRL's way to add columns.*completions.jsonl"),
-        ("environments", "TRL's environments, which `stage: grpo` does not have"),
+        ("environments", "TRL's environments, .* take `environment_rewards`"),
         ("solution_str", "verl's name for one completion.*`completions`"),
     ],
 )
