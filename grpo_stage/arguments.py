@@ -131,6 +131,13 @@ class GRPOArguments:
         "The dataset column that holds the reference answer for the rewards, or a field of one by its path, such as "
         "`reward_model.ground_truth`. By default the last assistant turn is the reference.",
     )
+    dataset_kwargs: dict | str | None = _key(
+        None,
+        ROLLOUT,
+        "Settings of generated datasets as a mapping (or a JSON string) from the task's name to them, e.g. "
+        '{"leg_counting": {"max_animals": 5}} for `dataset: reasoning_gym:leg_counting`; `size` and `seed` among '
+        "them, which are `max_samples` and the run's `seed` by default.",
+    )
     min_p: float = _key(
         0.0,
         ROLLOUT,
@@ -146,6 +153,35 @@ class GRPOArguments:
         '`choice` (a list of texts), `json` (a schema) or `grammar`, e.g. {"regex": "<think>.*</think> [0-9]+"}. '
         "Tokens that cannot match are never sampled, so that completions come from another distribution than the "
         "policy's; the reward `regex` scores a form without forcing it.",
+    )
+    # Tools
+    tools: str | None = _key(
+        None,
+        ROLLOUT,
+        "Functions that the model may call while it answers, as `path/file.py:function`, separated by commas or as a "
+        "YAML list. Each has types and a docstring with its arguments, of which the model is told in the tool format "
+        "of the `template`. What they return has no loss.",
+    )
+    environment: str | None = _key(
+        None,
+        ROLLOUT,
+        "A class of which each completion has an object, as `path/file.py:Class`: its `reset(**row)` gets the columns "
+        "of the row and may return a text for the prompt, its other public methods are tools, and its `get_reward()` "
+        "gives the reward `environment`.",
+    )
+    max_turns: int = _key(
+        8,
+        ROLLOUT,
+        "Turns of the model in a completion, with `tools` or `environment`: the tools that the last one calls are not "
+        "run.",
+        min=1,
+        most=10_000,
+    )
+    completion_limit: Literal["total", "turn"] = _key(
+        "total",
+        ROLLOUT,
+        "What `max_new_tokens` limits, with `tools` or `environment`: `total` a whole completion, the results of its "
+        "tools included, `turn` each turn of the model, and max_turns x max_new_tokens the whole.",
     )
     # Rewards
     reward_funcs: str | None = _key(
@@ -590,6 +626,13 @@ class GRPOArguments:
         above=0.0,
         most=LONGEST_TIMEOUT_S,
     )
+    tool_timeout: float = _key(
+        30.0,
+        LIMITS,
+        "Seconds that one call of a tool may take. After them it is ended, and the model reads that it took too long.",
+        above=0.0,
+        most=LONGEST_TIMEOUT_S,
+    )
     max_skipped_steps: int = _key(
         5,
         LIMITS,
@@ -642,6 +685,7 @@ class GRPOArguments:
 
     def __post_init__(self) -> None:
         self.reward_funcs: list[str] = _split(self.reward_funcs)  # type: ignore[assignment]
+        self.tools: list[str] = _split(self.tools)  # type: ignore[assignment]
         if self.reward_weights is not None:
             weights = [as_weight(item) for item in _split(self.reward_weights)]
             self.reward_weights: list[float] | None = weights  # type: ignore[assignment]
@@ -650,6 +694,8 @@ class GRPOArguments:
         if isinstance(self.structured_outputs, str):
             self.structured_outputs = _mapping("structured_outputs", self.structured_outputs, '{"regex": "[0-9]+"}')
         self.on_alarm = actions_of_alarms(self.on_alarm)
+        if isinstance(self.dataset_kwargs, str):
+            self.dataset_kwargs = _mapping("dataset_kwargs", self.dataset_kwargs, '{"leg_counting": {"size": 100}}')
         if isinstance(self.reward_columns, str):
             self.reward_columns = _mapping("reward_columns", self.reward_columns, REWARD_COLUMNS_EXAMPLE)
 

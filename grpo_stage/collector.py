@@ -269,7 +269,7 @@ class Collector:
         for name, number in self.rewards.take_counters().items():
             self._tracker.count(f"rewards/{name}", number)
         own = (
-            sum(len(completion.token_ids) for s in scored for completion in s.group.completions),
+            sum(completion.num_sampled for s in scored for completion in s.group.completions),
             sum(len(s.group.prompt.token_ids) * len(s.group.completions) for s in scored),
             sum(s.has_reward for s in scored),
         )

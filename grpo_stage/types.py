@@ -4,7 +4,7 @@ Shapes are written with one letter an axis, here and in the whole package:
 
     P prompts of one optimizer step on one rank      G completions a prompt (`num_generations`)
     F reward functions                               B completions in a micro-batch
-    T completion tokens, right-padded                M completion tokens of a micro-batch, one after another
+    T completion tokens, right-padded                M sampled tokens of a micro-batch, one after another
 
 Imports nothing of ours and nothing heavy at run time.
 """
@@ -47,6 +47,9 @@ class Prompt:
     """The evaluation dataset that it belongs to; None for a prompt of `dataset`, `val_size` included."""
     images: tuple[Any, ...] = ()
     """Reserved for image prompts, which are refused for now."""
+    room: int | None = None
+    """How many tokens may be sampled at most, where that is fewer than `SamplingSettings.max_new_tokens`: of a
+    conversation that has already used a part of them (`rollout.episodes`)."""
 
     @property
     def text(self) -> str:
@@ -55,16 +58,64 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """A part of a completion of a run with tools: what the policy wrote, or what the tools answered."""
+
+    num_tokens: int
+    """At least 1. The token that ends a turn of the policy belongs to it, and what the template writes between two
+    turns to that of the tools."""
+    text: str
+    """What the policy wrote, without the token that ended it; or the results, without the template's words."""
+    is_sampled: bool
+    """The policy wrote it. What tools answered has no loss."""
+    num_calls: int = 0
+    """Of tools: those that the policy asks for, or those that are answered."""
+    num_errors: int = 0
+    """Of the calls that are answered, those whose answer is the text of an error."""
+    is_cut: bool = False
+    """The results were longer than the room that was left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """One sampled answer."""
+    """One sampled answer; with tools all that follows the prompt, their results included."""
 
     token_ids: tuple[int, ...]
-    """Sampled tokens; with `FinishReason.STOP` the last one is the end token. Never empty."""
+    """Sampled tokens; with `FinishReason.STOP` the last one is the end token. Never empty. With tools those of all
+    `turns`, one after another."""
     sampling_logprobs: tuple[float, ...]
-    """The engine's log-probability of each token, at `RolloutEngine.logprob_temperature`."""
+    """The engine's log-probability of each token, at `RolloutEngine.logprob_temperature`; 0 where none was sampled."""
     finish_reason: FinishReason
     text: str
     """What rewards see: see `rollout.engines.decoding.completion_text`."""
+    turns: tuple[Turn, ...] = ()
+    """In a run with tools; the first and the last one are the policy's. Empty in others: every token was sampled."""
+    environment_reward: float | None = None
+    """What the `get_reward` of its environment returned; None without one."""
+
+    @property
+    def sampled_mask(self) -> tuple[int, ...]:
+        """[T], 1 on the tokens that the policy sampled."""
+        if not self.turns:
+            return (1,) * len(self.token_ids)
+        return tuple(int(turn.is_sampled) for turn in self.turns for _ in range(turn.num_tokens))
+
+    @property
+    def sampled_ids(self) -> tuple[int, ...]:
+        """The tokens that the policy sampled."""
+        if not self.turns:
+            return self.token_ids
+        return tuple(token for token, mask in zip(self.token_ids, self.sampled_mask, strict=True) if mask)
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the policy sampled: what the length of a completion is in metrics."""
+        return sum(turn.num_tokens for turn in self.turns if turn.is_sampled) or len(self.token_ids)
+
+    @property
+    def final_turn(self) -> str:
+        """The text that holds the answer: what the policy wrote last."""
+        return self.turns[-1].text if self.turns else self.text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +176,9 @@ class RolloutEngine(Protocol):
         """Sample exactly `sampling.num_generations` completions for each prompt, in order.
 
         The seed of each completion depends on (sampling.seed, step, prompt.index, sample) alone. Neither the global
-        random state nor the policy's training mode is changed.
+        random state nor the policy's training mode is changed. Of a prompt with a `room` no more tokens are needed,
+        and others than these are not looked at; prompt and room together fit wherever a prompt of `cutoff_len` and
+        `max_new_tokens` do.
 
         Raises:
             RuntimeError: if `sync` was never called.
@@ -239,7 +292,7 @@ class Sample:
     advantage: float
     """0 where there is no total; the mean over tokens that have their own."""
     loss_mask: tuple[int, ...]
-    """[T], 1 on the tokens that the loss uses; all 0 for a completion that is left out."""
+    """[T], 1 on the tokens that the loss uses: those that were sampled; all 0 for a completion that is left out."""
     old_logprobs: "torch.Tensor | None" = None
     """[T] of the policy that sampled it: computed by the trainer, or with `rollout_ahead` by the engine. None if that
     is the policy of the step that trains on it, or if `rollout_correction` weighs the step from the one policy to the
@@ -283,7 +336,7 @@ class ModelInputs:
     position_ids: "torch.Tensor"
     """[R, N], of each token in its own sequence."""
     predictors: "torch.Tensor"
-    """[M] int, where in the flattened rows the completions' tokens are predicted, completion by completion."""
+    """[M] int, where in the flattened rows the sampled tokens are predicted, completion by completion."""
     counts: "torch.Tensor"
     """[R, N] float: in how many of the completions' sequences a token predicts another one; 0 for padding."""
     attention_mask: "torch.Tensor | None" = None
@@ -300,7 +353,8 @@ class TokenBatch:
     completion_ids: "torch.Tensor"
     """[B, T]."""
     completion_mask: "torch.Tensor"
-    """[B, T] float, 1 on the tokens of a completion, its end token included."""
+    """[B, T] float, 1 on the sampled tokens of a completion, its end token included: 0 on the results of tools, and
+    behind the completion."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -64,6 +64,8 @@ def _run_grpo(
         write_run_record(arguments.training.output_dir, run_record(arguments, prepared.state["rows"]))
     with contextlib.ExitStack() as resources:
         resources.callback(prepared.rewards.close)
+        if prepared.inputs.tool_use is not None:
+            resources.callback(prepared.inputs.tool_use.worker.close)
         run = _Run(prepared, callbacks_of, make_trainer, resources, activity)
         recoveries = Recoveries.of(arguments)
         while (request := run.attempt(recoveries.apply(arguments), recoveries)) is not None:
@@ -101,7 +103,7 @@ class _Run:
             rewards.model = load_reward_model(arguments, model, template, tokenizer)
         if self.engine is None:
             self.activity.begin("engine")
-            self.engine = start_engine(arguments, model, tokenizer, sampling)
+            self.engine = start_engine(arguments, model, tokenizer, sampling, inputs.tool_use)
             self.resources.callback(self.engine.close)
         bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
         trainer = self.make_trainer(

@@ -204,6 +204,47 @@ def _ahead_rules() -> Iterator[Rule]:
         )
 
 
+def _uses_tools(v: SimpleNamespace) -> bool:
+    return bool(v.tools) or v.environment is not None
+
+
+def _tool_rules() -> Iterator[Rule]:
+    """What tools need, and cannot go with."""
+    for key, default in (("max_turns", 8), ("completion_limit", "total"), ("tool_timeout", 30.0)):
+        yield Rule(
+            lambda v, key=key, default=default: getattr(v, key) != default and not _uses_tools(v),  # type: ignore[misc]
+            f"`{key}: {{{key}}}` would have no effect without `tools` and `environment`: a completion then has one "
+            "turn. Leave it out, or name what the model may call.",
+        )
+    for key, is_set, reason, remedy in (
+        (
+            "rollout_ahead",
+            lambda v: v.rollout_ahead > 0,
+            "a rollout that is sampled while the update runs cannot stop for the calls of its completions",
+            "Leave it out",
+        ),
+        (
+            "structured_outputs",
+            lambda v: bool(v.structured_outputs),
+            "every turn would have to match it, those that call a tool as well",
+            "Leave it out, and score the form of the answer with the reward `regex`",
+        ),
+    ):
+        yield Rule(
+            lambda v, is_set=is_set: _uses_tools(v) and is_set(v),  # type: ignore[misc]
+            f"`{key}: {{{key}}}` cannot go with `tools` and `environment`: {reason}. {remedy}, or leave these out.",
+        )
+    yield Rule(
+        lambda v: v.environment is None and "environment" in _names(v.reward_funcs),
+        "`reward_funcs: {reward_funcs}` asks for the reward of an environment, and none is given. Write `environment: "
+        "path/file.py:Class`, or leave `environment` out of `reward_funcs`.",
+    )
+
+
+def _names(value: Any) -> list[str]:
+    return [name.strip() for name in (value.split(",") if isinstance(value, str) else value or ())]
+
+
 def _token_advantage_rules() -> Iterator[Rule]:
     """An advantage for each token has no place where a completion has one loss, or one weight."""
     whole = [
@@ -271,6 +312,7 @@ RULES = (
         "`covariance_control: clip_cov`.",
     ),
     *_ahead_rules(),
+    *_tool_rules(),
     *_tokenwise_rules(),
     *_zero_advantage_rules(),
 )

@@ -37,7 +37,7 @@ GROUPS = tuple(dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fiel
 SECTIONS = (BASICS, *GROUPS)
 _INITIAL_VALUES = MappingProxyType({"log_completions": True})
 """Values of the form that differ from the defaults of a run: the run view needs `log_completions`."""
-_LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, REWARD_MODEL)})
+_LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, REWARD_MODEL), "tools": ()})
 """Comma-separated keys that the form shows as a multi-select, with its choices."""
 
 

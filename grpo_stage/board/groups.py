@@ -34,7 +34,7 @@ def group_of(group: Group, records: Sequence[Mapping[str, Any]], num_steps: int)
 def _completion(record: Mapping[str, Any]) -> dict[str, Any]:
     text = _clean(record["completion"])
     return {
-        "parts": _shortened(segments(text)),
+        "parts": _shortened(_parts(record)),
         "num_characters": len(text) if len(text) > MAX_CHARACTERS else None,
         "rewards": {str(name): _finite(value) for name, value in record["rewards"].items()},
         "reward": _finite(record["reward"]),
@@ -45,6 +45,24 @@ def _completion(record: Mapping[str, Any]) -> dict[str, Any]:
         "is_match": record["is_match"],
         "place": record["place"],
     }
+
+
+def _parts(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(kind, text) of what is shown apart; with tools turn by turn."""
+    turns = record.get("turns")
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns) or not turns:
+        return segments(_clean(record["completion"]))
+    parts: list[tuple[str, str]] = []
+    for turn in turns:
+        text = _clean(str(turn.get("text", "")))
+        if turn.get("role") == "tool":
+            parts.append(("tool", text))
+        else:
+            # In a format without tags a turn that calls tools is shown whole as a call.
+            own = segments(text)
+            calls = turn.get("num_calls") and not any(kind == "call" for kind, _ in own)
+            parts += [("call" if calls and kind == "text" else kind, part) for kind, part in own]
+    return parts
 
 
 def _shortened(parts: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -68,7 +86,7 @@ def text_of(completions: CompletionGroups, step: int, prompt: int, place: int) -
     group = completions.at(step, prompt)
     for record in completions.records(group) if group else ():
         if record["place"] == place:
-            return {"parts": segments(_clean(record["completion"]))}
+            return {"parts": _parts(record)}
     raise ValueError(f"The completion of step {step} is no longer there: the file was replaced.")
 
 

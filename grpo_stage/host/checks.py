@@ -4,6 +4,7 @@
 reads the model's config and a checkpoint's state file.
 """
 
+import json
 import math
 from collections.abc import Collection
 from types import MappingProxyType, SimpleNamespace
@@ -24,6 +25,7 @@ from grpo_stage.host.coercion import did_you_mean
 from grpo_stage.host.dataset_files import check_descriptions
 from grpo_stage.host.distribution import check_distribution
 from grpo_stage.host.evaluation_rules import EVALUATION_RULES, check_best_metric
+from grpo_stage.host.generated_datasets import check_tasks, is_generated
 from grpo_stage.host.idle_keys import IDLE_KEYS
 from grpo_stage.host.model_config_checks import check_model_config, check_reward_model_config
 from grpo_stage.host.model_files import config_of
@@ -142,7 +144,16 @@ def _check_names(values: SimpleNamespace) -> None:
 
 def _check_datasets(values: SimpleNamespace) -> None:
     keys = [(key, name) for key in ("dataset", "eval_dataset") for name in items(getattr(values, key))]
-    check_descriptions(keys, values.dataset_dir)
+    kwargs = values.dataset_kwargs or {}
+    if isinstance(kwargs, str):
+        try:
+            kwargs = json.loads(kwargs)
+        except json.JSONDecodeError:
+            return  # refused by `GRPOArguments`
+    check_tasks(keys, kwargs)
+    described = [(key, name) for key, name in keys if not is_generated(name)]
+    if described or not keys:
+        check_descriptions(described, values.dataset_dir)
 
 
 def _check_monitors(values: SimpleNamespace) -> None:

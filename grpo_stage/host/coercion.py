@@ -17,7 +17,7 @@ _LISTS = frozenset(
     (
         *("dataset", "eval_dataset", "interleave_probs"),
         *("lora_target", "oft_target", "additional_target", "freeze_trainable_modules", "freeze_extra_modules"),
-        *("galore_target", "apollo_target", "reward_funcs", "reward_weights"),
+        *("galore_target", "apollo_target", "reward_funcs", "reward_weights", "tools"),
     )
 )
 # The host takes no list for these keys, so an item cannot contain a comma.

@@ -8,11 +8,12 @@ a row is one JSON string, so that datasets with different columns can be mixed.
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
 from decimal import Decimal
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,6 +26,7 @@ from llamafactory.data.processor.processor_utils import DatasetProcessor
 
 from grpo_stage import __version__
 from grpo_stage.host.dataset_files import check_files, defect_of
+from grpo_stage.host.generated_datasets import generated, is_generated
 from grpo_stage.host.log import get_logger
 from grpo_stage.rollout.prompts import PromptSet, build_prompts
 from grpo_stage.types import Prompt
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizer, ProcessorMixin, Seq2SeqTrainingArguments
 
     from grpo_stage.arguments import GRPOArguments
+    from grpo_stage.host.tool_use import ToolUse
 
 
 logger = get_logger(__name__)
@@ -70,8 +73,11 @@ def load_prompts(
     data_args: "DataArguments",
     training_args: "Seq2SeqTrainingArguments",
     finetuning_args: "GRPOArguments",
+    tool_use: "ToolUse | None" = None,
 ) -> PromptData:
     """Load the run's datasets as the host does, and encode their prompts with its template.
+
+    With tools, prompts tell of them; with an environment, each ends with what `reset` says of its row.
 
     Raises:
         ValueError: if there is no dataset, a row cannot be a prompt, or no row is left.
@@ -82,7 +88,12 @@ def load_prompts(
     data_args = copy.copy(data_args)
     data_args.eval_on_each_dataset = True  # otherwise the host merges them, and a prompt's dataset is unknown
     reward_columns = cast(dict[str, str], finetuning_args.reward_columns or {})
-    with _prompt_pipeline(finetuning_args.reference_column, reward_columns):
+    tools = "" if tool_use is None else tool_use.text
+    dataset_kwargs = cast(dict[str, Any], finetuning_args.dataset_kwargs or {})
+    with (
+        _prompt_pipeline(finetuning_args.reference_column, reward_columns, tools),
+        generated(data_args, dataset_kwargs, training_args.seed) as data_args,
+    ):
         try:
             datasets = loader.get_dataset(
                 template, model_args, data_args, training_args, stage="ppo", tokenizer=tokenizer, processor=processor
@@ -104,15 +115,32 @@ def load_prompts(
     if not isinstance(held_out, dict):  # the prompts that `val_size` splits off
         held_out = {None: held_out}
     cutoff_len, overlong = data_args.cutoff_len, finetuning_args.overlong_prompts
-    train = build_prompts(datasets["train_dataset"][ROW], cutoff_len, overlong)
+    records: Callable[[Any], Iterable[str]] = list
+    if tool_use is not None and tool_use.settings.has_environment:
+        encoder = PromptProcessor(template, tokenizer, processor, data_args, None, {}, tools)
+        records = partial(_with_first_texts, encoder=encoder, tool_use=tool_use)
+    train = build_prompts(records(datasets["train_dataset"][ROW]), cutoff_len, overlong)
     _report_rows(train, "training", cutoff_len, overlong)
     evaluation: list[Prompt] = []
     for name, dataset in held_out.items():
-        prompt_set = build_prompts(dataset[ROW], cutoff_len, overlong, dataset=name, first_index=len(evaluation))
+        rows = records(dataset[ROW])
+        prompt_set = build_prompts(rows, cutoff_len, overlong, dataset=name, first_index=len(evaluation))
         _report_rows(prompt_set, f"evaluation ({name})" if name else "evaluation", cutoff_len, overlong)
         evaluation += prompt_set.prompts
     _check_reward_columns(reward_columns, [*train.prompts, *evaluation])
     return PromptData(train=train.prompts, evaluation=evaluation)
+
+
+def _with_first_texts(records: Iterable[str], encoder: "PromptProcessor", tool_use: "ToolUse") -> list[str]:
+    """The records with the text that `reset` of the environment has for each row at the end of its prompt."""
+    rows = [json.loads(record) for record in records]
+    texts = tool_use.first_texts([row["columns"] for row in rows if row is not None])
+    for row in rows:
+        if row is not None and (text := next(texts)):
+            *before, last = row["messages"]
+            row["messages"] = [*before, {**last, "content": last["content"] + text}]
+            row["token_ids"] = encoder.encode_messages(row["messages"])
+    return [json.dumps(row, ensure_ascii=False) for row in rows]
 
 
 def _defect(data_args: "DataArguments") -> str | None:
@@ -122,7 +150,9 @@ def _defect(data_args: "DataArguments") -> str | None:
 
 
 def _named(data_args: "DataArguments") -> list[tuple[str, str]]:
-    return [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
+    """The datasets that have files of their own, with their keys."""
+    named = [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
+    return [(key, name) for key, name in named if not is_generated(name)]
 
 
 def _check_split(dataset: Any, val_size: float) -> None:
@@ -138,7 +168,9 @@ def _check_split(dataset: Any, val_size: float) -> None:
 
 
 @contextmanager
-def _prompt_pipeline(reference_column: str | None, reward_columns: Mapping[str, str]) -> Iterator[None]:
+def _prompt_pipeline(
+    reference_column: str | None, reward_columns: Mapping[str, str], tools: str = ""
+) -> Iterator[None]:
     """Let the host's loader use our converter and processor."""
     host_get_converter, host_get_processor = converter.get_dataset_converter, loader._get_dataset_processor
     host_split = loader.split_dataset
@@ -154,7 +186,8 @@ def _prompt_pipeline(reference_column: str | None, reward_columns: Mapping[str, 
         processor: "ProcessorMixin | None",
         do_generate: bool = False,
     ) -> PromptProcessor:
-        return PromptProcessor(template, tokenizer, processor, data_args, reference_column, dict(reward_columns))
+        columns = dict(reward_columns)
+        return PromptProcessor(template, tokenizer, processor, data_args, reference_column, columns, tools)
 
     def split(dataset: Any, eval_dataset: Any, data_args: "DataArguments", seed: int) -> Any:
         if dataset is not None and data_args.val_size > 1e-6:  # as the host does
@@ -261,6 +294,8 @@ class PromptProcessor(DatasetProcessor):
 
     reference_column: str | None
     reward_columns: dict[str, str]
+    tools: str = ""
+    """Of the run, as the host takes them: what every prompt tells of."""
     version: str = field(default=__version__)
     """As in `PromptConverter`."""
 
@@ -286,7 +321,13 @@ class PromptProcessor(DatasetProcessor):
                     f"A message's content must be text, got {_excerpt(message['content'])} in the row "
                     f"{_excerpt(row['columns'])}. Prompts with images, videos or audios are not supported yet."
                 )
-        token_ids = self._encode(prompt, system, row["tools"])
+        if self.tools and row["tools"].strip() not in ("", "[]"):
+            raise ValueError(
+                "A row has tools of its own, and the run has `tools` or an `environment`: the model would be told of "
+                "tools that nobody can call. Leave `tools` out of the `columns` of the dataset in dataset_info.json. "
+                f"The row: {_excerpt(row['columns'])}"
+            )
+        token_ids = self._encode(prompt, system, self.tools or row["tools"])
         if not token_ids or not prompt[-1]["content"].strip():
             raise ValueError(
                 f"The prompt of this row is empty: {_excerpt(row['columns'])}. Remove the row, or name the columns "
@@ -298,6 +339,12 @@ class PromptProcessor(DatasetProcessor):
             "reference": self._reference(row),
             "columns": row["columns"] | self._reward_columns(row["columns"]),
         }
+
+    def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
+        """The prompt of a conversation whose first message may be the system's, with the tools of the run."""
+        has_system = messages[0]["role"] == Role.SYSTEM.value
+        system = messages[0]["content"] if has_system else ""
+        return self._encode(messages[1:] if has_system else messages, system, self.tools)
 
     def _encode(self, prompt: list[dict[str, str]], system: str, tools: str) -> list[int]:
         plugin = self.template.mm_plugin

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_stage.host import facade
 from grpo_stage.host.precision import autocast_dtype, compute_dtype
 from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.host.tool_use import ToolUse
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.types import RolloutEngine, SamplingSettings
@@ -17,9 +18,13 @@ logger = facade.get_logger(__name__)
 
 
 def start_engine(
-    arguments: RunArguments, model: Any, tokenizer: PreTrainedTokenizerBase, sampling: SamplingSettings
+    arguments: RunArguments,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: SamplingSettings,
+    tool_use: ToolUse | None = None,
 ) -> RolloutEngine:
-    """Start the engine that `rollout_backend` names."""
+    """Start the engine that `rollout_backend` names; with tools its completions call them."""
     request = EngineRequest(
         policy=model,
         tokenizer=tokenizer,
@@ -35,7 +40,8 @@ def start_engine(
         announce=logger.info_rank0,
         warn=logger.warning_rank0,
     )
-    return ENGINES[arguments.finetuning.rollout_backend].build(request)
+    engine = ENGINES[arguments.finetuning.rollout_backend].build(request)
+    return engine if tool_use is None else tool_use.around(engine)
 
 
 def changes_to_files(arguments: RunArguments, model: Any) -> tuple[str, ...]:

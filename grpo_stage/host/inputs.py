@@ -14,6 +14,7 @@ from grpo_stage.host.model_checks import refuse_tied_adapters, refuse_unknown_to
 from grpo_stage.host.other_model_checks import check_other_models
 from grpo_stage.host.recipe import check_resume, recipe_of, training_record
 from grpo_stage.host.run_arguments import RunArguments
+from grpo_stage.host.tool_use import ToolUse, load_tool_use
 from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.rollout.engines.table import ENGINES
@@ -32,6 +33,8 @@ class RunInputs:
     """None for a text-only model."""
     template: Any
     prompts: PromptData
+    tool_use: ToolUse | None = None
+    """Its `worker` is to be closed."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def prepare(arguments: RunArguments) -> Preparation:
     with apart():
         if finetuning_args.answer_balance > 0:
             _refuse_unanswered(prompts.train, finetuning_args.answer_balance)
-    record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, rewards.code)
+    code = rewards.code | dict(inputs.tool_use.tools.code if inputs.tool_use is not None else {})
+    record = training_record(prompts.train, prompts.evaluation, arguments.data.eval_dataset, code)
     with apart():
         if training_args.resume_from_checkpoint:
             check_resume(arguments, record, len(prompts.train))
@@ -112,8 +116,16 @@ def load_inputs(arguments: RunArguments) -> RunInputs:
     refuse_unloadable(arguments)
     refuse_tied_adapters(arguments)
     check_other_models(arguments, template, tokenizer)
+    tool_use = load_tool_use(arguments, template, tokenizer)
     prompts = load_prompts(
-        template, tokenizer, processor, arguments.model, arguments.data, arguments.training, arguments.finetuning
+        template,
+        tokenizer,
+        processor,
+        arguments.model,
+        arguments.data,
+        arguments.training,
+        arguments.finetuning,
+        tool_use,
     )
     finetuning_args = arguments.finetuning
     is_scored_on_policy = finetuning_args.reward_model is not None and finetuning_args.reward_model_type == "lora"
@@ -121,6 +133,9 @@ def load_inputs(arguments: RunArguments) -> RunInputs:
         arguments,
         tokenizer,
         [*prompts.train, *prompts.evaluation],
-        facade.closing_tokens(template, tokenizer) if is_scored_on_policy else (),
+        (
+            *(facade.closing_tokens(template, tokenizer) if is_scored_on_policy else ()),
+            *(tool_use.turns.example if tool_use is not None else ()),
+        ),
     )
-    return RunInputs(tokenizer, processor, template, prompts)
+    return RunInputs(tokenizer, processor, template, prompts, tool_use)

@@ -90,6 +90,8 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
             None, note="a `reward_model` reads the policy's tokens, and is trained with LLaMA-Factory's `stage: rm`"
         ),
         "num_generations_eval": TRLKey("eval_num_generations"),
+        "max_tool_calling_iterations": TRLKey("max_turns", lambda value: int(value) + 1),  # and the answer's turn
+        "environment_factory": TRLKey("environment", note="name the class as `path/file.py:Class`"),
     }
 )
 

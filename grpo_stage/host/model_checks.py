@@ -186,7 +186,7 @@ def refuse_unknown_tokens(
         arguments: those of the run.
         tokenizer: the tokenizer, extended by the template.
         prompts: all prompts of the run.
-        closing: the tokens after an answer, for a reward model on the policy's base.
+        closing: the tokens after an answer, for a reward model on the policy's base, and those of a tool's result.
 
     Raises:
         ValueError: naming the tokens, the model's number of embeddings, and the remedy.

@@ -23,10 +23,11 @@ from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.algorithm.conditions import applies
 from grpo_stage.algorithm.refusals import apart, stop_if_refused
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
-from grpo_stage.host.adapters import lora_rank
+from grpo_stage.host.adapters import items, lora_rank
 from grpo_stage.host.checks import refuse_impossible, refuse_unfit
 from grpo_stage.host.coercion import as_hinted
 from grpo_stage.host.configuration_file import RawArguments, stage_of
+from grpo_stage.host.generated_datasets import is_generated
 from grpo_stage.host.keys import as_written, known_keys, quoted, read
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
@@ -102,6 +103,10 @@ def check(raw: RawArguments) -> dict[str, Any]:
     written = typed(raw)
     if written.get("reward_funcs") is None and written.get("reward_model") is not None:
         written["reward_funcs"] = REWARD_MODEL  # the only reward
+    elif written.get("reward_funcs") is None and written.get("environment") is not None:
+        written["reward_funcs"] = "environment"
+    elif written.get("reward_funcs") is None and all(map(is_generated, items(written.get("dataset")) or [""])):
+        written["reward_funcs"] = "reasoning_gym"
     with apart():
         if not written.get("output_dir", True):  # if it is left out, transformers has a default
             raise ValueError(
@@ -136,6 +141,8 @@ def typed(raw: RawArguments) -> dict[str, Any]:
 def _derive(arguments: RunArguments) -> None:
     """Set the keys that follow from others, unless the user wrote them."""
     model, training, generating = arguments.model, arguments.training, arguments.generating
+    if arguments.finetuning.completion_limit == "turn":
+        generating.max_new_tokens *= arguments.finetuning.max_turns  # from here on that of a whole completion
     total_length = arguments.data.cutoff_len + generating.max_new_tokens
     model.model_max_length = total_length  # the host's value is `cutoff_len`; it drives rope scaling
     generating.top_k = max(generating.top_k, 0)  # -1 keeps all tokens as well

@@ -12,6 +12,8 @@ from llamafactory.data.parser import DATA_CONFIG
 
 from grpo_stage.host.adapters import items, may_be_hub_id
 from grpo_stage.host.dataset_files import local_files
+from grpo_stage.host.generated_datasets import is_generated
+from grpo_stage.host.recipe_code import CODE_KEYS
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.redaction import mask
 from grpo_stage.rewards.user_code import describe
@@ -49,7 +51,8 @@ def run_record(arguments: RunArguments, rows: Mapping[str, Any]) -> dict[str, An
         "datasets": {name: _dataset(name, data.dataset_dir) for name in names},
         "reward_code": [
             {"spec": code.spec, "file": str(code.file), "sha256": code.sha256, "is_installed": code.is_installed}
-            for code in describe(items(arguments.finetuning.reward_funcs), Path.cwd())
+            for key in CODE_KEYS
+            for code in describe(items(getattr(arguments.finetuning, key)), Path.cwd())
         ],
     }
 
@@ -89,6 +92,8 @@ def fingerprint(file: Path) -> str:
 
 
 def _dataset(name: str, dataset_dir: Any) -> dict[str, Any]:
+    if is_generated(name):
+        return {"description": {}, "files": {}}
     if isinstance(dataset_dir, Mapping):
         description = dataset_dir.get(name, {})
     else:

@@ -9,11 +9,14 @@ from grpo_stage.rewards.user_code import describe, is_code
 
 
 TRUSTED, BARE = "trust_remote_code", "run_code_without_sandbox"
+CODE_KEYS = ("reward_funcs", "tools", "environment")
+"""The keys whose items may name code in files."""
 
 
 def code_names(recipe: Mapping[str, Any]) -> list[str]:
-    """The parts of a recipe that run code: functions that are not built in, and the keys that let other code run."""
-    functions = [name.strip() for name in items(recipe.get("reward_funcs"))]
+    """The parts of a recipe that run code: functions that are not built in, tools, and the keys that let other code
+    run."""
+    functions = [name.strip() for key in CODE_KEYS for name in items(recipe.get(key))]
     return [*filter(is_code, functions), *(key for key in (TRUSTED, BARE) if recipe.get(key))]
 
 

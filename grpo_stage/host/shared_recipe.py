@@ -20,6 +20,7 @@ from llamafactory.data.parser import DATA_CONFIG
 
 from grpo_stage.host.adapters import items, may_be_hub_id
 from grpo_stage.host.provenance import model_files
+from grpo_stage.host.recipe_code import CODE_KEYS
 from grpo_stage.host.recipe_sections import recipe_text
 from grpo_stage.host.recipe_text import read_recipe
 from grpo_stage.records.redaction import MASK, mask, mask_text
@@ -85,11 +86,14 @@ class SharedRecipe:
         placed: dict[str, Any] = {}
         if self.recipe.get("dataset_dir") == DATA_FOLDER and (self.folder / DATA_FOLDER).is_dir():
             placed["dataset_dir"] = str((self.folder / DATA_FOLDER).resolve())
-        names = [name.strip() for name in items(self.recipe.get("reward_funcs"))]
-        if any(name.rpartition(":")[0] in self.code for name in names):
-            placed["reward_funcs"] = [
-                str((self.folder / name).resolve()) if name.rpartition(":")[0] in self.code else name for name in names
-            ]
+        for key in CODE_KEYS:
+            names = [name.strip() for name in items(self.recipe.get(key))]
+            if any(name.rpartition(":")[0] in self.code for name in names):
+                found = [
+                    str((self.folder / name).resolve()) if name.rpartition(":")[0] in self.code else name
+                    for name in names
+                ]
+                placed[key] = found[0] if key == "environment" else found
         return placed
 
 
@@ -136,8 +140,12 @@ def export(run: Path, folder: Path) -> list[str]:
         raise ValueError(f"`--output {folder}` is there already. Name a new folder.")
     record = read_run_record(run)
     code, specs, notes = _code_of(record)
-    functions = [specs.get(name.strip(), name) for name in items(record["recipe"].get("reward_funcs"))]
-    recipe, removed = without_private(record["recipe"] | ({"reward_funcs": functions} if specs else {}))
+    written: dict[str, Any] = {}
+    for key in CODE_KEYS if specs else ():
+        names = [specs.get(name.strip(), name) for name in items(record["recipe"].get(key))]
+        if names or key == "reward_funcs":
+            written[key] = names[0] if key == "environment" else names
+    recipe, removed = without_private(record["recipe"] | written)
     notes += removed
     descriptions = _descriptions(record)
     place = recipe.get("dataset_dir")

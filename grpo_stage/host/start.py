@@ -44,6 +44,6 @@ def started_policy(
     )
     if arguments.finetuning.reward_model is not None:
         rewards.model = load_reward_model(arguments, model, inputs.template, inputs.tokenizer)
-    with contextlib.closing(start_engine(arguments, model, inputs.tokenizer, sampling)) as engine:
+    with contextlib.closing(start_engine(arguments, model, inputs.tokenizer, sampling, inputs.tool_use)) as engine:
         engine.sync(model, version=0)
         yield StartedPolicy(model, engine, sampling)

@@ -157,10 +157,14 @@ def beginnings(groups: Sequence[RolloutGroup], count: int) -> tuple[RolloutGroup
 
 
 def _beginning(completion: Completion) -> Completion:
-    """The first tokens, without the completion's last one: the engine needs room for one more token."""
-    count = min(_TOKENS_A_SEQUENCE, len(completion.token_ids) - 1)
+    """The first tokens, without the last one of the first turn: the engine needs room for one more token."""
+    first_turn = completion.turns[0].num_tokens if completion.turns else len(completion.token_ids)
+    count = min(_TOKENS_A_SEQUENCE, first_turn - 1)
     return dataclasses.replace(
-        completion, token_ids=completion.token_ids[:count], sampling_logprobs=completion.sampling_logprobs[:count]
+        completion,
+        token_ids=completion.token_ids[:count],
+        sampling_logprobs=completion.sampling_logprobs[:count],
+        turns=(),
     )
 
 

@@ -102,7 +102,9 @@ class LanguageMixing(Monitor):
             prompt = scored.group.prompt
             contexts = (*(message["content"] for message in prompt.messages), prompt.reference or "")
             for completion in scored.group.completions:
-                metrics.add(MIXED, float(is_mixed(completion.text, *contexts)))
+                written = "\n".join(turn.text for turn in completion.turns if turn.is_sampled) or completion.text
+                results = [turn.text for turn in completion.turns if not turn.is_sampled]  # what it may quote
+                metrics.add(MIXED, float(is_mixed(written, *contexts, *results)))
 
 
 class MixedLanguages(Watch):

@@ -59,7 +59,7 @@ class AnswerDiversity(Monitor):
             if right is None:
                 continue
             completions = scored.group.completions[: max(1, MOST_COMPLETIONS // len(groups))]
-            votes = Counter(voted_answer(completion.text) for completion in completions)
+            votes = Counter(voted_answer(completion.final_turn) for completion in completions)
             own.append(
                 (
                     {_short(answer): n / len(completions) for answer, n in votes.items() if answer is not None},

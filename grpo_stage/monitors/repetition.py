@@ -56,10 +56,10 @@ class Repetition(Monitor):
     def after_scoring(self, groups: Sequence[ScoredGroup], version: int, metrics: MetricTracker) -> None:
         for scored in groups:
             for completion in scored.group.completions:
-                if (repeated := repeated_frac(completion.token_ids)) is not None:
+                if (repeated := repeated_frac(completion.sampled_ids)) is not None:
                     metrics.add(REPEATED, repeated)
                 is_cut = completion.finish_reason is FinishReason.LENGTH
-                metrics.add(LOOPED, float(is_cut and ends_in_loop(completion.token_ids)))
+                metrics.add(LOOPED, float(is_cut and ends_in_loop(completion.sampled_ids)))
 
 
 class Repetitions(Watch):

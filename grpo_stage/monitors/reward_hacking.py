@@ -45,7 +45,7 @@ class PaidCompletions(Monitor):
                 for completion, total in zip(scored.group.completions, scored.total_rewards, strict=True)
                 if total is not None
             ]
-            lengths, totals_of_group = [len(completion.token_ids) for completion, _ in pairs], [t for _, t in pairs]
+            lengths, totals_of_group = [completion.num_sampled for completion, _ in pairs], [t for _, t in pairs]
             if len(set(lengths)) > 1 and len(set(totals_of_group)) > 1:
                 metrics.add(LENGTH_CORRELATION, correlation(lengths, totals_of_group))
             reference = scored.group.prompt.reference

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from grpo_stage.distributed import all_gather
 from grpo_stage.records.line_log import LineLog
-from grpo_stage.types import Sample
+from grpo_stage.types import Completion, Sample
 
 
 COMPLETIONS_FILE = "completions.jsonl"
@@ -50,11 +50,12 @@ class CompletionsLog:
             "prompt_index": sample.prompt.index,
             "prompt": sample.prompt.text,
             "completion": sample.completion.text,
+            **({"turns": _turns(sample.completion)} if sample.completion.turns else {}),
             "reference": sample.prompt.reference,
             "rewards": dict(zip(self._reward_names, sample.rewards, strict=True)),
             "reward": sample.total_reward,
             "advantage": sample.advantage,
-            "num_tokens": len(sample.completion.token_ids),
+            "num_tokens": sample.completion.num_sampled,
             "finish_reason": sample.completion.finish_reason.value,
             "policy_version": sample.policy_version,
         }
@@ -80,6 +81,21 @@ class CompletionsLog:
                 _number(record["advantage"]),
             )
         Console().print(table)
+
+
+def _turns(completion: Completion) -> list[dict[str, Any]]:
+    """The turns for a reader: what is not told of a turn is 0 or does not apply."""
+    return [
+        {
+            "role": "assistant" if turn.is_sampled else "tool",
+            "text": turn.text,
+            "num_tokens": turn.num_tokens,
+            **({"num_calls": turn.num_calls} if turn.num_calls else {}),
+            **({"num_errors": turn.num_errors} if turn.num_errors else {}),
+            **({"is_cut": True} if turn.is_cut else {}),
+        }
+        for turn in completion.turns
+    ]
 
 
 def _shortened(text: str, limit: int = 300) -> str:

@@ -83,7 +83,7 @@ TRAINING: tuple[Definition, ...] = (
     ),
     Definition(
         ("completions/mean_length", "completions/min_length", "completions/max_length"),
-        "tokens of a completion, its end token included",
+        "tokens of a completion, its end token included; with tools those that the model wrote",
     ),
     Definition(
         (
@@ -95,7 +95,28 @@ TRAINING: tuple[Definition, ...] = (
     ),
     Definition(
         ("completions/clipped_ratio",),
-        "share that reached `max_new_tokens`",
+        "share that reached `max_new_tokens`, or had no room left for the results of its tools",
+    ),
+    Definition(
+        ("completions/mean_turns",),
+        "turns of the model in a completion; this and the next ones only with `tools` or `environment`",
+    ),
+    Definition(
+        ("tools/call_frequency",),
+        "calls that were answered, mean over completions",
+    ),
+    Definition(
+        ("tools/failure_frequency",),
+        "share of these calls whose answer is the text of an error: an unknown tool, arguments that are no JSON "
+        "object, an exception, a call that took longer than `tool_timeout`",
+    ),
+    Definition(
+        ("tools/cut_frequency",),
+        "share of the turns of tools in which results were [cut](tools.md#room)",
+    ),
+    Definition(
+        ("tools/unanswered_frac",),
+        "share of completions that end with a call: `max_turns` or the room was used up",
     ),
     Definition(
         (
@@ -251,8 +272,8 @@ TRAINING: tuple[Definition, ...] = (
     ),
     Definition(
         ("rollout_tokens_per_second",),
-        "completion tokens of all processes over the seconds of the rollout; with `rollout_ahead` over those that the "
-        "engine took",
+        "sampled tokens of all processes over the seconds of the rollout, calls of tools included; with "
+        "`rollout_ahead` over those that the engine took",
     ),
     Definition(
         ("update_tokens_per_second",),

@@ -80,7 +80,7 @@ def record_evaluation(
     for scored in groups:
         completions = scored.group.completions
         record_completions(tracker, completions)
-        answers = [voted_answer(completion.text) for completion in completions]
+        answers = [voted_answer(completion.final_turn) for completion in completions]
         applied = [total for total in scored.total_rewards if total is not None]
         for prefix in ("", f"{scored.group.prompt.dataset}_") if by_dataset else ("",):
             tracker.add(f"{prefix}reward", sum(applied), len(applied))

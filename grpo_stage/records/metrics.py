@@ -100,9 +100,14 @@ def record_rollout(
     rewards/{function}/std                  mean over rollouts of the sample standard deviation over the same, on all
                                             ranks
     rewards/{function}/frac_not_applicable  share of completions for which the function returned None
-    completions/mean_length (min, max)      tokens, the end token included
+    completions/mean_length (min, max)      tokens that were sampled, the end token included
     completions/mean_terminated_length      the same over those that ended by themselves (min, max)
     completions/clipped_ratio               share that reached `max_new_tokens`
+    completions/mean_turns                  turns of the policy; this and the next ones only with tools
+    tools/call_frequency                    calls that were run, mean over completions
+    tools/failure_frequency                 share of these calls that were answered by an error
+    tools/cut_frequency                     share of the turns with results in which these were cut
+    tools/unanswered_frac                   share of completions that end with calls: no turn or no room was left
     ======================================  ==========================================================================
     """
     for scored in groups:
@@ -127,7 +132,7 @@ def record_rollout(
 def record_completions(tracker: MetricTracker, completions: Sequence[Completion]) -> None:
     """The `completions/...` metrics of a rollout."""
     for completion in completions:
-        length = len(completion.token_ids)
+        length = completion.num_sampled
         truncated = completion.finish_reason is FinishReason.LENGTH
         tracker.add("completions/mean_length", length)
         tracker.lowest("completions/min_length", length)
@@ -137,3 +142,11 @@ def record_completions(tracker: MetricTracker, completions: Sequence[Completion]
             tracker.add("completions/mean_terminated_length", length)
             tracker.lowest("completions/min_terminated_length", length)
             tracker.highest("completions/max_terminated_length", length)
+        if completion.turns:
+            results = [turn for turn in completion.turns if not turn.is_sampled]
+            num_calls = sum(turn.num_calls for turn in results)
+            tracker.add("completions/mean_turns", len(completion.turns) - len(results))
+            tracker.add("tools/call_frequency", num_calls)
+            tracker.add("tools/failure_frequency", sum(turn.num_errors for turn in results), num_calls)
+            tracker.add("tools/cut_frequency", sum(turn.is_cut for turn in results), len(results))
+            tracker.add("tools/unanswered_frac", float(completion.turns[-1].num_calls > 0))

@@ -14,7 +14,8 @@ NOT_SUPPLIED: Mapping[str, str] = MappingProxyType(
         "completions.jsonl with every reward. Leave it out, or give it a default (`log_extra=None`) and test for it",
         "log_metric": "TRL's way to log a number: each function's mean and deviation are logged here, and a function "
         "of weight 0 is only logged. Leave it out, or give it a default (`log_metric=None`) and test for it",
-        "environments": "TRL's environments, which `stage: grpo` does not have. Leave it out",
+        "environments": "TRL's environments, which run in processes of their own here: take `environment_rewards`, "
+        "which their `get_reward` returned, or `messages`, which has their results",
         "solution_str": "verl's name for one completion: a function here gets all of them, as the list `completions`, "
         "and returns a list. Write one that calls yours for each",
     }

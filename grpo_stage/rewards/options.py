@@ -15,7 +15,10 @@ from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 REWARD_MODEL = "reward_model"
 """The name in `reward_funcs` of the model that the key `reward_model` names."""
-BATCH_ARGUMENTS = ("prompts", "completions", "completion_ids", "messages", "references", "trainer_state")
+BATCH_ARGUMENTS = (
+    *("prompts", "completions", "completion_ids", "messages", "references", "trainer_state"),
+    *("final_turns", "environment_rewards"),
+)
 """What every reward function can take, beside the columns of the dataset."""
 REWARD_COLUMNS_EXAMPLE = '{"ground_truth": "reward_model.ground_truth"}'
 LARGEST_WEIGHT = 1e9

@@ -41,6 +41,8 @@ BUILTIN_REWARDS: Mapping[str, BuiltinReward] = MappingProxyType(
         "overlong": BuiltinReward("shaping.overlong"),
         "repetition": BuiltinReward("shaping.repetition"),
         "regex": BuiltinReward("structure.regex", may_never_end=True),  # a pattern can backtrack for hours
+        "environment": BuiltinReward("environment.environment"),
+        "reasoning_gym": BuiltinReward("reasoning.reasoning_gym", may_never_end=True),
     }
 )
 

@@ -13,7 +13,7 @@ from grpo_stage.rewards.options import REWARD_MODEL
 from grpo_stage.rewards.workers.event_loop import EventLoop
 from grpo_stage.rewards.workers.function_worker import FunctionWorker
 from grpo_stage.rewards.workers.seeds import batch_seed
-from grpo_stage.types import Prompt, Reward, RolloutGroup, TrainingProgress
+from grpo_stage.types import Completion, Prompt, Reward, RolloutGroup, TrainingProgress
 
 
 MAX_MAGNITUDE = 1e15
@@ -154,9 +154,20 @@ def _flatten(groups: Sequence[RolloutGroup], columns: Iterable[str]) -> dict[str
         "prompts": [prompt.text for prompt, _ in rows],
         "completions": [completion.text for _, completion in rows],
         "completion_ids": [list(completion.token_ids) for _, completion in rows],
-        "messages": [[dict(message) for message in prompt.messages] for prompt, _ in rows],
+        "messages": [
+            [dict(message) for message in (*prompt.messages, *_messages_of(completion))] for prompt, completion in rows
+        ],
+        "final_turns": [completion.final_turn for _, completion in rows],
+        "environment_rewards": [completion.environment_reward for _, completion in rows],
         "references": [prompt.reference for prompt, _ in rows],
     }
+
+
+def _messages_of(completion: Completion) -> list[dict[str, str]]:
+    """With tools, those of its turns."""
+    return [
+        {"role": "assistant" if turn.is_sampled else "observation", "content": turn.text} for turn in completion.turns
+    ]
 
 
 def _error(name: str, failure: CompletionError, batch: Mapping[str, Any]) -> RewardError:

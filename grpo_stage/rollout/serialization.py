@@ -1,11 +1,12 @@
 """Groups and samples for JSON, exact: floats survive, and a prompt is kept as its index in the dataset."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, Sample, ScoredGroup, Step
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, Sample, ScoredGroup, Step, Turn
 
 
 def step_state(step: Step) -> dict[str, Any]:
@@ -104,11 +105,16 @@ def _load_sample(state: dict[str, Any], prompts: Sequence[Prompt]) -> Sample:
 
 
 def _completion_state(completion: Completion) -> dict[str, Any]:
+    of_tools = {
+        "turns": [dataclasses.asdict(turn) for turn in completion.turns],
+        "environment_reward": completion.environment_reward,
+    }
     return {
         "token_ids": completion.token_ids,
         "sampling_logprobs": completion.sampling_logprobs,
         "finish_reason": completion.finish_reason,
         "text": completion.text,
+        **(of_tools if completion.turns else {}),
     }
 
 
@@ -118,4 +124,6 @@ def _load_completion(state: dict[str, Any]) -> Completion:
         sampling_logprobs=tuple(state["sampling_logprobs"]),
         finish_reason=FinishReason(state["finish_reason"]),
         text=state["text"],
+        turns=tuple(Turn(**turn) for turn in state.get("turns", ())),
+        environment_reward=state.get("environment_reward"),
     )

@@ -1,6 +1,6 @@
 """Completions -> micro-batches under a token budget, with every token's weight in the step's loss.
 
-B completions in a micro-batch    T completion tokens    M completion tokens of a micro-batch, without padding
+B completions in a micro-batch    T completion tokens    M sampled tokens of a micro-batch, without padding
 R rows of N tokens, as a layout places a micro-batch
 """
 
@@ -99,6 +99,8 @@ class Layout(ABC):
             length = len(each.completion.token_ids)
             completion_ids[row, :length] = torch.tensor(each.completion.token_ids)
             completion_mask[row, :length] = 1
+            if each.completion.turns:
+                completion_mask[row, :length] = torch.tensor(each.completion.sampled_mask, dtype=torch.float)
         return TokenBatch(
             inputs=self.inputs(sequences),
             completion_ids=completion_ids.to(self._device),
@@ -203,7 +205,7 @@ class PaddedLayout(Layout):
             counts[row, start : start + len(token_ids) - 1] = 1
             # What is predicted at a position is the next token.
             first = row * length + longest_prompt - 1
-            predictors.append(torch.arange(first, first + len(each.completion.token_ids)))
+            predictors.append(_of_sampled(torch.arange(first, first + len(each.completion.token_ids)), each))
         return ModelInputs(
             input_ids=input_ids.to(self._device),
             position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0).to(self._device),
@@ -259,7 +261,8 @@ class SharedPromptLayout(Layout):
             for position in positions:
                 fed = sequences[position].completion.token_ids[:-1]
                 lengths.append(len(fed))
-                predictors[position] = torch.cat([end_of_prompt, len(input_ids) + torch.arange(len(fed))])
+                of_all = torch.cat([end_of_prompt, len(input_ids) + torch.arange(len(fed))])
+                predictors[position] = _of_sampled(of_all, sequences[position])
                 input_ids += fed
                 position_ids.append(len(prompt) + torch.arange(len(fed)))
                 counts.append(torch.ones(len(fed)))
@@ -271,6 +274,12 @@ class SharedPromptLayout(Layout):
             counts=torch.cat(counts).unsqueeze(0).to(self._device),
             shared_prompts=SharedPrompts(families, self._device),
         )
+
+
+def _of_sampled(predictors: torch.Tensor, sequence: Sequenced) -> torch.Tensor:
+    """Those of a completion's [T] predictors that predict a sampled token: the others never reach the output layer."""
+    completion = sequence.completion
+    return predictors[torch.tensor(completion.sampled_mask, dtype=torch.bool)] if completion.turns else predictors
 
 
 def _families(sequences: Sequence[Sequenced]) -> list[list[int]]:

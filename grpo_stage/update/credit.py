@@ -15,7 +15,7 @@ from grpo_stage.types import FinishReason, Sample, ScoredGroup
 
 
 Row = tuple[list[float], list[list[float]], list[int], list[float] | None]
-"""Totals [G], parts [G][F], lengths [G] and the greedy completion's parts [F] of a group."""
+"""Totals [G], parts [G][F], numbers of sampled tokens [G] and the greedy completion's parts [F] of a group."""
 
 
 class Credit:
@@ -76,12 +76,15 @@ class Credit:
     def _of_tokens(self, group: ScoredGroup, row: Row) -> tuple[Sample, ...]:
         """The estimator compares within the group alone."""
         assert group.energies is not None
-        energies = pad_sequence([each.double() for each in group.energies], batch_first=True).unsqueeze(0)  # [1, G, T]
+        masks = [torch.tensor(each.sampled_mask, dtype=torch.bool) for each in group.group.completions]  # [G] of [T]
+        sampled = [each[mask].double() for each, mask in zip(group.energies, masks, strict=True)]
+        energies = pad_sequence(sampled, batch_first=True).unsqueeze(0)  # [1, G, sampled]
         table = dataclasses.replace(_table([row], self._weights), energies=energies)
-        of_group = self._estimate(table, self._scale_rewards)[0] * self._weight(group)  # [G, T]
+        of_group = self._estimate(table, self._scale_rewards)[0] * self._weight(group)  # [G, sampled]
         own = [values[:length].float() for values, length in zip(of_group, row[2], strict=True)]
         samples = self._samples(group, [values.mean().item() for values in own])
-        return tuple(dataclasses.replace(s, token_advantages=values) for s, values in zip(samples, own, strict=True))
+        placed = [torch.zeros(len(m)).masked_scatter(m, values) for m, values in zip(masks, own, strict=True)]
+        return tuple(dataclasses.replace(s, token_advantages=each) for s, each in zip(samples, placed, strict=True))
 
     def _weight(self, group: ScoredGroup) -> float:
         return 1.0 if self._prompt_weights is None else self._prompt_weights[group.group.prompt.index]
@@ -116,7 +119,9 @@ class Credit:
                 rewards=rewards,
                 total_reward=total,
                 advantage=advantage,
-                loss_mask=(0 if self._is_left_out(completion.finish_reason) else 1,) * len(completion.token_ids),
+                loss_mask=(0,) * len(completion.token_ids)
+                if self._is_left_out(completion.finish_reason)
+                else completion.sampled_mask,
                 old_logprobs=old,
                 ref_logprobs=ref,
             )
@@ -146,7 +151,7 @@ def _row(scored: ScoredGroup) -> Row:
     return (
         [_number(total) for total in scored.total_rewards],
         [[_number(reward) for reward in row] for row in scored.rewards],
-        [len(completion.token_ids) for completion in scored.group.completions],
+        [completion.num_sampled for completion in scored.group.completions],
         None if scored.greedy_rewards is None else [_number(reward) for reward in scored.greedy_rewards],
     )
 

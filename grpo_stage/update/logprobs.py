@@ -1,6 +1,6 @@
 """Log-probabilities of completions under a model: with gradient for the policy, without for the rest.
 
-B completions in a micro-batch    T completion tokens    M of them in all, without padding    V vocabulary
+B completions in a micro-batch    T completion tokens    M sampled ones in all, without padding    V vocabulary
 """
 
 import inspect

@@ -44,7 +44,7 @@ def flops_of_update(model: nn.Module, sequences: Sequence[Sequenced]) -> float:
     With N the weights that a token meets (embeddings are looked up, and of experts a token meets some), forward takes
     2 N a token. Backward takes 2 a weight for the gradient of what is below it, if anything below is trained, and 2
     for its own, if it is trained: 6 N in all for a whole model, 4 N under an adapter. The output layer is met where a
-    completion's token is predicted. Attention takes 4 x heads x head size x layers for each key that a token sees, and
+    sampled token is predicted. Attention takes 4 x heads x head size x layers for each key that a token sees, and
     twice that in the backward pass; PaLM counts all keys of a sequence, and this those up to the token. A sliding
     window is not regarded.
 
@@ -54,7 +54,8 @@ def flops_of_update(model: nn.Module, sequences: Sequence[Sequenced]) -> float:
     """
     prompts = {each.prompt.token_ids for each in sequences}
     lengths = [(len(each.prompt.token_ids), len(each.completion.token_ids)) for each in sequences]
-    return token_flops(model).of_batch(map(len, prompts), lengths)
+    num_sampled = sum(each.completion.num_sampled for each in sequences)
+    return token_flops(model).of_batch(map(len, prompts), lengths, num_sampled)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +71,22 @@ class TokenFlops:
     forward: float
     """Of `body`, the forward pass."""
 
-    def of_batch(self, prompts: Iterable[int], completions: Iterable[tuple[int, int]]) -> float:
-        """Of prompts, each going through once, and completions, each with the length of the prompt that it sees."""
+    def of_batch(
+        self, prompts: Iterable[int], completions: Iterable[tuple[int, int]], num_sampled: int | None = None
+    ) -> float:
+        """Of a batch.
+
+        Args:
+            prompts: lengths; each goes through once.
+            completions: the length of the prompt that each sees, and its own.
+            num_sampled: how many of the completions' tokens the policy wrote; all by default.
+        """
         prompts, completions = list(prompts), list(completions)
+        if num_sampled is None:
+            num_sampled = sum(own for _, own in completions)
         num_tokens = sum(prompts) + sum(own - 1 for _, own in completions)  # the last one predicts nothing
         num_keys = sum(map(_pairs, prompts)) + sum((own - 1) * prompt + _pairs(own - 1) for prompt, own in completions)
-        return self.body * num_tokens + self.head * sum(own for _, own in completions) + self.key * num_keys
+        return self.body * num_tokens + self.head * num_sampled + self.key * num_keys
 
 
 def token_flops(model: nn.Module) -> TokenFlops:

@@ -198,7 +198,7 @@ def test_vllm_reads_what_it_is_asked_for(cluster):
     from vllm.entrypoints.serve.disagg.protocol import GenerateRequest
 
     asked = dataclasses.replace(SAMPLING, top_k=5, min_p=0.1, structured_outputs={"regex": "[0-9]+"})
-    request = GenerateRequest(token_ids=[1], sampling_params=sampling_arguments(asked, 2**62 + 1))
+    request = GenerateRequest(token_ids=[1], sampling_params=sampling_arguments(PROMPTS[0], asked, 2**62 + 1))
     read = request.sampling_params
     assert (read.seed, read.max_tokens, read.top_k, read.min_p) == (2**62 + 1, 12, 5, 0.1)
     assert read.structured_outputs.regex == "[0-9]+"

@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from grpo_stage.rollout.engines.hf import HFEngine, _prefilled
+from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.types import FinishReason, Prompt, RolloutEngine, RolloutGroup, SamplingSettings
 
-from .conftest import STOPS, logprob_difference, policy_logprobs, vllm_engine
+from .conftest import MAX_MODEL_LEN, STOPS, logprob_difference, policy_logprobs, vllm_engine
 
 
 @pytest.fixture(scope="module", params=["hf", "vllm"])
@@ -209,6 +210,21 @@ def test_stops_are_those_of_the_call(engine: RolloutEngine, prompts: list[Prompt
 
 def test_no_prompts_no_groups(engine: RolloutEngine, sampling: SamplingSettings) -> None:
     assert engine.generate([], sampling, step=10) == []
+
+
+def test_a_conversation_that_has_used_its_room_fits(engine: RolloutEngine, sampling: SamplingSettings) -> None:
+    """Each goes on for as many tokens as it has left, in one call with others (`rollout.episodes`)."""
+    long = Prompt(
+        index=0, token_ids=tuple(3 + i % 200 for i in range(MAX_MODEL_LEN - 3)), messages=(), reference=None, room=3
+    )
+    short = replace(long, index=1, token_ids=long.token_ids[:9], room=11)
+    settings = replace(sampling, num_generations=1, max_new_tokens=20, stop_token_ids=())
+    groups = engine.generate([long, short], settings, step=0)
+    for group, room in zip(groups, (3, 11), strict=True):
+        (completion,) = group.completions
+        assert room <= len(completion.token_ids) <= 20  # what is beyond the room is cut by whoever asked
+        if isinstance(engine, VLLMEngine):
+            assert len(completion.token_ids) == room
 
 
 def test_what_is_raised_between_two_steps_ends_the_rollout_and_leaves_nothing_of_it(

@@ -1,5 +1,6 @@
 """The built-in rewards, each on its own: values worked by hand from the docstring's formula."""
 
+import json
 import math
 import time
 from collections import Counter
@@ -388,6 +389,9 @@ def _arguments(count: int) -> Iterator[tuple[str, list[Any]]]:
     yield "completions", [WELL_FORMED] * count
     yield "references", ["7"] * count
     yield "completion_ids", tokens(*range(1, count + 1))
+    yield "environment_rewards", [0.5] * count
+    entry = {"task": "leg_counting", "settings": {"seed": 1, "size": 1}, "index": 0}
+    yield "reasoning_gym_entry", [json.dumps(entry)] * count
 
 
 @pytest.mark.parametrize("name", BUILTIN_REWARDS)

@@ -429,7 +429,7 @@ def test_these_built_ins_need_references(name: str) -> None:
         load(name).check([prompt(reference=None)])
 
 
-@pytest.mark.parametrize("name", sorted({*BUILTIN_REWARDS} - {"accuracy", "exact_match", "length"}))
+@pytest.mark.parametrize("name", sorted({*BUILTIN_REWARDS} - {"accuracy", "exact_match", "length", "reasoning_gym"}))
 def test_the_others_do_not(name: str) -> None:
     suite = load(name, regex={"pattern": "a"}) if name == "regex" else load(name)
     suite.check([prompt(reference=None)])
@@ -453,7 +453,7 @@ def test_a_column_the_dataset_lacks_is_named_with_those_it_has(own: Callable[[st
     [
         ("log_metric", "TRL's way to log a number.*`log_metric=None`"),
         ("log_extra", "TRL's way to add columns.*completions.jsonl"),
-        ("environments", "TRL's environments, which `stage: grpo` does not have"),
+        ("environments", "TRL's environments, .* take `environment_rewards`"),
         ("solution_str", "verl's name for one completion.*`completions`"),
     ],
 )

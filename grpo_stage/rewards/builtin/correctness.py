@@ -1,4 +1,7 @@
-"""Rewards that compare a completion with the reference: `accuracy` and `exact_match`."""
+"""Rewards that compare a completion with the reference: `accuracy` and `exact_match`.
+
+Of a completion with tools they read the last turn, which is the model's own: what a tool has returned is no answer.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -25,8 +28,10 @@ def accuracy(context: RewardContext, timeout: float = 5.0) -> Callable[..., list
     """
     timeout = seconds("timeout", timeout)
 
-    def score(completions: Sequence[str], references: Sequence[str]) -> list[float | None]:
-        return context.judge("accuracy", completions, references, timeout)
+    def score(
+        completions: Sequence[str], references: Sequence[str], final_turns: Sequence[str] | None = None
+    ) -> list[float | None]:
+        return context.judge("accuracy", final_turns or completions, references, timeout)
 
     return score
 
@@ -38,10 +43,12 @@ def exact_match(context: RewardContext) -> Callable[..., list[float]]:
     where there are no such tags. White space around text and reference is ignored, everything else counts.
     """
 
-    def score(completions: Sequence[str], references: Sequence[str]) -> list[float]:
+    def score(
+        completions: Sequence[str], references: Sequence[str], final_turns: Sequence[str] | None = None
+    ) -> list[float]:
         return [
             float(_tagged(completion).strip() == reference.strip())
-            for completion, reference in zip(completions, references, strict=True)
+            for completion, reference in zip(final_turns or completions, references, strict=True)
         ]
 
     return score

@@ -55,9 +55,12 @@ def length(
         return end + (start - end) * (1.0 + math.cos(math.pi * min(tokens / max_length, 1.0))) / 2.0
 
     def score(
-        completions: Sequence[str], references: Sequence[str], completion_ids: Sequence[Sequence[int]]
+        completions: Sequence[str],
+        references: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        final_turns: Sequence[str] | None = None,
     ) -> list[float | None]:
-        verdicts = context.judge("length", completions, references, timeout)
+        verdicts = context.judge("length", final_turns or completions, references, timeout)
         return [scaled(verdict, len(ids)) for verdict, ids in zip(verdicts, completion_ids, strict=True)]
 
     return score

@@ -103,6 +103,11 @@ def _settle(at_end_of_server: int) -> None:
         os._exit(1)
 
 
+def set_death_signal(number: int) -> None:
+    """Have the kernel send this process a signal when its parent ends."""
+    _prctl(PR_SET_PDEATHSIG, number)
+
+
 def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(option, value)

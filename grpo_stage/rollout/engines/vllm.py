@@ -149,7 +149,7 @@ class VLLMEngine:
             outputs = self._llm.generate(
                 [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(group_size)],
                 [
-                    _sampling_params(sampling, sample_seed(sampling.seed, step, prompt.index, sample))
+                    _sampling_params(prompt, sampling, sample_seed(sampling.seed, step, prompt.index, sample))
                     for prompt in prompts
                     for sample in range(group_size)
                 ],
@@ -297,11 +297,11 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _sampling_params(sampling: SamplingSettings, seed: int) -> Any:
+def _sampling_params(prompt: Prompt, sampling: SamplingSettings, seed: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import StructuredOutputsParams
 
-    arguments = sampling_arguments(sampling, seed)
+    arguments = sampling_arguments(prompt, sampling, seed)
     if (structured := arguments["structured_outputs"]) is not None:
         arguments["structured_outputs"] = StructuredOutputsParams(**structured)
     return SamplingParams(**arguments)

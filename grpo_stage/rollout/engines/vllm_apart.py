@@ -193,7 +193,10 @@ def device_environment(local_rank: int, num_local_ranks: int, num_devices: int, 
 
 def _bare(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts without what rewards alone look at."""
-    return [Prompt(index=each.index, token_ids=each.token_ids, messages=(), reference=None) for each in prompts]
+    return [
+        Prompt(index=each.index, token_ids=each.token_ids, messages=(), reference=None, room=each.room)
+        for each in prompts
+    ]
 
 
 def _end(process: "subprocess.Popen[bytes]", connection: Connection) -> None:

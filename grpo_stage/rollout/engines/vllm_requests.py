@@ -15,11 +15,16 @@ SCORING: Mapping[str, Any] = MappingProxyType(
 without, and thrown away."""
 
 
-def sampling_arguments(sampling: SamplingSettings, seed: int) -> dict[str, Any]:
+def most_tokens(prompt: Prompt, sampling: SamplingSettings) -> int:
+    """How many tokens a completion may have."""
+    return sampling.max_new_tokens if prompt.room is None else min(prompt.room, sampling.max_new_tokens)
+
+
+def sampling_arguments(prompt: Prompt, sampling: SamplingSettings, seed: int) -> dict[str, Any]:
     """vLLM's `SamplingParams` for one completion, but for `structured_outputs`, which is a mapping here."""
     return {
         "seed": seed,
-        "max_tokens": sampling.max_new_tokens,
+        "max_tokens": most_tokens(prompt, sampling),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
@@ -36,11 +41,11 @@ def sampling_arguments(sampling: SamplingSettings, seed: int) -> dict[str, Any]:
 def refuse_long_prompts(prompts: Sequence[Prompt], sampling: SamplingSettings, max_model_len: int) -> None:
     """Raise ValueError for a prompt whose completions have no room."""
     for prompt in prompts:
-        if len(prompt.token_ids) + sampling.max_new_tokens > max_model_len:
+        most = most_tokens(prompt, sampling)
+        if len(prompt.token_ids) + most > max_model_len:
             raise ValueError(
-                f"Prompt {prompt.index} has {len(prompt.token_ids)} tokens: with max_new_tokens "
-                f"{sampling.max_new_tokens} it passes the engine's {max_model_len}. Raise `vllm_maxlen`, or lower "
-                "`cutoff_len` or `max_new_tokens`."
+                f"Prompt {prompt.index} has {len(prompt.token_ids)} tokens: with max_new_tokens {most} it passes the "
+                f"engine's {max_model_len}. Raise `vllm_maxlen`, or lower `cutoff_len` or `max_new_tokens`."
             )
 
 

@@ -84,7 +84,10 @@ SHARED_RULES = (
         for rule in RANK_RULES
     ),
     vllm_rule(
-        lambda v: v.vllm_maxlen is not None and v.vllm_maxlen < v.cutoff_len + v.max_new_tokens,
+        lambda v: (
+            v.vllm_maxlen is not None
+            and v.vllm_maxlen < v.cutoff_len + v.max_new_tokens * (v.max_turns if v.completion_limit == "turn" else 1)
+        ),
         "`vllm_maxlen: {vllm_maxlen}` is not possible",
         "it leaves no room for `cutoff_len: {cutoff_len}` and `max_new_tokens: {max_new_tokens}` together",
         "Leave it out to have the engine as long as both, or lower one of them",

@@ -251,7 +251,7 @@ class VLLMServers:
         return [
             Request(
                 prompt.token_ids,
-                sampling_arguments(sampling, sample_seed(sampling.seed, step, prompt.index, sample)),
+                sampling_arguments(prompt, sampling, sample_seed(sampling.seed, step, prompt.index, sample)),
             )
             for prompt in prompts
             for sample in range(sampling.num_generations)

@@ -90,7 +90,7 @@ SWIFT: Mapping[str, Same | str] = MappingProxyType(
         ),
         "soft_overlong": Same("overlong", {"soft_max_length": "max_length", "soft_cache_length": "cache_length"}),
         "react_format": "it is the form of an agent's calls, which this stage does not have",
-        "toolbench": "it scores calls of tools, which this stage does not have",
+        "toolbench": "it scores calls of tools in ms-swift's own form; with `tools` they are run (docs/tools.md)",
     }
 )
 

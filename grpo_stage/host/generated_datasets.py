@@ -1,0 +1,143 @@
+"""Datasets that are generated: `dataset: reasoning_gym:leg_counting`, a task of the package reasoning-gym.
+
+Their rows are written into a folder that the host's loader reads, so that mixing, `val_size` and all else are the
+host's. A row holds how its puzzle is made again, for the reward `reasoning_gym`, which scores with the task's own
+code.
+"""
+
+import copy
+import difflib
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llamafactory.extras.constants import DATA_CONFIG
+
+from grpo_stage.rewards.builtin.reasoning import COLUMN, puzzles
+
+
+if TYPE_CHECKING:
+    from llamafactory.hparams import DataArguments
+
+
+PREFIX = "reasoning_gym:"
+_EVALUATION_SEEDS = 500_000_000
+"""How far an evaluation's seed is from that of training: the task draws row i from the seed plus i."""
+DEFAULT_ROWS = 1000
+"""Where neither `max_samples` nor the `size` in `dataset_kwargs` says how many."""
+
+
+def is_generated(name: str) -> bool:
+    return name.startswith(PREFIX)
+
+
+def check_tasks(named: list[tuple[str, str]], kwargs: Mapping[str, Any]) -> None:
+    """Refuse tasks that there are not, and settings that a task does not take.
+
+    Args:
+        named: pairs of a key and the dataset that it names.
+        kwargs: `dataset_kwargs`.
+
+    Raises:
+        ValueError: naming the key and the task.
+    """
+    tasks = {name.removeprefix(PREFIX): key for key, name in named if is_generated(name)}
+    if tasks and find_spec("reasoning_gym") is None:
+        raise ValueError(
+            f"`{next(iter(tasks.values()))}: {PREFIX}{next(iter(tasks))}` needs the package reasoning-gym, which is "
+            'not installed. Install it: `pip install "grpo-stage[reasoning-gym]"`.'
+        )
+    for task in kwargs:
+        if task not in tasks:
+            raise ValueError(
+                f"`dataset_kwargs` has settings of {task!r}, and `dataset` names no `{PREFIX}{task}`: they would have "
+                "no effect. Name the task there, or leave them out."
+            )
+    for task, key in tasks.items():
+        settings = kwargs.get(task, {})
+        if not isinstance(settings, Mapping):
+            raise ValueError(
+                f"`dataset_kwargs` maps a task to its settings, and {task!r} has {settings!r}. Write for example "
+                '{"leg_counting": {"max_animals": 5}}.'
+            )
+        _rows(f"`{key}: {PREFIX}{task}`", task, {"seed": 0, **settings, "size": 1})
+
+
+def _rows(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, str]]:
+    from reasoning_gym.factory import DATASETS
+
+    if task not in DATASETS:
+        near = difflib.get_close_matches(task, DATASETS, n=1)
+        hint = f"Did you mean `{PREFIX}{near[0]}`?" if near else f"There are {', '.join(sorted(DATASETS))}."
+        raise ValueError(f"{where}: reasoning-gym has no task {task!r}. {hint}")
+    try:
+        made = puzzles(task, json.dumps(settings, sort_keys=True))
+        rows = []
+        for index in range(len(made)):
+            entry = {"task": task, "settings": dict(settings), "index": index}
+            puzzle = made[index]
+            rows.append({"question": puzzle["question"], "answer": str(puzzle["answer"]), COLUMN: json.dumps(entry)})
+    except (TypeError, AssertionError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{where}: the task does not take {json.dumps(settings)}: {error}. Mend its "
+            "settings in `dataset_kwargs`; reasoning-gym's documentation has those of each task."
+        ) from error
+    return rows
+
+
+@contextmanager
+def generated(data_args: "DataArguments", kwargs: Mapping[str, Any], seed: int) -> Iterator["DataArguments"]:
+    """The arguments with a folder in which generated datasets are files. Evaluation has other rows than training.
+
+    Args:
+        data_args: the host's.
+        kwargs: `dataset_kwargs`.
+        seed: the run's.
+    """
+    named = [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
+    if not any(is_generated(name) for _, name in named):
+        yield data_args
+        return
+    with tempfile.TemporaryDirectory(prefix="grpo-stage-datasets-") as folder:
+        data_args = copy.copy(data_args)
+        descriptions = _descriptions(data_args.dataset_dir, all(is_generated(name) for _, name in named))
+        for offset, key in enumerate(("dataset", "eval_dataset")):
+            names = []
+            for name in getattr(data_args, key) or ():
+                # An evaluation's name is that of its metrics; those of training may be the same task's.
+                names.append(name if key == "eval_dataset" or not is_generated(name) else f"{name}:training")
+                if is_generated(name):
+                    task = name.removeprefix(PREFIX)
+                    settings = {"size": data_args.max_samples or DEFAULT_ROWS, "seed": seed, **kwargs.get(task, {})}
+                    settings["seed"] += offset * _EVALUATION_SEEDS
+                    file = Path(folder, f"{len(descriptions)}.json")
+                    file.write_text(json.dumps(_rows(f"`{key}: {name}`", task, settings)), encoding="utf-8")
+                    columns = {"prompt": "question", "response": "answer"}
+                    descriptions[names[-1]] = {"file_name": str(file), "columns": columns}
+            setattr(data_args, key, names or getattr(data_args, key))
+        Path(folder, DATA_CONFIG).write_text(json.dumps(descriptions), encoding="utf-8")
+        data_args.dataset_dir = folder
+        yield data_args
+
+
+def _descriptions(dataset_dir: Any, are_all_generated: bool) -> dict[str, Any]:
+    """Those of the other datasets, with absolute paths."""
+    if are_all_generated:
+        return {}
+    if isinstance(dataset_dir, Mapping):
+        return dict(dataset_dir)
+    if dataset_dir == "ONLINE" or str(dataset_dir).startswith("REMOTE:"):
+        raise ValueError(
+            f"`dataset` names a generated dataset and one of `dataset_dir: {dataset_dir}`, which cannot be loaded "
+            "together. Describe the other one in a dataset_info.json of your own."
+        )
+    folder = Path(dataset_dir).absolute()
+    described = json.loads((folder / DATA_CONFIG).read_text(encoding="utf-8"))
+    return {
+        name: {**each, "file_name": str(folder / each["file_name"])} if "file_name" in each else each
+        for name, each in described.items()
+    }

@@ -1,0 +1,96 @@
+"""Datasets that are generated: their rows, prompts and scorer, and what is refused of them."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from grpo_stage.host.generated_datasets import check_tasks, generated
+from grpo_stage.host.parser import check, parse
+from grpo_stage.rewards.loading import load_rewards
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
+
+
+TASK = "reasoning_gym:leg_counting"
+
+
+def rows_of(arguments, key, name):
+    with open(f"{arguments.dataset_dir}/dataset_info.json") as file:
+        described = json.load(file)[name]
+    with open(described["file_name"]) as file:
+        return json.load(file)
+
+
+def make(**changes):
+    keys = {"dataset": [TASK], "eval_dataset": None, "dataset_dir": "nowhere", "max_samples": 3}
+    return SimpleNamespace(**keys | changes)
+
+
+def test_rows_are_the_tasks_own_and_evaluation_has_others():
+    import reasoning_gym
+
+    kwargs = {"leg_counting": {"max_animals": 4}}
+    with generated(make(eval_dataset=[TASK]), kwargs, seed=11) as arguments:  # type: ignore[arg-type]
+        train = rows_of(arguments, "dataset", arguments.dataset[0])
+        evaluation = rows_of(arguments, "eval_dataset", TASK)
+        assert arguments.eval_dataset == [TASK]  # its metrics have this name
+    expected = reasoning_gym.create_dataset("leg_counting", size=3, seed=11, max_animals=4)
+    assert [(row["question"], row["answer"]) for row in train] == [(e["question"], e["answer"]) for e in expected]
+    assert not {row["question"] for row in train} & {row["question"] for row in evaluation}
+
+
+def test_the_reward_is_the_tasks_own_score():
+    with generated(make(), {}, seed=3) as arguments:  # type: ignore[arg-type]
+        row = rows_of(arguments, "dataset", arguments.dataset[0])[1]
+    prompt = Prompt(index=0, token_ids=(1,), messages=(), reference=row["answer"], columns=row)
+    texts = [f"It is <answer> {row['answer']} </answer>", row["answer"], "<answer>7000</answer>", ""]
+    completions = tuple(
+        Completion(token_ids=(1,), sampling_logprobs=(0.0,), finish_reason=FinishReason.STOP, text=text)
+        for text in texts
+    )
+    rewards = load_rewards(["reasoning_gym"], None, None, max_new_tokens=8, timeout_s=60)
+    (scores,) = rewards.score([RolloutGroup(prompt=prompt, completions=completions, policy_version=0)])
+    rewards.close()
+    assert scores == [[1.0], [1.0], [0.0], [0.0]]
+
+
+def test_other_datasets_are_found_from_the_new_folder(tmp_path):
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"sums": {"file_name": "sums.json"}, "hub": {"hf_hub_url": "a/b"}})
+    )
+    with generated(make(dataset=[TASK, "sums"], dataset_dir=str(tmp_path)), {}, 0) as arguments:  # type: ignore[arg-type]
+        with open(f"{arguments.dataset_dir}/dataset_info.json") as file:
+            described = json.load(file)
+        assert described["sums"] == {"file_name": str(tmp_path / "sums.json")}
+        assert described["hub"] == {"hf_hub_url": "a/b"}
+    online = make(dataset=[TASK, "x"], dataset_dir="ONLINE")
+    with pytest.raises(ValueError, match="cannot be loaded together"), generated(online, {}, 0):  # type: ignore[arg-type]
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "words"),
+    [
+        ("reasoning_gym:leg_countin", {}, "no task 'leg_countin'. Did you mean `reasoning_gym:leg_counting`"),
+        (TASK, {"leg_counting": {"legs": 4}}, "does not take .*legs.*Mend its settings in `dataset_kwargs`"),
+        (TASK, {"leg_counting": {"max_animals": -4}}, "does not take .*max_animals must be"),
+        (TASK, {"leg_counting": 4}, "maps a task to its settings"),
+        (TASK, {"chain_sum": {}}, "names no `reasoning_gym:chain_sum`: they would have no effect"),
+    ],
+)
+def test_what_is_no_task_is_refused(name, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        check_tasks([("dataset", name)], kwargs)
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("grpo_stage.host.generated_datasets.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"needs the package reasoning-gym.*grpo-stage\[reasoning-gym\]"):
+        check_tasks([("dataset", TASK)], {})
+
+
+def test_one_line_gives_prompts_and_reward(recipe):
+    recipe |= {"dataset": TASK, "dataset_kwargs": '{"leg_counting": {"max_animals": 4}}'}
+    del recipe["reward_funcs"], recipe["dataset_dir"]
+    assert check(recipe)["reward_funcs"] == "reasoning_gym"
+    assert parse(recipe).finetuning.dataset_kwargs == {"leg_counting": {"max_animals": 4}}
