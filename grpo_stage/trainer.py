@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import Any, cast
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -87,6 +88,9 @@ class GRPOTrainer(ResumableTrainer):
         )
         # `accelerator_config` can set it as well; one optimizer step would then take several steps of this trainer.
         assert self.args.gradient_accumulation_steps == 1, "accumulation is folded into the number of prompts"
+        # A layer uses each weight once a pass. Copies in half precision that wait for a second use would take as much
+        # memory as all weights in half precision.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         disable_dropout(model)
         if grpo_args.cast_lm_head_to_fp32:
             compute_output_layer_in_float32(model)

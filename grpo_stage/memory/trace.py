@@ -258,7 +258,7 @@ def _run(
     weights = [*model.parameters(), *model.buffers()]
     gradients = [p.grad for p in weights if p.grad is not None]
     live = LiveBytes([*weights, *gradients])
-    mixed = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
+    mixed = nullcontext() if autocast is None else torch.autocast("cpu", autocast, cache_enabled=False)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     try:
         with attention_of(base, inputs.shared_prompts), live:

@@ -419,6 +419,15 @@ def test_the_update_logs_its_share_of_the_devices_peak_in_half_precision(tmp_pat
     assert means.get("update_mfu") == (None if precision == "float32" else (tflop, pytest.approx(seconds * 0.002)))
 
 
+def test_no_copy_of_a_weight_waits_for_a_second_use_in_a_pass(tmp_path):
+    """Autocast keeps them for the pass: with full tuning as much memory as all weights in half precision."""
+    trainer, kept = make_trainer(tmp_path, training={"bf16": True, "max_steps": 1}), []
+    trainer.model.model.norm.register_forward_hook(lambda *_: kept.append(torch.is_autocast_cache_enabled()))
+    trainer.train()
+    assert torch.is_autocast_cache_enabled()
+    assert set(kept) == {False}
+
+
 def test_a_reference_of_another_kind_is_compared_as_well(tmp_path):
     """What is exact for the policy need not be for `ref_model`."""
 
