@@ -146,6 +146,17 @@ def test_the_chat_loads_what_the_quick_start_writes() -> None:
     assert (chat["model_name_or_path"], chat["template"]) == (training["model_name_or_path"], training["template"])
 
 
+def test_multiplication_is_what_its_script_writes() -> None:
+    lines = (EXAMPLES / "data" / "multiplication.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    script = runpy.run_path(str(EXAMPLES / "data" / "make_multiplication.py"))
+    assert rows == list(script["rows"]())
+    multiply = runpy.run_path(str(EXAMPLES / "data" / "calculator.py"))["multiply"]
+    for row in rows:
+        a, b = row["question"].removeprefix("What is ").removesuffix("?").split(" * ")
+        assert str(multiply(int(a), int(b))) == row["answer"]
+
+
 def test_addition_is_what_its_script_writes() -> None:
     lines = (EXAMPLES / "data" / "addition.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
