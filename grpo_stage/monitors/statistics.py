@@ -61,10 +61,13 @@ def movement(values: Sequence[float]) -> float:
     if size < 2:
         return 0.0
     difference = fmean(values[-size:]) - fmean(values[:size])
-    steps = [b - a for a, b in itertools.pairwise(values)]
-    noise = math.sqrt(fmean(step * step for step in steps) / 2)
-    error = noise * math.sqrt(2 / size)
+    error = noise(values) * math.sqrt(2 / size)
     return difference / error if error > 0 else math.copysign(math.inf, difference) if difference else 0.0
+
+
+def noise(values: Sequence[float]) -> float:
+    """The standard deviation of a value about the present level, from successive differences: a trend adds little."""
+    return math.sqrt(fmean((b - a) ** 2 for a, b in itertools.pairwise(values)) / 2)
 
 
 def may_rise(history: History, name: str, count: int) -> bool:

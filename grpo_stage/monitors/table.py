@@ -17,6 +17,7 @@ from grpo_stage.monitors.memory_growth import MemoryGrowth
 from grpo_stage.monitors.monitor import Monitor, MonitorRequest
 from grpo_stage.monitors.one_answer import AnswerDiversity, OneAnswer
 from grpo_stage.monitors.repetition import Repetition, Repetitions
+from grpo_stage.monitors.reward_collapse import RewardCollapse
 from grpo_stage.monitors.reward_hacking import PaidCompletions, PaidLength, RewardHacking, SharedTexts
 from grpo_stage.monitors.slope_test import SlopeTest
 from grpo_stage.monitors.slow_rewards import SlowRewards
@@ -54,6 +55,7 @@ WATCHES: Mapping[str, type[Watch]] = MappingProxyType(
         "language_mixing": MixedLanguages,
         "length_explosion": LengthExplosion,
         "truncation": Truncation,
+        "reward_collapse": RewardCollapse,
         "reward_hacking": RewardHacking,
         "shared_texts": SharedTexts,
         "paid_length": PaidLength,

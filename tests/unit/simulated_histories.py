@@ -229,6 +229,7 @@ FAILING: Mapping[str, Run] = {
         evaluated=lambda step: 0.2 + 0.3 * min(step / 80, 1.0) - 0.25 * max(0.0, step - 80) / 170,
         eval_steps=15,
     ),
+    "reward_collapse": failing(rate=lambda step: 0.1 + 0.5 * min(step / 30, 1.0) if step < 60 else 0.003),
     "shared_texts": failing(others={"completions/shared_text_reward_frac": logistic(0.05, 0.9, 60, 0.1)}),
     "paid_length": failing(
         rate=logistic(0.2, 0.8, 50, 0.1),

@@ -199,6 +199,13 @@ def test_a_reward_that_is_given_up_is_named() -> None:
     assert "`format` fell from" in first_alarms(lines_of(run, 0))["reward_hacking"].seen
 
 
+def test_prompts_that_become_harder_are_no_collapse_of_the_reward() -> None:
+    harder = Run(steps=120, rate=lambda step: 0.7 if step < 60 else 0.2)
+    assert "reward_collapse" not in first_alarms(lines_of(harder, seed=0))
+    alarm = first_alarms(failing_lines("reward_collapse", 0), names=["reward_collapse"])["reward_collapse"]
+    assert 50 < alarm.onset < 60 <= alarm.step <= 70, "ten lines after the fall"
+
+
 def test_a_spike_is_no_spike_beside_others_as_large() -> None:
     """Where most groups are all right most gradients are tiny."""
     lines = [{"current_steps": i, "grad_norm": (0.5 if i % 8 == 0 else 0.001)} for i in range(1, 120)]
