@@ -115,6 +115,10 @@ def deliveries(num_ranks: int) -> dict[str, Any]:
             most = max(most, here)
         sharding.rest(model)
         shards = sum(sharding.shard(p).untyped_storage().nbytes() for p in model.parameters())
+        for is_adapter in {False, name == LORA}:  # to servers one process alone delivers
+            weights = PolicyWeights(model, is_adapter=is_adapter)
+            with tempfile.TemporaryDirectory() as folder:
+                weights.write(Path(folder)) if dist.get_rank() == 0 else weights.accompany()
         result[name] = {"weights": whole, "whole at once": most - shards}
     return result
 

@@ -23,7 +23,6 @@ from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock
-from huggingface_hub import save_torch_state_dict
 from transformers import PreTrainedTokenizerBase
 
 from grpo_stage.distributed import all_gather, process_index
@@ -47,7 +46,7 @@ from grpo_stage.rollout.engines.vllm_server_client import (
 )
 from grpo_stage.rollout.engines.vllm_server_fleet import MOST_IN_FLIGHT, Fleet, Held, Patience, Request
 from grpo_stage.rollout.engines.vllm_server_rules import urls_of
-from grpo_stage.rollout.engines.weights import PolicyWeights, write_adapter
+from grpo_stage.rollout.engines.weights import PolicyWeights
 from grpo_stage.types import Completion, EngineLostError, FinishReason, Prompt, RolloutGroup, SamplingSettings
 
 
@@ -148,9 +147,12 @@ class VLLMServers:
         self._deliveries += 1
         error: Exception | None = None
         failed: tuple[type[Exception], str] | None = None
-        if process_index() == 0:
+        weights = PolicyWeights(policy, is_adapter=self._wanted.adapter)
+        if process_index() != 0:
+            weights.accompany()
+        else:
             try:
-                self._deliver(policy)
+                self._deliver(weights)
             except Exception as failure:  # raised below: every rank has to know of it
                 error, failed = failure, (type(failure), str(failure))
         holdings, failed = all_gather((self._fleet.holdings, failed))[0]
@@ -163,16 +165,12 @@ class VLLMServers:
             self._fleet.adopt(holdings)
         self._version = version
 
-    def _deliver(self, policy: torch.nn.Module) -> None:
+    def _deliver(self, weights: PolicyWeights) -> None:
         assert self._folder is not None, "rank 0 delivers"
-        weights = PolicyWeights(policy, is_adapter=self._wanted.adapter)
         name = f"grpo-stage-{self._run}-{self._deliveries}"
         folder = self._folder / name
         folder.mkdir()
-        if self._wanted.adapter:
-            write_adapter(policy, folder)
-        else:
-            save_torch_state_dict(dict(weights.tensors()), folder)
+        weights.write(folder)
 
         async def give(client: ServerClient) -> Held:
             if self._wanted.adapter:

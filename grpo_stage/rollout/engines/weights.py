@@ -85,9 +85,26 @@ class PolicyWeights:
                 yield WrittenWeights(folder, self.adapted)
             return
         with tempfile.TemporaryDirectory(prefix="grpo-stage-weights-") as name:
-            for number, tensors in enumerate(_in_parts(self.tensors())):
-                save_torch_state_dict(tensors, name, filename_pattern=f"{number:05}{{suffix}}.safetensors")
+            self.write(Path(name))
             yield WrittenWeights(Path(name), ())
+
+    def write(self, folder: Path) -> None:
+        """The same into a folder that stays."""
+        if self.adapted:
+            write_adapter(self._policy, folder)
+            return
+        for number, tensors in enumerate(_in_parts(self.tensors())):
+            save_torch_state_dict(tensors, folder, filename_pattern=f"{number:05}{{suffix}}.safetensors")
+
+    def accompany(self) -> None:
+        """What a process does while another one writes weights that they hold together."""
+        if not sharding.is_sharded(self._policy):
+            return
+        if self.adapted:
+            with self.adapter():
+                return
+        for _ in self.tensors():
+            pass
 
 
 @dataclass(frozen=True, slots=True)
