@@ -153,8 +153,9 @@ def test_multiplication_is_what_its_script_writes() -> None:
     assert rows == list(script["rows"]())
     multiply = runpy.run_path(str(EXAMPLES / "data" / "calculator.py"))["multiply"]
     for row in rows:
-        a, b = row["question"].removeprefix("What is ").removesuffix("?").split(" * ")
-        assert str(multiply(int(a), int(b))) == row["answer"]
+        *_, question, answer = (turn["value"] for turn in row["conversations"])
+        a, b = question.removeprefix("What is ").removesuffix("?").split(" * ")
+        assert str(multiply(int(a), int(b))) == answer
 
 
 def test_addition_is_what_its_script_writes() -> None:

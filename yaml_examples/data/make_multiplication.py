@@ -1,22 +1,38 @@
 """Write multiplication.jsonl: products of numbers that are too large to be worked out in the head of a small model.
 
-python yaml_examples/data/make_multiplication.py
+Each row is a conversation that begins with two worked examples. A small model calls no tool by itself, and one that
+never calls is never rewarded for it: it imitates the examples now and then, and learns from there.
+
+    python yaml_examples/data/make_multiplication.py
 """
 
 import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
-NUM_ROWS = 300
+NUM_ROWS = 120
+EXAMPLES = ((3141, 2718), (8462, 1234))
 
 
-def rows() -> Iterator[dict[str, str]]:
+def example(a: int, b: int) -> list[dict[str, str]]:
+    call = {"name": "multiply", "arguments": {"a": a, "b": b}}
+    return [
+        {"from": "human", "value": f"What is {a} * {b}?"},
+        {"from": "function_call", "value": json.dumps(call)},
+        {"from": "observation", "value": str(a * b)},
+        {"from": "gpt", "value": str(a * b)},
+    ]
+
+
+def rows() -> Iterator[dict[str, Any]]:
     rng = random.Random(0)
+    worked = [turn for pair in EXAMPLES for turn in example(*pair)]
     for _ in range(NUM_ROWS):
-        a, b = rng.randrange(1000, 10_000), rng.randrange(1000, 10_000)
-        yield {"question": f"What is {a} * {b}?", "answer": str(a * b)}
+        question, _, _, answer = example(rng.randrange(1000, 10_000), rng.randrange(1000, 10_000))
+        yield {"conversations": [*worked, question, answer]}
 
 
 if __name__ == "__main__":
