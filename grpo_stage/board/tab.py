@@ -58,7 +58,8 @@ _CHECK_AND_SHOW = """() => {
   document.getElementById("grpo_check_panel").scrollIntoView({ block: "center" });
 }"""
 # What the host says of a start, and the state of the run, stand below the buttons.
-_SHOW_RUN = """() => document.getElementById("grpo_run_status")?.scrollIntoView({ block: "center" })"""
+# Without a value: gradio takes one for the outputs' values, and newer browsers return one from `scrollIntoView`.
+_SHOW_RUN = """() => { document.getElementById("grpo_run_status")?.scrollIntoView({ block: "center" }); }"""
 
 
 @wrapt.decorator

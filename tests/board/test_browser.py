@@ -14,6 +14,7 @@ from .browser import (
     PATIENCE_MS,
     choose,
     containing,
+    dataset_field,
     fold,
     import_recipe,
     open_board,
@@ -58,7 +59,7 @@ def test_a_filled_form_is_previewed(shared_page: Page, tiny_model_dir: Path) -> 
     page = shared_page
     choose(page, "Model name", "Custom")
     text_field(page, "Model path").fill(str(tiny_model_dir))
-    dataset, chosen = page.get_by_label("Dataset", exact=True).first, page.locator(".token")
+    dataset, chosen = dataset_field(page), page.locator(".token")
     dataset.fill("nowhere")  # no file describes it: the host's answer was an error 500
     dataset.press("Enter")
     expect(chosen.filter(has_text="nowhere")).to_have_count(1)
@@ -98,8 +99,8 @@ def test_the_panel_comes_and_goes_with_the_stage(shared_page: Page) -> None:
 
 
 def test_rewards_are_tried(page: Page, workplace: Path) -> None:
-    page.get_by_label("Dataset", exact=True).first.fill("sums")
-    page.get_by_label("Dataset", exact=True).first.press("Enter")
+    dataset_field(page).fill("sums")
+    dataset_field(page).press("Enter")
     choose(page, "Rollout engine", "hf")
     functions = page.locator("#grpo_reward_funcs input")
     functions.fill("accuracy")

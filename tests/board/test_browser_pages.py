@@ -13,6 +13,7 @@ from .browser import (
     PATIENCE_MS,
     append_line,
     choose,
+    dataset_field,
     import_recipe,
     open_board,
     open_run,
@@ -122,8 +123,8 @@ def test_a_recipe_does_not_choose_what_is_read(page: Page, workplace: Path, tmp_
 
 def test_a_change_of_stage_keeps_the_datasets_that_fit(page: Page) -> None:
     chosen = page.locator(".token").filter(has_text="sums")
-    page.get_by_label("Dataset", exact=True).first.fill("sums")
-    page.get_by_label("Dataset", exact=True).first.press("Enter")
+    dataset_field(page).fill("sums")
+    dataset_field(page).press("Enter")
     expect(chosen.first).to_be_visible()
     for stage, is_kept in (("Supervised Fine-Tuning", True), ("GRPO", True), ("DPO", False)):
         choose(page, "Stage", stage)

@@ -173,7 +173,8 @@ def test_the_metrics_of_charts_are_defined_in_every_language(language: str) -> N
 
 
 def test_a_definition_is_plain_text() -> None:
-    assert definition("eval_completions/mean_length", "en") == "tokens of a completion, its end token included"
+    expected = "tokens of a completion, its end token included; with tools those that the model wrote"
+    assert definition("eval_completions/mean_length", "en") == expected
     assert definition("eval_completions/mean_length", "zh") == texts("zh")["metrics"]["completions/mean_length"]
     assert definition("frac_reward_zero_std", "en").startswith("share of groups in which")
     assert not re.search(r"\]\(|\(\[", definition("frac_reward_zero_std", "en"))

@@ -48,6 +48,7 @@ class Cluster:
     def __init__(self, farm: ServerFarm, recipe: dict[str, Any]) -> None:
         self._farm = farm
         self._recipe = recipe
+        self._commands: dict[int, Any] = {}
         self.ports = [_free_port() for _ in range(3)]
         self.servers: list[ServerProcess] = [self._started(i) for i in range(3)]
         for server in self.servers:
@@ -66,9 +67,10 @@ class Cluster:
         self.servers[i] = self._started(i)
 
     def _started(self, i: int) -> ServerProcess:
-        recipe = self.recipe(i)
-        command = serve._command(recipe, "127.0.0.1", self.ports[i])
-        model = command.arguments.index(recipe["model_name_or_path"])
+        if i not in self._commands:  # parsing a recipe while a run is under way would reset accelerate's state
+            self._commands[i] = serve._command(self.recipe(i), "127.0.0.1", self.ports[i])
+        command = self._commands[i]
+        model = command.arguments.index(self._recipe["model_name_or_path"])
         return self._farm.start(command.arguments[model:], command.environment, self.ports[i])
 
 
@@ -220,12 +222,12 @@ def adapter_of(recipe: dict[str, Any]) -> dict[str, torch.Tensor]:
     return load_file(Path(recipe["output_dir"]) / "adapter_model.safetensors")
 
 
-def assert_same_run(recipe: dict[str, Any], other: dict[str, Any]) -> None:
+def assert_same_run(recipe: dict[str, Any], other: dict[str, Any], atol: float = 0.0) -> None:
     for ours, theirs in zip(completions(recipe["output_dir"]), completions(other["output_dir"]), strict=True):
         assert ours["completion"] == theirs["completion"]
     one, two = adapter_of(recipe), adapter_of(other)
     assert one.keys() == two.keys()
-    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.allclose(one[name], two[name], rtol=0, atol=atol) for name in one)
 
 
 def test_a_run_that_loses_servers_learns_what_the_undisturbed_one_does(
@@ -291,7 +293,8 @@ def test_a_run_ahead_goes_on_exactly(cluster, settings, recipe, run_exp, tmp_pat
     shutil.rmtree(tmp_path / "resumed" / "checkpoint-4")
     (tmp_path / "resumed" / "grpo_finished.json").unlink()
     run_exp(resumed | {"resume_from_checkpoint": str(tmp_path / "resumed" / "checkpoint-2")})
-    assert_same_run(resumed, whole)
+    # The ratio has the servers' log-probabilities in it, which differ by what else is in their batch.
+    assert_same_run(resumed, whole, atol=1e-4)
 
 
 def test_without_servers_the_run_ends_with_a_checkpoint(cluster, settings, recipe, run_exp, tmp_path, monkeypatch):

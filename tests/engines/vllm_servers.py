@@ -102,13 +102,6 @@ def _fork_engines() -> None:
             module.get_mp_context = lambda: context
 
 
-def _mend_metrics() -> None:
-    """fastapi 0.137 and later break the metrics of vLLM 0.23's server: every request would fail (docs/servers.md)."""
-    from prometheus_fastapi_instrumentator import routing
-
-    routing.get_route_name = lambda request: None
-
-
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM writes to what it takes for the terminal
@@ -121,7 +114,6 @@ def main() -> None:
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
     _fork_engines()
-    _mend_metrics()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
     for line in sys.stdin:
         order = json.loads(line)

@@ -219,7 +219,7 @@ class World:
         return path[version]
 
     def rounded(self, rows: list[torch.Tensor]) -> list[torch.Tensor]:
-        self.passes += 1
+        self.passes += bool(rows)
         return [row + drawn(77 * self.passes + i, self.noise, len(row)) for i, row in enumerate(rows)]
 
     def policy(self, groups):

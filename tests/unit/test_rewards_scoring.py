@@ -87,8 +87,8 @@ def test_each_argument_is_a_list_over_all_completions_prompt_major(own: Callable
 def test_kwargs_gets_everything_and_ours_win_over_columns_of_the_same_name(own: Callable[[str], str]) -> None:
     file = own(
         "def all_of_it(**kwargs):\n"
-        "    assert sorted(kwargs) == ['color', 'completion_ids', 'completions', 'factor', 'messages', 'prompts',\n"
-        "                              'references', 'trainer_state'], sorted(kwargs)\n"
+        "    assert sorted(kwargs) == ['color', 'completion_ids', 'completions', 'environment_rewards', 'factor',\n"
+        "        'final_turns', 'messages', 'prompts', 'references', 'trainer_state'], sorted(kwargs)\n"
         "    assert kwargs['completions'] == ['x'] and kwargs['color'] == ['red']\n"
         "    return [kwargs['factor']]\n"
     )
@@ -429,7 +429,10 @@ def test_these_built_ins_need_references(name: str) -> None:
         load(name).check([prompt(reference=None)])
 
 
-@pytest.mark.parametrize("name", sorted({*BUILTIN_REWARDS} - {"accuracy", "exact_match", "length", "reasoning_gym"}))
+NEED_COLUMNS = {"accuracy", "exact_match", "length", "reasoning_gym", "code"}
+
+
+@pytest.mark.parametrize("name", sorted({*BUILTIN_REWARDS} - NEED_COLUMNS))
 def test_the_others_do_not(name: str) -> None:
     suite = load(name, regex={"pattern": "a"}) if name == "regex" else load(name)
     suite.check([prompt(reference=None)])
