@@ -115,7 +115,7 @@ def test_a_recipe_its_layout_and_its_commands_agree(path, recipe):
     else:
         assert keys["rollout_backend"] == "vllm_server"
         assert len(keys["vllm_server_urls"].split(",")) == layout.num_engines == head.count("grpo-stage serve")
-        assert json.loads(keys.get("vllm_config", "{}")).get("tensor_parallel_size", 1) == layout.engine_size
+        assert keys.get("vllm_config", {}).get("tensor_parallel_size", 1) == layout.engine_size
     counted = re.search(r"# counted in prompts: (\d+) a step, (\d+) completions", text)
     assert counted is not None
     prompts = layout.num_trainers * keys["per_device_train_batch_size"] * keys["gradient_accumulation_steps"]
