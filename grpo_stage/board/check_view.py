@@ -9,6 +9,7 @@ from grpo_stage.board.locales import message, texts
 from grpo_stage.board.places import Place
 from grpo_stage.board.tables import number, table
 from grpo_stage.board.trial import rows_of
+from grpo_stage.forecast.report import Advice, Verdict
 from grpo_stage.memory.parts import GIB
 
 
@@ -118,8 +119,8 @@ def probe_view(found: Mapping[str, Any], language: str) -> str:
         [share[4], f"{found['tokens_per_second']:.0f}"],
     ]
     verdicts = "".join(
-        f'<li class="{"grpo-bad" if one["needs_attention"] else ""}">{_code(one["text"])}</li>'
-        for one in found["verdicts"]
+        f'<li class="{"grpo-bad" if verdict.needs_attention else ""}">{_code(verdict.text)}</li>'
+        for verdict in (Verdict(Advice(one["advice"]), one["text"]) for one in found["verdicts"])
     )
     return _heading("probe_result", language) + f"<ul>{verdicts}</ul>" + table(["", ""], rows, [1, 1])
 
