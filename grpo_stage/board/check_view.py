@@ -120,7 +120,7 @@ def probe_view(found: Mapping[str, Any], language: str) -> str:
     ]
     verdicts = "".join(
         f'<li class="{"grpo-bad" if verdict.needs_attention else ""}">{_code(verdict.text)}</li>'
-        for verdict in (Verdict(Advice(one["advice"]), one["text"]) for one in found["verdicts"])
+        for verdict in (Verdict(advice=Advice(one["advice"]), text=one["text"]) for one in found["verdicts"])
     )
     return _heading("probe_result", language) + f"<ul>{verdicts}</ul>" + table(["", ""], rows, [1, 1])
 
