@@ -53,11 +53,11 @@ quickstart: $(STAMP)
 	@echo "== Chat with the result (try: What is 7 + 8? Answer with the number only.):"
 	@echo "$(VENV)/bin/llamafactory-cli chat yaml_examples/quickstart_chat.yaml"
 
-# Four processes, of a thread each: the models are tiny, and what takes time is Python and waiting for other processes.
+# Three processes, of a thread each: the models are tiny, and what takes time is Python and waiting for other processes.
 # `tests/conftest.py` has the order of the files; xdist's own puts those with few tests, which take longest, at the end.
 test: $(STAMP)
 	@echo "== Tests: unit, host, board, engines, end to end (the last ones load models and take minutes)"
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --durations=40 -n 4 --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q --durations=40 -n 3 --no-loadscope-reorder
 
 # MUTATE="losses kl": these modules alone.
 mutate: $(STAMP)
