@@ -281,6 +281,12 @@ def _sample(
     from grpo_stage.host.sampling import sampling_settings
     from grpo_stage.rollout.engines.hf import HFEngine
 
+    for key in ("tools", "environment"):
+        if getattr(arguments.finetuning, key):
+            raise ValueError(
+                f"`--completions model` is not possible with `{key}`: this command samples one turn, without tools, so "
+                "that the rewards would judge other completions than a run's. `grpo-stage probe` samples as a run does."
+            )
     refuse_unknown_tokens(arguments, tokenizer, prompts)
     model = facade.load_model(tokenizer, arguments.model, arguments.finetuning, arguments.training.do_train)
     engine = HFEngine(tokenizer, autocast_dtype=autocast_dtype(arguments))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from grpo_stage.rewards.errors import RewardError
 from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.paid_attacks import TOTAL, AttackScore, attack_findings, attack_scores
 from grpo_stage.rewards.trial import TrialRow, completions_for, findings_in, remarks_on, try_rewards
+from grpo_stage.tools import try_rewards as command
 from grpo_stage.types import FinishReason, Prompt
 from tests.unit.answer_cases import CASES
 
@@ -347,3 +349,11 @@ def test_an_accident_is_no_attack() -> None:
 
 def test_without_references_nothing_is_compared() -> None:
     assert scored("format", [Task("?", None)]) == {}
+
+
+@pytest.mark.parametrize("key", ["tools", "environment"])
+def test_a_model_is_not_sampled_without_its_tools(key: str) -> None:
+    keys = {"tools": None, "environment": None} | {key: ["own.py:tool"]}
+    arguments: Any = SimpleNamespace(finetuning=SimpleNamespace(**keys))
+    with pytest.raises(ValueError, match=f"not possible with `{key}`.*grpo-stage probe"):
+        command._sample(arguments, None, None, [])  # type: ignore[arg-type]
