@@ -284,8 +284,9 @@ def _sample(
     for key in ("tools", "environment"):
         if getattr(arguments.finetuning, key):
             raise ValueError(
-                f"`--completions model` is not possible with `{key}`: this command samples one turn, without tools, so "
-                "that the rewards would judge other completions than a run's. `grpo-stage probe` samples as a run does."
+                f"`--completions model` is not possible with `{key}`: this command samples one turn, without tools, "
+                "and the rewards would judge other completions than a run's. Use `grpo-stage probe`, which samples as "
+                "a run does."
             )
     refuse_unknown_tokens(arguments, tokenizer, prompts)
     model = facade.load_model(tokenizer, arguments.model, arguments.finetuning, arguments.training.do_train)

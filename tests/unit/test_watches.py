@@ -206,6 +206,15 @@ def test_prompts_that_become_harder_are_no_collapse_of_the_reward() -> None:
     assert 50 < alarm.onset < 60 <= alarm.step <= 70, "ten lines after the fall"
 
 
+@pytest.mark.parametrize(
+    ("left", "is_gone"), [([0.04] * 10, True), ([0.1] * 10, False), ([0.0] * 9 + [0.2], False), ([0.02] * 9, False)]
+)
+def test_a_reward_is_gone_where_a_tenth_is_left_of_it_in_ten_lines(left: list[float], is_gone: bool) -> None:
+    rewards = [0.0] + [0.5, 0.52] * 10 + left
+    lines = [{"current_steps": step, "reward": reward} for step, reward in enumerate(rewards, start=1)]
+    assert bool(first_alarms(lines, names=["reward_collapse"])) == is_gone
+
+
 def test_a_spike_is_no_spike_beside_others_as_large() -> None:
     """Where most groups are all right most gradients are tiny."""
     lines = [{"current_steps": i, "grad_norm": (0.5 if i % 8 == 0 else 0.001)} for i in range(1, 120)]
