@@ -1,6 +1,7 @@
 """`rollout_backend: vllm_server` against servers that fail in every way that is planned for. None of them is real:
 tests/engines/test_vllm_server.py has those."""
 
+import asyncio
 import contextlib
 import re
 import threading
@@ -404,6 +405,13 @@ def test_fit_servers_are_let_through(fake):
     check(recipe(fake(), fake()))
     check(recipe(fake(mode="raw_logprobs"), top_p=0.9))
     check(recipe(fake(is_dev=True, has_lora=False, takes_adapters=False), finetuning_type="full"))
+
+
+def test_servers_are_asked_from_a_notebook_too(fake):
+    async def cell() -> None:  # a thread that runs an event loop cannot run a second one
+        check(recipe(fake()))
+
+    asyncio.run(cell())
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A user's functions in processes of their own: same scores, killed when they hang, there until the trainer is not."""
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -544,6 +545,11 @@ def test_async_functions_wait_together_and_keep_what_belongs_to_their_loop(load:
     [scores] = suite.score(groups(*texts))
     assert time.monotonic() - started < 3.0
     assert scores == [[n, 3.0 * n, n] for n in map(float, range(1, 9))]
+
+    async def cell() -> list[list[list[float]]]:  # a notebook's thread runs an event loop already
+        return suite.score(groups(*texts))
+
+    assert asyncio.run(cell()) == [scores]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import math
 import os
 import time
 from collections.abc import Awaitable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from grpo_stage.rewards.workers.stacks import task_stack
@@ -38,7 +39,10 @@ class EventLoop:
         if self._stacks is not None:
             dump = self._loop.call_later(max(0.0, self.dump_at - time.monotonic()), self._dump)
         try:
-            return self._loop.run_until_complete(_awaited(awaitable))
+            if not _is_inside_a_loop():
+                return self._loop.run_until_complete(_awaited(awaitable))
+            with ThreadPoolExecutor(1) as thread:
+                return thread.submit(self._loop.run_until_complete, _awaited(awaitable)).result()
         finally:
             if dump is not None:
                 dump.cancel()
@@ -54,6 +58,15 @@ class EventLoop:
         tasks = sorted(asyncio.all_tasks(self._loop), key=lambda task: (len(task.get_name()), task.get_name()))
         for task in tasks[:SHOWN_TASKS]:
             os.write(self._stacks, task_stack(task).encode("ascii", "replace"))
+
+
+def _is_inside_a_loop() -> bool:
+    """Whether this thread runs an event loop already, as a notebook's does: it cannot run a second one."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _awaited(awaitable: Awaitable[Any]) -> Any:

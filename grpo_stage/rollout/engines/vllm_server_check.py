@@ -6,6 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -73,7 +74,8 @@ def check_servers(keys: SimpleNamespace, *, is_first_rank: bool) -> None:
         ValueError: naming the server, what it lacks, the reason and the remedy.
     """
     urls = urls_of(keys.vllm_server_urls)
-    found = asyncio.run(_ask_all(urls, wanted_of(keys), is_first_rank))
+    with ThreadPoolExecutor(1) as thread:  # this one may have an event loop already, as a notebook's has
+        found = thread.submit(asyncio.run, _ask_all(urls, wanted_of(keys), is_first_rank)).result()
     for error in found:
         with apart():
             if isinstance(error, ValueError):
