@@ -52,6 +52,7 @@ KEYS_THAT_MATTER: Mapping[str, str] = {
     "data": "dataset eval_dataset val_size max_samples cutoff_len reference_column",
     "rollout": "rollout_backend vllm_server_urls num_generations max_new_tokens temperature top_p top_k "
     "steps_per_generation num_iterations dynamic_sampling",
+    "tools": "tools environment max_turns completion_limit tool_timeout",
     "rewards": "reward_funcs reward_weights reward_model",
     "objective": "loss_type advantage_estimator scale_rewards epsilon beta mask_truncated_completions entropy_target",
     "training": "per_device_train_batch_size gradient_accumulation_steps learning_rate lr_scheduler_type "
