@@ -1,13 +1,18 @@
-"""What the run view gives to download, beside pictures and the completions as they are."""
+"""What the run view gives to download, beside pictures."""
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from grpo_stage.board.asked import whole_numbers
 from grpo_stage.monitors.alarm import History
 from grpo_stage.report.facts import facts_of
 from grpo_stage.report.page import page_of
+
+
+_DOWNLOAD_BYTES = 2**22
 
 
 def curves_as_csv(history: History) -> str:
@@ -32,3 +37,13 @@ def report_of(folders: Sequence[Path]) -> str:
         ValueError: if a folder is no run's.
     """
     return page_of(facts_of(folders))
+
+
+def piece_of(path: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """A part of a file from `start` on: whole lines, and where the next part begins."""
+    (start,) = whole_numbers({"start": 0, **asked}, "start")
+    with path.open("rb") as file:
+        file.seek(max(0, start))
+        part = file.read(_DOWNLOAD_BYTES)
+        part += file.readline()
+        return {"text": part.decode(errors="replace"), "next": file.tell() if part else None}

@@ -4,17 +4,70 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
+from grpo_stage.board.asked import number_or_none, whole_numbers
 from grpo_stage.board.segments import segments
-from grpo_stage.records.completion_groups import CompletionGroups, Group
+from grpo_stage.records.completion_groups import ORDERS, CompletionGroups, Filter, Group, Order
 from grpo_stage.report.completions import words_changed
 
 
+GROUPS_AT_ONCE = 4
+_SEARCH_S = 1.0
+"""A large file is searched in several answers, so that each comes soon."""
+_NUM_BARS = 24
 MAX_CHARACTERS = 3_000
 """Of a completion; the whole is shown on a click."""
 MAX_PROMPT_CHARACTERS = 20_000
 MAX_COMPARED_CHARACTERS = 4_000
 NUM_TIMES = 8
 """Steps at which a prompt is shown beside each other."""
+
+
+def groups_found(completions: CompletionGroups, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """Groups of completions: `step` (the newest by default), `all` steps, `order`, the filter, and where to go on."""
+    steps = completions.steps
+    if not steps:
+        return {"groups": [], "next": None, "total": 0, "step": None, "bars": None}
+    step = asked.get("step")
+    wanted_step = steps[-1] if not isinstance(step, int) else max((s for s in steps if s <= step), default=steps[0])
+    wanted = Filter(
+        step=None if asked.get("all") else wanted_step,
+        text=str(asked.get("text") or "")[:1000],
+        lowest=number_or_none(asked.get("lowest")),
+        highest=number_or_none(asked.get("highest")),
+        is_truncated=bool(asked.get("is_truncated")),
+    )
+    order: Order = chosen if (chosen := asked.get("order")) in ORDERS else "sampled"
+    (start,) = whole_numbers({"start": 0, **asked}, "start")
+    found, following = completions.search(wanted, order, max(0, start), GROUPS_AT_ONCE, _SEARCH_S)
+    groups = completions.ordered(wanted, order)
+    return {
+        "groups": [group_of(group, records, len(completions.of_prompt(group.prompt))) for group, records in found],
+        "next": following,
+        "total": len(groups),
+        "step": wanted_step,
+        "bars": _bars([reward for group in groups for reward in group.rewards]),
+    }
+
+
+def _bars(rewards: Sequence[float]) -> dict[str, Any] | None:
+    """A histogram of rewards: each bar's middle and its number of completions."""
+    if not rewards:
+        return None
+    values = np.asarray(rewards)
+    if np.ptp(values) == 0:
+        return {"x": [float(values[0])], "y": [len(values)], "width": 0.1}
+    distinct = np.unique(values)
+    if len(distinct) <= _NUM_BARS:  # few values, such as right and wrong: each has its bar
+        width = float(np.diff(distinct).min()) * 0.8
+        return {"x": distinct.tolist(), "y": [int((values == each).sum()) for each in distinct], "width": width}
+    counts, edges = np.histogram(values, bins=_NUM_BARS)
+    return {
+        "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
+        "y": counts.tolist(),
+        "width": float(edges[1] - edges[0]) * 0.95,
+    }
 
 
 def group_of(group: Group, records: Sequence[Mapping[str, Any]], num_steps: int) -> dict[str, Any]:

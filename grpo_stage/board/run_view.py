@@ -14,10 +14,9 @@ are foreign. What is shown belongs to the page (`page_state`); files that were r
 
 import hashlib
 import json
-import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -25,15 +24,15 @@ from threading import Lock
 from typing import Any
 
 import gradio as gr
-import numpy as np
 from gradio.context import Context, LocalContext
 from llamafactory.extras.constants import RUNNING_LOG
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir
 
 from grpo_stage.algorithm.conditions import as_lines
+from grpo_stage.board.asked import whole_numbers
 from grpo_stage.board.devices import Devices
-from grpo_stage.board.downloads import curves_as_csv, report_of
-from grpo_stage.board.groups import group_of, over_steps, text_of
+from grpo_stage.board.downloads import curves_as_csv, piece_of, report_of
+from grpo_stage.board.groups import groups_found, over_steps, text_of
 from grpo_stage.board.locales import definition, message, texts
 from grpo_stage.board.page_state import Page, this_page
 from grpo_stage.board.remedy import with_settings
@@ -41,9 +40,9 @@ from grpo_stage.board.run_list import runs_below
 from grpo_stage.board.run_state import LIVE, log_of, state_of
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.host.recovery import RECOVERIES_FILE
-from grpo_stage.records.completion_groups import ORDERS, CompletionGroups, Filter, Order
+from grpo_stage.records.completion_groups import CompletionGroups
 from grpo_stage.records.completions import COMPLETIONS_FILE
-from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, MetricCurves, is_number
+from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, MetricCurves
 from grpo_stage.report.charts import DrawnSection, sections_of
 from grpo_stage.report.facts import differences, memory, phases
 from grpo_stage.report.run_folder import newest_checkpoint
@@ -52,14 +51,11 @@ from grpo_stage.report.settings import Settings, settings_of
 
 TICK_S = 2
 API_NAME = "grpo_run_view"
-GROUPS_AT_ONCE = 4
 MAX_COMPARED = 6
 _KEPT_RUNS = 32
 """How many runs keep their files in memory; older ones are read again."""
-_READING_S, _SEARCH_S = 0.2, 1.0
-"""A large file is read, and searched, in several answers, so that each comes soon."""
-_NUM_BARS = 24
-_DOWNLOAD_BYTES = 2**22
+_READING_S = 0.2
+"""A large file is read in several answers, so that each comes soon."""
 _NOT_AT_FIRST = (
     "Length of those that ended",
     "Weight of old samples",
@@ -165,13 +161,13 @@ class RunView:
             with run.lock:
                 answers: dict[Any, Callable[[], dict[str, Any]]] = {
                     "run": lambda: self._answer(page, run, asked),
-                    "groups": lambda: _groups(run, asked),
-                    "text": lambda: text_of(run.completions, *_whole_numbers(asked, "step", "prompt", "place")),
-                    "prompt": lambda: over_steps(run.completions, *_whole_numbers(asked, "prompt")),
+                    "groups": lambda: groups_found(run.completions, asked),
+                    "text": lambda: text_of(run.completions, *whole_numbers(asked, "step", "prompt", "place")),
+                    "prompt": lambda: over_steps(run.completions, *whole_numbers(asked, "prompt")),
                     "log": lambda: {"text": log_of(run.folder, RUNNING_LOG)},
                     "remedy": lambda: _note_remedy(page, run, asked),
                     "curves": lambda: {"text": curves_as_csv(run.curves.history), "next": None},
-                    "completions": lambda: _piece(run, asked),
+                    "completions": lambda: piece_of(run.folder / COMPLETIONS_FILE, asked),
                     "report": lambda: {"text": report_of([run.folder, *self._compared(run, asked)]), "next": None},
                 }
                 return answers[what]() if what in answers else {"error": f"unknown: {what}"}
@@ -368,7 +364,7 @@ def _recoveries(folder: Path) -> list[dict[str, Any]]:
 
 def _note_remedy(page: Page, run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Note which alarm's settings are to go into the form."""
-    (number,) = _whole_numbers(asked, "alarm")
+    (number,) = whole_numbers(asked, "alarm")
     newest_first = run.alarms.records[::-1]
     page.remedy = newest_first[number]["settings"] if 0 <= number < len(newest_first) else {}
     return {}
@@ -398,78 +394,6 @@ def _section(section: DrawnSection, chosen: Mapping[str, bool], lang: str) -> di
             for chart in section.charts
         ],
     }
-
-
-def _groups(run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Groups of completions: `step` (the newest by default), `all` steps, `order`, the filter, and where to go on."""
-    steps = run.completions.steps
-    if not steps:
-        return {"groups": [], "next": None, "total": 0, "step": None, "bars": None}
-    step = asked.get("step")
-    wanted_step = steps[-1] if not isinstance(step, int) else max((s for s in steps if s <= step), default=steps[0])
-    wanted = Filter(
-        step=None if asked.get("all") else wanted_step,
-        text=str(asked.get("text") or "")[:1000],
-        lowest=_number_or_none(asked.get("lowest")),
-        highest=_number_or_none(asked.get("highest")),
-        is_truncated=bool(asked.get("is_truncated")),
-    )
-    order: Order = chosen if (chosen := asked.get("order")) in ORDERS else "sampled"
-    (start,) = _whole_numbers({"start": 0, **asked}, "start")
-    found, following = run.completions.search(wanted, order, max(0, start), GROUPS_AT_ONCE, _SEARCH_S)
-    groups = run.completions.ordered(wanted, order)
-    return {
-        "groups": [group_of(group, records, len(run.completions.of_prompt(group.prompt))) for group, records in found],
-        "next": following,
-        "total": len(groups),
-        "step": wanted_step,
-        "bars": _bars([reward for group in groups for reward in group.rewards]),
-    }
-
-
-def _bars(rewards: Sequence[float]) -> dict[str, Any] | None:
-    """A histogram of rewards: each bar's middle and its number of completions."""
-    if not rewards:
-        return None
-    values = np.asarray(rewards)
-    if np.ptp(values) == 0:
-        return {"x": [float(values[0])], "y": [len(values)], "width": 0.1}
-    distinct = np.unique(values)
-    if len(distinct) <= _NUM_BARS:  # few values, such as right and wrong: each has its bar
-        width = float(np.diff(distinct).min()) * 0.8
-        return {"x": distinct.tolist(), "y": [int((values == each).sum()) for each in distinct], "width": width}
-    counts, edges = np.histogram(values, bins=_NUM_BARS)
-    return {
-        "x": ((edges[1:] + edges[:-1]) / 2).tolist(),
-        "y": counts.tolist(),
-        "width": float(edges[1] - edges[0]) * 0.95,
-    }
-
-
-def _piece(run: _Run, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """A part of the completions' file from `start` on: whole lines, and where the next part begins."""
-    (start,) = _whole_numbers({"start": 0, **asked}, "start")
-    with (run.folder / COMPLETIONS_FILE).open("rb") as file:
-        file.seek(max(0, start))
-        part = file.read(_DOWNLOAD_BYTES)
-        part += file.readline()
-        return {"text": part.decode(errors="replace"), "next": file.tell() if part else None}
-
-
-def _whole_numbers(asked: Mapping[str, Any], *names: str) -> list[int]:
-    """Arguments of a question.
-
-    Raises:
-        ValueError: if one is no whole number.
-    """
-    values = [asked.get(name) for name in names]
-    if not all(isinstance(value, int) and not isinstance(value, bool) for value in values):
-        raise ValueError(f"{dict(zip(names, values, strict=True))} are no whole numbers.")
-    return values  # type: ignore[return-value]
-
-
-def _number_or_none(value: Any) -> float | None:
-    return float(value) if is_number(value) and math.isfinite(value) else None
 
 
 def _short(value: Any) -> str:
