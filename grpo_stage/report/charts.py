@@ -91,6 +91,14 @@ SECTIONS = (
         ),
     ),
     Section(
+        "Turns and tools",
+        (
+            Chart("Turns of the model", (r"completions/mean_turns",)),
+            Chart("Calls of tools", (r"tools/call_frequency",)),
+            Chart("Calls that went wrong", (r"tools/(?:failure|cut)_frequency", r"tools/unanswered_frac"), "share"),
+        ),
+    ),
+    Section(
         "Engine against trainer",
         (
             Chart("Difference of log-probabilities", (r"sampling/sampling_logp_difference/(?:mean|max)",)),
