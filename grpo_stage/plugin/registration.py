@@ -25,6 +25,7 @@ from grpo_stage.plugin.contract import (
     installed_version,
     is_supported_version,
 )
+from grpo_stage.survival.failure import failures_reported
 from grpo_stage.survival.stop import leave, run_and_pass_on
 
 
@@ -181,7 +182,8 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     stopped = None
     try:
-        run(parser.parse(config["args"]), config["callbacks"])
+        with failures_reported():
+            run(parser.parse(config["args"]), config["callbacks"])
     except SystemExit as stop:  # all ranks end; the error's frames refer to the trainer, and so to the group
         stopped = SystemExit(stop.code)
     _leave_process_group()

@@ -2,14 +2,17 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from grpo_stage.survival import checkpoints
 
@@ -91,6 +94,26 @@ def test_two_processes_stop_together_and_go_on_exactly(recipe, two, train_in_ran
     assert untimed(stopped) == untimed(two)
     weights = [load_file(Path(run["output_dir"]) / "adapter_model.safetensors") for run in (stopped, two)]
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
+
+
+@pytest.mark.parametrize(("weapon", "point"), [("ERROR", "reward"), ("SIGKILL", "rollout")])
+def test_a_rank_that_fails_is_named_last_and_the_other_ends(recipe, host_processes, tmp_path, weapon, point):
+    """Without torchrun, which would end the other at once: it ends by itself, and torchrun's summary has the cause."""
+    file = recipe_file(recipe(output_dir=str(tmp_path / "out")))
+    ranks = host_processes.run_ranks(2, str(INTERRUPTED_RUN), weapon, point, "1", file)
+    assert ranks[0].returncode == 1
+    assert ranks[1].returncode == (1 if weapon == "ERROR" else -signal.SIGKILL)
+    assert "Rank 0 ends, since it has lost another rank" in ranks[0].stderr
+    failures = {
+        rank: ProcessFailure(rank, 0, result.returncode, str(host_processes.error_file(rank)))
+        for rank, result in enumerate(ranks)
+    }
+    if weapon == "ERROR":
+        assert time.time() - failures[1].timestamp < 60
+        summary = ChildFailedError("run", failures).format_msg()
+        assert re.search(
+            r"Root Cause.*\n.*\n.*\n.*\n +rank +: 1 .*\n.*\n.*\n.*: LookupError: struck by the test\n=+$", summary
+        )
 
 
 def untimed(arguments: dict[str, Any]) -> list[dict[str, Any]]:
