@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from llamafactory import launcher
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
@@ -114,6 +115,16 @@ def test_a_rank_that_fails_is_named_last_and_the_other_ends(recipe, host_process
         assert re.search(
             r"Root Cause.*\n.*\n.*\n.*\n +rank +: 1 .*\n.*\n.*\n.*: LookupError: struck by the test\n=+$", summary
         )
+
+
+def test_more_processes_than_prompts_are_refused_in_words_that_torchrun_repeats(recipe, host_processes, tmp_path):
+    """On both, before a model is loaded."""
+    arguments = recipe(output_dir=str(tmp_path / "out"), max_samples=1)
+    for rank, result in enumerate(host_processes.run_ranks(2, launcher.__file__, recipe_file(arguments))):
+        assert result.returncode == 1
+        failure = ProcessFailure(rank, 0, 1, str(host_processes.error_file(rank)))
+        assert "2 processes train on 1 prompt" in failure.message["message"]
+        assert "Loading weights" not in result.stderr
 
 
 def untimed(arguments: dict[str, Any]) -> list[dict[str, Any]]:
