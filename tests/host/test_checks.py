@@ -730,6 +730,16 @@ def test_a_checkpoint_of_another_layout_is_refused(recipe, monkeypatch, before, 
         assert part in str(refused.value)
 
 
+def test_a_precision_of_the_launcher_alone_is_refused(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse(recipe | {"bf16": True, "use_cpu": True}).training.bf16
+    message = refusal(recipe)
+    for part in ("mixed_precision: bf16", "`bf16: false`", "Write `bf16: true` into the recipe", "'no'"):
+        assert part in message
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "fp8: true" not in refusal(recipe | {"bf16": True, "use_cpu": True})
+
+
 def test_more_processes_than_prompts_are_refused():
     refuse_idle_processes(2, 2)
     with pytest.raises(ValueError, match=r"3 processes train on 2 prompts.* 1 of them would never.*at most 2"):

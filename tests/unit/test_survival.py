@@ -563,6 +563,17 @@ def test_a_command_line_that_trains_with_the_stage_is_known(tmp_path, argv, star
     assert not starts_run(["llamafactory-cli", "train", str(tmp_path / "run.yaml")])
 
 
+@pytest.mark.parametrize(("module", "starts"), [("llamafactory.launcher", True), ("llamafactory.cli", False)])
+def test_a_module_that_is_run_by_its_name_is_known_before_its_file_is(tmp_path, monkeypatch, module, starts):
+    """As `accelerate launch -m llamafactory.launcher run.yaml` starts its processes."""
+    from grpo_stage._autoload import starts_run
+
+    (tmp_path / "run.yaml").write_text("stage: grpo\n")
+    words = ["-m", str(tmp_path / "run.yaml")]
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", module, *words[1:]])
+    assert starts_run(words) is starts
+
+
 def test_a_request_in_an_interruptible_block_does_not_wait_for_its_end():
     safe_stop = SafeStop()
 
