@@ -297,6 +297,30 @@ def test_a_run_ahead_goes_on_exactly(cluster, settings, recipe, run_exp, tmp_pat
     assert_same_run(resumed, whole, atol=1e-4)
 
 
+def test_servers_follow_a_policy_that_two_processes_hold_together(
+    cluster, settings, recipe, train_in_ranks, monkeypatch, tmp_path
+):
+    """FSDP2, as `accelerate launch` asks for it: the first process delivers what both hold, and both sample."""
+    for name, value in {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    }.items():
+        monkeypatch.setenv(name, value)
+    changes = {"vllm_server_urls": cluster.servers[2].url, "finetuning_type": "full", "max_steps": 3}
+    run = recipe(output_dir=str(tmp_path / "out"), **settings | {"learning_rate": 1e-3} | changes)
+    for key in ("lora_rank", "lora_target"):
+        del run[key]
+    train_in_ranks(run)
+    assert len({row["prompt_index"] for row in completions(run["output_dir"])}) == 10, "both have sampled"
+    log = [line for line in trainer_log(run["output_dir"]) if "loss" in line]
+    assert all(line["sampling/sampling_logp_difference/mean"] < NATS for line in log)
+    assert all(0.99 < line["sampling/slope/start"] < 1.01 for line in log[1:])
+
+
 def test_without_servers_the_run_ends_with_a_checkpoint(cluster, settings, recipe, run_exp, tmp_path, monkeypatch):
     """The last test: the servers are gone afterwards."""
     monkeypatch.setattr(vllm_server, "Patience", lambda: PATIENCE)
