@@ -39,6 +39,17 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+"""What `accelerate launch` tells its processes."""
+
+
 def launch(*command: str, succeeds: bool = True) -> str:
     """Run a command of this environment under torchrun, with a thread a process; its output."""
     scripts = Path(sys.executable).parent
@@ -163,6 +174,22 @@ def test_two_processes_train_as_one_does(recipe, two, train_in_ranks, tmp_path):
     reference = load_file(Path(one["output_dir"]) / "adapter_model.safetensors")
     for name, tensor in load_file(Path(two["output_dir"]) / "adapter_model.safetensors").items():
         assert (tensor - reference[name]).norm() <= 1e-4 * reference[name].norm() + 1e-6, name
+
+
+def test_mixed_precision_under_fsdp2_is_followed_by_the_slope_test(recipe, train_in_ranks, monkeypatch, tmp_path):
+    """Full tuning in bf16: the policy is asked for log-probabilities after it has sampled, without a new gathering."""
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    run = recipe(output_dir=str(tmp_path / "out"), finetuning_type="full", bf16=True, max_steps=3, beta=0.05)
+    for key in ("lora_rank", "lora_target"):
+        del run[key]
+    train_in_ranks(run)
+    log = [line for line in trainer_log(run["output_dir"]) if "loss" in line]
+    assert all(0 < line["sampling/sampling_logp_difference/mean"] < 0.05 for line in log), "bf16, and the same policy"
+    last = log[-1]
+    assert abs(last["sampling/slope/start"] - 1) < max(0.1, 4 * last["sampling/slope_error/start"])
+    weights = load_file(Path(run["output_dir"]) / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
 @pytest.fixture(scope="module")

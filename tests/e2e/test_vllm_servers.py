@@ -31,6 +31,7 @@ from tests.engines.conftest import logprob_difference, policy_logprobs, randomiz
 from tests.engines.vllm_servers import ServerFarm, ServerProcess
 
 from .conftest import completions, trainer_log
+from .test_two_processes import FSDP2
 
 
 PROMPTS = [
@@ -301,14 +302,7 @@ def test_servers_follow_a_policy_that_two_processes_hold_together(
     cluster, settings, recipe, train_in_ranks, monkeypatch, tmp_path
 ):
     """FSDP2, as `accelerate launch` asks for it: the first process delivers what both hold, and both sample."""
-    for name, value in {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    }.items():
+    for name, value in FSDP2.items():
         monkeypatch.setenv(name, value)
     changes = {"vllm_server_urls": cluster.servers[2].url, "finetuning_type": "full", "max_steps": 3}
     run = recipe(output_dir=str(tmp_path / "out"), **settings | {"learning_rate": 1e-3} | changes)
