@@ -943,3 +943,45 @@ def test_an_engine_that_is_lost_leaves_a_checkpoint(tmp_path):
     with pytest.raises(EngineLostError) as error:
         make_trainer(tmp_path, engine=Lost()).train()
     assert str(tmp_path / "checkpoint-2") in error.value.__notes__[0]
+
+
+def test_a_stop_of_the_process_that_has_started_ray_reaches_the_worker_that_trains(monkeypatch):
+    """Below Ray's own process, and not what that worker has started itself, under the same title."""
+
+    class Process:
+        def __init__(self, name: str, *children: "Process") -> None:
+            self.title, self.below, self.signals = name, children, []
+
+        def children(self, recursive: bool = False) -> list["Process"]:
+            return [p for each in self.below for p in (each, *(each.children(True) if recursive else ()))]
+
+        def name(self) -> str:
+            return self.title.split()[0]
+
+        def cmdline(self) -> list[str]:
+            return [self.title]
+
+        def send_signal(self, signum: int) -> None:
+            self.signals.append(signum)
+
+    title = "ray::Worker._training_function"
+    reward = Process(title)
+    worker, idle = Process(title, reward), Process("ray::IDLE")
+    here = Process("python", Process("raylet --x", worker, idle), Process(title))
+    monkeypatch.setattr("psutil.Process", lambda: here)
+    monkeypatch.setattr(stop_module, "_asked_of_ray", [])
+    stop_module.pass_on_to_ray()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "another stage's"
+    with pytest.raises(LookupError), stop_module.exit_code_of_stop():
+        raise LookupError
+    try:
+        stop_module.end_at_once()
+        stop_module.pass_on_to_ray()
+        with pytest.raises(SystemExit) as ended, stop_module.exit_code_of_stop():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise RuntimeError("the actor is gone")
+    finally:
+        stop_module.leave()
+    assert ended.value.code == 130
+    assert worker.signals == [signal.SIGTERM]
+    assert not any(each.signals for each in (here, idle, reward, here.below[1]))
