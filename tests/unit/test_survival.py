@@ -977,8 +977,8 @@ def test_a_stop_of_the_process_that_has_started_ray_reaches_the_worker_that_trai
     try:
         stop_module.end_at_once()
         stop_module.pass_on_to_ray()
+        os.kill(os.getpid(), signal.SIGINT)
         with pytest.raises(SystemExit) as ended, stop_module.exit_code_of_stop():
-            os.kill(os.getpid(), signal.SIGINT)
             raise RuntimeError("the actor is gone")
     finally:
         stop_module.leave()
