@@ -52,7 +52,9 @@ def starts_run(argv: "list[str]") -> bool:
     The recipe's text is searched, since a parser takes long to import: should it only be about the stage, a stop
     before training ends that run with a line in place of a traceback.
     """
-    is_of_torchrun = argv[:1] and argv[0].endswith(os.path.join("llamafactory", "launcher.py"))
+    program = argv[0] if argv else ""  # `-m` until a module that is named so has been found
+    is_module = program == "-m" and "llamafactory.launcher" in sys.orig_argv
+    is_of_torchrun = is_module or program.endswith(os.path.join("llamafactory", "launcher.py"))
     if not is_of_torchrun and argv[1:2] != ["train"]:
         return False
     words = argv[1:] if is_of_torchrun else argv[2:]

@@ -37,8 +37,17 @@ class HostProcesses:
             probe.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
         size = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-        ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+        ranks = [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_ERROR_FILE": str(self.error_file(rank))}
+            for rank in range(num_ranks)
+        ]
+        for rank in range(num_ranks):
+            self.error_file(rank).unlink(missing_ok=True)
         return self._run(command, [os.environ | address | size | rank for rank in ranks], timeout)
+
+    def error_file(self, rank: int) -> Path:
+        """Where torchrun would look for the error of a rank of `run_ranks`."""
+        return self._folder / f"{rank}.error.json"
 
     def close(self) -> None:
         """End it, and what it has forked."""

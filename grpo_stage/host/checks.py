@@ -32,6 +32,7 @@ from grpo_stage.host.model_files import config_of
 from grpo_stage.host.other_model_rules import OTHER_MODEL_RULES, check_reward_adapter
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.output_folder import check_output_folder, check_resume
+from grpo_stage.host.precision import check_launchers_precision
 from grpo_stage.host.rules import RULES
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.host.unsupported import UNSUPPORTED
@@ -74,8 +75,9 @@ def refuse_impossible(values: SimpleNamespace, given: Collection[str]) -> None:
     engine = ENGINES[values.rollout_backend]
     refuse_broken(engine.rules, SimpleNamespace(**vars(values), adapter_rank=lora_rank(values)))
 
-    with apart():
-        check_distribution(values)
+    for check in (check_distribution, check_launchers_precision):
+        with apart():
+            check(values)
 
     adapters = items(values.adapter_name_or_path)
     for i, adapter in enumerate(adapters):

@@ -80,6 +80,8 @@ def prepare(arguments: RunArguments) -> Preparation:
     stop_if_refused()
     prompts = inputs.prompts
     with apart():
+        refuse_idle_processes(len(prompts.train), training_args.world_size)
+    with apart():
         rewards.check(prompts.train)
     with apart():
         rewards.check(prompts.evaluation)
@@ -92,6 +94,17 @@ def prepare(arguments: RunArguments) -> Preparation:
         if training_args.resume_from_checkpoint:
             check_resume(arguments, record, len(prompts.train))
     return Preparation(inputs, rewards, {"recipe": recipe, "distribution": distribution(), **record})
+
+
+def refuse_idle_processes(num_prompts: int, num_processes: int) -> None:
+    """Refuse a run in which a process would never have a prompt."""
+    if num_prompts < num_processes:
+        raise ValueError(
+            f"{num_processes} processes train on {num_prompts} prompt{'s' if num_prompts > 1 else ''}: a prompt is "
+            f"sampled by one process, so that {num_processes - num_prompts} of them would never have anything to do. "
+            f"Start at most {num_prompts} (`NPROC_PER_NODE`, or `num_processes` of `accelerate launch`), or give "
+            "`dataset` more rows (`max_samples` and `val_size` take some away)."
+        )
 
 
 def _refuse_unanswered(prompts: Sequence[Prompt], answer_balance: float) -> None:

@@ -1,9 +1,12 @@
 """The precision of a run, and how closely its engine can agree with its trainer."""
 
+import os
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from grpo_stage.algorithm.conditions import as_yaml
 from grpo_stage.host.facade import get_logger
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.monitors.canary import DEFAULT_BOUNDS
@@ -11,6 +14,23 @@ from grpo_stage.rollout.engines.table import ENGINES
 
 
 logger = get_logger(__name__)
+
+
+def check_launchers_precision(values: SimpleNamespace) -> None:
+    """Refuse a precision that `accelerate launch` asks for and the recipe does not have: Trainer would take it.
+
+    Raises:
+        ValueError: naming the value, the rule, the reason and the remedy.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked in ("no", "fp16" if values.fp16 else "bf16" if values.bf16 else "no"):
+        return
+    remedy = f"Write `{asked}: true` into the recipe, or" if asked in ("bf16", "fp16") else "Write"
+    raise ValueError(
+        f"`mixed_precision: {asked}` in the config file of `accelerate launch` is not what the recipe says (`bf16: "
+        f"{as_yaml(values.bf16)}`, `fp16: {as_yaml(values.fp16)}`): the run would compute in one precision and be "
+        f"checked and judged by another. {remedy} `mixed_precision: 'no'` into that file: the recipe's is then used."
+    )
 
 
 def autocast_dtype(arguments: RunArguments) -> torch.dtype | None:

@@ -245,7 +245,7 @@ def _refuse_other_layout(
     """Refuse a checkpoint whose parts are those of other processes."""
     before = state.get("distribution", REPLICATED), stored.get("world_size")
     now = distribution(), recipe["world_size"]
-    if (before != now and REPLICATED not in (before[0], now[0])) or before[0] != now[0]:
+    if before != now:
         raise ValueError(
             f"Cannot resume from {folder}: it was saved by {_layout(*before)}, and this run has {_layout(*now)}. A "
             "checkpoint has a part for each process, which fits no other. Launch as it was launched then; or, to "
@@ -255,8 +255,10 @@ def _refuse_other_layout(
 
 
 def _layout(kind: str, num_processes: int | None) -> str:
+    if num_processes == 1:
+        return "one process"
     weights = "the whole weights in each" if kind == REPLICATED else f"the weights sharded by {kind}"
-    return f"{num_processes} process{'' if num_processes == 1 else 'es'} with {weights}"
+    return f"{num_processes} processes with {weights}"
 
 
 def _number(text: str) -> float:

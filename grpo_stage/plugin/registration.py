@@ -25,7 +25,8 @@ from grpo_stage.plugin.contract import (
     installed_version,
     is_supported_version,
 )
-from grpo_stage.survival.stop import leave, run_and_pass_on
+from grpo_stage.survival.failure import failures_reported
+from grpo_stage.survival.stop import exit_code_of_stop, leave, pass_on_to_ray, run_and_pass_on
 
 
 MEGATRON = {"USE_MCA": "Megatron-Core's trainers", "USE_MEGATRON_BRIDGE": "Megatron Bridge's trainers"}
@@ -164,6 +165,13 @@ def _refuse_unsupported_host(wrapped: Any, instance: Any, args: Any, kwargs: Any
         check_contract()
     else:
         leave()
+    with exit_code_of_stop():
+        return wrapped(*args, **kwargs)
+
+
+@wrapt.decorator
+def _pass_stops_on(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    pass_on_to_ray()
     return wrapped(*args, **kwargs)
 
 
@@ -181,7 +189,8 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     stopped = None
     try:
-        run(parser.parse(config["args"]), config["callbacks"])
+        with failures_reported():
+            run(parser.parse(config["args"]), config["callbacks"])
     except SystemExit as stop:  # all ranks end; the error's frames refer to the trainer, and so to the group
         stopped = SystemExit(stop.code)
     _leave_process_group()
@@ -266,6 +275,12 @@ ROWS: tuple[Row, ...] = (
         "_training_function",
         _dispatch_stage,
         "Runs the stage. `run_exp` and Ray's workers look it up when they call it.",
+    ),
+    Row(
+        "llamafactory.train.tuner",
+        "get_placement_group",
+        _pass_stops_on,
+        "Called once Ray runs: a stop of the process that has started it reaches its workers.",
     ),
     Row(
         "llamafactory.launcher",

@@ -22,6 +22,7 @@ from grpo_stage.distributed import gather_on_cpu
 from grpo_stage.rewards.errors import RewardError, UnrewardedError
 from grpo_stage.survival import checkpoints
 from grpo_stage.survival.checkpoints import ROLLOUT_FILE, TENSORS_FILE
+from grpo_stage.survival.failure import report
 from grpo_stage.survival.run_state import RunState, Scope
 from grpo_stage.survival.stop import RunStopped, SafeStop
 from grpo_stage.survival.watchdog import HangError, Watchdog
@@ -180,6 +181,7 @@ class ResumableTrainer(Trainer):
         """End the process from the watchdog's thread: the main one hangs in native code and cannot be reached."""
         try:
             print(error, file=sys.stderr, flush=True)
+            report(error)
             self.run_state.undo()
             if self.args.world_size == 1:
                 print(f"What was trained until then is in {self.save_progress()}.", file=sys.stderr, flush=True)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 GIB = float(2**30)
 SERVER_SHARE = 0.9
 """Of a server's cards, what weights and cache take: vLLM's own default of `--gpu-memory-utilization`."""
-REQUESTS_OF_A_SERVER = 256
-"""How many completions a server is asked for at a time."""
 OF_SEVERAL_DEVICES = ("deepspeed", "fsdp", "fsdp_config", "vllm_server_urls")
 """Keys that the layout stands for: they need packages or servers that a plan does without."""
 
@@ -137,6 +135,7 @@ def plan_layout(
     from grpo_stage.host.parser import typed
     from grpo_stage.layout.costs import Rates, Work
     from grpo_stage.layout.simulation import NoRoomError, fixed, of_file, simulate, uniform
+    from grpo_stage.rollout.engines.vllm_server_fleet import MOST_IN_FLIGHT
 
     backend = configuration.get("rollout_backend")
     _check_backend(backend, layout)
@@ -168,7 +167,7 @@ def plan_layout(
         checkpointing=memory.checkpointing,
         shares_prompts=not finetuning.disable_prompt_sharing,
         runs_ahead=bool(finetuning.rollout_ahead),
-        **({} if layout.is_colocated else {"max_in_flight": REQUESTS_OF_A_SERVER}),
+        **({} if layout.is_colocated else {"max_in_flight": MOST_IN_FLIGHT}),
     )
     if lengths is not None:
         draw = of_file(lengths)

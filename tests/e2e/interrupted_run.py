@@ -1,4 +1,7 @@
-"""`llamafactory-cli train` that gets a signal at a point: `interrupted_run.py SIGNAL POINT STEP recipe.yaml`."""
+"""`llamafactory-cli train` that is struck at a point: `interrupted_run.py SIGNAL POINT STEP recipe.yaml`.
+
+In the place of a signal's name, `ERROR` raises an exception.
+"""
 
 import os
 import signal
@@ -9,14 +12,16 @@ from grpo_stage.survival import checkpoints
 from grpo_stage.trainer import GRPOTrainer
 
 
-SIGNAL, POINT, STEP = signal.Signals[sys.argv[1]], sys.argv[2], int(sys.argv[3])
+WEAPON, POINT, STEP = sys.argv[1], sys.argv[2], int(sys.argv[3])
 
 
 def strike() -> None:
     """Where there are several ranks, on the last alone."""
     if int(os.environ.get("RANK", "0")) == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         print(f"striking at {POINT} of step {STEP}", flush=True)
-        os.kill(os.getpid(), SIGNAL)
+        if WEAPON == "ERROR":
+            raise LookupError("struck by the test")
+        os.kill(os.getpid(), signal.Signals[WEAPON])
 
 
 class InterruptedTrainer(GRPOTrainer):
@@ -28,6 +33,7 @@ class InterruptedTrainer(GRPOTrainer):
         self.sampling = kwargs["sampling"]
         sampler, gradient = self.collector._sampler, self.learner.gradient
         self.generate, sampler.generate = sampler.generate, self._generate
+        self.score, sampler.rewards.score = sampler.rewards.score, self._score
         self.learn, self.learner.learn = self.learner.learn, self._learn
         self.gather, gradient._gather = gradient._gather, self._gather
 
@@ -60,6 +66,11 @@ class InterruptedTrainer(GRPOTrainer):
             return self.generate(prompts, sampling, step, version)
         finally:
             engine.on_step = on_step
+
+    def _score(self, groups: Any) -> Any:
+        if POINT == "reward" and self.is_due:
+            strike()
+        return self.score(groups)
 
     def _learn(self, *args: Any) -> Any:
         self.calls = 0

@@ -2,14 +2,18 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from llamafactory import launcher
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from grpo_stage.survival import checkpoints
 
@@ -33,6 +37,17 @@ SETTINGS: dict[str, Any] = {
     "eval_strategy": "epoch",
     "eval_num_generations": 3,
 }
+
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "true",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}
+"""What `accelerate launch` tells its processes."""
 
 
 def launch(*command: str, succeeds: bool = True) -> str:
@@ -93,6 +108,36 @@ def test_two_processes_stop_together_and_go_on_exactly(recipe, two, train_in_ran
     assert all((weights[0][name] == weights[1][name]).all() for name in weights[1])
 
 
+@pytest.mark.parametrize(("weapon", "point"), [("ERROR", "reward"), ("SIGKILL", "rollout")])
+def test_a_rank_that_fails_is_named_last_and_the_other_ends(recipe, host_processes, tmp_path, weapon, point):
+    """Without torchrun, which would end the other at once: it ends by itself, and torchrun's summary has the cause."""
+    file = recipe_file(recipe(output_dir=str(tmp_path / "out")))
+    ranks = host_processes.run_ranks(2, str(INTERRUPTED_RUN), weapon, point, "1", file)
+    assert ranks[0].returncode == 1
+    assert ranks[1].returncode == (1 if weapon == "ERROR" else -signal.SIGKILL)
+    assert "Rank 0 ends, since it has lost another rank" in ranks[0].stderr
+    failures = {
+        rank: ProcessFailure(rank, 0, result.returncode, str(host_processes.error_file(rank)))
+        for rank, result in enumerate(ranks)
+    }
+    if weapon == "ERROR":
+        assert time.time() - failures[1].timestamp < 60
+        summary = ChildFailedError("run", failures).format_msg()
+        assert re.search(
+            r"Root Cause.*\n.*\n.*\n.*\n +rank +: 1 .*\n.*\n.*\n.*: LookupError: struck by the test\n=+$", summary
+        )
+
+
+def test_more_processes_than_prompts_are_refused_in_words_that_torchrun_repeats(recipe, host_processes, tmp_path):
+    """On both, before a model is loaded."""
+    arguments = recipe(output_dir=str(tmp_path / "out"), max_samples=1)
+    for rank, result in enumerate(host_processes.run_ranks(2, launcher.__file__, recipe_file(arguments))):
+        assert result.returncode == 1
+        failure = ProcessFailure(rank, 0, 1, str(host_processes.error_file(rank)))
+        assert "2 processes train on 1 prompt" in failure.message["message"]
+        assert "Loading weights" not in result.stderr
+
+
 def untimed(arguments: dict[str, Any]) -> list[dict[str, Any]]:
     clock = re.compile(r"time|per_second|runtime|percentage|train_loss|memory/|tflops|mfu")
     lines = trainer_log(arguments["output_dir"])
@@ -129,6 +174,22 @@ def test_two_processes_train_as_one_does(recipe, two, train_in_ranks, tmp_path):
     reference = load_file(Path(one["output_dir"]) / "adapter_model.safetensors")
     for name, tensor in load_file(Path(two["output_dir"]) / "adapter_model.safetensors").items():
         assert (tensor - reference[name]).norm() <= 1e-4 * reference[name].norm() + 1e-6, name
+
+
+def test_mixed_precision_under_fsdp2_is_followed_by_the_slope_test(recipe, train_in_ranks, monkeypatch, tmp_path):
+    """Full tuning in bf16: the policy is asked for log-probabilities after it has sampled, without a new gathering."""
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    run = recipe(output_dir=str(tmp_path / "out"), finetuning_type="full", bf16=True, max_steps=3, beta=0.05)
+    for key in ("lora_rank", "lora_target"):
+        del run[key]
+    train_in_ranks(run)
+    log = [line for line in trainer_log(run["output_dir"]) if "loss" in line]
+    assert all(0 < line["sampling/sampling_logp_difference/mean"] < 0.05 for line in log), "bf16, and the same policy"
+    last = log[-1]
+    assert abs(last["sampling/slope/start"] - 1) < max(0.1, 4 * last["sampling/slope_error/start"])
+    weights = load_file(Path(run["output_dir"]) / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
 @pytest.fixture(scope="module")

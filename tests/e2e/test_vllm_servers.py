@@ -31,6 +31,7 @@ from tests.engines.conftest import logprob_difference, policy_logprobs, randomiz
 from tests.engines.vllm_servers import ServerFarm, ServerProcess
 
 from .conftest import completions, trainer_log
+from .test_two_processes import FSDP2
 
 
 PROMPTS = [
@@ -295,6 +296,23 @@ def test_a_run_ahead_goes_on_exactly(cluster, settings, recipe, run_exp, tmp_pat
     run_exp(resumed | {"resume_from_checkpoint": str(tmp_path / "resumed" / "checkpoint-2")})
     # The ratio has the servers' log-probabilities in it, which differ by what else is in their batch.
     assert_same_run(resumed, whole, atol=1e-4)
+
+
+def test_servers_follow_a_policy_that_two_processes_hold_together(
+    cluster, settings, recipe, train_in_ranks, monkeypatch, tmp_path
+):
+    """FSDP2, as `accelerate launch` asks for it: the first process delivers what both hold, and both sample."""
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    changes = {"vllm_server_urls": cluster.servers[2].url, "finetuning_type": "full", "max_steps": 3}
+    run = recipe(output_dir=str(tmp_path / "out"), **settings | {"learning_rate": 1e-3} | changes)
+    for key in ("lora_rank", "lora_target"):
+        del run[key]
+    train_in_ranks(run)
+    assert len({row["prompt_index"] for row in completions(run["output_dir"])}) == 10, "both have sampled"
+    log = [line for line in trainer_log(run["output_dir"]) if "loss" in line]
+    assert all(line["sampling/sampling_logp_difference/mean"] < NATS for line in log)
+    assert all(0.99 < line["sampling/slope/start"] < 1.01 for line in log[1:])
 
 
 def test_without_servers_the_run_ends_with_a_checkpoint(cluster, settings, recipe, run_exp, tmp_path, monkeypatch):

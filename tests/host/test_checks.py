@@ -17,9 +17,11 @@ from llamafactory.model.model_utils.rope import configure_rope
 from transformers import AutoConfig
 
 from grpo_stage.host import advice
+from grpo_stage.host import recipe as recipe_module
+from grpo_stage.host.inputs import refuse_idle_processes
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
-from grpo_stage.host.recipe import check_same_training, recipe_of, training_record
+from grpo_stage.host.recipe import check_checkpoint, check_same_training, recipe_of, training_record
 from grpo_stage.host.recovery import possible
 from grpo_stage.host.unsupported import UNSUPPORTED
 from grpo_stage.records.redaction import secrets_in
@@ -704,6 +706,44 @@ def _checkpoint(recipe: dict[str, Any], step: int = 2) -> Path:
         folder, parts, {"recipe": recipe_of(parse(recipe | {"overwrite_output_dir": True}))}, is_saver=True
     )
     return folder
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        (("replicated", 2), ("replicated", 1), ["2 processes with the whole weights in each", "has one process"]),
+        (("replicated", 1), ("replicated", 2), ["saved by one process", "2 processes with the whole weights in each"]),
+        (("FSDP2", 2), ("replicated", 1), ["2 processes with the weights sharded by FSDP2", "has one process"]),
+        (("FSDP2", 2), ("FSDP2", 4), ["saved by 2 processes", "has 4 processes with the weights sharded by FSDP2"]),
+        (("replicated", 2), ("FSDP2", 2), ["the whole weights in each", "the weights sharded by FSDP2"]),
+    ],
+)
+def test_a_checkpoint_of_another_layout_is_refused(recipe, monkeypatch, before, now, said):
+    monkeypatch.setattr(recipe_module, "distribution", lambda: now[0])
+    keys = recipe_of(parse(recipe))
+    folder = Path(recipe["output_dir"], "checkpoint-2")
+    state = {"recipe": keys | {"world_size": before[1]}, "distribution": before[0]}
+    checkpoints.save(folder, {}, state, is_saver=True)
+    with pytest.raises(ValueError, match="Launch as it was launched then") as refused:
+        check_checkpoint(folder, keys | {"world_size": now[1]})
+    for part in (str(folder), *said):
+        assert part in str(refused.value)
+
+
+def test_a_precision_of_the_launcher_alone_is_refused(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert parse(recipe | {"bf16": True, "use_cpu": True}).training.bf16
+    message = refusal(recipe)
+    for part in ("mixed_precision: bf16", "`bf16: false`", "Write `bf16: true` into the recipe", "'no'"):
+        assert part in message
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    assert "fp8: true" not in refusal(recipe | {"bf16": True, "use_cpu": True})
+
+
+def test_more_processes_than_prompts_are_refused():
+    refuse_idle_processes(2, 2)
+    with pytest.raises(ValueError, match=r"3 processes train on 2 prompts.* 1 of them would never.*at most 2"):
+        refuse_idle_processes(2, 3)
 
 
 def test_the_same_recipe_resumes_by_itself(recipe):

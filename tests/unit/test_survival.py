@@ -563,6 +563,17 @@ def test_a_command_line_that_trains_with_the_stage_is_known(tmp_path, argv, star
     assert not starts_run(["llamafactory-cli", "train", str(tmp_path / "run.yaml")])
 
 
+@pytest.mark.parametrize(("module", "starts"), [("llamafactory.launcher", True), ("llamafactory.cli", False)])
+def test_a_module_that_is_run_by_its_name_is_known_before_its_file_is(tmp_path, monkeypatch, module, starts):
+    """As `accelerate launch -m llamafactory.launcher run.yaml` starts its processes."""
+    from grpo_stage._autoload import starts_run
+
+    (tmp_path / "run.yaml").write_text("stage: grpo\n")
+    words = ["-m", str(tmp_path / "run.yaml")]
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-u", "-m", module, *words[1:]])
+    assert starts_run(words) is starts
+
+
 def test_a_request_in_an_interruptible_block_does_not_wait_for_its_end():
     safe_stop = SafeStop()
 
@@ -932,3 +943,45 @@ def test_an_engine_that_is_lost_leaves_a_checkpoint(tmp_path):
     with pytest.raises(EngineLostError) as error:
         make_trainer(tmp_path, engine=Lost()).train()
     assert str(tmp_path / "checkpoint-2") in error.value.__notes__[0]
+
+
+def test_a_stop_of_the_process_that_has_started_ray_reaches_the_worker_that_trains(monkeypatch):
+    """Below Ray's own process, and not what that worker has started itself, under the same title."""
+
+    class Process:
+        def __init__(self, name: str, *children: "Process") -> None:
+            self.title, self.below, self.signals = name, children, []
+
+        def children(self, recursive: bool = False) -> list["Process"]:
+            return [p for each in self.below for p in (each, *(each.children(True) if recursive else ()))]
+
+        def name(self) -> str:
+            return self.title.split()[0]
+
+        def cmdline(self) -> list[str]:
+            return [self.title]
+
+        def send_signal(self, signum: int) -> None:
+            self.signals.append(signum)
+
+    title = "ray::Worker._training_function"
+    reward = Process(title)
+    worker, idle = Process(title, reward), Process("ray::IDLE")
+    here = Process("python", Process("raylet --x", worker, idle), Process(title))
+    monkeypatch.setattr("psutil.Process", lambda: here)
+    monkeypatch.setattr(stop_module, "_asked_of_ray", [])
+    stop_module.pass_on_to_ray()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "another stage's"
+    with pytest.raises(LookupError), stop_module.exit_code_of_stop():
+        raise LookupError
+    try:
+        stop_module.end_at_once()
+        stop_module.pass_on_to_ray()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(SystemExit) as ended, stop_module.exit_code_of_stop():
+            raise RuntimeError("the actor is gone")
+    finally:
+        stop_module.leave()
+    assert ended.value.code == 130
+    assert worker.signals == [signal.SIGTERM]
+    assert not any(each.signals for each in (here, idle, reward, here.below[1]))

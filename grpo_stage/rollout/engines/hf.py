@@ -107,7 +107,8 @@ class HFEngine:
                 token_ids = [next(completions) for _ in batch]
                 input_ids, attention_mask = _left_padded([row.prompt for row in batch])
                 reader = _Reader(token_ids, longest, model.device)
-                model.generate(
+                _generate(
+                    model,
                     input_ids=input_ids.to(model.device),
                     attention_mask=attention_mask.to(model.device),
                     past_key_values=_prefilled(model, [row.prompt for row in batch]),
@@ -147,7 +148,8 @@ class HFEngine:
     def _sample(self, model: Any, batch: Sequence[_Row], sampling: SamplingSettings) -> list[Completion]:
         input_ids, attention_mask = _left_padded([row.prompt for row in batch])
         sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device), self.on_step)
-        output = model.generate(
+        output = _generate(
+            model,
             input_ids=input_ids.to(model.device),
             attention_mask=attention_mask.to(model.device),
             past_key_values=_prefilled(model, [row.prompt for row in batch]),
@@ -262,6 +264,15 @@ def _left_padded(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]
         input_ids[i, start:] = torch.tensor(prompt.token_ids)
         attention_mask[i, start:] = 1
     return input_ids, attention_mask
+
+
+def _generate(model: Any, **kwargs: Any) -> Any:
+    """The class's own `generate`.
+
+    Under FSDP2 accelerate puts another in its place that gathers weights before it and lets go of them after it. Here
+    they are gathered for the whole rollout, since processes generate a different number of times.
+    """
+    return type(model).generate(model, **kwargs)
 
 
 def _prefilled(model: Any, prompts: Sequence[Prompt]) -> DynamicCache | None:
