@@ -50,6 +50,8 @@ def trainer_of(num_ranks: int, case: dict[str, Any]) -> Any:
     """One whose optimizer moves each weight by a hundred times its gradient."""
     training = {key: case[key] for key in TRAINING if key in case}
     training |= {"per_device_train_batch_size": 4 // num_ranks, "optim": "sgd", "learning_rate": 100.0}
+    if (config := os.environ.get("DEEPSPEED_CONFIG")) is not None:
+        training |= {"deepspeed": json.loads(config), "use_cpu": False, "dataloader_pin_memory": False}
     if case.get("gradient_checkpointing"):
         training["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     options = {key: value for key, value in case.items() if key not in (*TRAINING, LORA)}
