@@ -91,7 +91,9 @@ def prepare(arguments: RunArguments) -> Preparation:
     with apart():
         if training_args.resume_from_checkpoint:
             check_resume(arguments, record, len(prompts.train))
-    return Preparation(inputs, rewards, {"recipe": recipe, "distribution": distribution(), **record})
+    return Preparation(
+        inputs, rewards, {"recipe": recipe, "distribution": distribution(training_args.deepspeed), **record}
+    )
 
 
 def _refuse_unanswered(prompts: Sequence[Prompt], answer_balance: float) -> None:

@@ -177,9 +177,9 @@ def _without_hooks(module: nn.Module) -> Iterator[None]:
 
 def _gathering(parameters: Sequence[Any]) -> AbstractContextManager[Any]:
     """A block in which each process has these weights of a ZeRO-3 model whole; they must be at `rest` before."""
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    return GatheredParameters(parameters)
+    return deepspeed.zero.GatheredParameters(parameters)
 
 
 @contextmanager

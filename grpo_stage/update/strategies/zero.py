@@ -1,4 +1,4 @@
-"""DeepSpeed: each process holds a part of the optimizer's state (ZeRO-1), of the gradient (2) and of the weights (3)."""
+"""DeepSpeed: each process has a part of the optimizer's state (ZeRO-1), of the gradient (2) and the weights (3)."""
 
 import copy
 import os
@@ -79,7 +79,9 @@ class Zero:
 
     def try_backward(self, model: nn.Module, loss: torch.Tensor) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(loss, trained[:1], allow_unused=True)  # reaches no hook of DeepSpeed's that keeps gradients
+        torch.autograd.grad(
+            loss, trained[:1], allow_unused=True
+        )  # reaches no hook of DeepSpeed's that keeps gradients
 
     def drop_gradient(self, model: nn.Module) -> None:
         self._has_gradient = False
@@ -89,7 +91,9 @@ class Zero:
         optimizer = self._engine.optimizer
         optimizer.zero_grad()
         optimizer.averaged_gradients.clear()
-        optimizer.micro_step_id = 0 if self._stage == 3 else -1  # before the first pass of a step, as its own step does
+        optimizer.micro_step_id = (
+            0 if self._stage == 3 else -1
+        )  # before the first pass of a step, as its own step does
         if self._offloads:
             optimizer.reset_cpu_buffers()
 
@@ -185,7 +189,7 @@ class Zero:
 
 
 def _gather_output_layer_with(model: nn.Module) -> None:
-    """Have the weights of the output layer gathered for the pass of the whole model, whatever calls the layer in it."""
+    """Have the weights of the output layer gathered for the whole model's pass, however often the layer is called."""
     halves = Halves.of(model)
     if halves is None:
         return
