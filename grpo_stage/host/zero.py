@@ -86,8 +86,8 @@ def check_zero(values: SimpleNamespace) -> None:
         if zero_stage(config) == 3 and len(items(values.adapter_name_or_path)) > 1:
             raise ValueError(
                 f"`adapter_name_or_path: {','.join(items(values.adapter_name_or_path))}` is not possible with "
-                f"{shown}: the host merges all adapters but the last into the model, which it cannot while ZeRO-3 divides it. "
-                "Merge them first (`llamafactory-cli export`), or use ZeRO-2."
+                f"{shown}: the host merges all adapters but the last into the model, which it cannot while ZeRO-3 "
+                "divides it. Merge them first (`llamafactory-cli export`), or use ZeRO-2."
             )
 
 

@@ -42,6 +42,41 @@ FSDP2 = {
 """A config file of `accelerate launch`, as docs/devices.md has it, for CPUs."""
 
 
+ON_CPU = {"DS_ACCELERATOR": "cpu"}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """The host's config for DeepSpeed: `ds_z<stage>_config.json`."""
+    divided = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+    if stage == 3:
+        names = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        divided |= {f"stage3_{name}": value for name, value in zip(names, ("auto", "auto", 1e9, 1e9), strict=True)}
+        divided |= {"sub_group_size": 1e9, "reduce_bucket_size": "auto"}
+    else:
+        divided |= dict.fromkeys(("allgather_partitions", "reduce_scatter", "round_robin_gradients"), True)
+        divided |= dict.fromkeys(("allgather_bucket_size", "reduce_bucket_size"), 5e8)
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {
+        **dict.fromkeys((*batches, "gradient_clipping"), "auto"),
+        "zero_allow_untested_optimizer": True,
+        "fp16": {"enabled": "auto"},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": divided,
+    }
+
+
+def offloaded(stage: int) -> dict[str, Any]:
+    """The same with `offload`, and PyTorch's optimizer in the place of one that DeepSpeed would compile."""
+    names = ("offload_optimizer", "offload_param")[: 2 if stage == 3 else 1]
+    places = {name: {"device": "cpu", "pin_memory": False} for name in names}
+    config = zero(stage)
+    return {**config, "zero_force_ds_cpu_optimizer": False, "zero_optimization": config["zero_optimization"] | places}
+
+
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory) -> dict[str, str]:
     """What `accelerate launch` tells its processes."""
@@ -53,15 +88,15 @@ def fsdp2(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def steps_of(host_processes, tmp_path_factory) -> Callable[[dict[str, str], int], dict[str, Any]]:
+def steps_of(host_processes, tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
     """What `strategy_ranks.py` writes."""
 
-    def run(environment: dict[str, str], num_ranks: int) -> dict[str, Any]:
+    def run(environment: dict[str, str], num_ranks: int, *configs: dict[str, Any]) -> list[dict[str, Any]]:
         file = tmp_path_factory.mktemp("steps") / "steps.pt"
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            for result in host_processes.run_ranks(num_ranks, str(SCRIPT), str(file)):
+            for result in host_processes.run_ranks(num_ranks, str(SCRIPT), str(file), *map(json.dumps, configs)):
                 assert result.returncode == 0, result.stderr[-8000:]
         return torch.load(file)
 
@@ -70,24 +105,35 @@ def steps_of(host_processes, tmp_path_factory) -> Callable[[dict[str, str], int]
 
 @pytest.fixture(scope="module")
 def one(steps_of) -> dict[str, Any]:
-    return steps_of({}, 1)
+    return steps_of({}, 1)[0]
 
 
 def test_fsdp2_updates_as_one_process_does(fsdp2, steps_of, one):
-    check_updates(steps_of(fsdp2, 2), one)
+    (two,) = steps_of(fsdp2, 2)
+    assert two["updates"].keys() == one["updates"].keys()
+    check_updates(two, one)
+
+
+def test_zero_updates_as_one_process_does(steps_of, one):
+    stages = [0, 2, 3]
+    results = steps_of(ON_CPU, 2, *map(zero, stages), *(offloaded(stage) for stage in (2, 3)))
+    for two in results[: len(stages)]:
+        assert two["updates"].keys() == one["updates"].keys()
+    for two in results:
+        check_updates(two, one)
 
 
 def check_updates(two: dict[str, Any], one: dict[str, Any]) -> None:
     """The same gradient, clipped alike; the same weights for the engine, and never all of them at once."""
-    for case, (expected, norm) in one["updates"].items():
-        update, its_norm = two["updates"][case]
+    for case, (update, its_norm) in two["updates"].items():
+        expected, norm = one["updates"][case]
         assert update.keys() == expected.keys()
         ours, theirs = (torch.cat([each[name].flatten() for name in expected]) for each in (update, expected))
         assert theirs.norm() > 1, case
         assert (ours - theirs).norm() / theirs.norm() < 1e-5, case
         assert its_norm == pytest.approx(norm, rel=1e-5), case
-    for case, expected in one["deliveries"].items():
-        delivered = two["deliveries"][case]
+    for case, delivered in two["deliveries"].items():
+        expected = one["deliveries"][case]
         assert delivered["weights"].keys() == expected["weights"].keys()
         assert all(torch.equal(tensor, expected["weights"][name]) for name, tensor in delivered["weights"].items())
         size = sum(tensor.nbytes for tensor in expected["weights"].values())
