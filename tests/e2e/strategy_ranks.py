@@ -117,6 +117,13 @@ def update_of(num_ranks: int, case: dict[str, Any], config: Config) -> tuple[dic
     return {name: after[name] - tensor for name, tensor in before.items()}, norm
 
 
+def held(p: Any) -> int:
+    """Bytes of a weight in this process: all of it, or its shard."""
+    if hasattr(p, "ds_tensor"):
+        return max(p.nbytes, p.ds_tensor.nbytes)
+    return sharding.shard(p).untyped_storage().nbytes()
+
+
 def deliveries(num_ranks: int, config: Config) -> dict[str, Any]:
     """What the engines get of a model, and how much of it is whole at once."""
     result = {}
@@ -125,10 +132,10 @@ def deliveries(num_ranks: int, config: Config) -> dict[str, Any]:
         whole, most = {}, 0
         for key, tensor in PolicyWeights(model, is_adapter=False).tensors():
             whole[key] = tensor.clone()
-            here = sum(sharding.shard(p).untyped_storage().nbytes() for p in model.parameters())
+            here = sum(map(held, model.parameters()))
             most = max(most, here)
         sharding.rest(model)
-        shards = sum(sharding.shard(p).untyped_storage().nbytes() for p in model.parameters())
+        shards = sum(map(held, model.parameters()))
         for is_adapter in {False, name == LORA}:  # to servers one process alone delivers
             weights = PolicyWeights(model, is_adapter=is_adapter)
             with tempfile.TemporaryDirectory() as folder:
