@@ -1,13 +1,15 @@
 """The DeepSpeed config that `deepspeed` names, and what is refused in it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers.integrations import deepspeed as integration
 
 from grpo_stage.algorithm.refusals import apart
 from grpo_stage.host.adapters import items
@@ -104,6 +106,17 @@ def refuse_mismatches(deepspeed: Any, mismatches: list[str]) -> None:
             f"{_shown(deepspeed)} differs from the recipe: {differing} (ds: the file, hf: the recipe). Write "
             '`"auto"` into the file in those places, and the recipe decides.'
         )
+
+
+@contextmanager
+def undivided() -> Iterator[None]:
+    """In this block transformers makes models whole, where it would make them with their weights divided (ZeRO-3)."""
+    kept = integration._hf_deepspeed_config_weak_ref
+    integration.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        integration._hf_deepspeed_config_weak_ref = kept
 
 
 def _check_fields(shown: str, config: Mapping[str, Any]) -> None:

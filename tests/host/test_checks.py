@@ -530,7 +530,7 @@ def test_zero_has_to_clip_as_the_recipe_says(recipe):
     message = refusal(under_zero(recipe, {}, {"deepspeed": config}))
     assert "no `gradient_clipping`" in message
     assert '"gradient_clipping": "auto"' in message
-    with pytest.raises(ValueError, match='ds gradient_clipping=2 vs hf max_grad_norm=1.*"auto"'):
+    with pytest.raises(ValueError, match=r'ds gradient_clipping=2 vs hf max_grad_norm=1.*"auto"'):
         refuse_mismatches("ds.json", ["- ds gradient_clipping=2 vs hf max_grad_norm=1"])
 
 
