@@ -505,7 +505,6 @@ def under_zero(recipe: dict[str, Any], config: dict[str, Any], keys: dict[str, A
             {},
             ["`offload_param` to `nvme`", "`cpu`"],
         ),
-        ({}, {"pure_bf16": True}, ["pure_bf16: true", "`bf16: true`"]),
         ({}, {"save_only_model": True, **BEST}, ["save_only_model: true", "load_best_model_at_end: true"]),
         ({}, {"adapter_name_or_path": "a/b,c/d"}, ["adapter_name_or_path: a/b,c/d", "llamafactory-cli export"]),
         ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "ZeRO-3", "DDP"]),
@@ -534,14 +533,14 @@ def test_zero_has_to_clip_as_the_recipe_says(recipe):
         refuse_mismatches("ds.json", ["- ds gradient_clipping=2 vs hf max_grad_norm=1"])
 
 
-def test_offloading_takes_an_optimizer_that_deepspeed_has_for_the_cpu(recipe, monkeypatch):
+def test_what_a_gpu_could_do_and_zero_does_not_go_with(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    values = SimpleNamespace(**effective_defaults())
-    values.deepspeed = {**ZERO, "zero_optimization": OFFLOAD}
-    check_zero(values)
-    values.optim = "sgd"
+    values = effective_defaults() | {"deepspeed": {**ZERO, "zero_optimization": OFFLOAD}}
+    check_zero(SimpleNamespace(**values))
     with pytest.raises(ValueError, match=r"optim: sgd.*adamw_torch"):
-        check_zero(values)
+        check_zero(SimpleNamespace(**values | {"optim": "sgd"}))
+    with pytest.raises(ValueError, match=r"pure_bf16: true.*`bf16: true`"):
+        check_zero(SimpleNamespace(**values | {"pure_bf16": True}))
 
 
 def test_deepspeed_that_is_not_installed_names_both_ways_out(recipe, monkeypatch):
