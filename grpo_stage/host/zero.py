@@ -12,6 +12,7 @@ import torch
 from transformers.integrations import deepspeed as integration
 
 from grpo_stage.algorithm.refusals import apart
+from grpo_stage.arguments import actions_of_alarms
 from grpo_stage.host.adapters import items
 
 
@@ -83,6 +84,13 @@ def check_zero(values: SimpleNamespace) -> None:
             raise ValueError(
                 "`save_only_model: true` is not possible with `load_best_model_at_end: true` and DeepSpeed: "
                 "transformers refuses it. Leave one of them out."
+            )
+    with apart():
+        actions = actions_of_alarms(values.on_alarm)
+        if "recover" in (actions.values() if isinstance(actions, dict) else [actions]):
+            raise ValueError(
+                f"`on_alarm` has `recover`, which is not possible with {shown}: going back makes another engine in "
+                "the same process, which was not verified with DeepSpeed. Write `stop` or `warn` in its place."
             )
     with apart():
         if zero_stage(config) == 3 and len(items(values.adapter_name_or_path)) > 1:

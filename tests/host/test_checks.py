@@ -507,6 +507,7 @@ def under_zero(recipe: dict[str, Any], config: dict[str, Any], keys: dict[str, A
         ),
         ({}, {"save_only_model": True, **BEST}, ["save_only_model: true", "load_best_model_at_end: true"]),
         ({}, {"adapter_name_or_path": "a/b,c/d"}, ["adapter_name_or_path: a/b,c/d", "llamafactory-cli export"]),
+        ({}, {"on_alarm": "recover"}, ["`recover`", "another engine", "`stop`"]),
         ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "ZeRO-3", "DDP"]),
         ({}, {"fp16": True}, ["fp16: true", "ZeRO-3", "bf16: true"]),
         ({}, {"optim": "adafactor"}, ["optim: adafactor", "ZeRO-3", "adamw_torch"]),
