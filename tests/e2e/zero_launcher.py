@@ -4,9 +4,11 @@ import runpy
 
 
 def leave_out_kernels() -> None:
+    """Have DeepSpeed find none that this machine can compile, without a search for compilers."""
     from deepspeed import ops
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
-    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    ops.__compatible_ops__ = dict.fromkeys(ALL_OPS, False)
 
 
 if __name__ == "__main__":
