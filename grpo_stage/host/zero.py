@@ -1,7 +1,6 @@
 """The DeepSpeed config that `deepspeed` names, and what is refused in it."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -58,10 +57,11 @@ def check_zero(values: SimpleNamespace) -> None:
                 "what ZeRO-3 shards, with PyTorch alone."
             )
     with apart():
-        if values.use_cpu and torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu":
+        if values.use_cpu:
             raise ValueError(
-                f"`use_cpu: true` is not possible with {shown} on a machine with a GPU: DeepSpeed computes there, "
-                "whatever the recipe says. Leave `use_cpu` out, or set DS_ACCELERATOR=cpu in the environment."
+                f"`use_cpu: true` is not possible with {shown}: transformers then leaves DeepSpeed without a connection "
+                "between the processes while the model is loaded. Leave `use_cpu` out: DeepSpeed computes on the CPU "
+                "where there is no GPU, or where the environment says `DS_ACCELERATOR=cpu`."
             )
     with apart():
         _check_fields(shown, config)

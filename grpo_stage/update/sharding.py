@@ -9,7 +9,7 @@ whose own data is empty, and hooks on each module gather the module's own weight
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -49,14 +49,14 @@ def shards(model: nn.Module, *, trained: bool = True) -> dict[str, torch.Tensor]
 def shard(tensor: torch.Tensor) -> torch.Tensor:
     """This process's part of a tensor."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().to_local()
+        return _detached(tensor).to_local()
     return getattr(tensor, "ds_tensor", tensor)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor of a model at `rest`, without a gradient; its own memory if it is not sharded."""
     if isinstance(tensor, DTensor):
-        return tensor.detach().full_tensor()
+        return _detached(tensor).full_tensor()
     if not hasattr(tensor, "ds_tensor"):
         return tensor.detach()
     with _gathering([tensor]):
@@ -189,6 +189,10 @@ def _unsharded(unit: Any) -> Iterator[None]:
         yield
     finally:
         unit.reshard()
+
+
+def _detached(tensor: DTensor) -> DTensor:
+    return cast(DTensor, tensor.detach())
 
 
 def _of_zero3(model: nn.Module) -> list[Any]:

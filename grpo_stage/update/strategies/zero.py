@@ -125,16 +125,15 @@ class Zero:
         return sharding.state_dict(model, is_adapter=isinstance(model, PeftModel))
 
     def save(self, model: nn.Module, optimizer: Any, folder: str) -> None:
-        file = self._part_file(folder)
-        if file is None:
-            return
+        if self._stage == 0 and process_index() > 0:
+            return  # all have the same
         state = {"masters": [each.detach() for each in self._masters()], "weights": self._own_weights(model)}
         with self._base_optimizer() as base:
-            torch.save(state | {"optimizer": base.state_dict()}, file)
+            torch.save(state | {"optimizer": base.state_dict()}, self._part_file(folder))
 
     @torch.no_grad()
     def load(self, model: nn.Module, optimizer: Any | None, folder: str) -> None:
-        state = torch.load(self._part_file(folder, reads=True), map_location="cpu", weights_only=True)
+        state = torch.load(self._part_file(folder), map_location="cpu", weights_only=True)
         for tensor, kept in zip(self._masters(), state["masters"], strict=True):
             tensor.copy_(kept)
         for name, tensor in self._own_weights(model).items():
@@ -181,10 +180,7 @@ class Zero:
             if self._stage == 3:
                 optimizer._clear_fp32_optimizer_param_groups()
 
-    def _part_file(self, folder: str, *, reads: bool = False) -> str | None:
-        """Under stage 0 all have the same, and the first process writes it."""
-        if self._stage == 0 and process_index() > 0 and not reads:
-            return None
+    def _part_file(self, folder: str) -> str:
         return os.path.join(folder, PART_FILE.format(rank=process_index() if self._stage > 0 else 0))
 
 
