@@ -60,8 +60,8 @@ def check_zero(values: SimpleNamespace) -> None:
         if values.use_cpu:
             raise ValueError(
                 f"`use_cpu: true` is not possible with {shown}: transformers then leaves DeepSpeed without a "
-                "connection between the processes while the model is loaded. Leave `use_cpu` out: DeepSpeed computes on the CPU "
-                "where there is no GPU, or where the environment says `DS_ACCELERATOR=cpu`."
+                "connection between the processes while the model is loaded. Leave `use_cpu` out: DeepSpeed computes "
+                "on the CPU where there is no GPU, or where the environment says `DS_ACCELERATOR=cpu`."
             )
     with apart():
         _check_fields(shown, config)

@@ -43,13 +43,14 @@ class Zero:
         config = accelerator.state.deepspeed_plugin.deepspeed_config
         zero = config["zero_optimization"]
         self._stage = int(zero["stage"])
-        self._offloads = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+        self._offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         self.name = f"ZeRO-{self._stage}"
         config["gradient_accumulation_steps"] = 1
         config["train_batch_size"] = config["train_micro_batch_size_per_gpu"] * accelerator.num_processes
         if self._stage == 3:
             zero["stage3_prefetch_bucket_size"] = 0
         self._config = config
+        self._others: list[Any] = []  # engines; one that is let go of takes its hooks off the model
 
     def unwrap(self, model: nn.Module) -> nn.Module:
         return model.module if isinstance(model, deepspeed.DeepSpeedEngine) else model
@@ -79,9 +80,8 @@ class Zero:
 
     def try_backward(self, model: nn.Module, loss: torch.Tensor) -> None:
         trained = [p for p in model.parameters() if p.requires_grad]
-        torch.autograd.grad(
-            loss, trained[:1], allow_unused=True
-        )  # reaches no hook of DeepSpeed's that keeps gradients
+        # In this way no hook of DeepSpeed's sees a gradient, which it would keep.
+        torch.autograd.grad(loss, trained[:1], allow_unused=True)
 
     def drop_gradient(self, model: nn.Module) -> None:
         self._has_gradient = False
@@ -91,9 +91,8 @@ class Zero:
         optimizer = self._engine.optimizer
         optimizer.zero_grad()
         optimizer.averaged_gradients.clear()
-        optimizer.micro_step_id = (
-            0 if self._stage == 3 else -1
-        )  # before the first pass of a step, as its own step does
+        # As its own step does: the next pass is the first, which overwrites what an offloading optimizer has kept.
+        optimizer.micro_step_id = 0 if self._stage == 3 else -1
         if self._offloads:
             optimizer.reset_cpu_buffers()
 
@@ -106,7 +105,7 @@ class Zero:
             self._engine.step()
             return norm
         self._engine.step()
-        return self._engine.get_global_grad_norm()
+        return float(self._engine.get_global_grad_norm())
 
     def begin(self, model: nn.Module) -> None:
         if self._stage == 3:
@@ -118,6 +117,7 @@ class Zero:
         config["zero_optimization"]["stage"] = 3 if self._stage == 3 else 0
         engine, *_ = deepspeed.initialize(model=model, config=config)
         engine.eval()
+        self._others.append(engine)
         self.begin(engine.module)
         return engine.module
 
