@@ -52,8 +52,8 @@ def check_zero(values: SimpleNamespace) -> None:
     with apart():
         if find_spec("deepspeed") is None:
             raise ValueError(
-                f"{shown} needs the package deepspeed, which is not installed. Install it (`DS_BUILD_OPS=0 pip "
-                "install deepspeed`), or leave `deepspeed` out: FSDP2 (`accelerate launch`, docs/devices.md) shards "
+                f"{shown} needs the package deepspeed, which is not installed. Install it (`pip install "
+                "deepspeed`), or leave `deepspeed` out: FSDP2 (`accelerate launch`, docs/devices.md) shards "
                 "what ZeRO-3 shards, with PyTorch alone."
             )
     with apart():
