@@ -154,7 +154,7 @@ class Learner:
             # With gradients of 0, momentum and weight decay would move the weights. In fp16 they do: its scaler fails
             # where no parameter has a gradient.
             if not self._scales_loss and not any(all_gather(is_used)):
-                model.zero_grad()
+                self.strategy.drop_gradient(model)
         self._record_speed(model, step, marked, global_step, clock.seconds)
         loss = loss * self._args.world_size  # Trainer logs the mean over ranks
         self._tracker.count("skipped_steps", 0.0 if is_finite or self._args.process_index > 0 else 1.0)
@@ -226,7 +226,7 @@ class Learner:
             allowed += f", and {FP16_SCALES} more in which fp16 lowers the loss scale"
             next(p.grad for p in model.parameters() if p.grad is not None).fill_(math.inf)
         else:
-            model.zero_grad()
+            self.strategy.drop_gradient(model)
         self.num_skipped += 1
         self._num_skipped_in_row += 1
         file = os.path.join(self._args.output_dir, f"skipped_step_{number}_rank{self._args.process_index}.json")

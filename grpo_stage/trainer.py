@@ -289,7 +289,7 @@ class GRPOTrainer(ResumableTrainer):
         self.alarms.act(self.collector.stream.num_taken)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        return self.strategy.grad_norm(super()._get_grad_norm(model, grad_norm=grad_norm))
+        return self.strategy.grad_norm(model, super()._get_grad_norm(model, grad_norm=grad_norm))
 
     def num_examples(self, dataloader: DataLoader) -> int:
         return len(self.train_dataset)

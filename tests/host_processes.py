@@ -83,7 +83,8 @@ class HostProcesses:
 
 
 def _serve() -> None:
-    for module in ("llamafactory.train.tuner", "grpo_stage.workflow"):
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read as DeepSpeed is imported, here for all that is forked
+    for module in ("llamafactory.train.tuner", "grpo_stage.workflow", "deepspeed"):
         importlib.import_module(module)
     gc.collect()
     gc.freeze()

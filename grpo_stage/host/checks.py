@@ -36,6 +36,7 @@ from grpo_stage.host.precision import check_launchers_precision
 from grpo_stage.host.rules import RULES
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.host.unsupported import UNSUPPORTED
+from grpo_stage.host.zero import refuse_mismatches
 from grpo_stage.monitors.table import WATCHES
 from grpo_stage.rollout.engines.table import ENGINES
 
@@ -103,6 +104,9 @@ def refuse_unfit(arguments: RunArguments) -> None:
         check_model_config(arguments)
     with apart():
         check_reward_model_config(arguments)
+    with apart():
+        if arguments.training.deepspeed:
+            refuse_mismatches(arguments.training.deepspeed, arguments.training.hf_deepspeed_config.mismatches)
     with apart():
         if arguments.finetuning.ref_model is not None:
             config_of("ref_model", arguments_for(arguments.model, arguments.finetuning.ref_model))

@@ -2,20 +2,27 @@
 
 import os
 from types import MappingProxyType, SimpleNamespace
+from typing import Any
 
 from grpo_stage.algorithm.conditions import as_yaml
 from grpo_stage.algorithm.refusals import apart
 from grpo_stage.host.unsupported import Unsupported
+from grpo_stage.host.zero import check_zero, zero_stage
 
 
-REPLICATED, FSDP2 = "replicated", "FSDP2"
+REPLICATED, FSDP2, ZERO = "replicated", "FSDP2", "ZeRO-{stage}"
 """As `Strategy.name`."""
 _ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Those that treat each number of a weight by itself, so that a shard of it is enough."""
-_DDP = "Leave it out, or let every process have all weights (DDP: `llamafactory-cli train`)."
+_DDP = "Leave it out, or let every process have all weights (DDP: `llamafactory-cli train` without `deepspeed`)."
 
 _NOT_SHARDED = (
-    Unsupported("quantization_bit", "quantized weights were not verified as shards", _DDP, harmless=()),
+    Unsupported(
+        "quantization_bit ref_model_quantization_bit",
+        "quantized weights were not verified as shards",
+        _DDP,
+        harmless=(),
+    ),
     Unsupported("fp16", "its loss scale was not verified with shards of gradients", "Write `bf16: true`."),
     Unsupported(
         "use_galore use_apollo use_adam_mini use_muon",
@@ -39,14 +46,19 @@ _NOT_UNDER_FSDP = MappingProxyType(
 """Switches of accelerate that are refused, and their names in its config file."""
 
 
-def distribution() -> str:
-    """The distribution that the launcher asks for."""
+def distribution(deepspeed: Any) -> str:
+    """The distribution that the launcher asks for, or the key `deepspeed` with this value."""
+    if deepspeed:
+        return ZERO.format(stage=zero_stage(deepspeed))
     return FSDP2 if _is_on("ACCELERATE_USE_FSDP") else REPLICATED
 
 
-def is_sharded() -> bool:
-    """Whether several processes will hold the weights together."""
-    return distribution() == FSDP2
+def is_sharded(deepspeed: Any) -> bool:
+    """Whether several processes will hold weights, gradients or the optimizer's states together.
+
+    Stage 0 of ZeRO counts as well: DeepSpeed's engine handles it as it does the others.
+    """
+    return distribution(deepspeed) != REPLICATED
 
 
 def check_distribution(values: SimpleNamespace) -> None:
@@ -57,35 +69,48 @@ def check_distribution(values: SimpleNamespace) -> None:
     """
     if _is_on("ACCELERATE_USE_DEEPSPEED"):
         raise ValueError(
-            "ACCELERATE_USE_DEEPSPEED is set, as `accelerate launch` does for DeepSpeed: `stage: grpo` shards weights "
-            "with FSDP2. Write `fsdp_version: 2` into the config file of `accelerate launch`, or launch with "
-            "`llamafactory-cli train`, which uses DDP on several devices."
+            "ACCELERATE_USE_DEEPSPEED is set, as `accelerate launch` does for DeepSpeed: `stage: grpo` has its config "
+            "from the recipe. Write `deepspeed: ds_z3_config.json` there, and launch with `FORCE_TORCHRUN=1 "
+            "llamafactory-cli train`; or write `fsdp_version: 2` into the config file of `accelerate launch`."
         )
-    if not is_sharded():
+    if values.deepspeed and _is_on("ACCELERATE_USE_FSDP"):
+        raise ValueError(
+            "`deepspeed` is not possible under `accelerate launch` with FSDP: both would divide the weights. Leave it "
+            "out, or launch with `FORCE_TORCHRUN=1 llamafactory-cli train`."
+        )
+    if values.deepspeed:
+        check_zero(values)
+    elif is_sharded(None):
+        with apart():
+            _check_fsdp(values)
+    else:
         return
-    with apart():
-        _check_fsdp(values)
+    kind = distribution(values.deepspeed)
     for entry in _NOT_SHARDED:
         for key in entry.keys.split():
             with apart():
                 if (value := getattr(values, key)) is not None and value not in (False, *entry.harmless):
-                    raise ValueError(_refusal(f"{key}: {as_yaml(value)}", entry.reason, entry.remedy))
+                    raise ValueError(_refusal(kind, f"{key}: {as_yaml(value)}", entry.reason, entry.remedy))
     with apart():
         optim = str(getattr(values.optim, "value", values.optim))
         if optim not in _ELEMENTWISE_OPTIMIZERS:
             known = ", ".join(_ELEMENTWISE_OPTIMIZERS)
             raise ValueError(
-                _refusal(f"optim: {optim}", "it was not verified with shards of weights", f"Write one of {known}.")
+                _refusal(
+                    kind, f"optim: {optim}", "it was not verified with shards of weights", f"Write one of {known}."
+                )
             )
     with apart():
         if values.reward_model is not None and values.reward_model_type != "api":
             reason = "a reward model in the trainer's process is not sharded, and one on the policy needs it whole"
             remedy = "Serve it and write `reward_model_type: api`, or leave it out."
-            raise ValueError(_refusal(f"reward_model_type: {values.reward_model_type}", reason, remedy))
+            raise ValueError(_refusal(kind, f"reward_model_type: {values.reward_model_type}", reason, remedy))
     with apart():
         if values.finetuning_type == "oft":
             raise ValueError(
-                _refusal("finetuning_type: oft", "it was not verified with shards", "Write `finetuning_type: lora`.")
+                _refusal(
+                    kind, "finetuning_type: oft", "it was not verified with shards", "Write `finetuning_type: lora`."
+                )
             )
 
 
@@ -133,10 +158,8 @@ def _check_fsdp(values: SimpleNamespace) -> None:
         )
 
 
-def _refusal(setting: str, reason: str, remedy: str) -> str:
-    return (
-        f"`{setting}` is not possible where processes hold the weights together ({distribution()}): {reason}. {remedy}"
-    )
+def _refusal(kind: str, setting: str, reason: str, remedy: str) -> str:
+    return f"`{setting}` is not possible where processes hold the training together ({kind}): {reason}. {remedy}"
 
 
 def _is_on(variable: str) -> bool:

@@ -93,7 +93,9 @@ def prepare(arguments: RunArguments) -> Preparation:
     with apart():
         if training_args.resume_from_checkpoint:
             check_resume(arguments, record, len(prompts.train))
-    return Preparation(inputs, rewards, {"recipe": recipe, "distribution": distribution(), **record})
+    return Preparation(
+        inputs, rewards, {"recipe": recipe, "distribution": distribution(training_args.deepspeed), **record}
+    )
 
 
 def refuse_idle_processes(num_prompts: int, num_processes: int) -> None:

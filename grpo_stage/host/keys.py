@@ -51,7 +51,10 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         ),
         "model_init_kwargs": TRLKey(None, note="write the host's keys, such as `flash_attn` or `rope_scaling`"),
         "disable_dropout": TRLKey(None, note="dropout is always off"),
-        "ds3_gather_for_generation": TRLKey(None, note="DeepSpeed is not supported by this version"),
+        "ds3_gather_for_generation": TRLKey(
+            None,
+            note="under ZeRO-3 vLLM gets the weights a layer at a time, and `rollout_backend: hf` gathers them all",
+        ),
         "generation_kwargs": TRLKey(None, note="write the keys themselves, such as `temperature` or `top_p`"),
         "use_transformers_paged": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),
         "cache_implementation": TRLKey(None, note="`rollout_backend: vllm` has a paged cache"),

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig
 
 from grpo_stage.host.adapters import may_be_hub_id
+from grpo_stage.host.zero import undivided
 
 
 def config_of(key: str, model_args: ModelArguments) -> PretrainedConfig:
@@ -95,6 +96,6 @@ def skeleton(config: PretrainedConfig) -> nn.Module | None:
     """The model without weights, as the host would load it; None if transformers does not know its class."""
     for loader in (AutoModelForImageTextToText, AutoModelForCausalLM):
         if type(config) in loader._model_mapping:
-            with torch.device("meta"):
+            with undivided(), torch.device("meta"):
                 return loader.from_config(config)
     return None

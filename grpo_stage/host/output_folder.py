@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from transformers.trainer_utils import get_last_checkpoint
 
 from grpo_stage.host.adapters import items
+from grpo_stage.host.distribution import distribution
 from grpo_stage.host.recipe import check_checkpoint, recipe_of
 from grpo_stage.survival.run_lock import refuse_used
 
@@ -60,7 +61,7 @@ def check_resume(arguments: "RunArguments") -> None:
             f"`resume_from_checkpoint: {folder}` is no folder. Name a checkpoint's folder "
             "(`<output_dir>/checkpoint-<step>`), or leave it out to start afresh."
         )
-    check_checkpoint(folder, recipe_of(arguments))
+    check_checkpoint(folder, recipe_of(arguments), distribution(training.deepspeed))
 
 
 def _check_fresh_start(arguments: "RunArguments") -> None:

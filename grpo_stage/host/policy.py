@@ -35,7 +35,7 @@ def to_device(model: Any, arguments: RunArguments) -> Any:
 
     One that is to be sharded stays where it is: whole it may not fit.
     """
-    if getattr(model, "quantization_method", None) is not None or is_sharded():
+    if getattr(model, "quantization_method", None) is not None or is_sharded(arguments.training.deepspeed):
         return model
     return model.to(arguments.training.device)
 

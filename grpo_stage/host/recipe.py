@@ -18,7 +18,7 @@ from llamafactory.hparams.finetuning_args import (
 
 from grpo_stage.arguments import EVALUATION, LIMITS, MEMORY, MONITORING, GRPOArguments
 from grpo_stage.host import facade
-from grpo_stage.host.distribution import REPLICATED, distribution
+from grpo_stage.host.distribution import REPLICATED, ZERO
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.records.redaction import mask
 from grpo_stage.rollout.epochs import prompts_of_step, steps_of_epoch, steps_of_run
@@ -204,8 +204,8 @@ def _block_size(num_prompts: int) -> int:
     return max(1, -(-num_prompts // NUM_BLOCKS))
 
 
-def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
-    """Refuse to resume from `folder` unless `recipe` wrote it and it is whole.
+def check_checkpoint(folder: Path, recipe: dict[str, Any], distribution: str) -> None:
+    """Refuse to resume from `folder` unless `recipe` wrote it, in the same distribution, and it is whole.
 
     Raises:
         DamagedCheckpointError: if one of its files is missing or has changed.
@@ -222,7 +222,7 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
         )
     state = read_state(folder)
     stored = mask(state["recipe"])
-    _refuse_other_layout(folder, state, stored, recipe)
+    _refuse_other_layout(folder, state, stored, recipe, distribution)
     if stored == recipe:
         verify(folder)
         return
@@ -240,11 +240,11 @@ def check_checkpoint(folder: Path, recipe: dict[str, Any]) -> None:
 
 
 def _refuse_other_layout(
-    folder: Path, state: Mapping[str, Any], stored: Mapping[str, Any], recipe: Mapping[str, Any]
+    folder: Path, state: Mapping[str, Any], stored: Mapping[str, Any], recipe: Mapping[str, Any], distribution: str
 ) -> None:
     """Refuse a checkpoint whose parts are those of other processes."""
     before = state.get("distribution", REPLICATED), stored.get("world_size")
-    now = distribution(), recipe["world_size"]
+    now = distribution, recipe["world_size"]
     if before != now:
         raise ValueError(
             f"Cannot resume from {folder}: it was saved by {_layout(*before)}, and this run has {_layout(*now)}. A "
@@ -255,10 +255,12 @@ def _refuse_other_layout(
 
 
 def _layout(kind: str, num_processes: int | None) -> str:
-    if num_processes == 1:
+    if num_processes == 1 and kind == REPLICATED:
         return "one process"
     weights = "the whole weights in each" if kind == REPLICATED else f"the weights sharded by {kind}"
-    return f"{num_processes} processes with {weights}"
+    if kind in (ZERO.format(stage=stage) for stage in (0, 1, 2)):
+        weights = f"the training divided by {kind}"
+    return f"{num_processes} process{'' if num_processes == 1 else 'es'} with {weights}"
 
 
 def _number(text: str) -> float:

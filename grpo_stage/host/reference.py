@@ -32,12 +32,13 @@ def reference_policy(arguments: RunArguments, model: Any) -> ReferencePolicy | N
             other.check_alike(model)
         return other
     if finetuning_args.sync_ref_model:
-        return _initial_weights(model)
+        return _initial_weights(arguments, model)
     starts_at_base = arguments.model.adapter_name_or_path is None or finetuning_args.create_new_adapter
     if finetuning_args.finetuning_type in ("lora", "oft") and starts_at_base and not finetuning_args.pissa_init:
         return AdapterOffReference()
-    return _initial_weights(model)
+    return _initial_weights(arguments, model)
 
 
-def _initial_weights(model: Any) -> InitialShardsReference | InitialWeightsReference:
-    return InitialShardsReference() if is_sharded() else InitialWeightsReference(model)
+def _initial_weights(arguments: RunArguments, model: Any) -> InitialShardsReference | InitialWeightsReference:
+    is_whole = not is_sharded(arguments.training.deepspeed)
+    return InitialWeightsReference(model) if is_whole else InitialShardsReference()

@@ -147,13 +147,6 @@ UNSUPPORTED = (
         "Leave it out, and launch with `accelerate launch --config_file fsdp2.yaml` (docs/devices.md).",
         harmless=(),
     ),
-    Unsupported(
-        "deepspeed",
-        "its sharded weights were not verified in this stage",
-        "Leave it out; FSDP2 shards weights, gradients and the optimizer's states as ZeRO-3 does: launch with "
-        "`accelerate launch --config_file fsdp2.yaml` (docs/devices.md).",
-        harmless=(),
-    ),
     Unsupported("fp8 fp8_enable_fsdp_float8_all_gather", "fp8 was not verified in this stage", "Write `bf16: true`."),
     Unsupported(
         "galore_layerwise apollo_layerwise use_badam",

@@ -368,9 +368,10 @@ class ResumableTrainer(Trainer):
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """Where processes are to hold the weights together, they do from here on; then the checkpoint is loaded."""
-        if not self.strategy.is_collective:
+        if self.sharded is None:
             return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.sharded.begin(self.model)
         self._start_models(resume_from_checkpoint)
         if resume_from_checkpoint:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)

@@ -108,7 +108,7 @@ class PolicyGradient:
         samples = self.trained(step.samples, number)
         is_checked = not any(sample.policy_version == number for sample in samples)
 
-        def run(positions: Sequence[int]) -> bool:
+        def run(positions: Sequence[int], is_last: bool) -> bool:
             nonlocal loss
             chunk = [samples[position] for position in positions]
             batch = self._batch(chunk, totals)
@@ -117,7 +117,7 @@ class PolicyGradient:
             check = not is_checked and bool((batch.policy_versions == number).any())
             with attention_of(model, batch.inputs.shared_prompts):
                 micro_loss = self._micro_batch_loss(model, batch, step, number if check else None, metrics)
-                self._strategy.backward(model, micro_loss)
+                self._strategy.backward(model, micro_loss, is_last=is_last)
             loss += micro_loss.detach()
             return check
 
@@ -127,11 +127,11 @@ class PolicyGradient:
         chunks += [[]] * (num_passes - len(chunks))
         with self._strategy.accumulating(model):
             for i, positions in enumerate(chunks):
-                outcome = self._budget.attempt(partial(run, positions))
+                outcome = self._budget.attempt(partial(run, positions, i + 1 == num_passes))
                 # A rank can run out of memory in any. After the last one the step is done: no place to stop.
                 gather = self._gather if i + 1 < num_passes else all_gather
                 if any(gather(isinstance(outcome, OutOfMemory))):
-                    model.zero_grad()
+                    self._strategy.drop_gradient(model)
                     if isinstance(outcome, OutOfMemory):
                         chunk = [samples[position] for position in positions]
                         self._budget.give_way(len(chunk), layout.num_tokens(chunk), outcome, keeps_activations=True)

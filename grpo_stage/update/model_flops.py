@@ -5,6 +5,7 @@ gradient needs, each once. What an implementation computes twice (gradient check
 padding) takes time and counts as nothing.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,8 +134,9 @@ def _weights(module: nn.Module) -> Iterator[tuple[int, bool]]:
         yield module.in_features * module.out_features, module.weight.requires_grad
     elif not isinstance(module, nn.Embedding):
         for p in module.parameters(recurse=False):
-            if p.ndim > 1:
-                yield p.numel(), p.requires_grad
+            shape = getattr(p, "ds_shape", p.shape)  # under ZeRO-3 a weight is empty between passes
+            if len(shape) > 1:
+                yield math.prod(shape), p.requires_grad
 
 
 def share_of_experts(config: Any) -> float:

@@ -222,7 +222,7 @@ def test_evaluation_follows_from_its_prompts(board: Board) -> None:
             {"train__extra_args": '{"num_generations": 4}', "train__grpo_num_generations": 16},
             ["`num_generations`", "16", "4", "extra arguments"],
         ),
-        ({"train__ds_stage": "3"}, ["deepspeed", "not possible"]),
+        ({"train__ds_stage": "3"}, ["ds_z3_config.json", "names no file"]),
         ({"train__lora_dropout": 0.1}, ["lora_dropout: 0.1", "dropout is off"]),
         ({"train__dataset": ["nothing"]}, ["dataset: nothing"]),
         ({"train__learning_rate": "abc"}, ["learning_rate: abc", "a number"]),

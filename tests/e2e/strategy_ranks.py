@@ -1,9 +1,10 @@
 """What an optimizer step does to a small model, by as many processes as there are: argv names a file for the result.
 
-The environment says how the weights are distributed, as the launchers do. Rewards, completions and what the losses
-compare with are the same everywhere.
+The environment says how the weights are distributed, as the launchers do; or argv goes on with DeepSpeed configs as
+JSON. Rewards, completions and what the losses compare with are the same everywhere.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -19,15 +20,16 @@ from peft import LoraConfig, get_peft_model
 from grpo_stage.distributed import leave_process_group
 from grpo_stage.rollout.engines.weights import PolicyWeights
 from grpo_stage.types import Step
-from grpo_stage.update import sharding
+from grpo_stage.update import head, sharding
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tests.unit.trainer_on_fakes import collect, make_trainer
+from tests.e2e.zero_launcher import leave_out_kernels
+from tests.unit.trainer_on_fakes import VOCAB, collect, make_trainer
 
 
 NUM_PROMPTS = 3  # of a step that has room for four: one process gets fewer than the other
-LORA = "lora"
+LORA, AFTER_DROPPED = "lora", "after a dropped gradient"
 FAST: dict[str, Any] = {"max_tokens_per_micro_batch": 24}
 PLAIN: dict[str, Any] = {**FAST, "disable_prompt_sharing": True, "disable_logit_chunking": True}
 CASES: dict[str, dict[str, Any]] = {
@@ -35,10 +37,14 @@ CASES: dict[str, dict[str, Any]] = {
     "full, clipped": {**FAST, "max_grad_norm": 0.3},
     "full, checkpointing, plain passes": {**PLAIN, "gradient_checkpointing": True},
     "full, tokens chosen over the step": {**FAST, "covariance_control": "kl_cov", "covariance_frac": 0.2},
+    "full, after a gradient that was dropped": {**FAST, "max_grad_norm": 0.3, AFTER_DROPPED: True},
     "lora": {**FAST, "beta": 0.1, LORA: True},
     "lora, sequences weighed": {**FAST, "loss_type": "gspo", LORA: True},
 }
 TRAINING = ("max_grad_norm", "gradient_checkpointing")
+NOT_OF_A_RECIPE = (*TRAINING, LORA, AFTER_DROPPED)
+Config = dict[str, Any] | None
+"""Of DeepSpeed."""
 
 
 def with_adapter(model: torch.nn.Module) -> torch.nn.Module:
@@ -46,13 +52,15 @@ def with_adapter(model: torch.nn.Module) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
-def trainer_of(num_ranks: int, case: dict[str, Any]) -> Any:
+def trainer_of(num_ranks: int, case: dict[str, Any], config: Config) -> Any:
     """One whose optimizer moves each weight by a hundred times its gradient."""
     training = {key: case[key] for key in TRAINING if key in case}
     training |= {"per_device_train_batch_size": 4 // num_ranks, "optim": "sgd", "learning_rate": 100.0}
+    if config is not None:
+        training |= {"deepspeed": copy.deepcopy(config), "use_cpu": False, "dataloader_pin_memory": False}
     if case.get("gradient_checkpointing"):
         training["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
-    options = {key: value for key, value in case.items() if key not in (*TRAINING, LORA)}
+    options = {key: value for key, value in case.items() if key not in NOT_OF_A_RECIPE}
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(
             Path(folder),
@@ -89,12 +97,18 @@ def compared(step: Step) -> Step:
     return dataclasses.replace(step, samples=tuple(samples))
 
 
-def update_of(num_ranks: int, case: dict[str, Any]) -> tuple[dict[str, torch.Tensor], float]:
+def update_of(num_ranks: int, case: dict[str, Any], config: Config) -> tuple[dict[str, torch.Tensor], float]:
     """What a step adds to each trained weight, and the norm of its gradient."""
-    trainer = trainer_of(num_ranks, case)
+    trainer = trainer_of(num_ranks, case, config)
     step = compared(collect(trainer)[0])
     before = weights_of(trainer)
     model = trainer.model_wrapped
+    if case.get(AFTER_DROPPED):
+        trainer.learner.learn(model, step, trainer.state.global_step)
+        trainer.strategy.drop_gradient(model)
+        assert trainer._get_grad_norm(model) == 0
+        trainer.optimizer.step()
+        model.zero_grad()
     trainer.learner.learn(model, step, trainer.state.global_step)
     norm = trainer._clip_grad_norm(model) if trainer.args.max_grad_norm > 0 else None
     norm = float(trainer._get_grad_norm(model, norm))
@@ -103,18 +117,25 @@ def update_of(num_ranks: int, case: dict[str, Any]) -> tuple[dict[str, torch.Ten
     return {name: after[name] - tensor for name, tensor in before.items()}, norm
 
 
-def deliveries(num_ranks: int) -> dict[str, Any]:
+def held(p: Any) -> int:
+    """Bytes of a weight in this process: all of it, or its shard."""
+    if hasattr(p, "ds_tensor"):
+        return max(p.nbytes, p.ds_tensor.nbytes)
+    return sharding.shard(p).untyped_storage().nbytes()
+
+
+def deliveries(num_ranks: int, config: Config) -> dict[str, Any]:
     """What the engines get of a model, and how much of it is whole at once."""
     result = {}
     for name in ("full", "lora"):
-        model = trainer_of(num_ranks, CASES[name]).model
+        model = trainer_of(num_ranks, CASES[name], config).model
         whole, most = {}, 0
         for key, tensor in PolicyWeights(model, is_adapter=False).tensors():
             whole[key] = tensor.clone()
-            here = sum(sharding.shard(p).untyped_storage().nbytes() for p in model.parameters())
+            here = sum(map(held, model.parameters()))
             most = max(most, here)
         sharding.rest(model)
-        shards = sum(sharding.shard(p).untyped_storage().nbytes() for p in model.parameters())
+        shards = sum(map(held, model.parameters()))
         for is_adapter in {False, name == LORA}:  # to servers one process alone delivers
             weights = PolicyWeights(model, is_adapter=is_adapter)
             with tempfile.TemporaryDirectory() as folder:
@@ -123,15 +144,23 @@ def deliveries(num_ranks: int) -> dict[str, Any]:
     return result
 
 
-def main(file: str) -> None:
+def main(file: str, configs: list[Config]) -> None:
+    head.MAX_LOGITS["cpu"] = 7 * VOCAB  # one process calls the output layer more often than the other
     num_ranks = int(os.environ["WORLD_SIZE"])
-    result = {name: update_of(num_ranks, case) for name, case in CASES.items()}
-    delivered = deliveries(num_ranks)
+    results = []
+    for config in configs:
+        # What is kept in main memory matters to the gradient alone.
+        offloads = config is not None and "offload_optimizer" in config["zero_optimization"]
+        cases = {name: case for name, case in CASES.items() if AFTER_DROPPED in case or not offloads}
+        updates = {name: update_of(num_ranks, case, config) for name, case in cases.items()}
+        results.append({"updates": updates, "deliveries": {} if offloads else deliveries(num_ranks, config)})
+        print(json.dumps({name: norm for name, (_, norm) in updates.items()}), flush=True)
     if dist.get_rank() == 0:
-        torch.save({"updates": result, "deliveries": delivered}, file)
-    print(json.dumps({name: norm for name, (_, norm) in result.items()}))
+        torch.save(results, file)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    if len(sys.argv) > 2:
+        leave_out_kernels()
+    main(sys.argv[1], [json.loads(each) for each in sys.argv[2:]] or [None])
     leave_process_group()

@@ -21,7 +21,7 @@ from .conftest import completions, recipe_file, trainer_log
 from .test_two_processes import untimed
 
 
-SCRIPT = Path(__file__).with_name("strategy_ranks.py")
+SCRIPT, ZERO_LAUNCHER = (Path(__file__).with_name(name) for name in ("strategy_ranks.py", "zero_launcher.py"))
 FSDP2 = {
     "compute_environment": "LOCAL_MACHINE",
     "distributed_type": "FSDP",
@@ -42,6 +42,41 @@ FSDP2 = {
 """A config file of `accelerate launch`, as docs/devices.md has it, for CPUs."""
 
 
+ON_CPU = {"DS_ACCELERATOR": "cpu"}
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """The host's config for DeepSpeed: `ds_z<stage>_config.json`."""
+    divided = {
+        "stage": stage,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+    }
+    if stage == 3:
+        names = ("prefetch_bucket_size", "param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        divided |= {f"stage3_{name}": value for name, value in zip(names, ("auto", "auto", 1e9, 1e9), strict=True)}
+        divided |= {"sub_group_size": 1e9, "reduce_bucket_size": "auto"}
+    else:
+        divided |= dict.fromkeys(("allgather_partitions", "reduce_scatter", "round_robin_gradients"), True)
+        divided |= dict.fromkeys(("allgather_bucket_size", "reduce_bucket_size"), 5e8)
+    batches = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {
+        **dict.fromkeys((*batches, "gradient_clipping"), "auto"),
+        "zero_allow_untested_optimizer": True,
+        "fp16": {"enabled": "auto"},
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": divided,
+    }
+
+
+def offloaded(stage: int) -> dict[str, Any]:
+    """The same with `offload`, and PyTorch's optimizer in the place of one that DeepSpeed would compile."""
+    names = ("offload_optimizer", "offload_param")[: 2 if stage == 3 else 1]
+    places = {name: {"device": "cpu", "pin_memory": False} for name in names}
+    config = zero(stage)
+    return {**config, "zero_force_ds_cpu_optimizer": False, "zero_optimization": config["zero_optimization"] | places}
+
+
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory) -> dict[str, str]:
     """What `accelerate launch` tells its processes."""
@@ -53,15 +88,15 @@ def fsdp2(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def steps_of(host_processes, tmp_path_factory) -> Callable[[dict[str, str], int], dict[str, Any]]:
+def steps_of(host_processes, tmp_path_factory) -> Callable[..., list[dict[str, Any]]]:
     """What `strategy_ranks.py` writes."""
 
-    def run(environment: dict[str, str], num_ranks: int) -> dict[str, Any]:
+    def run(environment: dict[str, str], num_ranks: int, *configs: dict[str, Any]) -> list[dict[str, Any]]:
         file = tmp_path_factory.mktemp("steps") / "steps.pt"
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            for result in host_processes.run_ranks(num_ranks, str(SCRIPT), str(file)):
+            for result in host_processes.run_ranks(num_ranks, str(SCRIPT), str(file), *map(json.dumps, configs)):
                 assert result.returncode == 0, result.stderr[-8000:]
         return torch.load(file)
 
@@ -70,24 +105,35 @@ def steps_of(host_processes, tmp_path_factory) -> Callable[[dict[str, str], int]
 
 @pytest.fixture(scope="module")
 def one(steps_of) -> dict[str, Any]:
-    return steps_of({}, 1)
+    return steps_of({}, 1)[0]
 
 
 def test_fsdp2_updates_as_one_process_does(fsdp2, steps_of, one):
-    check_updates(steps_of(fsdp2, 2), one)
+    (two,) = steps_of(fsdp2, 2)
+    assert two["updates"].keys() == one["updates"].keys()
+    check_updates(two, one)
+
+
+def test_zero_updates_as_one_process_does(steps_of, one):
+    stages = [0, 2, 3]
+    results = steps_of(ON_CPU, 2, *map(zero, stages), *(offloaded(stage) for stage in (2, 3)))
+    for two in results[: len(stages)]:
+        assert two["updates"].keys() == one["updates"].keys()
+    for two in results:
+        check_updates(two, one)
 
 
 def check_updates(two: dict[str, Any], one: dict[str, Any]) -> None:
     """The same gradient, clipped alike; the same weights for the engine, and never all of them at once."""
-    for case, (expected, norm) in one["updates"].items():
-        update, its_norm = two["updates"][case]
+    for case, (update, its_norm) in two["updates"].items():
+        expected, norm = one["updates"][case]
         assert update.keys() == expected.keys()
         ours, theirs = (torch.cat([each[name].flatten() for name in expected]) for each in (update, expected))
         assert theirs.norm() > 1, case
         assert (ours - theirs).norm() / theirs.norm() < 1e-5, case
         assert its_norm == pytest.approx(norm, rel=1e-5), case
-    for case, expected in one["deliveries"].items():
-        delivered = two["deliveries"][case]
+    for case, delivered in two["deliveries"].items():
+        expected = one["deliveries"][case]
         assert delivered["weights"].keys() == expected["weights"].keys()
         assert all(torch.equal(tensor, expected["weights"][name]) for name, tensor in delivered["weights"].items())
         size = sum(tensor.nbytes for tensor in expected["weights"].values())
@@ -129,14 +175,48 @@ def resumed(run: dict[str, Any], step: int, folder: Path) -> dict[str, Any]:
     return {**run, "output_dir": str(output_dir), "resume_from_checkpoint": str(output_dir / f"checkpoint-{step}")}
 
 
-def test_an_adapter_trains_under_fsdp2_and_goes_on_exactly(recipe, train_in_ranks, fsdp2, monkeypatch, tmp_path):
-    one = recipe(output_dir=str(tmp_path / "one"), **LORA_RUN | {"per_device_train_batch_size": 4})
-    train_in_ranks(one, num_ranks=1)
-    for name, value in fsdp2.items():
-        monkeypatch.setenv(name, value)
-    two = recipe(output_dir=str(tmp_path / "two"), **LORA_RUN)
-    train_in_ranks(two)
+FULL_RUN: dict[str, Any] = {
+    **{key: value for key, value in LORA_RUN.items() if "ref" not in key and key != "dynamic_sampling"},
+    "finetuning_type": "full",
+    "num_iterations": 2,
+    "load_best_model_at_end": True,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "metric_for_best_model": "eval_reward",
+}
+LORA_KEYS = ("lora_rank", "lora_target")
 
+
+@pytest.fixture(scope="module")
+def runs_of_one(tmp_path_factory) -> dict[str, dict[str, Any]]:
+    """The recipes of the runs of one process that others are compared with, once they have run, by their settings."""
+    return {}
+
+
+@pytest.fixture
+def alone(recipe, train_in_ranks, runs_of_one, tmp_path_factory) -> Callable[[str], dict[str, Any]]:
+    """The recipe of a run of one process: of `lora` or `full`."""
+
+    def run(kind: str) -> dict[str, Any]:
+        if kind not in runs_of_one:
+            folder = tmp_path_factory.mktemp(kind) / "one"
+            settings = {"lora": LORA_RUN, "full": FULL_RUN}[kind] | {"per_device_train_batch_size": 4}
+            one = recipe(output_dir=str(folder), **settings)
+            if kind == "full":
+                one = {key: value for key, value in one.items() if key not in LORA_KEYS}
+            train_in_ranks(one, num_ranks=1)
+            runs_of_one[kind] = one
+        return runs_of_one[kind]
+
+    return run
+
+
+def shared_by_two(one: dict[str, Any], output_dir: Path) -> dict[str, Any]:
+    """The recipe of a run of one process for two."""
+    return {**one, "output_dir": str(output_dir), "per_device_train_batch_size": 2}
+
+
+def check_trained_alike(two: dict[str, Any], one: dict[str, Any]) -> None:
     def sampled(arguments: dict[str, Any]) -> list[Any]:
         return sorted((c["step"], c["prompt_index"], c["completion"]) for c in completions(arguments["output_dir"]))
 
@@ -146,34 +226,42 @@ def test_an_adapter_trains_under_fsdp2_and_goes_on_exactly(recipe, train_in_rank
         for name in theirs.keys() & {"loss", "reward", "kl", "grad_norm", "entropy", "eval_reward"}:
             assert ours[name] == pytest.approx(theirs[name], rel=2e-3, abs=1e-6), name
 
+
+def check_equal_weights(again: dict[str, Any], run: dict[str, Any]) -> None:
+    ours, theirs = weights(again["output_dir"]), weights(run["output_dir"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def check_refuses(resumed_run: dict[str, Any], host_processes: Any, layout: str) -> None:
+    """A checkpoint of two processes with another layout."""
+    for result in host_processes.run_ranks(2, launcher.__file__, recipe_file(resumed_run)):
+        assert result.returncode != 0
+        assert f"saved by 2 processes with {layout}" in result.stderr
+        assert "this run has 2 processes with the whole weights in each" in result.stderr
+
+
+def test_an_adapter_trains_under_fsdp2_and_goes_on_exactly(alone, train_in_ranks, fsdp2, monkeypatch, tmp_path):
+    one = alone("lora")
+    for name, value in fsdp2.items():
+        monkeypatch.setenv(name, value)
+    two = shared_by_two(one, tmp_path / "two")
+    train_in_ranks(two)
+    check_trained_alike(two, one)
+
     checkpoint = Path(two["output_dir"]) / "checkpoint-1"
     parts = {f"grpo_{part}_{rank}.pt" for part in ("shard", "reference") for rank in (0, 1)}
     assert parts <= checkpoints.read_state(checkpoint)["files"].keys()
     again = resumed(two, 1, tmp_path)
     train_in_ranks(again)
-    ours, theirs = weights(again["output_dir"]), weights(two["output_dir"])
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    check_equal_weights(again, two)
     assert [line for line in untimed(two) if line["current_steps"] > 1] == untimed(again)
 
 
 def test_full_tuning_under_fsdp2_leaves_an_ordinary_checkpoint(
-    recipe, train_in_ranks, host_processes, fsdp2, monkeypatch, tmp_path
+    alone, train_in_ranks, host_processes, fsdp2, monkeypatch, tmp_path
 ):
-    settings = {
-        **{key: value for key, value in LORA_RUN.items() if "ref" not in key and key != "dynamic_sampling"},
-        "finetuning_type": "full",
-        "num_iterations": 2,
-        "load_best_model_at_end": True,
-        "eval_strategy": "steps",
-        "eval_steps": 1,
-        "metric_for_best_model": "eval_reward",
-    }
-    one = recipe(output_dir=str(tmp_path / "one"), **settings | {"per_device_train_batch_size": 4})
-    two = recipe(output_dir=str(tmp_path / "two"), **settings)
-    for run in (one, two):
-        for key in ("lora_rank", "lora_target"):
-            del run[key]
-    train_in_ranks(one, num_ranks=1)
+    one = alone("full")
+    two = shared_by_two(one, tmp_path / "two")
     for name, value in fsdp2.items():
         monkeypatch.setenv(name, value)
     train_in_ranks(two)
@@ -184,12 +272,48 @@ def test_full_tuning_under_fsdp2_leaves_an_ordinary_checkpoint(
 
     again = resumed(two, 3, tmp_path)
     train_in_ranks(again)
-    ours, theirs = weights(again["output_dir"]), weights(two["output_dir"])
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    check_equal_weights(again, two)
 
     for name in fsdp2:
         monkeypatch.delenv(name)
-    for result in host_processes.run_ranks(2, launcher.__file__, recipe_file(resumed(two, 3, tmp_path / "other"))):
-        assert result.returncode != 0
-        assert "saved by 2 processes with the weights sharded by FSDP2" in result.stderr
-        assert "this run has 2 processes with the whole weights in each" in result.stderr
+    check_refuses(resumed(two, 3, tmp_path / "other"), host_processes, "the weights sharded by FSDP2")
+
+
+@pytest.fixture
+def train_under_zero(host_processes, monkeypatch) -> Callable[[dict[str, Any]], None]:
+    for name, value in ON_CPU.items():
+        monkeypatch.setenv(name, value)
+
+    def run(arguments: dict[str, Any]) -> None:
+        for result in host_processes.run_ranks(2, str(ZERO_LAUNCHER), recipe_file(arguments)):
+            assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+
+    return run
+
+
+def under_zero(one: dict[str, Any], stage: int, folder: Path) -> dict[str, Any]:
+    file = folder / f"ds_z{stage}_config.json"
+    file.write_text(json.dumps(zero(stage)))
+    two = shared_by_two(one, folder / "two")
+    return {key: value for key, value in two.items() if key != "use_cpu"} | {"deepspeed": str(file)}
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("lora", 2), ("full", 3)])
+def test_runs_under_zero_train_as_one_process_and_go_on_exactly(
+    alone, train_under_zero, host_processes, tmp_path, kind, stage
+):
+    one = alone(kind)
+    two = under_zero(one, stage, tmp_path)
+    train_under_zero(two)
+    check_trained_alike(two, one)
+
+    checkpoint = Path(two["output_dir"]) / "checkpoint-1"
+    assert {"grpo_zero_0.pt", "grpo_zero_1.pt"} <= checkpoints.read_state(checkpoint)["files"].keys()
+    again = resumed(two, 1, tmp_path)
+    train_under_zero(again)
+    check_equal_weights(again, two)
+    assert [line for line in untimed(two) if line["current_steps"] > 1] == untimed(again)
+
+    if kind == "full":
+        other = {key: value for key, value in resumed(two, 1, tmp_path / "other").items() if key != "deepspeed"}
+        check_refuses(other | {"use_cpu": True}, host_processes, "the weights sharded by ZeRO-3")

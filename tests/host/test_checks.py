@@ -10,20 +10,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from llamafactory.hparams.model_args import ModelArguments
 from llamafactory.model import loader
 from llamafactory.model.model_utils.rope import configure_rope
 from transformers import AutoConfig
 
-from grpo_stage.host import advice
-from grpo_stage.host import recipe as recipe_module
+from grpo_stage.host import advice, zero
 from grpo_stage.host.inputs import refuse_idle_processes
 from grpo_stage.host.other_models import arguments_for
-from grpo_stage.host.parser import ARGUMENT_CLASSES, parse
+from grpo_stage.host.parser import ARGUMENT_CLASSES, effective_defaults, parse
 from grpo_stage.host.recipe import check_checkpoint, check_same_training, recipe_of, training_record
 from grpo_stage.host.recovery import possible
 from grpo_stage.host.unsupported import UNSUPPORTED
+from grpo_stage.host.zero import check_zero, refuse_mismatches
 from grpo_stage.records.redaction import secrets_in
 from grpo_stage.rollout.engines import vllm_rules
 from grpo_stage.survival import checkpoints
@@ -200,8 +201,8 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
         ["mask_zero_std_groups: true", "no effect", "dynamic_sampling: false"],
     ),
     # optimization
-    ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "FSDP2", "accelerate launch"]),
-    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, ["deepspeed: {", "FSDP2"]),
+    ({"deepspeed": "ds.json"}, ["deepspeed: ds.json", "names no file", "ds_z2_config.json"]),
+    ({"deepspeed": {"zero_optimization": {"stage": 4}}}, ["deepspeed: {", "from 0 to 3"]),
     ({"fsdp": "full_shard"}, ["fsdp: full_shard", "accelerate launch --config_file"]),
     ({"fp8": True}, ["fp8: true", "bf16: true"]),
     ({"use_galore": True, "galore_layerwise": True}, ["galore_layerwise: true", "use_galore"]),
@@ -479,6 +480,87 @@ def test_what_sharded_weights_do_not_go_with_is_refused(recipe, monkeypatch, lau
         assert words in message
 
 
+ZERO: dict[str, Any] = {"gradient_clipping": "auto", "zero_optimization": {"stage": 3}}
+OFFLOAD = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
+
+
+def under_zero(recipe: dict[str, Any], config: dict[str, Any], keys: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in recipe.items() if key != "use_cpu"} | {"deepspeed": {**ZERO, **config}} | keys
+
+
+@pytest.mark.parametrize(
+    ("config", "keys", "said"),
+    [
+        ({}, {"use_cpu": True}, ["use_cpu: true", "Leave `use_cpu` out", "DS_ACCELERATOR=cpu"]),
+        ({"optimizer": {"type": "AdamW"}}, {}, ["section `optimizer`", "`optim`", "Delete it"]),
+        ({"scheduler": {}}, {}, ["section `scheduler`", "lr_scheduler_type"]),
+        ({"zenflow": {}}, {}, ["`zenflow`", "not verified"]),
+        (
+            {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 8}},
+            {},
+            ["`zero_optimization.zero_hpz_partition_size`", "Delete it"],
+        ),
+        ({"zero_optimization": OFFLOAD}, {}, ["`offload_optimizer`", "no GPU", "ds_z2_config.json"]),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            {},
+            ["`offload_param` to `nvme`", "`cpu`"],
+        ),
+        ({}, {"save_only_model": True, **BEST}, ["save_only_model: true", "load_best_model_at_end: true"]),
+        ({}, {"adapter_name_or_path": "a/b,c/d"}, ["adapter_name_or_path: a/b,c/d", "llamafactory-cli export"]),
+        ({}, {"on_alarm": "recover"}, ["`recover`", "another engine", "`stop`"]),
+        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "ZeRO-3", "DDP"]),
+        ({}, {"fp16": True}, ["fp16: true", "ZeRO-3", "bf16: true"]),
+        ({}, {"optim": "adafactor"}, ["optim: adafactor", "ZeRO-3", "adamw_torch"]),
+        ({}, {"finetuning_type": "oft"}, ["finetuning_type: oft", "ZeRO-3", "lora"]),
+        (
+            {},
+            {"reward_model": "a/rm", "reward_funcs": "reward_model", "reward_model_type": "full"},
+            ["reward_model_type: full", "ZeRO-3", "reward_model_type: api"],
+        ),
+    ],
+)
+def test_what_zero_does_not_go_with_is_refused(recipe, config, keys, said):
+    message = refusal(under_zero(recipe, config, keys))
+    for words in said:
+        assert words in message
+
+
+def test_zero_has_to_clip_as_the_recipe_says(recipe):
+    config = {"zero_optimization": {"stage": 2}}
+    message = refusal(under_zero(recipe, {}, {"deepspeed": config}))
+    assert "no `gradient_clipping`" in message
+    assert '"gradient_clipping": "auto"' in message
+    with pytest.raises(ValueError, match=r'ds gradient_clipping=2 vs hf max_grad_norm=1.*"auto"'):
+        refuse_mismatches("ds.json", ["- ds gradient_clipping=2 vs hf max_grad_norm=1"])
+
+
+def test_what_a_gpu_could_do_and_zero_does_not_go_with(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = effective_defaults() | {"deepspeed": {**ZERO, "zero_optimization": OFFLOAD}}
+    check_zero(SimpleNamespace(**values))
+    with pytest.raises(ValueError, match=r"optim: sgd.*adamw_torch"):
+        check_zero(SimpleNamespace(**values | {"optim": "sgd"}))
+    with pytest.raises(ValueError, match=r"pure_bf16: true.*`bf16: true`"):
+        check_zero(SimpleNamespace(**values | {"pure_bf16": True}))
+
+
+def test_deepspeed_that_is_not_installed_names_both_ways_out(recipe, monkeypatch):
+    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    message = refusal(under_zero(recipe, {}, {}))
+    assert "pip install deepspeed" in message
+    assert "FSDP2" in message
+
+
+def test_deepspeed_and_fsdp_at_once_are_refused(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "FORCE_TORCHRUN=1" in refusal(under_zero(recipe, {}, {}))
+
+
+def test_zero_without_torchrun_is_the_hosts_to_refuse(recipe):
+    assert "FORCE_TORCHRUN=1" in refusal(under_zero(recipe, {}, {}))
+
+
 def test_fsdp2_as_the_documentation_launches_it_is_accepted(recipe, monkeypatch):
     for name, value in LAUNCHED.items():
         monkeypatch.setenv(name, value)
@@ -716,16 +798,16 @@ def _checkpoint(recipe: dict[str, Any], step: int = 2) -> Path:
         (("FSDP2", 2), ("replicated", 1), ["2 processes with the weights sharded by FSDP2", "has one process"]),
         (("FSDP2", 2), ("FSDP2", 4), ["saved by 2 processes", "has 4 processes with the weights sharded by FSDP2"]),
         (("replicated", 2), ("FSDP2", 2), ["the whole weights in each", "the weights sharded by FSDP2"]),
+        (("replicated", 1), ("ZeRO-2", 1), ["saved by one process", "1 process with the training divided by ZeRO-2"]),
     ],
 )
-def test_a_checkpoint_of_another_layout_is_refused(recipe, monkeypatch, before, now, said):
-    monkeypatch.setattr(recipe_module, "distribution", lambda: now[0])
+def test_a_checkpoint_of_another_layout_is_refused(recipe, before, now, said):
     keys = recipe_of(parse(recipe))
     folder = Path(recipe["output_dir"], "checkpoint-2")
     state = {"recipe": keys | {"world_size": before[1]}, "distribution": before[0]}
     checkpoints.save(folder, {}, state, is_saver=True)
     with pytest.raises(ValueError, match="Launch as it was launched then") as refused:
-        check_checkpoint(folder, keys | {"world_size": now[1]})
+        check_checkpoint(folder, keys | {"world_size": now[1]}, now[0])
     for part in (str(folder), *said):
         assert part in str(refused.value)
 

@@ -166,6 +166,7 @@ def make_trainer(
     model = change_model(model)
     arguments = GRPOArguments(rollout_backend="hf", num_generations=4, **grpo)
     defaults = {
+        "use_cpu": True,
         "per_device_train_batch_size": 2,
         "num_train_epochs": 1,
         "learning_rate": 1e-2,
@@ -177,7 +178,7 @@ def make_trainer(
     trainer = GRPOTrainer(
         model=model,
         args=TrainingArguments(
-            output_dir=str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True,
+            output_dir=str(tmp_path), report_to="none", disable_tqdm=True,
             lr_scheduler_type="constant", **training,
         ),
         grpo_args=arguments,

@@ -151,7 +151,7 @@ def write_adapter(policy: torch.nn.Module, folder: Path) -> None:
         policy, state_dict=dict(policy.named_parameters()), adapter_name=ADAPTER, save_embedding_layers=False
     )
     save_file(
-        {name: sharding.whole(tensor.detach()).to("cpu").contiguous() for name, tensor in tensors.items()},
+        {name: sharding.whole(tensor).to("cpu").contiguous() for name, tensor in tensors.items()},
         folder / "adapter_model.safetensors",
     )
     config.save_pretrained(str(folder))

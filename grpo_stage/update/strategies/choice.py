@@ -35,5 +35,8 @@ def choose_strategy(accelerator: Accelerator) -> Strategy:
     if accelerator.distributed_type == DistributedType.FSDP:
         assert accelerator.is_fsdp2, "the host's checks refuse FSDP1"
         return FullySharded(accelerator)
-    assert accelerator.distributed_type != DistributedType.DEEPSPEED, "the host's checks refuse what shards parameters"
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        from grpo_stage.update.strategies.zero import Zero
+
+        return Zero(accelerator)
     return ReplicatedParameters(accelerator)

@@ -46,7 +46,7 @@ class FullySharded:
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         return nullcontext()  # kept back until the last pass, gradients would be whole in every process
 
-    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, is_last: bool) -> None:
         self._accelerator.backward(loss * self._accelerator.num_processes)
 
     def num_passes(self, own: int, gather: Callable[[Any], list[Any]]) -> int:
@@ -69,26 +69,20 @@ class FullySharded:
         loss.backward()
         model.zero_grad()
 
+    def begin(self, model: nn.Module) -> None:
+        """accelerate has done it."""
+
     def distribute(self, model: nn.Module) -> nn.Module:
         return fsdp2_prepare_model(self._accelerator, model)
 
-    def grad_norm(self, norm: Any) -> Any:
+    def drop_gradient(self, model: nn.Module) -> None:
+        model.zero_grad()
+
+    def grad_norm(self, model: nn.Module, norm: Any) -> Any:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def state_dict(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        sharding.rest(model)
-        owned: dict[str, torch.Tensor] = {**dict(model.named_parameters(remove_duplicate=False))}
-        if isinstance(model, PeftModel):  # the base is in its own files
-            owned = {name: p for name, p in owned.items() if p.requires_grad}
-        else:
-            owned |= dict(model.named_buffers(remove_duplicate=False))
-            owned = {name: owned[name] for name in model.state_dict() if name in owned}
-        found: dict[int, torch.Tensor] = {}  # a tied weight stays one tensor, which is saved once
-        for tensor in owned.values():
-            if id(tensor) not in found:
-                gathered = sharding.whole(tensor.detach())
-                found[id(tensor)] = gathered.cpu() if process_index() == 0 else torch.empty(0)
-        return {name: found[id(tensor)] for name, tensor in owned.items()} if process_index() == 0 else {}
+        return sharding.state_dict(model, is_adapter=isinstance(model, PeftModel))
 
     def save(self, model: nn.Module, optimizer: Any, folder: str) -> None:
         state = {"weights": sharding.shards(model), "optimizer": tree_map(_packed, optimizer.state_dict())}

@@ -29,7 +29,7 @@ class ReplicatedParameters:
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         return self._accelerator.no_sync(model)
 
-    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, is_last: bool) -> None:
         self._accelerator.backward(loss)
 
     def num_passes(self, own: int, gather: Callable[[Any], list[Any]]) -> int:
@@ -52,5 +52,8 @@ class ReplicatedParameters:
         trained = [p for p in model.parameters() if p.requires_grad]
         torch.autograd.grad(loss, trained[:1], allow_unused=True)
 
-    def grad_norm(self, norm: Any) -> Any:
+    def drop_gradient(self, model: nn.Module) -> None:
+        model.zero_grad()
+
+    def grad_norm(self, model: nn.Module, norm: Any) -> Any:
         return norm

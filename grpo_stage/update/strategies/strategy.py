@@ -23,8 +23,8 @@ class Strategy(Protocol):
     def accumulating(self, model: nn.Module) -> AbstractContextManager[Any]:
         """In this block the passes of one step add up their gradients."""
 
-    def backward(self, model: nn.Module, loss: torch.Tensor) -> None:
-        """Add the gradient of a micro-batch to that of the step."""
+    def backward(self, model: nn.Module, loss: torch.Tensor, *, is_last: bool) -> None:
+        """Add the gradient of a micro-batch to that of the step, which ends with the last one."""
 
     def num_passes(self, own: int, gather: Callable[[Any], list[Any]]) -> int:
         """How many passes with gradient this process makes that has `own` micro-batches."""
@@ -44,12 +44,18 @@ class Strategy(Protocol):
     def try_backward(self, model: nn.Module, loss: torch.Tensor) -> None:
         """Go back from `loss` to a trained weight, and leave no gradient."""
 
-    def grad_norm(self, norm: Any) -> Any:
-        """Trainer's norm of the whole gradient, as a number or a plain tensor."""
+    def drop_gradient(self, model: nn.Module) -> None:
+        """Leave no gradient, so that the optimizer's step changes nothing."""
+
+    def grad_norm(self, model: nn.Module, norm: Any) -> Any:
+        """Trainer's norm of the whole gradient, as a number or a plain tensor. The optimizer's step comes next."""
 
 
 class ShardedStrategy(Strategy, Protocol):
-    """A strategy whose passes are collective: the processes hold the weights together."""
+    """A strategy whose passes are collective: the processes hold weights, gradients or optimizer together."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Called once accelerate has distributed the policy."""
 
     def distribute(self, model: nn.Module) -> nn.Module:
         """Another model (the reference), distributed as the policy is."""
