@@ -367,12 +367,12 @@ def _print(result: SweepResult) -> None:
     if result.runs:
         metrics = dict.fromkeys(run.metric for run in result.runs)
         table = Table(title=f"{' / '.join(metrics)}; budget {result.budget}; intervals of 95 % over seeds")
-        table.add_column("setting")
-        for name in ("runs", "reward", "behind the best", "dead groups", "steps", "tokens", "s in steps"):
+        for name in ("", "runs", "reward", "behind the best", "dead groups", "steps", "tokens", "s in steps"):
             table.add_column(name, justify="right")
-        for one in result.settings:
+        for i, one in enumerate(result.settings, start=1):  # the names of several keys have no room in a column
+            console.print(f"{i}: {one.setting}", markup=False)
             table.add_row(
-                one.setting,
+                str(i),
                 str(one.num_runs),
                 _with_interval(one.reward, one.half_width),
                 _with_interval(one.behind_best, one.behind_best_half_width) if one.behind_best else "the best",

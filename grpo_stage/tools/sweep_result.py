@@ -1,6 +1,7 @@
 """What a sweep says: each setting's reward over its seeds with a confidence interval, and the curves of it."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,7 +163,7 @@ def draw(path: Path, runs: Sequence[RunResult], budget: Budget) -> None:
             linestyle=_DASHES[i % len(_DASHES)],
             lw=2,
             marker=".",
-            label=setting,
+            label=textwrap.fill(setting, 90),
         )
         if len(curves) > 1:
             lows, highs = [min(c) for _, c in columns], [max(c) for _, c in columns]
@@ -175,7 +176,7 @@ def draw(path: Path, runs: Sequence[RunResult], budget: Budget) -> None:
     )
     axes.set_xlim(0, budget.limit)
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
