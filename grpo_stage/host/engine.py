@@ -11,7 +11,7 @@ from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.host.tool_use import ToolUse
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.rollout.engines.table import ENGINES
-from grpo_stage.types import RolloutEngine, SamplingSettings
+from grpo_stage.types import ImageReader, RolloutEngine, SamplingSettings
 
 
 logger = facade.get_logger(__name__)
@@ -23,6 +23,8 @@ def start_engine(
     tokenizer: PreTrainedTokenizerBase,
     sampling: SamplingSettings,
     tool_use: ToolUse | None = None,
+    images: ImageReader | None = None,
+    processor: Any = None,
 ) -> RolloutEngine:
     """Start the engine that `rollout_backend` names; with tools its completions call them."""
     request = EngineRequest(
@@ -39,6 +41,8 @@ def start_engine(
         load_config=partial(facade.load_config, arguments.model),
         announce=logger.info_rank0,
         warn=logger.warning_rank0,
+        images=images,
+        processor=processor,
     )
     engine = ENGINES[arguments.finetuning.rollout_backend].build(request)
     return engine if tool_use is None else tool_use.around(engine)
