@@ -39,12 +39,18 @@ TEXT = {
 }
 
 
-def make_tokenizer(image_token: str, others: tuple[str, ...] = ()) -> PreTrainedTokenizerFast:
-    """Bytes and a few words."""
+def make_tokenizer(image_token: str, marks: dict[str, str] | None = None) -> PreTrainedTokenizerFast:
+    """Bytes and a few words.
+
+    Args:
+        image_token: stands for a part of an image.
+        marks: other tokens, by the names that a processor asks for.
+    """
+    named = {"image_token": image_token, **(marks or {})}
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", image_token, *others]
+    specials = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", *named.values()]
     tokenizer.train_from_iterator(
         ["How many squares are there? user assistant system You are a helpful assistant."] * 3,
         trainers.BpeTrainer(
@@ -52,7 +58,7 @@ def make_tokenizer(image_token: str, others: tuple[str, ...] = ()) -> PreTrained
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=others
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=named
     )
 
 
@@ -62,9 +68,13 @@ def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
 
 def make_qwen2_vl() -> tuple[Any, Any]:
     """Positions in three dimensions, and as many tokens as an image's size asks for."""
-    marks = ("<|vision_start|>", "<|vision_end|>", "<|video_pad|>")
+    marks = {
+        "vision_bos_token": "<|vision_start|>",
+        "vision_eos_token": "<|vision_end|>",
+        "video_token": "<|video_pad|>",
+    }
     tokenizer = make_tokenizer("<|image_pad|>", marks)
-    start, end, video = tokenizer.convert_tokens_to_ids(list(marks))
+    start, end, video = tokenizer.convert_tokens_to_ids(list(marks.values()))
     config = Qwen2VLConfig(
         text_config=TEXT
         | special_ids(tokenizer)
@@ -110,11 +120,7 @@ def make_llava() -> tuple[Any, Any]:
 
 def make_gemma3() -> tuple[Any, Any]:
     """The tokens of an image see each other, and a layer has a sliding window."""
-    marks = ("<start_of_image>", "<end_of_image>", "<start_of_turn>", "<end_of_turn>")
-    tokenizer = make_tokenizer("<image_soft_token>", marks)
-    for name, token in (("boi", marks[0]), ("eoi", marks[1]), ("image", "<image_soft_token>")):
-        setattr(tokenizer, f"{name}_token", token)
-        setattr(tokenizer, f"{name}_token_id", tokenizer.convert_tokens_to_ids(token))
+    tokenizer = make_tokenizer("<image_soft_token>", {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"})
     vision = SiglipVisionConfig(
         hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=56,
         patch_size=14,

@@ -1,0 +1,165 @@
+"""Prompts with images from dataset to gradient, against plain forward passes of the whole sequence."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from transformers import AutoModelForImageTextToText
+
+from grpo_stage.host import datasets as prompt_datasets
+from grpo_stage.host.inputs import load_inputs
+from grpo_stage.host.parser import parse
+from grpo_stage.rollout.engines.hf import HFEngine
+from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+from grpo_stage.update.attention import attention_of
+from grpo_stage.update.batch import PaddedLayout, Row, SharedPromptLayout, rows_of
+from grpo_stage.update.exactness import settle
+from grpo_stage.update.logprobs import Forward
+from grpo_stage.update.strategies.replicated import ReplicatedParameters
+from tests.image_models import FAMILIES, save
+
+
+CPU = torch.device("cpu")
+TEMPLATES = list(FAMILIES)
+TEXT = "How many squares?"
+
+
+def draw(path: Path, size: tuple[int, int], *squares: tuple[int, int]) -> str:
+    image = Image.new("RGB", size, "black")
+    for x, y in squares:
+        ImageDraw.Draw(image).rectangle((x, y, x + 9, y + 9), fill="white")
+    image.save(path)
+    return path.name
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two images of one size, another of another size, two images in a prompt, and a prompt without any."""
+    folder = tmp_path_factory.mktemp("images")
+    one = draw(folder / "one.png", (56, 56), (5, 5))
+    two = draw(folder / "two.png", (56, 56), (5, 5), (30, 30))
+    wide = draw(folder / "wide.png", (112, 56), (5, 5), (70, 30))
+    rows = [
+        {"instruction": f"<image>{TEXT}", "output": "1", "images": [one]},
+        {"instruction": f"<image>{TEXT}", "output": "2", "images": [two]},
+        {"instruction": f"Look: <image> and <image>. {TEXT}", "output": "4", "images": [wide, two]},
+        {"instruction": "What is 1 + 1?", "output": "2", "images": []},
+    ]
+    write(folder, "squares", rows)
+    return folder
+
+
+def write(folder: Path, name: str, rows: list[dict[str, Any]], **columns: str) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(rows))
+    info = folder / "dataset_info.json"
+    known = json.loads(info.read_text()) if info.exists() else {}
+    columns = {"prompt": "instruction", "response": "output", "images": "images", **columns}
+    info.write_text(json.dumps(known | {name: {"file_name": f"{name}.json", "columns": columns}}))
+
+
+@pytest.fixture(scope="module")
+def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("models")
+
+    def get(template: str) -> Path:
+        return folder / template if (folder / template).exists() else save(template, folder / template)
+
+    return get
+
+
+def make_arguments(model: Path, template: str, data_dir: Path, **keys: Any) -> Any:
+    recipe = {
+        "stage": "grpo", "do_train": True, "model_name_or_path": str(model), "finetuning_type": "full",
+        "template": template, "dataset": "squares", "dataset_dir": str(data_dir), "cutoff_len": 256,
+        "reward_funcs": "accuracy", "rollout_backend": "hf", "num_generations": 4, "max_new_tokens": 8,
+        "output_dir": str(data_dir / "out"), "use_cpu": True, "bf16": False, "report_to": "none",
+    }  # fmt: skip
+    return parse(recipe | keys)
+
+
+class Run:
+    """A model and what a run reads for it."""
+
+    def __init__(self, template: str, model: Path, data_dir: Path) -> None:
+        self.template = template
+        self.inputs = load_inputs(make_arguments(model, template, data_dir))
+        self.prompts: list[Prompt] = self.inputs.prompts.train
+        self.images: Any = self.inputs.images
+        self.model: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+
+    def sampling(self, **changes: Any) -> SamplingSettings:
+        given = {"num_generations": 3, "max_new_tokens": 12, "temperature": 1.0, "seed": 3}
+        stops = (self.inputs.tokenizer.eos_token_id, self.images.placeholder)
+        return SamplingSettings(**{**given, "stop_token_ids": stops, **changes})
+
+    def plain(self, row: Any) -> torch.Tensor:
+        """[T] log-probabilities, by the model's own way to place images and count positions: one sequence, no cache."""
+        prompt, completion = row.prompt, row.completion
+        ids = torch.tensor([[*prompt.token_ids, *completion.token_ids[:-1]]])
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if prompt.images:
+            plugin = self.inputs.template.mm_plugin
+            files = [image.path for image in prompt.images]
+            pixels = plugin.get_mm_inputs(files, [], [], [len(files)], [0], [0], ids.tolist(), self.inputs.processor)
+            pixels.pop("token_type_ids", None)
+            arguments |= dict(pixels)
+        types = (ids == self.images.placeholder).long()
+        key = {"qwen2_vl": "mm_token_type_ids", "gemma3": "token_type_ids"}.get(self.template)
+        arguments |= {key: types} if key else {}
+        logits = self.model(**arguments).logits[0, len(prompt.token_ids) - 1 :]
+        return logits.log_softmax(-1).gather(-1, torch.tensor(completion.token_ids)[:, None]).squeeze(-1)
+
+
+@pytest.fixture(scope="module")
+def runs(model_dirs: Any, data_dir: Path) -> Callable[[str], Run]:
+    made: dict[str, Run] = {}
+
+    def get(template: str) -> Run:
+        if template not in made:
+            made[template] = Run(template, model_dirs(template), data_dir)
+        return made[template]
+
+    return get
+
+
+def completion(*token_ids: int) -> Completion:
+    return Completion(
+        token_ids=token_ids, sampling_logprobs=(0.0,) * len(token_ids), finish_reason=FinishReason.STOP, text=""
+    )
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_what_is_sampled_and_what_is_learned_from_are_the_plain_models(runs: Any, template: str) -> None:
+    """The engine's log-probabilities and the update's, in both layouts: of prompts of one text and different images,
+    of different lengths, and without images, all in one batch."""
+    run = runs(template)
+    engine = HFEngine(run.inputs.tokenizer, images=run.images)
+    engine.sync(run.model, 0)
+    groups = engine.generate(run.prompts, run.sampling(), step=1)
+    rows = rows_of(groups)
+    with torch.no_grad():
+        expected = [run.plain(row) for row in rows]
+    for row, own in zip(rows, expected, strict=True):
+        assert torch.allclose(torch.tensor(row.completion.sampling_logprobs), own, atol=2e-5)
+    for scored, own in zip(engine.score(groups), expected, strict=True):
+        assert torch.allclose(scored, own, atol=2e-5)
+    alone = engine.generate(run.prompts[1:2], run.sampling(num_generations=1), step=1)[0].completions[0]
+    assert alone.token_ids == groups[1].completions[0].token_ids
+
+    forward = Forward(SharedPromptLayout(0, CPU, run.images))
+    plain = PaddedLayout(0, CPU, run.images)
+    settle(forward, plain, run.model, run.prompts, torch.no_grad, ReplicatedParameters(None))  # type: ignore[arg-type]
+    # Tokens of an image of Gemma 3's see those behind them: no stream of several sequences does that.
+    assert isinstance(forward.layout, PaddedLayout if template == "gemma3" else SharedPromptLayout)
+    for layout in {forward.layout, plain}:
+        batch = layout.tokens(rows)
+        with torch.no_grad(), attention_of(run.model, batch.inputs.shared_prompts):
+            found = Forward(layout).statistics(run.model, batch, 1.0).logprobs
+        for row, own in zip(found, expected, strict=True):
+            assert torch.allclose(row[: len(own)], own, atol=2e-5)
