@@ -120,7 +120,9 @@ def make_llava() -> tuple[Any, Any]:
 
 def make_gemma3() -> tuple[Any, Any]:
     """The tokens of an image see each other, and a layer has a sliding window."""
-    tokenizer = make_tokenizer("<image_soft_token>", {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"})
+    marks = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    turns = {"bot_token": "<start_of_turn>", "eot_token": "<end_of_turn>"}
+    tokenizer = make_tokenizer("<image_soft_token>", marks | turns)
     vision = SiglipVisionConfig(
         hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=56,
         patch_size=14,
@@ -141,7 +143,9 @@ def make_gemma3() -> tuple[Any, Any]:
         Gemma3ImageProcessor(size={"height": 56, "width": 56}), tokenizer, image_seq_length=4,
         chat_template="{{ messages }}",
     )  # fmt: skip
-    return Gemma3ForConditionalGeneration(config), processor
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # 0 until it is trained
+    return model, processor
 
 
 FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {

@@ -1,10 +1,8 @@
 """Prompts with images from dataset to gradient, against plain forward passes of the whole sequence."""
 
-import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText
 
-from grpo_stage.host import datasets as prompt_datasets
 from grpo_stage.host.inputs import load_inputs
 from grpo_stage.host.parser import parse
 from grpo_stage.rollout.engines.hf import HFEngine
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+from grpo_stage.types import Completion, FinishReason, Prompt, SamplingSettings
 from grpo_stage.update.attention import attention_of
 from grpo_stage.update.batch import PaddedLayout, Row, SharedPromptLayout, rows_of
 from grpo_stage.update.exactness import settle
@@ -99,7 +96,7 @@ class Run:
         return SamplingSettings(**{**given, "stop_token_ids": stops, **changes})
 
     def plain(self, row: Any) -> torch.Tensor:
-        """[T] log-probabilities, by the model's own way to place images and count positions: one sequence, no cache."""
+        """[T] log-probabilities, by the model's own ways to place images and to count: one sequence, no cache."""
         prompt, completion = row.prompt, row.completion
         ids = torch.tensor([[*prompt.token_ids, *completion.token_ids[:-1]]])
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -149,6 +146,10 @@ def test_what_is_sampled_and_what_is_learned_from_are_the_plain_models(runs: Any
         assert torch.allclose(torch.tensor(row.completion.sampling_logprobs), own, atol=2e-5)
     for scored, own in zip(engine.score(groups), expected, strict=True):
         assert torch.allclose(scored, own, atol=2e-5)
+    other = Row(run.prompts[1], rows[0].completion)
+    assert other.prompt.token_ids == rows[0].prompt.token_ids
+    with torch.no_grad():
+        assert (run.plain(other) - expected[0]).abs().max() > 1e-3, "the images of this model do not matter"
     alone = engine.generate(run.prompts[1:2], run.sampling(num_generations=1), step=1)[0].completions[0]
     assert alone.token_ids == groups[1].completions[0].token_ids
 
@@ -163,3 +164,35 @@ def test_what_is_sampled_and_what_is_learned_from_are_the_plain_models(runs: Any
             found = Forward(layout).statistics(run.model, batch, 1.0).logprobs
         for row, own in zip(found, expected, strict=True):
             assert torch.allclose(row[: len(own)], own, atol=2e-5)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_gradient_is_the_plain_models_however_sequences_are_placed(runs: Any, template: str) -> None:
+    """Of what reads images, too; a sampled token that stands for an image ends a completion and has no image."""
+    run = runs(template)
+    model, stop = run.model.train(), run.images.placeholder
+    rows = [
+        Row(prompt, each)
+        for prompt in run.prompts
+        for each in (completion(20, 21, 22, stop), completion(23), completion(30, 31, 32, 33, 34, 35))
+    ]
+    weights = torch.linspace(-1, 1, sum(len(row.completion.token_ids) for row in rows))
+
+    def gradient(logprobs: Sequence[torch.Tensor]) -> torch.Tensor:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found = torch.autograd.grad((torch.cat(list(logprobs)) * weights).sum(), trained, allow_unused=True)
+        return torch.cat(
+            [torch.zeros(p.numel()) if g is None else g.flatten() for p, g in zip(trained, found, strict=True)]
+        )
+
+    expected = gradient([run.plain(row) for row in rows])
+    layouts: list[Any] = [PaddedLayout(2, CPU, run.images)]
+    if template != "gemma3":
+        layouts.append(SharedPromptLayout(2, CPU, run.images))
+    for layout in layouts:
+        batch = layout.tokens(rows)
+        with attention_of(model, batch.inputs.shared_prompts):
+            found = Forward(layout).statistics(model, batch, 1.0).logprobs
+            own = gradient([row[: len(each.completion.token_ids)] for row, each in zip(found, rows, strict=True)])
+        assert (own - expected).norm() / expected.norm() < 1e-4
+    model.eval()
