@@ -109,6 +109,20 @@ class _Model:
             )
         return cls(placeholder, None if owner is None else owner.get_rope_index)
 
+    def positions(self, prompt: Prompt, arguments: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[K, prompt tokens] of a prompt with images, whose arguments are these."""
+        if self.rope_index is None:
+            return torch.arange(len(prompt.token_ids)).unsqueeze(0)
+        input_ids = torch.tensor([prompt.token_ids])
+        known = inspect.signature(self.rope_index).parameters
+        given: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "mm_token_type_ids": (input_ids == self.placeholder).int(),
+            **arguments,
+        }
+        return self.rope_index(**{name: value for name, value in given.items() if name in known})[0][:, 0]
+
 
 class HostImages:
     """`ImageReader` on the host's plugin. Made by `image_reader`."""
@@ -119,24 +133,17 @@ class HostImages:
         self._encoder = encoder
         self._model = model
         self._takes_token_types = takes_token_types
-        self._kept: OrderedDict[Any, dict[str, torch.Tensor]] = OrderedDict()
+        self._kept: OrderedDict[Any, _Inputs] = OrderedDict()
         self._kept_bytes = 0
 
     def arguments(self, prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
-        each = [self._of_prompt(prompt) for prompt in prompts if prompt.images]
+        each = [self._of_prompt(prompt).arguments for prompt in prompts if prompt.images]
         return {name: torch.cat([own[name] for own in each]) for name in (each[0] if each else ())}
 
     def positions(self, prompt: Prompt) -> torch.Tensor:
-        count = len(prompt.token_ids)
-        if self._model.rope_index is None or not prompt.images:
-            return torch.arange(count).expand(1 if self._model.rope_index is None else 3, -1)
-        input_ids = torch.tensor([prompt.token_ids])
-        arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-        known = inspect.signature(self._model.rope_index).parameters
-        if "mm_token_type_ids" in known:
-            arguments["mm_token_type_ids"] = (input_ids == self.placeholder).int()
-        arguments |= {name: value for name, value in self._of_prompt(prompt).items() if name in known}
-        return self._model.rope_index(**arguments)[0][:, 0]
+        if prompt.images:
+            return self._of_prompt(prompt).positions
+        return torch.arange(len(prompt.token_ids)).expand(1 if self._model.rope_index is None else 3, -1)
 
     def token_types(self, prompt: Prompt) -> torch.Tensor | None:
         return (torch.tensor(prompt.token_ids) == self.placeholder).long() if self._takes_token_types else None
@@ -151,27 +158,35 @@ class HostImages:
         )
         return encoder.token_ids(prompt.messages, images, is_expanded=False), regular["images"]
 
-    def _of_prompt(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+    def _of_prompt(self, prompt: Prompt) -> "_Inputs":
         key = prompt.identity
         if key not in self._kept:
-            inputs = self._encoder.inputs([_contents(prompt)], [prompt.token_ids])
-            self._kept[key] = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-            self._kept_bytes += _num_bytes(self._kept[key])
+            arguments = self._encoder.inputs([_contents(prompt)], [prompt.token_ids])
+            arguments.pop("token_type_ids", None)
+            self._kept[key] = _Inputs(arguments, self._model.positions(prompt, arguments))
+            self._kept_bytes += self._kept[key].num_bytes
         self._kept.move_to_end(key)
         found = self._kept[key]
         while self._kept_bytes > KEPT_BYTES and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_bytes -= _num_bytes(oldest)
+            self._kept_bytes -= self._kept.popitem(last=False)[1].num_bytes
         return found
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """Of one prompt with images."""
+
+    arguments: dict[str, torch.Tensor]
+    positions: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(each.numel() * each.element_size() for each in (*self.arguments.values(), self.positions))
 
 
 def _contents(prompt: Prompt) -> list[Any]:
     """Of a prompt's images, as the host's plugin takes them."""
     return [image.path if image.data is None else image.data for image in prompt.images]
-
-
-def _num_bytes(tensors: dict[str, torch.Tensor]) -> int:
-    return sum(each.numel() * each.element_size() for each in tensors.values())
 
 
 def _check_family(arguments: RunArguments, encoder: _Encoder, placeholder: int) -> bool:
