@@ -27,7 +27,7 @@ from transformers import (
 )
 
 
-HIDDEN = 32
+HIDDEN = 64
 TEXT = {
     "hidden_size": HIDDEN,
     "intermediate_size": 64,
@@ -80,7 +80,7 @@ def make_qwen2_vl() -> tuple[Any, Any]:
         | special_ids(tokenizer)
         | {
             "vocab_size": len(tokenizer),
-            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0},
+            "rope_parameters": {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10000.0},
         },
         vision_config={"depth": 1, "embed_dim": HIDDEN, "hidden_size": HIDDEN, "num_heads": 2, "mlp_ratio": 2},
         image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
@@ -130,7 +130,7 @@ def make_gemma3() -> tuple[Any, Any]:
     config = Gemma3Config(
         text_config=TEXT
         | special_ids(tokenizer)
-        | {"vocab_size": len(tokenizer), "head_dim": 16, "sliding_window": 16,
+        | {"vocab_size": len(tokenizer), "head_dim": 32, "sliding_window": 16,
            "layer_types": ["sliding_attention", "full_attention"]},
         vision_config=vision.to_dict(),
         mm_tokens_per_image=4,
