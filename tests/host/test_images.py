@@ -1,15 +1,23 @@
 """Prompts with images from dataset to gradient, against plain forward passes of the whole sequence."""
 
+import contextlib
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset, Features, Value
+from datasets import Image as ImageFeature
 from PIL import Image, ImageDraw
 from transformers import AutoModelForImageTextToText
 
+from grpo_stage.algorithm.conditions import refuse_broken
+from grpo_stage.host import images as images_of_host
+from grpo_stage.host.image_files import refuse_changed
 from grpo_stage.host.inputs import load_inputs
 from grpo_stage.host.parser import parse
 from grpo_stage.rollout.engines.hf import HFEngine
@@ -196,3 +204,130 @@ def test_the_gradient_is_the_plain_models_however_sequences_are_placed(runs: Any
             own = gradient([row[: len(each.completion.token_ids)] for row, each in zip(found, rows, strict=True)])
         assert (own - expected).norm() / expected.norm() < 1e-4
     model.eval()
+
+
+def refused(model: Path, template: str, data_dir: Path, **keys: Any) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        load_inputs(make_arguments(model, template, data_dir, **keys))
+    return str(error.value)
+
+
+BAD_ROWS = {
+    "missing": ({"images": ["nowhere.png"]}, ["there is no file nowhere.png", "`media_dir`", "remove the row"]),
+    "broken": ({"images": ["broken.png"]}, ["broken.png cannot be read", "Mend it"]),
+    "too_few": ({"images": []}, ["1 times `<image>` and its row 0 images"]),
+    "too_many": ({"images": ["one.png", "two.png"]}, ["1 times `<image>` and its row 2 images"]),
+    "tools": ({"images": ["one.png"], "tools": '[{"name": "f"}]'}, ["tells of tools", "Leave `tools`"]),
+    "number": ({"images": [3]}, ["an image is a path"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_row_that_does_not_fit_is_refused_before_a_model_is_loaded(
+    model_dirs: Any, data_dir: Path, name: str
+) -> None:
+    changes, words = BAD_ROWS[name]
+    (data_dir / "broken.png").write_bytes((data_dir / "one.png").read_bytes()[:60])
+    columns = {"tools": "tools"} if "tools" in changes else {}
+    write(data_dir, name, [{"instruction": f"<image>{TEXT}", "output": "1", **changes}], **columns)
+    message = refused(model_dirs("qwen2_vl"), "qwen2_vl", data_dir, dataset=name)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("template", "keys", "words"),
+    [
+        ("llama3", {}, ["`template: llama3` knows none", "`qwen2_vl`"]),
+        ("llava", {}, ["no image processor", "Name a vision-language model"]),
+        ("qwen2_vl", {"cutoff_len": 30}, ["No training prompt is left", "3 of 4 training prompts with images"]),
+    ],
+)
+def test_what_takes_no_images_is_refused(
+    model_dirs: Any, data_dir: Path, tiny_model_dir: Path, template: str, keys: dict[str, Any], words: list[str]
+) -> None:
+    model = tiny_model_dir if template != "qwen2_vl" else model_dirs(template)
+    message = refused(model, template, data_dir, **keys)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"has_tools": True}, "`tools` or `environment`"),
+        ({"rollout_backend": "vllm_server"}, "`rollout_backend: hf`"),
+        ({"reward_model": "r"}, "`reward_model: r`.*text alone"),
+        ({"ref_model": "r"}, "`ref_model: r`.*qwen2 and that of the model qwen2_vl"),
+        ({"ref_model": "r", "ref_model_type": "qwen2_vl"}, None),
+        ({"is_sharded": True}, r"FSDP2.*\(DDP\)"),
+    ],
+)
+def test_options_that_images_are_not_possible_with(changes: dict[str, Any], words: str | None) -> None:
+    values = {
+        "has_tools": False, "rollout_backend": "hf", "reward_model": None, "ref_model": None, "is_sharded": False,
+        "model_type": "qwen2_vl", "ref_model_type": "qwen2", "rollout_ahead": 0, "structured_outputs": None,
+    }  # fmt: skip
+    with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
+        refuse_broken(images_of_host._RULES, SimpleNamespace(**values | changes))
+
+
+class FakeEncoder:
+    """A family whose inputs for a batch are what a test says."""
+
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=str)
+
+    def __init__(self, inputs: Callable[[list[tuple[int, int]]], dict[str, Any]]) -> None:
+        self.inputs = lambda images, token_ids: inputs([image[0].size for image in images])
+
+    def token_ids(self, messages: Any, images: Any) -> list[int]:
+        return [1, 7, 7, 2]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "problem"),
+    [
+        (lambda sizes: {"pixels": torch.zeros(len(sizes), max(sizes)[0])}, "depends on the other images"),
+        (lambda sizes: {"pixels": torch.full((len(sizes), 3), len(sizes))}, "not image by image"),
+        (lambda sizes: {"pixels": [0]}, "no tensor"),
+        (lambda sizes: {"token_type_ids": [[0, 0, 1, 1]] * len(sizes)}, "in another way"),
+        (lambda sizes: {"mm_token_type_ids": torch.zeros(len(sizes), 4)}, "not image by image"),
+        (lambda sizes: {"token_type_ids": [[0, 1, 1, 0]] * len(sizes)}, None),
+        (lambda sizes: {"pixels": torch.tensor([[float(size[0])] for size in sizes])}, None),
+    ],
+)
+def test_a_family_whose_images_are_not_read_one_by_one_is_refused(inputs: Any, problem: str | None) -> None:
+    arguments = SimpleNamespace(model=SimpleNamespace(model_name_or_path="m"), data=SimpleNamespace(template="t"))
+    if problem is None:
+        takes_types = images_of_host._check_family(arguments, FakeEncoder(inputs), 7)  # type: ignore[arg-type]
+        assert takes_types == ("token_type_ids" in inputs([(1, 1)]))
+        return
+    with pytest.raises(ValueError, match=problem):
+        images_of_host._check_family(arguments, FakeEncoder(inputs), 7)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`template: t` does not fit"):
+        images_of_host._check_family(arguments, FakeEncoder(inputs), 9)  # type: ignore[arg-type]
+
+
+def test_images_that_a_dataset_holds_itself_are_the_same_to_the_model(
+    runs: Any, model_dirs: Any, data_dir: Path, tmp_path: Path
+) -> None:
+    """As `datasets` decodes a column of images; and no file of a prompt may change behind a cache."""
+    run = runs("qwen2_vl")
+    rows = {"instruction": [f"<image>{TEXT}"] * 2, "output": ["1", "2"], "images": [[str(data_dir / "one.png")]] * 2}
+    features = Features({"instruction": Value("string"), "output": Value("string"), "images": [ImageFeature()]})
+    Dataset.from_dict(rows, features=features).to_parquet(str(tmp_path / "held.parquet"))
+    columns = {"prompt": "instruction", "response": "output", "images": "images"}
+    (tmp_path / "dataset_info.json").write_text(
+        json.dumps({"squares": {"file_name": "held.parquet", "columns": columns}})
+    )
+    held = load_inputs(make_arguments(model_dirs("qwen2_vl"), "qwen2_vl", tmp_path)).prompts.train[0]
+    assert held.images[0].data is not None
+    assert held.token_ids == run.prompts[0].token_ids
+    expected, found = (run.images.arguments([prompt]) for prompt in (run.prompts[0], held))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    file = run.prompts[0].images[0]
+    refuse_changed(run.prompts)
+    for num_bytes, path in ((file.num_bytes + 1, file.path), (file.num_bytes, f"{file.path}.gone")):
+        changed = dataclasses.replace(file, num_bytes=num_bytes, path=path)
+        with pytest.raises(ValueError, match="`overwrite_cache: true`"):
+            refuse_changed([dataclasses.replace(run.prompts[0], images=(changed,))])
