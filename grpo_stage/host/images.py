@@ -250,10 +250,22 @@ _LEAVE_OUT = "Leave it out, or `images` out of the `columns` of the dataset in d
 _RULES: Iterable[Rule] = (
     _rule(lambda v: v.has_tools, "`tools` or `environment`", "their turns were not verified with images", _LEAVE_OUT),
     _rule(
-        lambda v: v.rollout_backend != "hf",
-        "`rollout_backend: {rollout_backend}`",
-        "vLLM's images were not verified",
-        "Write `rollout_backend: hf`, which samples with the trained model itself",
+        lambda v: v.rollout_backend == "vllm_server",
+        "`rollout_backend: vllm_server`",
+        "images do not go over its connection yet",
+        "Write `rollout_backend: vllm`, or `hf`, which samples with the trained model itself",
+    ),
+    _rule(
+        lambda v: v.rollout_ahead,
+        "`rollout_ahead: {rollout_ahead}`",
+        "images do not go to the process of its engine yet",
+        "Leave it out",
+    ),
+    _rule(
+        lambda v: v.structured_outputs is not None,
+        "`structured_outputs`",
+        "what is sampled under it is scored again, which was not verified with images",
+        "Leave it out",
     ),
     _rule(
         lambda v: v.reward_model is not None,

@@ -72,10 +72,17 @@ def test_full_tuning_resumes_exactly_and_trains_what_is_not_frozen(
     assert names <= {f"{i}.png" for i in range(6)}
 
 
-def test_lora_of_the_language_part_with_a_reference(recipe, run_exp, image_keys, short_reward):
-    keys = {"finetuning_type": "lora", "max_steps": 2, "beta": 0.1, "num_iterations": 2, "learning_rate": 1e-2}
-    run_exp(recipe(**image_keys, **keys))
-    adapter = load_file(f"{recipe()['output_dir']}/adapter_model.safetensors")
+def test_vllm_gets_the_same_images_and_lora_trains_the_language_part(recipe, run_exp, image_keys, short_reward):
+    pytest.importorskip("vllm", reason="vLLM is not installed")
+    keys = {
+        "rollout_backend": "vllm", "finetuning_type": "lora", "max_steps": 3, "beta": 0.1, "num_iterations": 2,
+        "learning_rate": 1e-2, "per_device_train_batch_size": 4,
+    }  # fmt: skip
+    run_exp(recipe(**image_keys | keys))
+    output_dir = recipe()["output_dir"]
+    adapter = load_file(f"{output_dir}/adapter_model.safetensors")
     assert adapter
     assert not any("visual" in name for name in adapter)
     assert any(value.abs().max() > 0 for name, value in adapter.items() if "lora_B" in name)
+    differences = [line.get("sampling/sampling_logp_difference/mean", 0.0) for line in trainer_log(output_dir)]
+    assert 0 < max(differences) < 5e-5

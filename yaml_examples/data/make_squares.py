@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 
-NUM_ROWS = 48
+NUM_ROWS = 64
 NUM_CELLS, CELL = 4, 28
 """Cells in a row and in a column, and pixels of a cell: what Qwen's models read as one token."""
 MOST = 4
