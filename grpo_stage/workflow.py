@@ -103,9 +103,7 @@ class _Run:
             rewards.model = load_reward_model(arguments, model, template, tokenizer)
         if self.engine is None:
             self.activity.begin("engine")
-            self.engine = start_engine(
-                arguments, model, tokenizer, sampling, inputs.tool_use, inputs.images, inputs.processor
-            )
+            self.engine = start_engine(arguments, model, sampling, inputs)
             self.resources.callback(self.engine.close)
         bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
         trainer = self.make_trainer(

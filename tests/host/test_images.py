@@ -255,7 +255,7 @@ def test_what_takes_no_images_is_refused(
     [
         ({}, None),
         ({"has_tools": True}, "`tools` or `environment`"),
-        ({"rollout_backend": "vllm_server"}, "`rollout_backend: hf`"),
+        ({"rollout_backend": "vllm_server"}, "`rollout_backend: vllm_server`"),
         ({"rollout_backend": "vllm"}, None),
         ({"rollout_ahead": 1}, "`rollout_ahead: 1`"),
         ({"structured_outputs": {"regex": "[0-9]"}}, "`structured_outputs`"),
