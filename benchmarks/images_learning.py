@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--picture", type=Path, help="where the curve of the reward goes")
     arguments = parser.parse_args()
-    folder = arguments.folder.resolve()
+    folder = arguments.folder
     runpy.run_path(str(EXAMPLES / "data" / "make_squares_model.py"))["write_model"](folder / "model")
     (folder / "data").mkdir(exist_ok=True)
     write_data(folder / "data")
