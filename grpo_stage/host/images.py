@@ -256,6 +256,19 @@ _RULES: Iterable[Rule] = (
         "Write `rollout_backend: vllm`, or `hf`, which samples with the trained model itself",
     ),
     _rule(
+        lambda v: (
+            v.rollout_backend == "vllm"
+            and v.finetuning_type == "lora"
+            and v.vllm_lora == "native"
+            and not (v.freeze_vision_tower and v.freeze_multi_modal_projector)
+        ),
+        "`finetuning_type: lora` with `freeze_vision_tower: {freeze_vision_tower}`, `freeze_multi_modal_projector: "
+        "{freeze_multi_modal_projector}` and `rollout_backend: vllm`",
+        "vLLM serves adapters on the language part alone",
+        "Leave the two keys at true, or write `vllm_lora: merged`, which gives vLLM the weights with the adapter in "
+        "them",
+    ),
+    _rule(
         lambda v: v.rollout_ahead,
         "`rollout_ahead: {rollout_ahead}`",
         "images do not go to the process of its engine yet",

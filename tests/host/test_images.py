@@ -257,6 +257,10 @@ def test_what_takes_no_images_is_refused(
         ({"has_tools": True}, "`tools` or `environment`"),
         ({"rollout_backend": "vllm_server"}, "`rollout_backend: vllm_server`"),
         ({"rollout_backend": "vllm"}, None),
+        ({"rollout_backend": "vllm", "freeze_vision_tower": False}, "the language part alone.*`vllm_lora: merged`"),
+        ({"rollout_backend": "vllm", "freeze_vision_tower": False, "vllm_lora": "merged"}, None),
+        ({"rollout_backend": "vllm", "freeze_vision_tower": False, "finetuning_type": "full"}, None),
+        ({"rollout_backend": "hf", "freeze_vision_tower": False}, None),
         ({"rollout_ahead": 1}, "`rollout_ahead: 1`"),
         ({"structured_outputs": {"regex": "[0-9]"}}, "`structured_outputs`"),
         ({"reward_model": "r"}, "`reward_model: r`.*text alone"),
@@ -269,6 +273,8 @@ def test_options_that_images_are_not_possible_with(changes: dict[str, Any], word
     values = {
         "has_tools": False, "rollout_backend": "hf", "reward_model": None, "ref_model": None, "is_sharded": False,
         "model_type": "qwen2_vl", "ref_model_type": "qwen2", "rollout_ahead": 0, "structured_outputs": None,
+        "finetuning_type": "lora", "vllm_lora": "native", "freeze_vision_tower": True,
+        "freeze_multi_modal_projector": True,
     }  # fmt: skip
     with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
         refuse_broken(images_of_host._RULES, SimpleNamespace(**values | changes))
