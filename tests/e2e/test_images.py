@@ -52,6 +52,7 @@ def test_full_tuning_resumes_exactly_and_trains_what_is_not_frozen(
         "finetuning_type": "full", "freeze_vision_tower": True, "freeze_multi_modal_projector": False,
         "max_steps": 3, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-3, "log_completions": True,
         "val_size": 2, "eval_strategy": "steps", "eval_steps": 3, "dynamic_sampling": True, "beta": 0.1,
+        "disable_gradient_checkpointing": False,
     }  # fmt: skip
     folders = whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     run_exp(recipe(**keys, output_dir=str(whole)))

@@ -2,7 +2,7 @@
 
     python yaml_examples/data/make_squares_model.py quickstart/squares_model
 
-Qwen2-VL's architecture with 0.27 million weights, none of which is trained: neither what reads images nor what answers.
+Qwen2-VL's architecture with 0.27 million weights, all of them random: of what reads images as of what answers.
 Its vocabulary is a few words, so that an answer is one token.
 """
 
