@@ -18,7 +18,7 @@ from .distributed import all_gather
 from .monitors.monitor import Monitor
 from .rollout.serialization import step_state
 from .survival.phase import Phases
-from .types import Prompt, SamplingSettings, Step
+from .types import ImageReader, Prompt, SamplingSettings, Step
 from .update.activations import keep_activations_if_they_fit
 from .update.batch import PaddedLayout, SharedPromptLayout
 from .update.exactness import probe_rows, settle
@@ -57,6 +57,7 @@ class Learner:
         checkpoints_if_needed: whether gradient checkpointing may be switched off where memory allows it.
         phases: times the update.
         gather: see `PolicyGradient`.
+        images: see `Layout`.
     """
 
     def __init__(
@@ -73,12 +74,15 @@ class Learner:
         checkpoints_if_needed: bool,
         phases: Phases,
         gather: Callable[[Any], list[Any]],
+        images: ImageReader | None = None,
     ) -> None:
         # Accelerate wraps the forward of the policy alone in autocast; the reference needs it as well.
         autocast: Callable[[], AbstractContextManager] = accelerator.autocast
-        self._plain = PaddedLayout(pad_token_id, accelerator.device)
+        self._plain = PaddedLayout(pad_token_id, accelerator.device, images)
         layout = (
-            self._plain if grpo_args.disable_prompt_sharing else SharedPromptLayout(pad_token_id, accelerator.device)
+            self._plain
+            if grpo_args.disable_prompt_sharing
+            else SharedPromptLayout(pad_token_id, accelerator.device, images)
         )
         self.forward = Forward(layout, is_chunked=not grpo_args.disable_logit_chunking)
         self.strategy = strategy
@@ -129,7 +133,7 @@ class Learner:
             longest = max(len(prompt.token_ids) for prompt in prompts) + self._sampling.max_new_tokens
             max_tokens = max(self.budget.max_tokens, longest)
             self.budget.relief = keep_activations_if_they_fit(
-                self.forward, policy, probe_rows(prompts), max_tokens, self._autocast
+                self.forward, policy, probe_rows(prompts, self._plain.images), max_tokens, self._autocast
             )
 
     def learn(self, model: nn.Module, step: Step, global_step: int) -> torch.Tensor:

@@ -36,7 +36,7 @@ from .rollout.sampler import Sampler
 from .survival.phase import Phases
 from .survival.resumable import ResumableTrainer
 from .survival.run_state import Part, RunState, Scope
-from .types import Prompt, RolloutEngine, SamplingSettings
+from .types import ImageReader, Prompt, RolloutEngine, SamplingSettings
 from .update.batch import rows_of
 from .update.dropout import disable_dropout
 from .update.output_layer import compute_output_layer_in_float32
@@ -80,6 +80,7 @@ class GRPOTrainer(ResumableTrainer):
         optimizer_factory: Callable[[nn.Module, TrainingArguments], torch.optim.Optimizer | None] = lambda *_: None,
         prepare_scheduler: Callable[[TrainingArguments, int, Any], None] = lambda *_: None,
         activity: Activity | None = None,
+        images: ImageReader | None = None,
         **kwargs: Any,
     ) -> None:
         prompts_per_step = prompts_of_step(args)
@@ -123,6 +124,7 @@ class GRPOTrainer(ResumableTrainer):
             checkpoints_if_needed=checkpoints_if_needed,
             phases=phases,
             gather=self.stop.gather,
+            images=images,
         )
         self.collector = Collector(
             policy=model,

@@ -29,6 +29,25 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptImage:
+    """An image of a prompt as its dataset has it. Pixels are made of it where they are needed."""
+
+    sha256: str
+    """Of the file's content."""
+    num_bytes: int
+    """Of the file."""
+    path: str | None
+    """The file, or the name that a dataset gives to an image which it holds itself."""
+    data: bytes | None = None
+    """The content, where the dataset holds it; None where it is in the file."""
+
+    @property
+    def name(self) -> str:
+        """For a reader."""
+        return self.path or f"sha256:{self.sha256[:16]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One row of the dataset, ready to be sampled from."""
 
@@ -45,11 +64,16 @@ class Prompt:
     """Every column of the raw row, by its own name."""
     dataset: str | None = None
     """The evaluation dataset that it belongs to; None for a prompt of `dataset`, `val_size` included."""
-    images: tuple[Any, ...] = ()
-    """Reserved for image prompts, which are refused for now."""
+    images: tuple[PromptImage, ...] = ()
+    """In the order of their places in the prompt."""
     room: int | None = None
     """How many tokens may be sampled at most, where that is fewer than `SamplingSettings.max_new_tokens`: of a
     conversation that has already used a part of them (`rollout.episodes`)."""
+
+    @property
+    def identity(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Equal for prompts that a model takes for the same: by their tokens and images."""
+        return self.token_ids, tuple(image.sha256 for image in self.images)
 
     @property
     def text(self) -> str:
@@ -327,6 +351,32 @@ class Step:
     """The temperature that the samples' `sampling_logprobs` refer to."""
 
 
+class ImageReader(Protocol):
+    """What a model takes of prompts with images, and of prompts without in a run that has some."""
+
+    placeholder: int
+    """The token that stands for a part of an image. Each one in a prompt has its part. Sampled, it ends a completion:
+    the model would look for the image of one that is read again."""
+    num_images: int
+    """The most that a prompt of the run has."""
+
+    def arguments(self, prompts: "Sequence[Prompt]") -> "dict[str, torch.Tensor]":
+        """Arguments of the model's forward pass with the images of `prompts`, one after another; none without images.
+
+        Made once for equal prompts as long as memory allows, and on the CPU.
+        """
+
+    def positions(self, prompt: Prompt) -> "torch.Tensor":
+        """[K, prompt tokens] positions, which count in K dimensions; what follows goes on behind the highest."""
+
+    def token_types(self, prompt: Prompt) -> "torch.Tensor | None":
+        """[prompt tokens], 1 on the tokens of images, for a model that has to be told; None for others."""
+
+    def compact(self, prompt: Prompt) -> tuple[list[int], list[Any]]:
+        """The prompt for an engine that makes pixels itself: tokens with one placeholder an image, and the images as
+        PIL has them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ModelInputs:
     """The tokens of a micro-batch as they go through the model: R rows of N tokens, as a layout places them."""
@@ -334,7 +384,7 @@ class ModelInputs:
     input_ids: "torch.Tensor"
     """[R, N]."""
     position_ids: "torch.Tensor"
-    """[R, N], of each token in its own sequence."""
+    """[R, N], of each token in its own sequence; [K, R, N] where positions count in K dimensions."""
     predictors: "torch.Tensor"
     """[M] int, where in the flattened rows the sampled tokens are predicted, completion by completion."""
     counts: "torch.Tensor"
@@ -343,6 +393,8 @@ class ModelInputs:
     """[R, N], from lengths and never from `ids == pad`; None where nothing is padded."""
     shared_prompts: Any = None
     """`attention.SharedPrompts`, where completions share the tokens of their prompt."""
+    images: "Mapping[str, torch.Tensor]" = field(default_factory=dict)
+    """Further arguments of the model, in a run with images."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

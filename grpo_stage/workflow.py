@@ -95,7 +95,7 @@ class _Run:
         tokenizer, template, prompts = inputs.tokenizer, inputs.template, inputs.prompts
         self.activity.begin("model")
         model = load_policy(arguments, tokenizer)
-        sampling = sampling_settings(arguments, model, template, tokenizer)
+        sampling = sampling_settings(arguments, model, template, tokenizer, inputs.images)
         self.activity.begin("reference")
         reference = reference_policy(arguments, model)
         if finetuning_args.reward_model is not None:
@@ -103,7 +103,7 @@ class _Run:
             rewards.model = load_reward_model(arguments, model, template, tokenizer)
         if self.engine is None:
             self.activity.begin("engine")
-            self.engine = start_engine(arguments, model, tokenizer, sampling, inputs.tool_use)
+            self.engine = start_engine(arguments, model, sampling, inputs)
             self.resources.callback(self.engine.close)
         bound = finetuning_args.max_sampling_logprob_diff or canary_bound(arguments, model)
         trainer = self.make_trainer(
@@ -132,6 +132,7 @@ class _Run:
             processing_class=tokenizer,
             callbacks=self.callbacks_of(arguments),
             activity=self.activity,
+            images=inputs.images,
         )
         if inputs.processor is not None:
             trainer.add_callback(facade.SaveProcessorCallback(inputs.processor))

@@ -23,7 +23,7 @@ _JSON_TYPES = MappingProxyType({dict: "a mapping", list: "a list", str: "text", 
 _SMALL = 1024
 _LARGE = 1 << 30
 _SPACE = re.compile(r"\s*")
-_MEDIA = ("images", "videos", "audios")
+_MEDIA = ("videos", "audios")
 
 
 def check_descriptions(named: Iterable[tuple[str, str]], dataset_dir: Any) -> None:
@@ -56,8 +56,8 @@ def check_descriptions(named: Iterable[tuple[str, str]], dataset_dir: Any) -> No
         for media in _MEDIA:
             if getattr(attributes, media):
                 raise ValueError(
-                    f"`{key}: {name}` has a column of {media}, and this version samples from text alone. "
-                    "Choose a text dataset."
+                    f"`{key}: {name}` has a column of {media}, and this stage knows text and images. "
+                    "Choose a dataset of text or images."
                 )
 
 

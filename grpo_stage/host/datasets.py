@@ -8,7 +8,7 @@ a row is one JSON string, so that datasets with different columns can be mixed.
 import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, datetime, time
@@ -23,10 +23,12 @@ from llamafactory.data.converter import DatasetConverter
 from llamafactory.data.data_utils import Role
 from llamafactory.data.parser import DatasetAttr
 from llamafactory.data.processor.processor_utils import DatasetProcessor
+from llamafactory.extras.constants import IMAGE_PLACEHOLDER
 
 from grpo_stage import __version__
 from grpo_stage.host.dataset_files import check_files, defect_of
 from grpo_stage.host.generated_datasets import generated, is_generated
+from grpo_stage.host.image_files import as_json, read, refuse_changed
 from grpo_stage.host.log import get_logger
 from grpo_stage.rollout.prompts import PromptSet, build_prompts
 from grpo_stage.types import Prompt
@@ -46,6 +48,7 @@ logger = get_logger(__name__)
 ROW = "_grpo_row"
 """The one column of a converted and of a processed dataset."""
 MEDIA_FIELDS = ("images", "videos", "audios")
+REFUSED_MEDIA = ("videos", "audios")
 SHOWN_FIELDS = 6
 """How many fields a message names of a value that is no reference."""
 COLUMN_FIELDS = {
@@ -128,6 +131,7 @@ def load_prompts(
         _report_rows(prompt_set, f"evaluation ({name})" if name else "evaluation", cutoff_len, overlong)
         evaluation += prompt_set.prompts
     _check_reward_columns(reward_columns, [*train.prompts, *evaluation])
+    refuse_changed([*train.prompts, *evaluation])
     return PromptData(train=train.prompts, evaluation=evaluation)
 
 
@@ -218,6 +222,12 @@ class PromptConverter:
         row = dict(example)
         self._check_columns(row)
         aligned = self.host(self._with_answer(row))
+        try:
+            images = [as_json(image) for image in aligned["_images"] or ()]
+        except ValueError as error:
+            raise ValueError(
+                f"A row of dataset {self.host.dataset_attr}: {error}. The row: {_excerpt(row)}"
+            ) from error
         return {
             ROW: _to_json(
                 {
@@ -225,6 +235,7 @@ class PromptConverter:
                     "response": aligned["_response"] or self._structured_answer(row),
                     "system": aligned["_system"] or "",
                     "tools": _as_text(aligned["_tools"]) or "",
+                    "images": images,
                     "columns": row,
                 }
             )
@@ -241,12 +252,12 @@ class PromptConverter:
                     f"Dataset {attr} has no column `{column}` (its {name}): it has {_names(row)}. "
                     f"Name the right one as `{name}` under `columns` in dataset_info.json."
                 )
-        for name in MEDIA_FIELDS:
+        for name in REFUSED_MEDIA:
             if name in named and row[named[name]]:
                 raise ValueError(
-                    f"A row of dataset {attr} has {name}: prompts with {name} are not supported yet by `stage: grpo`. "
-                    f"Leave `{name}` out of its `columns` in dataset_info.json if the text alone makes sense, or "
-                    f"remove such rows. The row: {_excerpt(row)}"
+                    f"A row of dataset {attr} has {name}: prompts with {name} are not supported by `stage: grpo`, "
+                    f"which knows text and images. Leave `{name}` out of its `columns` in dataset_info.json if the "
+                    f"text alone makes sense, or remove such rows. The row: {_excerpt(row)}"
                 )
 
     def _with_answer(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -319,7 +330,8 @@ class PromptProcessor(DatasetProcessor):
             if not isinstance(message["content"], str):
                 raise ValueError(
                     f"A message's content must be text, got {_excerpt(message['content'])} in the row "
-                    f"{_excerpt(row['columns'])}. Prompts with images, videos or audios are not supported yet."
+                    f"{_excerpt(row['columns'])}. Write `{IMAGE_PLACEHOLDER}` where an image belongs, and name the "
+                    "images in a column of their own: `images` under `columns` in dataset_info.json."
                 )
         if self.tools and row["tools"].strip() not in ("", "[]"):
             raise ValueError(
@@ -327,7 +339,8 @@ class PromptProcessor(DatasetProcessor):
                 "tools that nobody can call. Leave `tools` out of the `columns` of the dataset in dataset_info.json. "
                 f"The row: {_excerpt(row['columns'])}"
             )
-        token_ids = self._encode(prompt, system, self.tools or row["tools"])
+        images = self._images(row)
+        token_ids = self._encode(prompt, system, self.tools or row["tools"], [content for content, _ in images])
         if not token_ids or not prompt[-1]["content"].strip():
             raise ValueError(
                 f"The prompt of this row is empty: {_excerpt(row['columns'])}. Remove the row, or name the columns "
@@ -338,7 +351,48 @@ class PromptProcessor(DatasetProcessor):
             "messages": [{"role": Role.SYSTEM.value, "content": system}, *prompt] if system else prompt,
             "reference": self._reference(row),
             "columns": row["columns"] | self._reward_columns(row["columns"]),
+            **({"images": [image for _, image in images]} if images else {}),
         }
+
+    def _images(self, row: dict[str, Any]) -> list[tuple[bytes, dict[str, Any]]]:
+        """The contents of a row's images, and their records.
+
+        Raises:
+            ValueError: if they do not fit the model, the prompt or each other.
+        """
+        token = self.template.mm_plugin.image_token
+        num_tags = sum(message["content"].count(IMAGE_PLACEHOLDER) for message in row["prompt"])
+        shown = f"The row: {_excerpt(row['columns'])}"
+        if num_tags != len(row["images"]) and (token is not None or row["images"]):
+            raise ValueError(
+                f"A prompt has {num_tags} times `{IMAGE_PLACEHOLDER}` and its row {len(row['images'])} images: each "
+                f"image stands where one of them is. Mend the row, or name the column with the images: `images` under "
+                f"`columns` in dataset_info.json. {shown}"
+            )
+        if not row["images"]:
+            return []
+        if token is None:
+            raise ValueError(
+                f"A row has images, and `template: {self.data_args.template}` knows none. Write the template of your "
+                f"vision-language model (such as `qwen2_vl`), or leave `images` out of the `columns` of the dataset "
+                f"in dataset_info.json if the text alone makes sense. {shown}"
+            )
+        if getattr(self.processor, "image_processor", None) is None:
+            raise ValueError(
+                "A row has images, and the model of `model_name_or_path` has no image processor (a "
+                "preprocessor_config.json beside its weights): it reads text alone, or the file is missing. Name a "
+                f"vision-language model, or bring the file. {shown}"
+            )
+        if self.tools or row["tools"].strip() not in ("", "[]"):
+            raise ValueError(
+                "A row has images, and its prompt tells of tools: both together are not possible in `stage: grpo`, "
+                "since what a tool returns has no images and its turns were not verified with any. Leave `tools` and "
+                f"`environment` out, or the images. {shown}"
+            )
+        try:
+            return [read(image) for image in row["images"]]
+        except ValueError as error:
+            raise ValueError(f"An image of a row: {error}. Mend it, or remove the row. {shown}") from error
 
     def encode_messages(self, messages: list[dict[str, str]]) -> list[int]:
         """The prompt of a conversation whose first message may be the system's, with the tools of the run."""
@@ -346,12 +400,14 @@ class PromptProcessor(DatasetProcessor):
         system = messages[0]["content"] if has_system else ""
         return self._encode(messages[1:] if has_system else messages, system, self.tools)
 
-    def _encode(self, prompt: list[dict[str, str]], system: str, tools: str) -> list[int]:
-        plugin = self.template.mm_plugin
+    def _encode(
+        self, prompt: list[dict[str, str]], system: str, tools: str, images: Sequence[bytes] = ()
+    ) -> list[int]:
+        plugin, pixels = self.template.mm_plugin, list(images)
         messages = [*prompt, {"role": Role.ASSISTANT.value, "content": ""}]
-        messages = plugin.process_messages(messages, [], [], [], self.processor)
+        messages = plugin.process_messages(messages, pixels, [], [], self.processor)
         token_ids, _ = self.template.encode_oneturn(self.tokenizer, messages, system, tools)
-        token_ids, _ = plugin.process_token_ids(token_ids, None, [], [], [], self.tokenizer, self.processor)
+        token_ids, _ = plugin.process_token_ids(token_ids, None, pixels, [], [], self.tokenizer, self.processor)
         return token_ids
 
     def _reference(self, row: dict[str, Any]) -> str | None:
@@ -460,8 +516,16 @@ def _report_rows(prompt_set: PromptSet, split: str, cutoff_len: int, overlong_pr
     longer = f"{num_overlong} of {num_rows} {split} prompts: longer than `cutoff_len` ({cutoff_len} tokens)"
     broken = f"{num_unreadable} of {num_rows} {split} rows: turns that do not alternate, the user's first"
     remedy = "Raise `cutoff_len`, or keep the end of such prompts with `overlong_prompts: truncate`."
+    of_images = (
+        f"{prompt_set.num_overlong_images} of {num_rows} {split} prompts with images: longer than `cutoff_len` "
+        f"({cutoff_len} tokens, those of the images included)"
+    )
+    remedy_of_images = "Raise `cutoff_len`, or lower `image_max_pixels`; no part of an image is cut off."
     if not prompt_set.prompts:
-        raise ValueError(f"No {split} prompt is left. Dropped {longer}; dropped {broken}. {remedy}")
+        both = f"dropped {of_images}. {remedy_of_images} " if prompt_set.num_overlong_images else ""
+        raise ValueError(f"No {split} prompt is left. Dropped {longer}; {both}dropped {broken}. {remedy}")
+    if prompt_set.num_overlong_images:
+        logger.warning_rank0(f"Dropped {of_images}. {remedy_of_images}")
     if num_overlong and overlong_prompts == "drop":
         logger.warning_rank0(f"Dropped {longer}. {remedy}")
     elif num_overlong:

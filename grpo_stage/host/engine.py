@@ -3,12 +3,10 @@
 from functools import partial
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from grpo_stage.host import facade
+from grpo_stage.host.inputs import RunInputs
 from grpo_stage.host.precision import autocast_dtype, compute_dtype
 from grpo_stage.host.run_arguments import RunArguments
-from grpo_stage.host.tool_use import ToolUse
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.types import RolloutEngine, SamplingSettings
@@ -17,17 +15,11 @@ from grpo_stage.types import RolloutEngine, SamplingSettings
 logger = facade.get_logger(__name__)
 
 
-def start_engine(
-    arguments: RunArguments,
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: SamplingSettings,
-    tool_use: ToolUse | None = None,
-) -> RolloutEngine:
+def start_engine(arguments: RunArguments, model: Any, sampling: SamplingSettings, inputs: RunInputs) -> RolloutEngine:
     """Start the engine that `rollout_backend` names; with tools its completions call them."""
     request = EngineRequest(
         policy=model,
-        tokenizer=tokenizer,
+        tokenizer=inputs.tokenizer,
         sampling=sampling,
         keys=arguments.values(),
         given=arguments.given,
@@ -39,9 +31,11 @@ def start_engine(
         load_config=partial(facade.load_config, arguments.model),
         announce=logger.info_rank0,
         warn=logger.warning_rank0,
+        images=inputs.images,
+        processor=inputs.processor,
     )
     engine = ENGINES[arguments.finetuning.rollout_backend].build(request)
-    return engine if tool_use is None else tool_use.around(engine)
+    return engine if inputs.tool_use is None else inputs.tool_use.around(engine)
 
 
 def changes_to_files(arguments: RunArguments, model: Any) -> tuple[str, ...]:

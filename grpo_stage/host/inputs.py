@@ -10,6 +10,7 @@ from grpo_stage.algorithm.refusals import apart, has_refused, stop_if_refused
 from grpo_stage.host import facade
 from grpo_stage.host.datasets import PromptData, load_prompts
 from grpo_stage.host.distribution import distribution
+from grpo_stage.host.images import image_reader
 from grpo_stage.host.model_checks import refuse_tied_adapters, refuse_unknown_tokens, refuse_unloadable
 from grpo_stage.host.other_model_checks import check_other_models
 from grpo_stage.host.recipe import check_resume, recipe_of, training_record
@@ -18,7 +19,7 @@ from grpo_stage.host.tool_use import ToolUse, load_tool_use
 from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.rollout.engines.table import ENGINES
-from grpo_stage.types import Prompt
+from grpo_stage.types import ImageReader, Prompt
 
 
 logger = facade.get_logger(__name__)
@@ -35,6 +36,8 @@ class RunInputs:
     prompts: PromptData
     tool_use: ToolUse | None = None
     """Its `worker` is to be closed."""
+    images: ImageReader | None = None
+    """None if no prompt has any."""
 
 
 @dataclass(frozen=True)
@@ -142,15 +145,17 @@ def load_inputs(arguments: RunArguments) -> RunInputs:
         arguments.finetuning,
         tool_use,
     )
+    every_prompt = [*prompts.train, *prompts.evaluation]
+    images = image_reader(arguments, template, tokenizer, processor, every_prompt, has_tools=tool_use is not None)
     finetuning_args = arguments.finetuning
     is_scored_on_policy = finetuning_args.reward_model is not None and finetuning_args.reward_model_type == "lora"
     refuse_unknown_tokens(
         arguments,
         tokenizer,
-        [*prompts.train, *prompts.evaluation],
+        every_prompt,
         (
             *(facade.closing_tokens(template, tokenizer) if is_scored_on_policy else ()),
             *(tool_use.turns.example if tool_use is not None else ()),
         ),
     )
-    return RunInputs(tokenizer, processor, template, prompts, tool_use)
+    return RunInputs(tokenizer, processor, template, prompts, tool_use, images)

@@ -188,13 +188,14 @@ def _changed_rows(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def _rows(prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """The number of prompts, and a hash of each block of them: tokens, reference and columns."""
+    """The number of prompts, and a hash of each block of them: tokens, reference, columns and images."""
     size = _block_size(len(prompts))
     blocks = []
     for start in range(0, len(prompts), size):
         digest = hashlib.sha256()
         for prompt in prompts[start : start + size]:
             text = json.dumps([prompt.reference, prompt.columns], sort_keys=True, default=str)
+            text += "".join(image.sha256 for image in prompt.images)
             digest.update(array("q", [len(prompt.token_ids), *prompt.token_ids]).tobytes() + text.encode())
         blocks.append(digest.hexdigest()[:16])
     return {"num": len(prompts), "blocks": blocks}

@@ -6,11 +6,15 @@ from typing import Any, cast
 from transformers import PreTrainedTokenizerBase
 
 from grpo_stage.host.run_arguments import RunArguments
-from grpo_stage.types import SamplingSettings
+from grpo_stage.types import ImageReader, SamplingSettings
 
 
 def sampling_settings(
-    arguments: RunArguments, model: Any, template: Any, tokenizer: PreTrainedTokenizerBase
+    arguments: RunArguments,
+    model: Any,
+    template: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    images: ImageReader | None = None,
 ) -> SamplingSettings:
     generating = arguments.generating
     return SamplingSettings(
@@ -22,7 +26,10 @@ def sampling_settings(
         min_p=arguments.finetuning.min_p,
         structured_outputs=cast(Mapping[str, Any] | None, arguments.finetuning.structured_outputs),
         repetition_penalty=generating.repetition_penalty,
-        stop_token_ids=stop_token_ids(model, template, tokenizer),
+        stop_token_ids=(
+            *stop_token_ids(model, template, tokenizer),
+            *(() if images is None else (images.placeholder,)),  # it can be sampled, and then has no image
+        ),
         seed=arguments.training.seed,
     )
 

@@ -39,11 +39,10 @@ def started_policy(
         num_generations: completions for each prompt, in the place of the recipe's.
     """
     model = load_policy(arguments, inputs.tokenizer)
-    sampling = dataclasses.replace(
-        sampling_settings(arguments, model, inputs.template, inputs.tokenizer), num_generations=num_generations
-    )
+    sampling = sampling_settings(arguments, model, inputs.template, inputs.tokenizer, inputs.images)
+    sampling = dataclasses.replace(sampling, num_generations=num_generations)
     if arguments.finetuning.reward_model is not None:
         rewards.model = load_reward_model(arguments, model, inputs.template, inputs.tokenizer)
-    with contextlib.closing(start_engine(arguments, model, inputs.tokenizer, sampling, inputs.tool_use)) as engine:
+    with contextlib.closing(start_engine(arguments, model, sampling, inputs)) as engine:
         engine.sync(model, version=0)
         yield StartedPolicy(model, engine, sampling)

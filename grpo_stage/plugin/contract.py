@@ -110,6 +110,10 @@ CONTRACT: tuple[HostSymbol, ...] = (
     HostSymbol("llamafactory.extras.ploting", "plot_loss", ("save_dictionary", "keys")),
     HostSymbol("llamafactory.extras.logging", "get_logger", ("name",)),
     HostSymbol("llamafactory.extras.constants", "TRAINER_LOG"),
+    HostSymbol("llamafactory.extras.constants", "IMAGE_PLACEHOLDER"),
+    HostSymbol(
+        "llamafactory.data.mm_plugin", "BasePlugin", ("image_token", "video_token", "audio_token", "expand_mm_tokens")
+    ),
 )
 
 

@@ -49,6 +49,7 @@ class CompletionsLog:
             "step": step,
             "prompt_index": sample.prompt.index,
             "prompt": sample.prompt.text,
+            **({"images": [image.name for image in sample.prompt.images]} if sample.prompt.images else {}),
             "completion": sample.completion.text,
             **({"turns": _turns(sample.completion)} if sample.completion.turns else {}),
             "reference": sample.prompt.reference,

@@ -180,13 +180,17 @@ def _contrasts(
     num_prompts: int,
     progress: "Progress",
 ) -> "Contrasts | None":
-    """Measured on the gradients of prompts whose completions earn different rewards."""
+    """Measured on the gradients of prompts of text whose completions earn different rewards."""
     import torch
 
     from grpo_stage.forecast.contrast import completion_sketch, contrasts
     from grpo_stage.host.precision import autocast_dtype
 
-    mixed = [one for one in groups if len({total for total in one.total_rewards if total is not None}) > 1]
+    mixed = [
+        one
+        for one in groups
+        if len({total for total in one.total_rewards if total is not None}) > 1 and not one.group.prompt.images
+    ]
     count = min(num_prompts, len(mixed))
     chosen = [mixed[i * len(mixed) // count] for i in range(count)]
     if count < 2:

@@ -154,7 +154,9 @@ def try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -
         tasks = _tasks(arguments, tokenizer, prompts, all_prompts)
         completions = [list(completions_for(task, tokenizer).items()) for task in tasks]
         if samples:
-            for of_prompt, sampled in zip(completions, _sample(arguments, tokenizer, template, prompts), strict=True):
+            for of_prompt, sampled in zip(
+                completions, _sample(arguments, tokenizer, processor, template, prompts), strict=True
+            ):
                 of_prompt += [(SAMPLED, completion) for completion in sampled]
         rows = try_rewards(rewards, prompts, completions)
         # A server would be asked about a thousand completions.
@@ -273,9 +275,14 @@ def _load_prompts(
 
 
 def _sample(
-    arguments: "RunArguments", tokenizer: "PreTrainedTokenizerBase", template: Any, prompts: "Sequence[Prompt]"
+    arguments: "RunArguments",
+    tokenizer: "PreTrainedTokenizerBase",
+    processor: Any,
+    template: Any,
+    prompts: "Sequence[Prompt]",
 ) -> "list[tuple[Completion, ...]]":
     from grpo_stage.host import facade
+    from grpo_stage.host.images import image_reader
     from grpo_stage.host.model_checks import refuse_unknown_tokens
     from grpo_stage.host.precision import autocast_dtype
     from grpo_stage.host.sampling import sampling_settings
@@ -289,11 +296,12 @@ def _sample(
                 "a run does."
             )
     refuse_unknown_tokens(arguments, tokenizer, prompts)
+    images = image_reader(arguments, template, tokenizer, processor, prompts)
     model = facade.load_model(tokenizer, arguments.model, arguments.finetuning, arguments.training.do_train)
-    engine = HFEngine(tokenizer, autocast_dtype=autocast_dtype(arguments))
+    engine = HFEngine(tokenizer, autocast_dtype=autocast_dtype(arguments), images=images)
     with contextlib.closing(engine):
         engine.sync(model, version=0)
-        groups = engine.generate(prompts, sampling_settings(arguments, model, template, tokenizer), step=0)
+        groups = engine.generate(prompts, sampling_settings(arguments, model, template, tokenizer, images), step=0)
     return [group.completions for group in groups]
 
 

@@ -272,14 +272,15 @@ AttentionInterface.register(NAME, _shared_prompt_attention)
 def attention_of(model: Any, shared_prompts: SharedPrompts | None) -> Iterator[None]:
     """In this block a Hugging Face model, wrapped or not, attends as `shared_prompts` says; as ever if that is None.
 
-    The backward pass belongs into the block as well: with gradient checkpointing it attends again.
+    What reads images attends as ever. The backward pass belongs into the block as well: with gradient checkpointing it
+    attends again.
     """
     if shared_prompts is None:
         yield
         return
     while hasattr(model, "module"):  # DDP
         model = model.module
-    config = model.config
+    config = model.config.get_text_config()
     parts = {key: getattr(config, key, None) for key in config.sub_configs}
     own = {"": config._attn_implementation}
     own |= {key: part._attn_implementation for key, part in parts.items() if part is not None}

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -16,6 +16,7 @@ from grpo_stage.algorithm.averages import StepTotals, token_weights
 from grpo_stage.types import (
     Completion,
     FinishReason,
+    ImageReader,
     ModelInputs,
     Prompt,
     RolloutGroup,
@@ -68,11 +69,13 @@ class Layout(ABC):
     Args:
         pad_token_id: fills what has to be filled; any id is right, since masks come from lengths.
         device: where the tensors go.
+        images: reads those of prompts; None in a run without.
     """
 
-    def __init__(self, pad_token_id: int, device: torch.device) -> None:
+    def __init__(self, pad_token_id: int, device: torch.device, images: ImageReader | None = None) -> None:
         self._pad_token_id = pad_token_id
         self._device = device
+        self.images = images
 
     @abstractmethod
     def split(self, sequences: Sequence[Sequenced], max_tokens: int) -> Iterator[list[int]]:
@@ -168,6 +171,34 @@ class Layout(ABC):
             policy_versions=torch.tensor([-1], device=self._device),
         )
 
+    def _positions(self, prompt: Prompt) -> torch.Tensor:
+        """[K, prompt tokens]."""
+        if self.images is None:
+            return torch.arange(len(prompt.token_ids)).unsqueeze(0)
+        return self.images.positions(prompt)
+
+    def _of_images(
+        self, prompts: Sequence[Prompt], places: Sequence[tuple[int, int]], shape: torch.Size
+    ) -> dict[str, torch.Tensor]:
+        """What the model takes beside tokens and positions.
+
+        Args:
+            prompts: in the order of their tokens.
+            places: the row of each, and its column there.
+            shape: [R, N].
+        """
+        if self.images is None:
+            return {}
+        arguments = self.images.arguments(prompts)
+        types = torch.zeros(shape, dtype=torch.long)
+        for prompt, (row, column) in zip(prompts, places, strict=True):
+            if (own := self.images.token_types(prompt)) is None:
+                break
+            types[row, column : column + len(own)] = own
+        else:
+            arguments["token_type_ids"] = types
+        return {name: each.to(self._device) for name, each in arguments.items()}
+
 
 class PaddedLayout(Layout):
     """Padded rows: each completion is one row, with its own copy of the prompt."""
@@ -195,23 +226,30 @@ class PaddedLayout(Layout):
         length = longest_prompt + max(len(each.completion.token_ids) for each in sequences)
         input_ids = torch.full((len(sequences), length), self._pad_token_id)  # [B, N]
         attention_mask = torch.zeros_like(input_ids)  # [B, N]
+        positions = [self._positions(each.prompt) for each in sequences]
+        position_ids = torch.zeros((len(positions[0]), *input_ids.shape), dtype=torch.long)  # [K, B, N]
         counts = torch.zeros(input_ids.shape)  # [B, N]
         predictors = []
-        for row, each in enumerate(sequences):
+        starts = [longest_prompt - len(each.prompt.token_ids) for each in sequences]
+        for row, (each, start) in enumerate(zip(sequences, starts, strict=True)):
             token_ids = each.prompt.token_ids + each.completion.token_ids
-            start = longest_prompt - len(each.prompt.token_ids)
+            if self.images is not None and token_ids[-1] == self.images.placeholder:
+                token_ids = (*token_ids[:-1], self._pad_token_id)  # it predicts nothing, and has no image
             input_ids[row, start : start + len(token_ids)] = torch.tensor(token_ids)
             attention_mask[row, start : start + len(token_ids)] = 1
+            of_row = [positions[row], _next(positions[row], len(each.completion.token_ids))]
+            position_ids[:, row, start : start + len(token_ids)] = torch.cat(of_row, dim=1)
             counts[row, start : start + len(token_ids) - 1] = 1
             # What is predicted at a position is the next token.
             first = row * length + longest_prompt - 1
             predictors.append(_of_sampled(torch.arange(first, first + len(each.completion.token_ids)), each))
         return ModelInputs(
             input_ids=input_ids.to(self._device),
-            position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0).to(self._device),
+            position_ids=_without_one(position_ids).to(self._device),
             predictors=torch.cat(predictors).to(self._device),
             counts=counts.to(self._device),
             attention_mask=attention_mask.to(self._device),
+            images=self._of_images([each.prompt for each in sequences], list(enumerate(starts)), input_ids.shape),
         )
 
 
@@ -251,11 +289,16 @@ class SharedPromptLayout(Layout):
         input_ids: list[int] = []
         position_ids, counts, families = [], [], []
         predictors: dict[int, torch.Tensor] = {}
+        prompts: list[Prompt] = []
+        places = []
         for positions in _families(sequences):
-            prompt = sequences[positions[0]].prompt.token_ids
+            prompts.append(sequences[positions[0]].prompt)
+            places.append((0, len(input_ids)))
+            prompt = prompts[-1].token_ids
             lengths = []
             input_ids += prompt
-            position_ids.append(torch.arange(len(prompt)))
+            of_prompt = self._positions(prompts[-1])
+            position_ids.append(of_prompt)
             counts.append(torch.full((len(prompt),), float(len(positions))))
             end_of_prompt = torch.tensor([len(input_ids) - 1])
             for position in positions:
@@ -264,16 +307,27 @@ class SharedPromptLayout(Layout):
                 of_all = torch.cat([end_of_prompt, len(input_ids) + torch.arange(len(fed))])
                 predictors[position] = _of_sampled(of_all, sequences[position])
                 input_ids += fed
-                position_ids.append(len(prompt) + torch.arange(len(fed)))
+                position_ids.append(_next(of_prompt, len(fed)))
                 counts.append(torch.ones(len(fed)))
             families.append(Family(len(prompt), tuple(lengths)))
         return ModelInputs(
             input_ids=torch.tensor([input_ids]).to(self._device),
-            position_ids=torch.cat(position_ids).unsqueeze(0).to(self._device),
+            position_ids=_without_one(torch.cat(position_ids, dim=1).unsqueeze(1)).to(self._device),
             predictors=torch.cat([predictors[i] for i in range(len(sequences))]).to(self._device),
             counts=torch.cat(counts).unsqueeze(0).to(self._device),
             shared_prompts=SharedPrompts(families, self._device),
+            images=self._of_images(prompts, places, torch.Size((1, len(input_ids)))),
         )
+
+
+def _next(positions: torch.Tensor, count: int) -> torch.Tensor:
+    """[K, count] positions that go on behind those of a prompt, [K, prompt tokens]."""
+    return (positions.max() + 1 + torch.arange(count)).expand(len(positions), -1)
+
+
+def _without_one(position_ids: torch.Tensor) -> torch.Tensor:
+    """[K, R, N] positions as models take them: [R, N] where they count in one dimension."""
+    return position_ids.squeeze(0) if len(position_ids) == 1 else position_ids
 
 
 def _of_sampled(predictors: torch.Tensor, sequence: Sequenced) -> torch.Tensor:
@@ -284,9 +338,9 @@ def _of_sampled(predictors: torch.Tensor, sequence: Sequenced) -> torch.Tensor:
 
 def _families(sequences: Sequence[Sequenced]) -> list[list[int]]:
     """Positions of the sequences with the same prompt, the longest completion first."""
-    by_prompt: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    by_prompt: dict[Any, list[int]] = defaultdict(list)
     for position, each in enumerate(sequences):
-        by_prompt[each.prompt.token_ids].append(position)
+        by_prompt[each.prompt.identity].append(position)
     return [
         sorted(positions, key=lambda position: len(sequences[position].completion.token_ids), reverse=True)
         for positions in by_prompt.values()

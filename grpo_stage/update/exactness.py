@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from grpo_stage.distributed import all_gather
-from grpo_stage.types import Completion, FinishReason, Prompt
+from grpo_stage.types import Completion, FinishReason, ImageReader, Prompt
 from grpo_stage.update.attention import attention_of
 from grpo_stage.update.batch import Layout, PaddedLayout, Row
 from grpo_stage.update.logprobs import Forward
@@ -47,7 +47,7 @@ def settle(
     """
     if isinstance(forward.layout, PaddedLayout) and not forward.is_chunked:
         return
-    rows = probe_rows(prompts)
+    rows = probe_rows(prompts, plain.images)
     compare = partial(_logprobs, model=model, rows=rows, autocast=autocast, strategy=strategy)
     expected, failure = _attempt(partial(compare, Forward(plain, is_chunked=False)))
     problems = []
@@ -138,16 +138,26 @@ def _refuse_hidden_windows(model: Any, windows: set[int | None]) -> None:
         raise NotImplementedError("its layers do not hand on the window of their attention")
 
 
-def probe_rows(prompts: Sequence[Prompt]) -> list[Row]:
-    """Two completions for each of two prompts, from the tokens of the prompts: no model is needed to make them."""
-    first = prompts[0].token_ids
-    second = next((each.token_ids for each in prompts if each.token_ids != first), first[::-1])
+def probe_rows(prompts: Sequence[Prompt], images: ImageReader | None = None) -> list[Row]:
+    """Three completions for each of two prompts, from the tokens of the prompts: no model is needed to make them.
+
+    Prompts with images come first. They are whole: a part of an image's tokens belongs to no image.
+    """
+    placeholder = None if images is None else images.placeholder
+    ordered = sorted(prompts, key=lambda each: not each.images) if images is not None else prompts
+    first = ordered[0]
+    second = next((each for each in ordered if each.identity != first.identity), None)
+    if second is None:
+        token_ids = tuple(token for token in first.token_ids[::-1] if token != placeholder)
+        second = replace(first, token_ids=token_ids, images=())
     rows = []
     for own, other in ((first, second), (second, first)):
-        prompt = Prompt(index=0, token_ids=own[-PROMPT_TOKENS:], messages=(), reference=None)
+        kept = own.token_ids if own.images else own.token_ids[-PROMPT_TOKENS:]
+        prompt = Prompt(index=0, token_ids=kept, messages=(), reference=None, images=own.images)
+        tokens = tuple(token for token in other.token_ids[::-1] if token != placeholder)
         for length in COMPLETION_TOKENS:
-            token_ids = (other[::-1] * length)[:length]
             rows.append(Row(prompt, Completion(
-                token_ids=token_ids, sampling_logprobs=(0.0,) * length, finish_reason=FinishReason.STOP, text=""
+                token_ids=(tokens * length)[:length], sampling_logprobs=(0.0,) * length,
+                finish_reason=FinishReason.STOP, text="",
             )))  # fmt: skip
     return rows

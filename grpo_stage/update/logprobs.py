@@ -71,6 +71,7 @@ def _arguments(inputs: ModelInputs) -> dict[str, Any]:
         "attention_mask": inputs.attention_mask,
         "position_ids": inputs.position_ids,
         "use_cache": False,
+        **inputs.images,
     }
     return arguments if inputs.shared_prompts is None else arguments | {"shared_prompts": inputs.shared_prompts}
 

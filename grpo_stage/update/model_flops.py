@@ -47,16 +47,16 @@ def flops_of_update(model: nn.Module, sequences: Sequence[Sequenced]) -> float:
     for its own, if it is trained: 6 N in all for a whole model, 4 N under an adapter. The output layer is met where a
     sampled token is predicted. Attention takes 4 x heads x head size x layers for each key that a token sees, and
     twice that in the backward pass; PaLM counts all keys of a sequence, and this those up to the token. A sliding
-    window is not regarded.
+    window, and what reads images, are not regarded.
 
     Args:
         model: a causal language model, without DDP.
         sequences: what is trained on. A prompt that several have goes through once.
     """
-    prompts = {each.prompt.token_ids for each in sequences}
+    prompts = {each.prompt.identity: len(each.prompt.token_ids) for each in sequences}
     lengths = [(len(each.prompt.token_ids), len(each.completion.token_ids)) for each in sequences]
     num_sampled = sum(each.completion.num_sampled for each in sequences)
-    return token_flops(model).of_batch(map(len, prompts), lengths, num_sampled)
+    return token_flops(model).of_batch(prompts.values(), lengths, num_sampled)
 
 
 @dataclass(frozen=True, slots=True)

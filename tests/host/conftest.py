@@ -24,7 +24,7 @@ CONFIG = {
 DATASETS = {
     "sums": {"file_name": "sums.json"},
     "gsm8k": {"file_name": "gsm8k.json"},
-    "pictures": {"file_name": "pictures.json", "columns": {"prompt": "q", "response": "a", "images": "images"}},
+    "clips": {"file_name": "clips.json", "columns": {"prompt": "q", "response": "a", "videos": "videos"}},
     "pairs": {"file_name": "pairs.json", "ranking": True},
 }
 

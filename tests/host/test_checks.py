@@ -65,7 +65,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"dataset": "sums,sumz"}, ["dataset: sumz"]),
     ({"eval_dataset": "sumz"}, ["dataset: sumz"]),
     ({"dataset_dir": "nowhere"}, ["dataset_dir: nowhere", "dataset_info.json", "Give the folder"]),
-    ({"dataset": "pictures"}, ["dataset: pictures", "images", "text"]),
+    ({"dataset": "clips"}, ["dataset: clips", "videos", "text or images"]),
     ({"dataset": "pairs"}, ["dataset: pairs", "ranking", "reference answers"]),
     # numbers
     ({"num_generations": 1}, ["num_generations: 1", "at least 2"]),

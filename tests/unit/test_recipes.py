@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from llamafactory import hparams
+from PIL import Image
 
 from grpo_stage.arguments import GRPOArguments, grpo_field_names
 
@@ -168,3 +169,14 @@ def test_addition_is_what_its_script_writes() -> None:
         numbers = re.fullmatch(r"What is (\d+) \+ (\d+)\? Answer with the number only\.", row["question"])
         assert numbers is not None
         assert int(row["answer"]) == sum(map(int, numbers.groups()))
+
+
+def test_squares_are_what_their_script_writes(tmp_path: Path) -> None:
+    data = EXAMPLES / "data"
+    rows = [json.loads(line) for line in (data / "squares.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert rows == list(runpy.run_path(str(data / "make_squares.py"))["write"](tmp_path))
+    for row in rows:
+        (name,) = row["images"]
+        with Image.open(data / name) as ours, Image.open(tmp_path / name) as made:
+            assert ours.tobytes() == made.tobytes()
+            assert ours.size == (112, 112)

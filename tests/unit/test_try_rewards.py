@@ -356,4 +356,4 @@ def test_a_model_is_not_sampled_without_its_tools(key: str) -> None:
     keys = {"tools": None, "environment": None} | {key: ["own.py:tool"]}
     arguments: Any = SimpleNamespace(finetuning=SimpleNamespace(**keys))
     with pytest.raises(ValueError, match=f"not possible with `{key}`.*grpo-stage probe"):
-        command._sample(arguments, None, None, [])  # type: ignore[arg-type]
+        command._sample(arguments, None, None, None, [])  # type: ignore[arg-type]

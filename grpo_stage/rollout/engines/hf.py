@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer
 
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+from grpo_stage.types import Completion, FinishReason, ImageReader, Prompt, RolloutGroup, SamplingSettings
 from grpo_stage.update.sharding import gathered
 
 
@@ -46,6 +46,7 @@ class HFEngine:
         *,
         autocast_dtype: torch.dtype | None = None,
         max_tokens_per_batch: int = 16384,
+        images: ImageReader | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +55,7 @@ class HFEngine:
                 where it has none.
             max_tokens_per_batch: how many tokens, padding included, are in the KV cache at once. A single completion
                 that is longer is sampled alone.
+            images: reads those of prompts; None in a run without.
         """
         self.logprob_temperature = math.nan
         """Set by `generate`: log-probabilities are the policy's own at the sampling temperature, before any cut; at 1
@@ -62,6 +64,7 @@ class HFEngine:
         self._tokenizer = tokenizer
         self._autocast_dtype = autocast_dtype
         self._max_tokens_per_batch = max_tokens_per_batch
+        self._images = images
         self._policy: torch.nn.Module | None = None
         self._version = -1
         self._gathered = contextlib.ExitStack()
@@ -105,13 +108,10 @@ class HFEngine:
         with self._sampler(longest, ()) as model:
             for batch in _batches(rows, longest, self._max_tokens_per_batch):
                 token_ids = [next(completions) for _ in batch]
-                input_ids, attention_mask = _left_padded([row.prompt for row in batch])
                 reader = _Reader(token_ids, longest, model.device)
                 _generate(
                     model,
-                    input_ids=input_ids.to(model.device),
-                    attention_mask=attention_mask.to(model.device),
-                    past_key_values=_prefilled(model, [row.prompt for row in batch]),
+                    **self._start(model, batch),
                     logits_processor=LogitsProcessorList([reader]),
                     synced_gpus=False,
                 )
@@ -146,19 +146,27 @@ class HFEngine:
             yield model
 
     def _sample(self, model: Any, batch: Sequence[_Row], sampling: SamplingSettings) -> list[Completion]:
-        input_ids, attention_mask = _left_padded([row.prompt for row in batch])
-        sampler = _Sampler([row.seed for row in batch], sampling, attention_mask.to(model.device), self.on_step)
+        start = self._start(model, batch)
+        sampler = _Sampler([row.seed for row in batch], sampling, start["attention_mask"], self.on_step)
         output = _generate(
             model,
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            past_key_values=_prefilled(model, [row.prompt for row in batch]),
+            **start,
             logits_processor=LogitsProcessorList([sampler]),
             synced_gpus=False,  # each process has the whole model, and its own number of tokens
         )
-        sampled = output[:, input_ids.shape[1] :].tolist()
+        sampled = output[:, start["input_ids"].shape[1] :].tolist()
         logprobs = torch.stack(sampler.logprobs, dim=1).tolist()
         return [self._completion(*row, sampling.stop_token_ids) for row in zip(sampled, logprobs, strict=True)]
+
+    def _start(self, model: Any, batch: Sequence[_Row]) -> dict[str, Any]:
+        """What `generate` begins with."""
+        prompts = [row.prompt for row in batch]
+        images = self._images if any(prompt.images for prompt in prompts) else None
+        start: dict[str, Any] = {**_left_padded(prompts), **({} if images is None else _positions(prompts, images))}
+        cache = _prefilled(model, prompts, images)
+        if images is not None and cache is None:
+            start |= images.arguments(prompts) | _token_types(prompts, images)
+        return {name: each.to(model.device) for name, each in start.items()} | {"past_key_values": cache}
 
     def _completion(self, sampled: list[int], logprobs: list[float], stop_token_ids: tuple[int, ...]) -> Completion:
         end = next((i for i, token in enumerate(sampled) if token in stop_token_ids), None)
@@ -254,16 +262,11 @@ class _Reader(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, tokens, 0.0)  # type: ignore[return-value]
 
 
-def _left_padded(prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor]:
+def _left_padded(prompts: Sequence[Prompt]) -> dict[str, torch.Tensor]:
     """[B, longest] token ids and their attention mask."""
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    input_ids = torch.zeros(len(prompts), longest, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for i, prompt in enumerate(prompts):
-        start = longest - len(prompt.token_ids)
-        input_ids[i, start:] = torch.tensor(prompt.token_ids)
-        attention_mask[i, start:] = 1
-    return input_ids, attention_mask
+    input_ids = _on_the_left([torch.tensor(prompt.token_ids) for prompt in prompts])
+    attention_mask = _on_the_left([torch.ones(len(prompt.token_ids), dtype=torch.long) for prompt in prompts])
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 def _generate(model: Any, **kwargs: Any) -> Any:
@@ -275,31 +278,57 @@ def _generate(model: Any, **kwargs: Any) -> Any:
     return type(model).generate(model, **kwargs)
 
 
-def _prefilled(model: Any, prompts: Sequence[Prompt]) -> DynamicCache | None:
+def _positions(prompts: Sequence[Prompt], images: ImageReader) -> dict[str, torch.Tensor]:
+    """[K, B, longest] where positions count in K dimensions; none where they count in one, as everywhere."""
+    each = [images.positions(prompt) for prompt in prompts]
+    if len(each[0]) == 1:
+        return {}
+    return {"position_ids": torch.stack([_on_the_left(rows) for rows in zip(*each, strict=True)])}
+
+
+def _token_types(prompts: Sequence[Prompt], images: ImageReader) -> dict[str, torch.Tensor]:
+    """[B, longest], for a model that has to be told."""
+    each = [types for prompt in prompts if (types := images.token_types(prompt)) is not None]
+    return {"token_type_ids": _on_the_left(each)} if each else {}
+
+
+def _on_the_left(rows: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B, longest], with zeros before shorter rows."""
+    result = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    for i, row in enumerate(rows):
+        result[i, result.shape[1] - len(row) :] = row
+    return result
+
+
+def _prefilled(model: Any, prompts: Sequence[Prompt], images: ImageReader | None = None) -> DynamicCache | None:
     """Keys and values of all tokens of the prompts but their last ones, a row each, computed once for equal prompts.
 
     None where nothing is gained, or the model keeps other state than keys and values.
     """
-    unique = list({prompt.token_ids: prompt for prompt in prompts}.values())
+    unique = list({prompt.identity: prompt for prompt in prompts}.values())
     config = model.config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     attends = all(isinstance(layer, DynamicLayer) for layer in cache.layers)
-    # Models with rotary positions in several dimensions shift those of a filled cache by what they saw last.
-    is_plain = attends and not model._is_stateful and not hasattr(model.base_model, "rope_deltas")
+    inputs = _left_padded(unique)
+    if images is not None:
+        inputs |= _positions(unique, images) | _token_types(unique, images)
+    # Models with positions in several dimensions shift those of a filled cache by what they saw last, unless they are
+    # given them.
+    is_placed = "position_ids" in inputs or not hasattr(model.base_model, "rope_deltas")
+    is_plain = attends and is_placed and not model._is_stateful
     if len(unique) == len(prompts) or not is_plain or not model._supports_default_dynamic_cache():
         return None
-    input_ids, attention_mask = (each[:, :-1].to(model.device) for each in _left_padded(unique))
-    if input_ids.shape[1] == 0:
+    inputs = {name: each[..., :-1] for name, each in inputs.items()}
+    if inputs["input_ids"].shape[1] == 0:
         return None
+    inputs.setdefault("position_ids", (inputs["attention_mask"].cumsum(dim=1) - 1).clamp(min=0))
+    if images is not None:
+        inputs |= images.arguments(unique)
     model.base_model(
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
-        past_key_values=cache,
-        use_cache=True,
+        **{name: each.to(model.device) for name, each in inputs.items()}, past_key_values=cache, use_cache=True
     )
-    row_of = {prompt.token_ids: row for row, prompt in enumerate(unique)}
-    cache.batch_select_indices(torch.tensor([row_of[prompt.token_ids] for prompt in prompts], device=model.device))
+    row_of = {prompt.identity: row for row, prompt in enumerate(unique)}
+    cache.batch_select_indices(torch.tensor([row_of[prompt.identity] for prompt in prompts], device=model.device))
     return cache
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from grpo_stage.types import SamplingSettings
+from grpo_stage.types import ImageReader, SamplingSettings
 
 
 if TYPE_CHECKING:
@@ -39,3 +39,7 @@ class EngineRequest:
     """Reads the config of those files."""
     announce: Callable[[str], object]
     warn: Callable[[str], object]
+    images: ImageReader | None = None
+    """Reads those of prompts; None in a run without."""
+    processor: Any = None
+    """The model's, of a run with images."""

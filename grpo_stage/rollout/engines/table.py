@@ -38,7 +38,7 @@ class EngineEntry:
 def _build_hf(request: EngineRequest) -> RolloutEngine:
     from grpo_stage.rollout.engines.hf import HFEngine
 
-    return HFEngine(request.tokenizer, autocast_dtype=request.autocast_dtype)
+    return HFEngine(request.tokenizer, autocast_dtype=request.autocast_dtype, images=request.images)
 
 
 def _build_vllm(request: EngineRequest) -> RolloutEngine:

@@ -28,23 +28,30 @@ from grpo_stage.rollout.engines.vllm_requests import (
 )
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.rollout.engines.weights import PolicyWeights, Weights
-from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, SamplingSettings
+from grpo_stage.types import Completion, FinishReason, ImageReader, Prompt, RolloutGroup, SamplingSettings
 
 
 class VLLMEngine:
     """vLLM behind the `RolloutEngine` protocol, started by the constructor."""
 
-    def __init__(self, settings: VLLMSettings, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(
+        self,
+        settings: VLLMSettings,
+        tokenizer: PreTrainedTokenizerBase | None,
+        images: ImageReader | None = None,
+    ) -> None:
         """
         Args:
             settings: what it is started with.
             tokenizer: decodes completions; None leaves their texts empty.
+            images: reads those of prompts; None in a run without.
 
         Raises:
             ValueError: for an option that would make rollouts wrong.
         """
         self._settings = settings
         self._tokenizer = tokenizer
+        self._images = images
         self.logprob_temperature = settings.logprob_temperature or math.nan
         self._is_asleep = False
         self._deliveries = 0
@@ -55,7 +62,7 @@ class VLLMEngine:
         self.on_step: Callable[[], None] = lambda: None
 
         owns_process_group = not torch.distributed.is_initialized()
-        with vllm_process.process_unchanged(), _tokenizer_arguments(tokenizer, settings.reads_text) as texts:
+        with vllm_process.process_unchanged(), _tokenizer_arguments(tokenizer, settings) as texts:
             self._llm: Any = vllm_process.start(_arguments(settings) | texts, settings.options)
         self._release = weakref.finalize(self, vllm_process.release, self._llm, owns_process_group)
 
@@ -86,6 +93,8 @@ class VLLMEngine:
                 self._deliver_weights(weights)
             self._wake_up("kv_cache")
             self._is_asleep = False
+            if self._settings.max_images:
+                self._llm.llm_engine.reset_encoder_cache()  # what other weights have made of an image
             # Keys of other weights would answer for these, and a resumed run's engine has none.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError(
@@ -147,7 +156,7 @@ class VLLMEngine:
         group_size = sampling.num_generations
         with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
             outputs = self._llm.generate(
-                [{"prompt_token_ids": list(prompt.token_ids)} for prompt in prompts for _ in range(group_size)],
+                [request for prompt in prompts for request in [self._request(prompt)] * group_size],
                 [
                     _sampling_params(prompt, sampling, sample_seed(sampling.seed, step, prompt.index, sample))
                     for prompt in prompts
@@ -165,10 +174,10 @@ class VLLMEngine:
     def score(self, groups: Sequence[RolloutGroup]) -> list[torch.Tensor]:
         if not self._is_synced:
             raise RuntimeError("score() was called before sync(): there is no policy to ask.")
-        sequences = [(group.prompt.token_ids, each.token_ids) for group in groups for each in group.completions]
+        sequences = [(group.prompt, each.token_ids) for group in groups for each in group.completions]
         with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
             outputs = self._llm.generate(
-                [{"prompt_token_ids": [*prompt, *completion]} for prompt, completion in sequences],
+                [self._request(prompt, completion) for prompt, completion in sequences],
                 _scoring_params(),
                 lora_request=self._lora,
                 use_tqdm=False,
@@ -177,11 +186,22 @@ class VLLMEngine:
             torch.tensor(
                 [
                     position[token].logprob
-                    for token, position in zip(completion, output.prompt_logprobs[len(prompt) :], strict=True)
+                    for token, position in zip(
+                        completion, output.prompt_logprobs[len(prompt.token_ids) :], strict=True
+                    )
                 ]
             )
             for (prompt, completion), output in zip(sequences, outputs, strict=True)
         ]
+
+    def _request(self, prompt: Prompt, completion: tuple[int, ...] = ()) -> dict[str, Any]:
+        """A prompt and what follows it. Of an image vLLM gets one token: it puts in the others, and compares nothing,
+        so that what it has made of the prompt is compared with the prompt once it has answered."""
+        if not prompt.images:
+            return {"prompt_token_ids": [*prompt.token_ids, *completion]}
+        assert self._images is not None
+        token_ids, images = self._images.compact(prompt)
+        return {"prompt_token_ids": [*token_ids, *completion], "multi_modal_data": {"image": images}}
 
     def close(self) -> None:
         self._is_synced = False
@@ -250,9 +270,11 @@ class VLLMEngine:
 
 
 @contextlib.contextmanager
-def _tokenizer_arguments(tokenizer: PreTrainedTokenizerBase | None, reads_text: bool) -> Iterator[dict[str, Any]]:
+def _tokenizer_arguments(
+    tokenizer: PreTrainedTokenizerBase | None, settings: VLLMSettings
+) -> Iterator[dict[str, Any]]:
     """Those by which vLLM knows the text of each token and the one that ends a completion, or that it need not."""
-    if not reads_text:
+    if not settings.reads_text and not settings.max_images:
         yield {"skip_tokenizer_init": True}
         return
     assert tokenizer is not None
@@ -283,6 +305,8 @@ def _arguments(settings: VLLMSettings) -> dict[str, Any]:
         # On a GPU only this executor puts each rank's engine on the rank's own device.
         "distributed_executor_backend": "external_launcher" if vllm_process.num_ranks() > 1 else "uni",
     }
+    if settings.max_images:
+        arguments |= {"limit_mm_per_prompt": {"image": settings.max_images, "video": 0, "audio": 0}}
     if settings.adapter:
         arguments |= {
             "enable_lora": True,

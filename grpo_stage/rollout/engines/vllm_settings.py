@@ -33,6 +33,9 @@ class VLLMSettings:
     whole weights bring back. Above 0 on a GPU alone."""
     reads_text: bool = False
     """Whether requests say what the text of a completion has to match, for which vLLM needs the tokenizer."""
+    max_images: int = 0
+    """The most images of a prompt. Above 0 vLLM makes pixels itself, for which it needs the tokenizer, and the
+    checkpoint's processor beside the weights."""
     quantization: str | None = None
     """vLLM's name of what it quantizes the checkpoint with while it reads it."""
     model_revision: str | None = None

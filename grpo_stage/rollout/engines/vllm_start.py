@@ -51,6 +51,7 @@ def start_vllm(request: EngineRequest) -> RolloutEngine:
             logprob_temperature=None if request.sampling.is_neutral else 1.0,
             sleep_level=sleep_level,
             reads_text=request.sampling.structured_outputs is not None,
+            max_images=0 if request.images is None else request.images.num_images,
             quantization=quantization,
             model_revision=keys.model_revision,
             trust_remote_code=keys.trust_remote_code,
@@ -63,7 +64,7 @@ def start_vllm(request: EngineRequest) -> RolloutEngine:
         if keys.rollout_ahead:
             engine = VLLMApart(settings, request.tokenizer, _environment_apart(request))
         else:
-            engine = VLLMEngine(settings, request.tokenizer)
+            engine = VLLMEngine(settings, request.tokenizer, request.images)
         request.announce(f"vLLM started in {time.perf_counter() - started:.1f} s.")
     return engine
 
@@ -143,6 +144,8 @@ def _model_to_start_from(request: EngineRequest) -> Iterator[tuple[str, str | No
                 "start from; it is deleted afterwards."
             )
             write_base(request.policy, Path(own))
+            if request.images is not None:
+                request.processor.save_pretrained(own)
         folders = all_gather(own)  # which waits for the writers
         folder = folders[process_index() - request.local_process_index]
         assert folder is not None
