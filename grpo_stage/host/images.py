@@ -235,7 +235,7 @@ def _refuse_options(arguments: RunArguments, has_tools: bool) -> None:
         SimpleNamespace(
             **vars(values),
             has_tools=has_tools,
-            is_sharded=is_sharded(),
+            is_sharded=is_sharded(values.deepspeed),
             model_type=facade.load_config(arguments.model).model_type,
             ref_model_type=other and facade.load_config(facade.arguments_for(arguments.model, other)).model_type,
         ),
