@@ -2,6 +2,8 @@
 
 import gc
 from datetime import timedelta
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -59,6 +61,16 @@ def sum_gradients(model: torch.nn.Module) -> None:
             works.append(dist.all_reduce(p.grad, async_op=True))
     for work in works:
         work.wait()
+
+
+def import_before_the_group() -> None:
+    """Import what takes the process group into its functions' default arguments if there is one at the import.
+
+    Such references would keep gloo's threads at the end of the run (see `leave_process_group`). accelerate imports
+    DeepSpeed in every run in which it is installed.
+    """
+    if find_spec("deepspeed") is not None:
+        import_module("deepspeed")
 
 
 def leave_process_group() -> None:

@@ -185,8 +185,10 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         parser.refuse_grpo_keys(config["args"])
         return wrapped(*args, **kwargs)
 
+    from grpo_stage.distributed import import_before_the_group
     from grpo_stage.plugin.launch import run
 
+    import_before_the_group()
     stopped = None
     try:
         with failures_reported():

@@ -123,7 +123,7 @@ def started_with(run_exp, monkeypatch):
 
     started = {}
 
-    def start(engine, settings, tokenizer):
+    def start(engine, settings, tokenizer, images):
         started.update(dataclasses.asdict(settings))
         raise Started
 

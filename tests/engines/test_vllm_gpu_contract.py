@@ -291,7 +291,7 @@ def test_four_bits_cannot_hold_a_merged_adapter(
     keys = SimpleNamespace(vllm_base="auto", vllm_lora=vllm_lora, model_name_or_path="files")
     request: Any = SimpleNamespace(
         keys=keys, changes_to_files=("quantized",), device_type="cuda", local_process_index=0, policy=None,
-        announce=lambda message: None,
+        images=None, announce=lambda message: None,
     )  # fmt: skip
     with vllm_start._model_to_start_from(request) as (path, kept):
         assert kept == quantization

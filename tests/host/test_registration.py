@@ -443,6 +443,15 @@ class TestDispatch:
         assert trained_elsewhere == []
         assert not process_group.is_initialized()
 
+    def test_what_takes_the_group_at_its_import_is_there_before_it(
+        self, tuner: ModuleType, runs: list[tuple[Any, Any]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        order: list[str] = []
+        monkeypatch.setattr("grpo_stage.distributed.import_before_the_group", lambda: order.append("imports"))
+        monkeypatch.setattr("grpo_stage.host.parser.parse", lambda raw: order.append("the group"))
+        tuner.run_exp({"stage": "grpo"}, [])
+        assert order == ["imports", "the group"]
+
     def test_ray_destroys_the_group_itself(
         self,
         tuner: ModuleType,

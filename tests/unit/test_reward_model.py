@@ -107,7 +107,7 @@ def test_an_adapter_follows_the_policy_to_its_device() -> None:
 
 
 def test_a_model_of_its_own_is_put_on_the_device_unless_it_is_quantized() -> None:
-    arguments: Any = SimpleNamespace(training=SimpleNamespace(device=torch.device("meta")))
+    arguments: Any = SimpleNamespace(training=SimpleNamespace(device=torch.device("meta"), deepspeed=None))
     model = torch.nn.Linear(2, 2)
     assert to_device(model, arguments).weight.device.type == "meta"
     quantized = torch.nn.Linear(2, 2)

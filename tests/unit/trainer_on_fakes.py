@@ -206,7 +206,8 @@ def make_trainer(
 
 RANK = """
 import os
-from grpo_stage.distributed import leave_process_group
+from grpo_stage.distributed import import_before_the_group, leave_process_group
+import_before_the_group()
 exec({code!r}, {{}})  # nothing refers to what is in it afterwards
 leave_process_group()
 threads = [open(f"/proc/self/task/{{each}}/comm").read().strip() for each in os.listdir("/proc/self/task")]
