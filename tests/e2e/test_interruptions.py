@@ -98,7 +98,7 @@ def resume_command(result: subprocess.CompletedProcess) -> list[str]:
 # Each process goes on from the last checkpoint, 5 or 10, and is interrupted in its turn.
 KILLS = {
     "hf": [("save", 10), ("between", 6), ("rollout", 8), ("update", 12), ("final evaluation", 14)],
-    "vllm": [("save", 10), ("update", 7), ("rollout", 8)],
+    "vllm": [("update", 7), ("rollout", 8)],
     "vllm, full": [("rollout", 12)],
 }
 
