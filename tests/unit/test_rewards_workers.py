@@ -19,6 +19,8 @@ from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.rewards.workers.answer_checker import AnswerChecker
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
+from .processes import wait_until_gone
+
 
 # An integer of hundreds of millions of digits, computed in C code that no Python signal handler interrupts.
 HANGS = ("$9^{9^{9^{9}}}+x$", "$x+1$")
@@ -163,20 +165,6 @@ import multiprocessing
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 print(sorted({"math_verify", "sympy", "torch"} & sys.modules.keys()), flush=True)
 """
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return " Z " not in Path(f"/proc/{pid}/stat").read_text()
-    except FileNotFoundError:
-        return False
-
-
-def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
-    deadline = time.monotonic() + seconds
-    while (left := [pid for pid in pids if is_running(pid)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
 
 
 def test_a_script_without_a_main_guard_runs_once_and_leaves_nothing_behind(tmp_path: Path) -> None:

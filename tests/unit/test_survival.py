@@ -25,6 +25,7 @@ from grpo_stage.survival.watchdog import HangError, Watchdog
 from grpo_stage.types import EngineLostError, FinishReason
 from grpo_stage.update.reference import InitialWeightsReference
 
+from .processes import wait_until_gone
 from .trainer_on_fakes import (
     FakeEngine,
     LengthRewards,
@@ -437,7 +438,7 @@ atexit.register(time.sleep, 60)
 os.kill(os.getpid(), signal.SIGTERM)
 """)
     assert returncode == 128 + signal.SIGTERM
-    assert not (status := Path(f"/proc/{int(out)}/status")).exists() or "State:\tZ" in status.read_text()
+    assert wait_until_gone([int(out)], seconds=10) == []
 
 
 def test_a_process_that_is_stopped_takes_its_temporary_folders_along(tmp_path):
