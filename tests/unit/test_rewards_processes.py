@@ -24,8 +24,6 @@ from grpo_stage.rewards.suite import RewardSuite
 from grpo_stage.rewards.workers.seeds import seed_generators
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
-from .processes import wait_until_gone
-
 
 HANGS = ("$9^{9^{9^{9}}}+x$", "$x+1$")  # endless in math-verify
 
@@ -63,6 +61,12 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
 def workers() -> set[int]:
     return {child.pid for child in multiprocessing.active_children() if child.pid is not None}
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> list[int]:
+    processes = [psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
+    return [process.pid for process in alive if process.status() != psutil.STATUS_ZOMBIE]
 
 
 def test_code_that_has_changed_since_the_start_does_not_run(load: Load) -> None:
