@@ -51,10 +51,6 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         ),
         "model_init_kwargs": TRLKey(None, note="write the host's keys, such as `flash_attn` or `rope_scaling`"),
         "disable_dropout": TRLKey(None, note="dropout is always off"),
-        "deepspeed": TRLKey(
-            None,
-            note="a config of the other system's: name the host's, such as `examples/deepspeed/ds_z2_config.json`",
-        ),
         "ds3_gather_for_generation": TRLKey(
             None,
             note="under ZeRO-3 vLLM gets the weights a layer at a time, and `rollout_backend: hf` gathers them all",

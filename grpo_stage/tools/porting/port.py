@@ -113,6 +113,11 @@ WITHOUT_EFFECT = frozenset(
     ]
 )
 
+FILES = {
+    "deepspeed": "a config of the other system's: name the host's, such as `examples/deepspeed/ds_z2_config.json`",
+}
+"""Keys that we have as well, whose value names a file or a preset that is not there."""
+
 
 def put_servers(port: "Port") -> None:
     """Take over the addresses of vLLM servers, of TRL's names, where completions are sampled by such."""
@@ -201,6 +206,8 @@ class Port:
                 self.leave(key, "it has no value", False)
             elif key in table:
                 self._by_entry(key, value, table[key])
+            elif key in FILES:
+                self.leave(key, FILES[key], False)
             elif key in TRL_KEYS:
                 entry = TRL_KEYS[key]
                 is_loss = entry.ours is None and not self._has_no_effect(key)
