@@ -2,7 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,27 +17,27 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("model", "is_renamed"),
-    [
-        (LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32)), False),
-        (
-            Qwen3MoeForCausalLM(
-                Qwen3MoeConfig(**SIZES, head_dim=16, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2)
-            ),
-            True,
-        ),
-    ],
-    ids=["llama", "mixture"],
-)
-def test_they_are_loaded_under_the_models_names(model: Any, is_renamed: bool, tmp_path: Path) -> None:
-    """What Trainer loads by itself is left to it."""
+def test_trainer_finds_what_is_named_as_in_the_model(tmp_path: Path) -> None:
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32))
+    model.save_pretrained(tmp_path)
+    assert not ResumableTrainer._load_renamed_weights(cast(Any, SimpleNamespace(model=model)), str(tmp_path))
+
+
+@pytest.mark.parametrize("way", ["resume", "best"])
+def test_others_are_loaded_under_the_models_names(way: str, tmp_path: Path) -> None:
+    sizes = {"head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**SIZES, **sizes))
     model.save_pretrained(tmp_path)
     saved = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(1)
-    trainer: Any = SimpleNamespace(model=model)
-    assert ResumableTrainer._load_renamed_weights(trainer, str(tmp_path)) is is_renamed
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items()) is is_renamed
+    trainer: Any = ResumableTrainer.__new__(ResumableTrainer)
+    trainer.model, trainer.sharded = model, None
+    trainer.state = SimpleNamespace(best_model_checkpoint=str(tmp_path))
+    if way == "resume":
+        trainer._load_from_checkpoint(str(tmp_path))
+    else:
+        trainer._load_best_model()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in model.state_dict().items())
     assert model.lm_head.weight is model.model.embed_tokens.weight
