@@ -1,7 +1,6 @@
 """A Trainer whose checkpoints are whole, and whose runs go on exactly where they were left."""
 
 import contextlib
-import copy
 import json
 import logging
 import os
@@ -14,8 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainerControl, TrainerState, TrainingArguments
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -25,6 +23,7 @@ from grpo_stage.rewards.errors import RewardError, UnrewardedError
 from grpo_stage.survival import checkpoints
 from grpo_stage.survival.checkpoints import ROLLOUT_FILE, TENSORS_FILE
 from grpo_stage.survival.failure import report
+from grpo_stage.survival.renamed_weights import load_renamed_weights
 from grpo_stage.survival.run_state import RunState, Scope
 from grpo_stage.survival.stop import RunStopped, SafeStop
 from grpo_stage.survival.watchdog import HangError, Watchdog
@@ -252,7 +251,7 @@ class ResumableTrainer(Trainer):
         if self.sharded is not None:
             assert self.state.best_model_checkpoint is not None
             self.sharded.load(self.model, None, self.state.best_model_checkpoint)
-        elif not self._load_renamed_weights(cast(str, self.state.best_model_checkpoint)):
+        elif not load_renamed_weights(self.model, cast(str, self.state.best_model_checkpoint)):
             super()._load_best_model()
         self._holds_best = True
 
@@ -321,25 +320,8 @@ class ResumableTrainer(Trainer):
             checkpoints.rotate(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._load_renamed_weights(resume_from_checkpoint):
+        if not load_renamed_weights(self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_renamed_weights(self, folder: str) -> bool:
-        """Load whole weights that a checkpoint names differently than the model does. Returns whether it does.
-
-        transformers renames and fuses weights of mixtures and of vision-language models when it loads a checkpoint,
-        and takes that back when it saves one. Trainer would find none of them, warn, and go on with those of the
-        start.
-        """
-        model = self.model
-        if not isinstance(model, PreTrainedModel):
-            return False
-        names = {name: torch.empty_like(tensor, device="meta") for name, tensor in model.state_dict().items()}
-        if revert_weight_conversion(model, names).keys() == names.keys():
-            return False
-        saved = type(model).from_pretrained(folder, config=copy.deepcopy(model.config), dtype="auto")
-        model.load_state_dict(saved.state_dict())
-        return True
 
     def _save_rank_state(self, folder: str) -> None:
         name = ROLLOUT_FILE.format(rank=self.args.process_index)

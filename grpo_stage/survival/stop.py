@@ -108,7 +108,7 @@ def exit_code_of_stop() -> Iterator[None]:
     """End the block with a signal's exit code if it fails because `pass_on_to_ray` has ended its workers."""
     try:
         yield
-    except Exception:
+    except Exception:  # Ray has an error of its own for each way in which a worker can end
         if not _asked_of_ray:
             raise
         raise SystemExit(128 + _asked_of_ray[0]) from None

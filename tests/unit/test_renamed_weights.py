@@ -2,12 +2,13 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from grpo_stage.survival.renamed_weights import load_renamed_weights
 from grpo_stage.survival.resumable import ResumableTrainer
 
 
@@ -20,7 +21,7 @@ SIZES: dict[str, Any] = {
 def test_trainer_finds_what_is_named_as_in_the_model(tmp_path: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES, intermediate_size=32))
     model.save_pretrained(tmp_path)
-    assert not ResumableTrainer._load_renamed_weights(cast(Any, SimpleNamespace(model=model)), str(tmp_path))
+    assert not load_renamed_weights(model, str(tmp_path))
 
 
 @pytest.mark.parametrize("way", ["resume", "best"])
