@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_stage.algorithm.conditions import Rule, refuse_broken
 from grpo_stage.host import facade
-from grpo_stage.host.distribution import is_sharded
+from grpo_stage.host.distribution import REPLICATED, distribution
 from grpo_stage.host.model_files import skeleton
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.types import Prompt
@@ -235,7 +235,7 @@ def _refuse_options(arguments: RunArguments, has_tools: bool) -> None:
         SimpleNamespace(
             **vars(values),
             has_tools=has_tools,
-            is_sharded=is_sharded(values.deepspeed),
+            distribution=distribution(values.deepspeed),
             model_type=facade.load_config(arguments.model).model_type,
             ref_model_type=other and facade.load_config(facade.arguments_for(arguments.model, other)).model_type,
         ),
@@ -293,8 +293,8 @@ _RULES: Iterable[Rule] = (
         "Leave it out for the policy before the first step, or name a model of the same family",
     ),
     _rule(
-        lambda v: v.is_sharded,
-        "FSDP2",
+        lambda v: v.distribution != REPLICATED,
+        "{distribution}",
         "a process without an image in its batch would not join the others in what reads images",
         "Launch without it: several processes then hold all weights each (DDP)",
     ),

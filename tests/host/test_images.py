@@ -266,14 +266,16 @@ def test_what_takes_no_images_is_refused(
         ({"reward_model": "r"}, "`reward_model: r`.*text alone"),
         ({"ref_model": "r"}, "`ref_model: r`.*qwen2 and that of the model qwen2_vl"),
         ({"ref_model": "r", "ref_model_type": "qwen2_vl"}, None),
-        ({"is_sharded": True}, r"FSDP2.*\(DDP\)"),
+        ({"distribution": "FSDP2"}, r"FSDP2.*\(DDP\)"),
+        ({"distribution": "ZeRO-3"}, r"ZeRO-3.*\(DDP\)"),
     ],
 )
 def test_options_that_images_are_not_possible_with(changes: dict[str, Any], words: str | None) -> None:
     values = {
-        "has_tools": False, "rollout_backend": "hf", "reward_model": None, "ref_model": None, "is_sharded": False,
-        "model_type": "qwen2_vl", "ref_model_type": "qwen2", "rollout_ahead": 0, "structured_outputs": None,
-        "finetuning_type": "lora", "vllm_lora": "native", "freeze_vision_tower": True,
+        "has_tools": False, "rollout_backend": "hf", "reward_model": None, "ref_model": None,
+        "distribution": "replicated", "model_type": "qwen2_vl", "ref_model_type": "qwen2",
+        "rollout_ahead": 0, "structured_outputs": None, "finetuning_type": "lora", "vllm_lora": "native",
+        "freeze_vision_tower": True,
         "freeze_multi_modal_projector": True,
     }  # fmt: skip
     with contextlib.nullcontext() if words is None else pytest.raises(ValueError, match=words):
