@@ -118,6 +118,8 @@ class Game:
         """
         if number < 0:
             os._exit(1)
+        if number == 0:
+            time.sleep(60)
         self.guesses.append(number)
         return f"{len(self.guesses)}: {number == self.secret}"
 
@@ -296,6 +298,30 @@ def test_each_episode_has_an_environment_of_its_own(worker):
     assert "missing 1 required positional argument: 'low'" in failed[0].value
 
 
+def test_replies_come_as_they_are_there_and_those_of_an_ended_episode_never(worker):
+    def quick(n: int) -> Request:
+        return Request(0, "multiply", {"a": n, "b": 1}, 0)
+
+    slow = Request(0, "fail", {"how": "hang"}, 0)
+    began = time.monotonic()
+    numbers = worker.begin([slow, quick(1), quick(2)])
+    assert time.monotonic() - began < 1
+    later = worker.begin([quick(3)])
+    assert len({*numbers, *later}) == 4
+    seen: dict[int, Reply] = {}
+    while len(seen) < 3:
+        seen |= (new := worker.replies(0.1))
+        assert new
+    assert seen == {numbers[1]: Reply("1"), numbers[2]: Reply("2"), later[0]: Reply("3")}
+    assert worker.replies(0.1)[numbers[0]].value == "Error: it took longer than 1.5 s and was ended."
+    assert worker.replies(60) == {}
+    worker.run([reset_request(3, {"low": 1})])
+    worker.begin([Request(3, "guess", {"number": 0}, 0)] * 2)
+    worker.end([3])
+    assert worker.run([quick(4)]) == [Reply("4")]
+    assert worker.replies(60) == {}
+
+
 def test_a_stop_ends_the_calls_and_the_next_one_starts_anew(file):
     worker = ToolWorker(load_tools([f"{file}:fail"], None, file.parent, lambda _: None).load, timeout_s=60)
 
@@ -363,9 +389,15 @@ class Echo:
         self.asked: list[list[Request]] = []
         self.text = text
 
-    def run(self, requests: Sequence[Request]) -> list[Reply]:
+    def begin(self, requests: Sequence[Request]) -> list[int]:
         self.asked.append(list(requests))
-        return [Reply(self.text, is_error=request.arguments == {"n": 9}) for request in requests]
+        return list(range(len(requests)))
+
+    def replies(self, patience_s: float) -> dict[int, Reply]:
+        return {
+            number: Reply(self.text, is_error=request.arguments == {"n": 9})
+            for number, request in enumerate(self.asked[-1])
+        }
 
     def end(self, episodes: Sequence[int]) -> None: ...
 
@@ -402,6 +434,55 @@ def test_rounds_go_on_with_what_was_written_until_none_asks():
     assert {group.policy_version for group in groups} == {4}
     assert first.finish_reason is FinishReason.STOP
     assert first.text == first.turns[0].text + "b" + Letters().text(first.token_ids[3:], FinishReason.STOP)
+
+
+class Slow(Echo):
+    """Answers calls with n = 9 only where nothing else is under way, and sometimes a call of an earlier rollout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: dict[int, Request] = {}
+        self.patience: set[float] = set()
+
+    def begin(self, requests: Sequence[Request]) -> list[int]:
+        self.asked.append(list(requests))
+        numbers = [100 * len(self.asked) + i for i in range(len(requests))]
+        self.open |= zip(numbers, requests, strict=True)
+        return numbers
+
+    def replies(self, patience_s: float) -> dict[int, Reply]:
+        self.patience.add(patience_s)
+        quick = [number for number, request in self.open.items() if request.arguments != {"n": 9}]
+        return {7: Reply("stale")} | {
+            number: Reply(f"{self.open.pop(number).arguments['n']}") for number in quick or list(self.open)
+        }
+
+
+def test_a_slow_tool_keeps_only_its_own_completion_waiting():
+    plan = {
+        0: [(3, CALL, END), (4, CALL, END), (5, END)],
+        5: [(9, CALL, CALL, END), (10, CALL, END), (11, END)],
+        8: [(6, CALL, END), (12, END)],
+    }  # fmt: skip
+    groups, engine, runner = play(plan, Slow(), patience_s=2.5)
+    assert [[prompt.token_ids[0] for prompt in prompts] for prompts, _ in engine.asked] == [
+        [0, 5, 8],
+        [0, 8],
+        [0],
+        [5],
+        [5],
+    ]
+    assert runner.patience == {2.5}
+    at_once, _, _ = play(plan, Quick())
+    assert groups == at_once  # and nothing else depends on who waited
+    assert [[turn.text for turn in group.completions[0].turns if not turn.is_sampled] for group in groups] == [
+        ["3", "4"], ["9,9", "10"], ["6"],
+    ]  # fmt: skip
+
+
+class Quick(Slow):
+    def replies(self, patience_s: float) -> dict[int, Reply]:
+        return {number: Reply(f"{self.open.pop(number).arguments['n']}") for number in list(self.open)}
 
 
 def test_seeds_of_later_turns_differ_and_depend_on_prompt_sample_and_turn_alone():

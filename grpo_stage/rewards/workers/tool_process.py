@@ -83,7 +83,8 @@ def serve(
     """The life of the process, from its start until the trainer closes the pipe.
 
     Args:
-        connection: (requests, episodes that have ended) come in; their replies go out, or why there are none.
+        connection: (requests by number, episodes that have ended, seconds of patience) come in; for each there go out
+            the replies that are there by then, by number, or why there are none.
         load: returns the tools.
         timeout_s: seconds for one call.
         environment: the trainer's variables, since the fork server may have others.
@@ -94,8 +95,10 @@ def serve(
     os.environ.update(environment)
     calls: _Calls | None = None
     while True:
+        if calls is not None:
+            calls.go_on_until(connection)
         try:
-            requests, ended = connection.recv()
+            requests, ended, patience_s = connection.recv()
         except (EOFError, OSError):  # closed, or the trainer is gone
             return
         if calls is None:
@@ -105,9 +108,9 @@ def serve(
             except Exception:  # a user's file may raise anything
                 connection.send(f"The tools could not be loaded in their process.\n{traceback.format_exc()}")
                 return
-        replies = calls.run(requests)
         calls.end(ended)
-        connection.send(replies)
+        calls.add(requests)
+        connection.send(calls.replies_within(patience_s))
 
 
 @dataclass(slots=True)
@@ -132,7 +135,7 @@ class _Lane:
     """Calls that come one after another: those of an environment, or a single one of a function."""
 
     requests: "deque[tuple[int, Request]]"
-    """Each with its position among all."""
+    """Each with its number."""
     episode: int | None = None
     """Of the environment; None for a function."""
     child: _Child | None = None
@@ -147,52 +150,70 @@ class _Calls:
     timeout_s: float
     environments: dict[int, _Child] = field(default_factory=dict)
     """By episode."""
+    _waiting: "deque[_Lane]" = field(default_factory=deque)
+    _busy: dict[Connection, _Lane] = field(default_factory=dict)
+    _replies: dict[int, Reply] = field(default_factory=dict)
+    """Those that the trainer does not have yet."""
 
-    def run(self, requests: Sequence[Request]) -> list[Reply]:
-        """The replies, in order."""
-        replies: dict[int, Reply] = {}
-        waiting = deque(self._lanes(requests))
-        busy: dict[Connection, _Lane] = {}
-        while waiting or busy:
-            while waiting and len(busy) < MOST_AT_ONCE:
-                lane = waiting.popleft()
-                if (child := self._started(lane)) is None:
-                    replies |= {place: Reply(_GONE, is_error=True, is_gone=True) for place, _ in lane.requests}
-                else:
-                    busy[child.connection] = lane
-            if not busy:
-                continue
-            soonest = min(lane.deadline for lane in busy.values())
-            ready = wait(list(busy), max(0.0, soonest - time.monotonic()))
-            now = time.monotonic()
-            late = [
-                connection for connection, lane in busy.items() if lane.deadline <= now and connection not in ready
-            ]
-            for connection in (*ready, *late):
-                assert isinstance(connection, Connection)
-                lane = busy.pop(connection)
-                place, _ = lane.requests.popleft()
-                replies[place] = self._ended(lane) if connection in late else self._received(lane)
-                if lane.episode is None and lane.child is not None:
-                    lane.child.end()
-                if lane.requests:
-                    waiting.appendleft(lane)
-        return [replies[place] for place in range(len(requests))]
+    def add(self, requests: Mapping[int, Request]) -> None:
+        lanes: dict[Any, _Lane] = {}
+        for number, request in requests.items():
+            is_function = request.name in self.loaded.functions
+            key = ("call", number) if is_function else request.episode
+            lane = lanes.setdefault(key, _Lane(deque(), episode=None if is_function else request.episode))
+            lane.requests.append((number, request))
+        self._waiting.extend(lanes.values())
+        self._start()
 
     def end(self, episodes: Collection[int]) -> None:
-        """End the environments of these episodes."""
+        """End the environments of these episodes, and what is under way in them."""
         for episode in episodes:
             if (child := self.environments.pop(episode, None)) is not None:
+                self._busy.pop(child.connection, None)
                 child.end()
 
-    def _lanes(self, requests: Sequence[Request]) -> list[_Lane]:
-        lanes: dict[Any, _Lane] = {}
-        for place, request in enumerate(requests):
-            is_function = request.name in self.loaded.functions
-            key = ("call", place) if is_function else request.episode
-            lane = lanes.setdefault(key, _Lane(deque(), episode=None if is_function else request.episode))
-            lane.requests.append((place, request))
-        return list(lanes.values())
+    def go_on_until(self, connection: Connection) -> None:
+        """Run what there is until something comes from there."""
+        while connection not in self._step((connection,), None):
+            pass
+
+    def replies_within(self, patience_s: float | None) -> dict[int, Reply]:
+        """Those of all calls, or what is there this long after the first of them; None: what is there now."""
+        until: float | None = None
+        while patience_s is not None and self._busy and (until is None or time.monotonic() < until):
+            if until is None and self._replies:
+                until = time.monotonic() + patience_s
+            self._step((), until)
+        replies, self._replies = self._replies, {}
+        return replies
+
+    def _step(self, others: tuple[Connection, ...], until: float | None) -> Sequence[Any]:
+        """Wait for a call to end, or for one of `others`. Returns what is ready."""
+        ends = [*(lane.deadline for lane in self._busy.values()), *([] if until is None else [until])]
+        ready = wait([*self._busy, *others], max(0.0, min(ends) - time.monotonic()) if ends else None)
+        now = time.monotonic()
+        for connection, lane in list(self._busy.items()):
+            is_late = connection not in ready
+            if is_late and lane.deadline > now:
+                continue
+            del self._busy[connection]
+            number, _ = lane.requests.popleft()
+            self._replies[number] = self._ended(lane) if is_late else self._received(lane)
+            if lane.episode is None and lane.child is not None:
+                lane.child.end()
+            if lane.requests:
+                self._waiting.appendleft(lane)
+        self._start()
+        return ready
+
+    def _start(self) -> None:
+        """Begin with as many of the calls that wait as may run at the same time."""
+        while self._waiting and len(self._busy) < MOST_AT_ONCE:
+            lane = self._waiting.popleft()
+            if (child := self._started(lane)) is None:
+                self._replies |= {number: Reply(_GONE, is_error=True, is_gone=True) for number, _ in lane.requests}
+            else:
+                self._busy[child.connection] = lane
 
     def _started(self, lane: _Lane) -> _Child | None:
         """Have the lane's child begin with its next call; None if it has no child any more."""

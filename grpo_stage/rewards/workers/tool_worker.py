@@ -1,9 +1,11 @@
 """The tools of a run in a process of their own, which can be killed whatever a tool does."""
 
+import math
 import multiprocessing
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from multiprocessing.util import Finalize
@@ -32,28 +34,59 @@ class ToolWorker:
         self.check: Callable[[], None] = lambda: None
         """Called now and then while calls are waited for; an exception from it ends them."""
         self._load, self._timeout_s = load, timeout_s
+        self._numbers = count()
+        self._replies: dict[int, Reply] = {}
+        """Those that were there while something else was asked."""
         self._process: WorkerProcess | None = None
 
-    def run(self, requests: Sequence[Request]) -> list[Reply]:
-        """The replies, in order. Calls of one episode's environment run one after another, others at the same time.
+    def begin(self, requests: Sequence[Request]) -> list[int]:
+        """Have these calls run. Returns their numbers. Calls of one episode's environment run one after another, in
+        the order of their requests, others at the same time.
 
         Raises:
             ToolError: if the tools cannot be loaded, or their process has ended.
         """
-        return self._ask(requests, ())
+        numbers = [next(self._numbers) for _ in requests]
+        self._replies |= self._ask(dict(zip(numbers, requests, strict=True)), (), None)
+        return numbers
+
+    def replies(self, patience_s: float) -> dict[int, Reply]:
+        """The replies that are new, by number: those of all calls, or what is there this long after the first of
+        them. Empty only if no call is under way.
+
+        Raises:
+            ToolError: if the process of the tools has ended.
+        """
+        replies = self._replies | self._ask({}, (), patience_s)
+        self._replies = {}
+        return replies
+
+    def run(self, requests: Sequence[Request]) -> list[Reply]:
+        """Begin these calls and wait for them. The replies are in order.
+
+        Raises:
+            ToolError: if the tools cannot be loaded, or their process has ended.
+        """
+        numbers = self.begin(requests)
+        replies: dict[int, Reply] = {}
+        while not replies.keys() >= set(numbers):
+            replies |= self.replies(math.inf)
+        return [replies[number] for number in numbers]
 
     def end(self, episodes: Collection[int]) -> None:
         """End the environments of these episodes, unless the process has ended with all of them."""
         if self._process is not None:
-            self._ask((), episodes)
+            self._replies |= self._ask({}, episodes, None)
 
-    def _ask(self, requests: Sequence[Request], ended: Collection[int]) -> list[Reply]:
+    def _ask(
+        self, requests: Mapping[int, Request], ended: Collection[int], patience_s: float | None
+    ) -> dict[int, Reply]:
         if self._process is None:
             self._start()
         assert self._process is not None
         try:
             with suppress(OSError):  # it has ended, which is seen below
-                self._connection.send((list(requests), list(ended)))
+                self._connection.send((requests, list(ended), patience_s))
             while not wait([self._connection, self._process.sentinel], _POLL_S):
                 self.check()
             replies = self._connection.recv() if self._connection.poll() else None
@@ -62,7 +95,7 @@ class ToolWorker:
         except BaseException:
             self.close()
             raise
-        if isinstance(replies, list):
+        if isinstance(replies, dict):
             return replies
         self._process.join(_POLL_S)
         exit_code = self._process.exitcode
@@ -73,7 +106,7 @@ class ToolWorker:
         """End the process and all that it has started. May be called twice; a later `run` starts a new one."""
         if self._process is not None:
             self._end()
-            self._process = None
+            self._process, self._replies = None, {}
 
     def _start(self) -> None:
         start_fork_server()
