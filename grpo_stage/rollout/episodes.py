@@ -73,8 +73,8 @@ class ToolRunner(Protocol):
     def begin(self, requests: Sequence[Request]) -> list[int]:
         """Have these calls run, and return their numbers."""
 
-    def replies(self, patience_s: float) -> dict[int, Reply]:
-        """The new ones, by number: of all calls, or what is there this long after the first. Empty if none runs."""
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        """The new ones, by number, once all calls have ended or are slow; at least one if it is needed."""
 
     def end(self, episodes: Sequence[int]) -> None:
         """The environments of these episodes are not needed any more."""
@@ -93,10 +93,6 @@ class EpisodeSettings:
     has_environment: bool = False
     has_reward: bool = False
     """Its environment has a reward."""
-    patience_s: float = 5.0
-    """How long a round waits for the tools of all after the first of them has answered. Without it a round would hold
-    whatever has answered by chance, and the engine's rounding differs with what it computes together: a run whose
-    tools take less than this repeats itself to the bit."""
 
 
 @dataclass(slots=True)
@@ -129,8 +125,8 @@ class _Episode:
 class _Asking:
     """Episodes whose tools have not all answered."""
 
-    def __init__(self, runner: ToolRunner, patience_s: float) -> None:
-        self._runner, self._patience_s = runner, patience_s
+    def __init__(self, runner: ToolRunner) -> None:
+        self._runner = runner
         self._episodes: dict[int, _Episode] = {}
         self._calls: dict[int, tuple[_Episode, int]] = {}
         """An episode and a place among its calls, by the runner's number."""
@@ -154,16 +150,20 @@ class _Asking:
             self._calls |= zip(self._runner.begin(requests), places, strict=True)
 
     def answered(self) -> list[_Episode]:
-        """Those whose calls are all answered by now, in order."""
+        """Those whose calls are all answered, in order. It waits for all but slow calls: the engine's rounding depends
+        on what it computes together, so that a run with quick tools has the same rounds each time."""
         if self._calls:
-            for number, reply in self._runner.replies(self._patience_s).items():
+            for number, reply in self._runner.replies(is_needed=not self._answered()).items():
                 if number in self._calls:  # and not of a rollout that an error has ended
                     episode, place = self._calls.pop(number)
                     episode.replies[place] = reply
-        ready = [each for _, each in sorted(self._episodes.items()) if len(each.replies) == len(each.calls)]
-        for episode in ready:
+        answered = self._answered()
+        for episode in answered:
             del self._episodes[episode.number]
-        return ready
+        return answered
+
+    def _answered(self) -> list[_Episode]:
+        return [each for _, each in sorted(self._episodes.items()) if len(each.replies) == len(each.calls)]
 
 
 class Episodes:
@@ -247,7 +247,7 @@ class Episodes:
         groups = self.engine.generate(prompts, first, step)
         versions = {group.policy_version for group in groups}
         written: Iterator[Completion] = (each for group in groups for each in group.completions)
-        going_on, asking = list(episodes), _Asking(self._runner, self._settings.patience_s)
+        going_on, asking = list(episodes), _Asking(self._runner)
         while True:
             for episode, completion in zip(going_on, written, strict=True):
                 self._add(episode, completion, sampling.max_new_tokens)

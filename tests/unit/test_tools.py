@@ -72,6 +72,8 @@ def fail(how: str) -> str:
         os._exit(3)
     if how == "hang":
         time.sleep(60)
+    if how == "nap":
+        time.sleep(6)
     if how == "huge":
         return "x" * 3_000_000
     raise ValueError(f"failed by {how}")
@@ -298,28 +300,29 @@ def test_each_episode_has_an_environment_of_its_own(worker):
     assert "missing 1 required positional argument: 'low'" in failed[0].value
 
 
-def test_replies_come_as_they_are_there_and_those_of_an_ended_episode_never(worker):
+def test_replies_come_as_they_are_there_and_those_of_an_ended_episode_never(file):
     def quick(n: int) -> Request:
         return Request(0, "multiply", {"a": n, "b": 1}, 0)
 
-    slow = Request(0, "fail", {"how": "hang"}, 0)
+    names = [f"{file}:{name}" for name in ("multiply", "fail")]
+    tools = load_tools(names, f"{file}:Game", file.parent, lambda _: None)
+    worker = ToolWorker(tools.load, timeout_s=60, patience_s=2)
+    worker.run([quick(1)])  # its process has started
     began = time.monotonic()
-    numbers = worker.begin([slow, quick(1), quick(2)])
-    assert time.monotonic() - began < 1
+    numbers = worker.begin([Request(0, "fail", {"how": "nap"}, 0), *map(quick, range(1, 20))])  # not all at once
+    assert worker.replies(is_needed=False) == {number: Reply(f"{n}") for n, number in enumerate(numbers) if n > 0}
+    assert worker.replies(is_needed=False) == {}
     later = worker.begin([quick(3)])
-    assert len({*numbers, *later}) == 4
-    seen: dict[int, Reply] = {}
-    while len(seen) < 3:
-        seen |= (new := worker.replies(0.1))
-        assert new
-    assert seen == {numbers[1]: Reply("1"), numbers[2]: Reply("2"), later[0]: Reply("3")}
-    assert worker.replies(0.1)[numbers[0]].value == "Error: it took longer than 1.5 s and was ended."
-    assert worker.replies(60) == {}
+    assert worker.replies() == {later[0]: Reply("3")}
+    assert time.monotonic() - began < 6, "the slow one was waited for"
+    assert worker.replies() == {numbers[0]: Reply("Error: ValueError: failed by nap", is_error=True)}
+    assert worker.replies() == {}
     worker.run([reset_request(3, {"low": 1})])
     worker.begin([Request(3, "guess", {"number": 0}, 0)] * 2)
     worker.end([3])
     assert worker.run([quick(4)]) == [Reply("4")]
-    assert worker.replies(60) == {}
+    assert worker.replies() == {}
+    worker.close()
 
 
 def test_a_stop_ends_the_calls_and_the_next_one_starts_anew(file):
@@ -339,8 +342,8 @@ def test_a_stop_ends_the_calls_and_the_next_one_starts_anew(file):
 
 # Completions of several turns
 
-END, CALL = 1, 2
-"""The token that ends a turn, and the one that asks for a tool."""
+END, CALL, UNKNOWN = 1, 2, 8
+"""The token that ends a turn, the one that asks for a tool, and one before which that is no tool there is."""
 
 
 class Letters:
@@ -352,7 +355,8 @@ class Letters:
 
     def calls(self, token_ids: Sequence[int]) -> Sequence[ToolCall]:
         number = list(token_ids).count(CALL)
-        return [ToolCall("echo", json.dumps({"n": token_ids[0]}))] * number
+        name = "unknown" if token_ids[0] == UNKNOWN else "echo"
+        return [ToolCall(name, json.dumps({"n": token_ids[0]}))] * number
 
     def results(self, last_token: int, results: Sequence[str], most_tokens: int) -> tuple[tuple[int, ...], str] | None:
         text = ",".join(results)[: max(0, most_tokens - 2)]
@@ -393,7 +397,7 @@ class Echo:
         self.asked.append(list(requests))
         return list(range(len(requests)))
 
-    def replies(self, patience_s: float) -> dict[int, Reply]:
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
         return {
             number: Reply(self.text, is_error=request.arguments == {"n": 9})
             for number, request in enumerate(self.asked[-1])
@@ -442,7 +446,7 @@ class Slow(Echo):
     def __init__(self) -> None:
         super().__init__()
         self.open: dict[int, Request] = {}
-        self.patience: set[float] = set()
+        self.needed: list[bool] = []
 
     def begin(self, requests: Sequence[Request]) -> list[int]:
         self.asked.append(list(requests))
@@ -450,12 +454,12 @@ class Slow(Echo):
         self.open |= zip(numbers, requests, strict=True)
         return numbers
 
-    def replies(self, patience_s: float) -> dict[int, Reply]:
-        self.patience.add(patience_s)
-        quick = [number for number, request in self.open.items() if request.arguments != {"n": 9}]
-        return {7: Reply("stale")} | {
-            number: Reply(f"{self.open.pop(number).arguments['n']}") for number in quick or list(self.open)
-        }
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        self.needed.append(is_needed)
+        now = [number for number, request in self.open.items() if request.arguments != {"n": 9}]
+        if is_needed and not now:
+            now = list(self.open)
+        return {7: Reply("stale")} | {number: Reply(f"{self.open.pop(number).arguments['n']}") for number in now}
 
 
 def test_a_slow_tool_keeps_only_its_own_completion_waiting():
@@ -464,7 +468,7 @@ def test_a_slow_tool_keeps_only_its_own_completion_waiting():
         5: [(9, CALL, CALL, END), (10, CALL, END), (11, END)],
         8: [(6, CALL, END), (12, END)],
     }  # fmt: skip
-    groups, engine, runner = play(plan, Slow(), patience_s=2.5)
+    groups, engine, runner = play(plan, Slow())
     assert [[prompt.token_ids[0] for prompt in prompts] for prompts, _ in engine.asked] == [
         [0, 5, 8],
         [0, 8],
@@ -472,7 +476,7 @@ def test_a_slow_tool_keeps_only_its_own_completion_waiting():
         [5],
         [5],
     ]
-    assert runner.patience == {2.5}
+    assert runner.needed == [True] * 4
     at_once, _, _ = play(plan, Quick())
     assert groups == at_once  # and nothing else depends on who waited
     assert [[turn.text for turn in group.completions[0].turns if not turn.is_sampled] for group in groups] == [
@@ -480,8 +484,14 @@ def test_a_slow_tool_keeps_only_its_own_completion_waiting():
     ]  # fmt: skip
 
 
+def test_what_is_answered_with_an_error_waits_for_no_tool():
+    _, engine, runner = play({0: [(UNKNOWN, CALL, END), (4, END)], 5: [(9, CALL, END), (10, END)]}, Slow())
+    assert [[prompt.token_ids[0] for prompt in prompts] for prompts, _ in engine.asked] == [[0, 5], [0], [5]]
+    assert runner.needed == [False, True]
+
+
 class Quick(Slow):
-    def replies(self, patience_s: float) -> dict[int, Reply]:
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
         return {number: Reply(f"{self.open.pop(number).arguments['n']}") for number in list(self.open)}
 
 

@@ -77,16 +77,18 @@ def serve(
     connection: Connection,
     load: Callable[[], Loaded],
     timeout_s: float,
+    patience_s: float,
     environment: Mapping[str, str],
     start_method: str | None,
 ) -> None:
     """The life of the process, from its start until the trainer closes the pipe.
 
     Args:
-        connection: (requests by number, episodes that have ended, seconds of patience) come in; for each there go out
-            the replies that are there by then, by number, or why there are none.
+        connection: (requests by number, episodes that have ended) come in, or whether a reply is needed; to that the
+            replies go out, by number. In their place a text says why there are none.
         load: returns the tools.
         timeout_s: seconds for one call.
+        patience_s: seconds after which a call is slow.
         environment: the trainer's variables, since the fork server may have others.
         start_method: of the trainer's own processes.
     """
@@ -98,19 +100,22 @@ def serve(
         if calls is not None:
             calls.go_on_until(connection)
         try:
-            requests, ended, patience_s = connection.recv()
+            message = connection.recv()
         except (EOFError, OSError):  # closed, or the trainer is gone
             return
         if calls is None:
             seed_generators(0)
             try:
-                calls = _Calls(load(), timeout_s)
+                calls = _Calls(load(), timeout_s, patience_s)
             except Exception:  # a user's file may raise anything
                 connection.send(f"The tools could not be loaded in their process.\n{traceback.format_exc()}")
                 return
-        calls.end(ended)
-        calls.add(requests)
-        connection.send(calls.replies_within(patience_s))
+        if isinstance(message, bool):
+            connection.send(calls.replies(message))
+        else:
+            requests, ended = message
+            calls.end(ended)
+            calls.add(requests)
 
 
 @dataclass(slots=True)
@@ -148,6 +153,7 @@ class _Calls:
 
     loaded: Loaded
     timeout_s: float
+    patience_s: float
     environments: dict[int, _Child] = field(default_factory=dict)
     """By episode."""
     _waiting: "deque[_Lane]" = field(default_factory=deque)
@@ -174,22 +180,35 @@ class _Calls:
 
     def go_on_until(self, connection: Connection) -> None:
         """Run what there is until something comes from there."""
-        while connection not in self._step((connection,), None):
+        while connection not in self._step((connection,)):
             pass
 
-    def replies_within(self, patience_s: float | None) -> dict[int, Reply]:
-        """Those of all calls, or what is there this long after the first of them; None: what is there now."""
-        until: float | None = None
-        while patience_s is not None and self._busy and (until is None or time.monotonic() < until):
-            if until is None and self._replies:
-                until = time.monotonic() + patience_s
-            self._step((), until)
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        """Those that are there once all calls have ended or are slow.
+
+        Args:
+            is_needed: wait for one in any case, unless no call is under way.
+        """
+        while (
+            self._waiting
+            or any(map(self._is_quick, self._busy.values()))
+            or (is_needed and self._busy and not self._replies)
+        ):
+            self._step(())
         replies, self._replies = self._replies, {}
         return replies
 
-    def _step(self, others: tuple[Connection, ...], until: float | None) -> Sequence[Any]:
-        """Wait for a call to end, or for one of `others`. Returns what is ready."""
-        ends = [*(lane.deadline for lane in self._busy.values()), *([] if until is None else [until])]
+    def _slow_from(self, lane: _Lane) -> float:
+        return lane.deadline - self.timeout_s + self.patience_s
+
+    def _is_quick(self, lane: _Lane) -> bool:
+        return time.monotonic() < self._slow_from(lane)
+
+    def _step(self, others: tuple[Connection, ...]) -> Sequence[Any]:
+        """Wait for a call to end or to become slow, or for one of `others`. Returns what is ready."""
+        lanes = self._busy.values()
+        ends = [self._slow_from(lane) if self._is_quick(lane) else lane.deadline for lane in lanes]
+        ends = [min(end, lane.deadline) for end, lane in zip(ends, lanes, strict=True)]
         ready = wait([*self._busy, *others], max(0.0, min(ends) - time.monotonic()) if ends else None)
         now = time.monotonic()
         for connection, lane in list(self._busy.items()):
