@@ -93,13 +93,25 @@ class PostImportFinder:
 
 
 def _notify_after_execution(loader: "Any") -> None:
-    """Wrap `exec_module` on this one loader, whose type so stays what `inspect` and others expect."""
+    """Wrap `exec_module` on this one loader, whose type so stays what `inspect` and others expect.
+
+    Meanwhile no garbage is collected: a host module imports torch and transformers, whose millions of objects stay,
+    and to look through them again and again takes two of seven seconds.
+    """
     execute = loader.exec_module
 
     def exec_module(module: "ModuleType") -> None:
+        import gc
+
         loader.exec_module = execute
-        execute(module)
-        _on_import(module)
+        was_enabled = gc.isenabled()
+        gc.disable()
+        try:
+            execute(module)
+            _on_import(module)
+        finally:
+            if was_enabled:
+                gc.enable()
 
     loader.exec_module = exec_module
 

@@ -116,14 +116,15 @@ class TestInterpreterStart:
         assert {name for name in loaded if name.startswith("grpo_stage")} == {"grpo_stage", "grpo_stage._autoload"}
 
     def test_a_module_that_cannot_be_changed_cannot_be_imported(self) -> None:
+        """And what is not collected meanwhile is collected again."""
         code = (
-            "import grpo_stage.plugin.registration as r\n"
-            "def fail(module): raise RuntimeError(f'no row for {module.__name__}')\n"
+            "import gc, grpo_stage.plugin.registration as r\n"
+            "def fail(module): raise RuntimeError(f'no row for {module.__name__}', gc.isenabled())\n"
             "r.on_import = fail\n"
             "try: import llamafactory.v1.launcher\n"
-            "except RuntimeError as error: print(error)"
+            "except RuntimeError as error: print(*error.args, gc.isenabled())"
         )
-        assert run_python(code) == "no row for llamafactory.v1.launcher"
+        assert run_python(code) == "no row for llamafactory.v1.launcher False True"
 
 
 class TestRows:
