@@ -11,7 +11,7 @@ import sys
 
 TYPE_CHECKING = False  # `typing` would cost more than all of this module
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
@@ -93,27 +93,32 @@ class PostImportFinder:
 
 
 def _notify_after_execution(loader: "Any") -> None:
-    """Wrap `exec_module` on this one loader, whose type so stays what `inspect` and others expect.
-
-    Meanwhile no garbage is collected: a host module imports torch and transformers, whose millions of objects stay,
-    and to look through them again and again takes two of seven seconds.
-    """
+    """Wrap `exec_module` on this one loader, whose type so stays what `inspect` and others expect."""
     execute = loader.exec_module
 
     def exec_module(module: "ModuleType") -> None:
-        import gc
-
         loader.exec_module = execute
-        was_enabled = gc.isenabled()
-        gc.disable()
-        try:
-            execute(module)
-            _on_import(module)
-        finally:
-            if was_enabled:
-                gc.enable()
+        without_collection(execute, module)
+        _on_import(module)
 
     loader.exec_module = exec_module
+
+
+def without_collection(importing: "Callable[..., Any]", *arguments: "Any") -> "Any":
+    """Call what imports the host, and collect no garbage meanwhile.
+
+    The millions of objects of torch and transformers stay, and to look through them again and again takes two of the
+    seven seconds.
+    """
+    import gc
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return importing(*arguments)
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _on_import(module: "ModuleType") -> None:
