@@ -20,7 +20,7 @@ from typing import Any
 
 
 DEEPSPEED = ("deepspeed",)
-VLLM = (
+VLLM: Sequence[str] = (
     *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor"),
     *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"),
 )
@@ -40,7 +40,7 @@ class HostProcesses:
 
         Args:
             command: the script's path, and its arguments.
-            modules: of the large ones that the script imports besides the host: `DEEPSPEED`, `VLLM`.
+            modules: of the large ones that the script imports besides the host: `VLLM`.
             timeout: in seconds.
             environment: variables that it has besides.
         """
@@ -49,7 +49,10 @@ class HostProcesses:
     def run_ranks(
         self, num_ranks: int, *command: str, modules: Sequence[str] = (), timeout: float = 500, **environment: str
     ) -> "list[subprocess.CompletedProcess[str]]":
-        """The same in several processes, each with what torchrun tells a rank and with one thread."""
+        """The same in several processes, each with what torchrun tells a rank and with one thread.
+
+        With DeepSpeed, which every run of several processes imports where it is installed.
+        """
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
@@ -61,7 +64,10 @@ class HostProcesses:
         for rank in range(num_ranks):
             self.error_file(rank).unlink(missing_ok=True)
         return self._run(
-            command, modules, [os.environ | environment | address | size | rank for rank in ranks], timeout
+            command,
+            (*DEEPSPEED, *modules),
+            [os.environ | environment | address | size | rank for rank in ranks],
+            timeout,
         )
 
     def error_file(self, rank: int) -> Path:

@@ -16,7 +16,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from grpo_stage.survival import checkpoints
-from tests.host_processes import DEEPSPEED
 
 from .conftest import completions, recipe_file, trainer_log
 from .test_two_processes import untimed
@@ -97,8 +96,7 @@ def steps_of(host_processes, tmp_path_factory) -> Callable[..., list[dict[str, A
         with pytest.MonkeyPatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            command = (str(SCRIPT), str(file), *map(json.dumps, configs))
-            for result in host_processes.run_ranks(num_ranks, *command, modules=DEEPSPEED if configs else ()):
+            for result in host_processes.run_ranks(num_ranks, str(SCRIPT), str(file), *map(json.dumps, configs)):
                 assert result.returncode == 0, result.stderr[-8000:]
         return torch.load(file)
 
@@ -289,7 +287,7 @@ def train_under_zero(host_processes, monkeypatch) -> Callable[[dict[str, Any]], 
         monkeypatch.setenv(name, value)
 
     def run(arguments: dict[str, Any]) -> None:
-        for result in host_processes.run_ranks(2, str(ZERO_LAUNCHER), recipe_file(arguments), modules=DEEPSPEED):
+        for result in host_processes.run_ranks(2, str(ZERO_LAUNCHER), recipe_file(arguments)):
             assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
 
     return run
