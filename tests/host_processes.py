@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 
-DEEPSPEED = ("deepspeed",)
+RUN = ("llamafactory.train.tuner", "grpo_stage.workflow", "deepspeed", "peft.tuners.lora.bnb")
+"""What every run imports: accelerate and PEFT the last two, where they are installed."""
 VLLM: Sequence[str] = (
     *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor"),
     *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"),
@@ -49,10 +50,7 @@ class HostProcesses:
     def run_ranks(
         self, num_ranks: int, *command: str, modules: Sequence[str] = (), timeout: float = 500, **environment: str
     ) -> "list[subprocess.CompletedProcess[str]]":
-        """The same in several processes, each with what torchrun tells a rank and with one thread.
-
-        With DeepSpeed, which every run of several processes imports where it is installed.
-        """
+        """The same in several processes, each with what torchrun tells a rank and with one thread."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "OMP_NUM_THREADS": "1"}
@@ -63,12 +61,8 @@ class HostProcesses:
         ]
         for rank in range(num_ranks):
             self.error_file(rank).unlink(missing_ok=True)
-        return self._run(
-            command,
-            (*DEEPSPEED, *modules),
-            [os.environ | environment | address | size | rank for rank in ranks],
-            timeout,
-        )
+        environments = [os.environ | environment | address | size | rank for rank in ranks]
+        return self._run(command, modules, environments, timeout)
 
     def error_file(self, rank: int) -> Path:
         """Where torchrun would look for the error of a rank of `run_ranks`."""
@@ -115,7 +109,7 @@ def _serve() -> None:
     gc.disable()
     os.environ |= {"DS_ACCELERATOR": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}  # read by imports, here for all forks
     _import_model_classes()
-    _import("llamafactory.train.tuner", "grpo_stage.workflow", "peft.tuners.lora.bnb")
+    _import(*RUN)
     for line in sys.stdin:
         request = json.loads(line)
         _import(*request["modules"])
