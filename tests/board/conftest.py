@@ -111,6 +111,19 @@ def yaml_of(board: Board) -> Callable[..., dict[str, Any]]:
     return read
 
 
+@pytest.fixture
+def event_of(board: Board) -> Callable[[str], Callable[[dict[Any, Any]], Any]]:
+    """The function that an event of the panel calls, by its name in `tab`."""
+    block = board.manager.get_elem_by_id("train.grpo_tab")
+    while block.parent is not None:
+        block = block.parent
+
+    def find(name: str) -> Callable[[dict[Any, Any]], Any]:
+        return next(one.fn for one in block.fns.values() if getattr(one.fn, "__qualname__", "").endswith(f".{name}"))
+
+    return find
+
+
 @pytest.fixture(scope="session")
 def workplace(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the Board is started: a dataset, a reward function, and a recipe."""
