@@ -1,14 +1,16 @@
-"""The learning rate that the form and the first recipe start with: by the way of tuning and the width of the model.
+"""The learning rate and LoRA's alpha that the form and the first recipe start with.
 
-The wider a model is, the lower a rate it stands; adapters stand about ten times that of all weights, in reinforcement
-learning as well ("LoRA Without Regret", Schulman et al. 2025). `_OF_WIDTH_1 / hidden_size` goes through rates at which
-a reward was seen to rise with LoRA: 3e-4 for SmolLM2-135M (hidden size 576, the quick start), and 1e-4 for
-Llama-3.2-1B (2048) and 4e-5 for Llama-3.1-8B (4096) of the Tinker cookbook (`math_rl/README.md`, `rl_loop.py`).
+The wider a model is, the lower is the rate that it stands; adapters stand about ten times the rate of all weights, in
+reinforcement learning as well ("LoRA Without Regret", Schulman et al. 2025). `_OF_WIDTH_1 / hidden_size` goes through
+rates at which a reward was seen to rise with LoRA: 3e-4 for SmolLM2-135M (hidden size 576, the quick start), and 1e-4
+for Llama-3.2-1B (2048) and 4e-5 for Llama-3.1-8B (4096) of the Tinker cookbook (`math_rl/README.md`, `rl_loop.py`).
+All are with an alpha of 32: a step of LoRA is as large as rate times alpha, whatever its rank.
 """
 
 from grpo_stage.host.known_models import config_here
 
 
+LORA_ALPHA = 32
 _OF_WIDTH_1 = 0.17
 _WIDTH_OF_AN_UNKNOWN_MODEL = 4096
 """That of many models of 8B: a rate that is too low costs steps, and one that is too high costs the model."""

@@ -23,7 +23,7 @@ from grpo_stage.arguments import REWARDS
 from grpo_stage.board.check_panel import CheckPanel
 from grpo_stage.board.fields import BASICS, FORM_FIELDS, FormField, effective
 from grpo_stage.board.imported_code import ImportedCode
-from grpo_stage.board.learning_rates import start_rate
+from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.board.locales import PREFIX, message
 from grpo_stage.board.page_state import this_page
 from grpo_stage.board.pages import serve_many_pages
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 FIELDS_IN_A_ROW = 4
 SANE_VALUES: Mapping[str, Any] = {
+    "lora_alpha": LORA_ALPHA,
     "lr_scheduler_type": "constant_with_warmup",
     "cutoff_len": 1024,
     "batch_size": 8,
@@ -201,6 +202,7 @@ class Panel:
         self._show_what_applies(train)
         self._set_sane_values(engine, train)
         lang, output_box = engine.manager.get_elem_by_id("top.lang"), train["output_box"]
+        model_path = engine.manager.get_elem_by_id("top.model_path")
 
         def load(data: dict[Component, Any]) -> Iterator[dict[Component, Any]]:
             path, account = data[self._import], ""
@@ -226,7 +228,8 @@ class Panel:
             yield values | said | others | {self._account: gr.update(value=account, visible=bool(account))}
 
         def make(data: dict[Component, Any]) -> dict[Component, Any]:
-            recipe = self.wizard.recipe(data, data[train["dataset_dir"]])
+            chosen = data[train["dataset_dir"]], data[model_path] or "", data[train["dataset"]] or []
+            recipe = self.wizard.recipe(data, *chosen)
             form = import_recipe(engine.runner, recipe)
             # The person has chosen the folder and the functions, and no file that came from elsewhere.
             form |= {train["output_dir"]: data[train["output_dir"]], self.code.imported: "[]"}
@@ -273,7 +276,7 @@ class Panel:
         )
         made = self.wizard.button.click(
             make,
-            {train["dataset_dir"], train["output_dir"], *self.wizard.questions},
+            {train["dataset_dir"], train["dataset"], model_path, train["output_dir"], *self.wizard.questions},
             [*inputs, *results],
             concurrency_limit=None,
             cancels=[trial, *checking],

@@ -9,7 +9,7 @@ import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.misc import is_accelerator_available
 
-from grpo_stage.board.learning_rates import start_rate
+from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.host.known_models import config_here, template_of
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
@@ -42,6 +42,7 @@ def first_recipe(dataset: str | None, rewards: list[str], model: str, size: str,
     has_gpu, model = is_accelerator_available(), model.strip()
     recipe = {
         **{"stage": "grpo", "do_train": True, "finetuning_type": "lora", "lora_target": "all"},
+        "lora_alpha": LORA_ALPHA,
         **{"model_name_or_path": model or None, "template": template_of(model)},
         **{"dataset": dataset or None, "dataset_dir": dataset_dir},
         "reward_funcs": list(rewards) or None,
@@ -97,7 +98,17 @@ class Wizard:
         """The fields of the answers."""
         return [self.dataset, self.rewards, self.model, self.size]
 
-    def recipe(self, data: Mapping[Component, Any], dataset_dir: str) -> dict[str, Any]:
-        """The recipe that the answers make; `data` are a page's values."""
+    def recipe(
+        self, data: Mapping[Component, Any], dataset_dir: str, model_chosen: str, datasets_chosen: list[str]
+    ) -> dict[str, Any]:
+        """The recipe that the answers make.
+
+        Args:
+            data: a page's values.
+            dataset_dir: of the page.
+            model_chosen: above the questions; it stands for an empty answer.
+            datasets_chosen: as the model.
+        """
         dataset, rewards, model, size = (data[question] for question in self.questions)
-        return first_recipe(dataset, rewards or [], model or "", size, dataset_dir)
+        dataset = dataset or ",".join(datasets_chosen)
+        return first_recipe(dataset, rewards or [], model or model_chosen, size, dataset_dir)

@@ -221,7 +221,12 @@ def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any])
     assert form["train.grpo_reward_funcs"] == ["accuracy", "own.py:score"]
     assert (form["train.grpo_max_steps"], form["train.grpo_num_generations"], form["train.batch_size"]) == (200, 8, 8)
     assert form["train.grpo_imported_code"] == "[]"  # its functions were typed here
+    assert form["train.lora_alpha"] == 32
     assert check(board.runner._parse_train_args({**data, **values}))["max_steps"] == 200
+    # What is chosen above stands for an empty answer.
+    values = event_of("make")(board.data(train__grpo_wizard_size="try", train__dataset=["one", "two"]))
+    form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
+    assert (form["train.dataset"], form["top.model_path"]) == (["one", "two"], "model")
 
 
 def test_a_recipe_of_another_system_fills_the_form(

@@ -10,6 +10,7 @@ import yaml
 
 from grpo_stage.board.learning_rates import start_rate
 from grpo_stage.board.page_state import this_page
+from grpo_stage.board.tab import SANE_VALUES
 
 from .conftest import REPOSITORY, Board
 
@@ -51,9 +52,9 @@ def test_the_rate_follows_model_and_method_until_the_user_has_one(
     choose, follow = event_of("choose"), event_of("follow")
     turn_to("page")
     folder = str(REPOSITORY / "yaml_examples" / "data")
-    before = ["5e-5", "bf16", *["host's"] * 7]
+    before = ["5e-5", "bf16", *["host's"] * len(SANE_VALUES)]
     _, earlier, rate, *others = choose("GRPO", "lora", "", folder, [], None, *before)
-    assert (earlier, rate, len(others)) == (before, "4e-5", 8)
+    assert (earlier, rate, others[1]) == (before, "4e-5", 32)
     rate = follow("GRPO", "lora", model_of(576), rate)
     assert rate == "3e-4"
     assert follow("GRPO", "full", "model", rate) == "3e-5"
