@@ -1,20 +1,21 @@
 """The learning rate and LoRA's alpha that the form and the first recipe start with.
 
-The wider a model is, the lower is the rate that it stands; adapters stand about ten times the rate of all weights, in
-reinforcement learning as well ("LoRA Without Regret", Schulman et al. 2025). `_OF_WIDTH_1 / hidden_size` goes through
-rates at which a reward was seen to rise with LoRA: 3e-4 for SmolLM2-135M (hidden size 576, the quick start), and 1e-4
-for Llama-3.2-1B (2048) and 4e-5 for Llama-3.1-8B (4096) of the Tinker cookbook (`math_rl/README.md`, `rl_loop.py`).
-All are with an alpha of 32: a step of LoRA is as large as rate times alpha, whatever its rank.
+The wider a model is, the lower is the rate that it stands. For LoRA, 0.17 / hidden_size goes through the rates of three
+recipes: 3e-4 for SmolLM2-135M (576, the quick start), and 1e-4 for Llama-3.2-1B (2048, `math_rl/README.md`) and 4e-5 for
+Llama-3.1-8B (4096, `rl_loop.py`) in the Tinker cookbook. All have an alpha of 32: a step of LoRA is as large as rate
+times alpha, whatever its rank. All weights stand a tenth of LoRA's rate ("LoRA Without Regret", Schulman et al. 2025)
+at most; 0.004 / hidden_size is 1e-6, the default of TRL and verl, for a model of 8B.
 """
+
+from collections.abc import Mapping
 
 from grpo_stage.host.known_models import config_here
 
 
 LORA_ALPHA = 32
-_OF_WIDTH_1 = 0.17
+_OF_WIDTH_1: Mapping[str, float] = {"lora": 0.17, "oft": 0.17, "full": 0.004, "freeze": 0.004}
 _WIDTH_OF_AN_UNKNOWN_MODEL = 4096
 """That of many models of 8B: a rate that is too low costs steps, and one that is too high costs the model."""
-_ADAPTERS = ("lora", "oft")
 
 
 def start_rate(method: str, model: str) -> str:
@@ -26,6 +27,5 @@ def start_rate(method: str, model: str) -> str:
     """
     config = config_here(model)
     width = (config.get("text_config") or config).get("hidden_size")  # of a model for images, its language model's
-    rate = _OF_WIDTH_1 / (width or _WIDTH_OF_AN_UNKNOWN_MODEL) * (1 if method in _ADAPTERS else 0.1)
-    digit, exponent = f"{rate:.0e}".split("e")
+    digit, exponent = f"{_OF_WIDTH_1[method] / (width or _WIDTH_OF_AN_UNKNOWN_MODEL):.0e}".split("e")
     return f"{digit}e{int(exponent)}"

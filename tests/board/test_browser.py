@@ -100,7 +100,7 @@ def test_the_panel_comes_and_goes_with_the_stage(shared_page: Page) -> None:
     assert value_of(page, "LR scheduler") == "constant_with_warmup"
     assert value_of(page, "Compute type") == "fp32"  # no accelerator here
     choose(page, "Finetuning method", "full")
-    expect(text_field(page, "Learning rate")).to_have_value("3e-4")
+    expect(text_field(page, "Learning rate")).to_have_value("6e-5")
     choose(page, "Stage", "DPO")
     expect(page.locator("#grpo_tab")).to_be_hidden()
     expect(page.locator("#grpo_run")).to_be_hidden()
