@@ -1,10 +1,10 @@
 """The learning rate and LoRA's alpha that the form and the first recipe start with.
 
-The wider a model is, the lower is the rate that it stands. For LoRA, 0.17 / hidden_size goes through the rates of three
-recipes: 3e-4 for SmolLM2-135M (576, the quick start), and 1e-4 for Llama-3.2-1B (2048, `math_rl/README.md`) and 4e-5 for
-Llama-3.1-8B (4096, `rl_loop.py`) in the Tinker cookbook. All have an alpha of 32: a step of LoRA is as large as rate
-times alpha, whatever its rank. All weights stand a tenth of LoRA's rate ("LoRA Without Regret", Schulman et al. 2025)
-at most; 0.004 / hidden_size is 1e-6, the default of TRL and verl, for a model of 8B.
+The wider a model is, the lower is the rate that it stands. For LoRA, 0.17 / hidden_size goes through the rates of
+three recipes: 3e-4 for SmolLM2-135M (576, the quick start), and 1e-4 for Llama-3.2-1B (2048, `math_rl/README.md`) and
+4e-5 for Llama-3.1-8B (4096, `rl_loop.py`) in the Tinker cookbook. All have an alpha of 32: a step of LoRA is as large
+as rate times alpha, whatever its rank. All weights stand a tenth of LoRA's rate ("LoRA Without Regret", Schulman et
+al. 2025) at most; 0.004 / hidden_size is 1e-6, the default of TRL and verl, for a model of 8B.
 """
 
 from collections.abc import Mapping
