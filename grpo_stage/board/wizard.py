@@ -31,6 +31,8 @@ SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 CUTOFF_LEN = 1024
+_TOKENS_ON_CPU = 64
+"""A processor samples a hundred tokens a second or so, and one long completion keeps the whole step waiting."""
 _WANT_TAGS = ("format", "tag_count")
 _ASKS_FOR_TAGS = (
     "Think first, between <think> and </think>. Then give the final answer alone, between <answer> and </answer>."
@@ -51,7 +53,8 @@ def first_recipe(dataset: str | None, rewards: list[str], model: str, size: str,
         **{"learning_rate": float(start_rate("lora", model)), "lr_scheduler_type": "constant_with_warmup"},
         **({"bf16": True} if has_gpu else {"use_cpu": True}),
         **{"logging_steps": 1, "log_completions": True, "report_to": "none"},
-        **{**SIZES[size], **_room(model, SIZES[size]["max_new_tokens"])},
+        **SIZES[size],
+        **_room(model, SIZES[size]["max_new_tokens"] if has_gpu else _TOKENS_ON_CPU),
     }
     return {key: value for key, value in recipe.items() if value is not None}
 

@@ -203,6 +203,15 @@ def test_a_command_that_fails_says_why(board: Board, monkeypatch: pytest.MonkeyP
     assert EVIL in said[-1]
 
 
+def test_the_lengths_fit_the_machine_and_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("model").mkdir()
+    for positions, has_gpu, expected in ((1200, True, (688, 512)), (1200, False, (1024, 64)), (100, True, (50, 50))):
+        Path("model", "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+        monkeypatch.setattr("grpo_stage.board.wizard.is_accelerator_available", lambda has_gpu=has_gpu: has_gpu)
+        recipe = first_recipe("addition", ["accuracy"], "model", "small", "data")
+        assert (recipe["cutoff_len"], recipe["max_new_tokens"]) == expected
+
+
 def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any]) -> None:
     Path("small model").mkdir()
     Path("small model", "config.json").write_text('{"hidden_size": 576, "max_position_embeddings": 1200}')
@@ -217,7 +226,7 @@ def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any])
     assert form["train.dataset"] == ["addition"]
     assert form["train.output_dir"] == "run"
     assert form["train.learning_rate"] == "3e-4"
-    assert (form["train.cutoff_len"], form["train.grpo_max_new_tokens"]) == (688, 512)
+    assert (form["train.cutoff_len"], form["train.grpo_max_new_tokens"]) == (1024, 64)
     assert form["train.grpo_reward_funcs"] == ["accuracy", "own.py:score"]
     assert (form["train.grpo_max_steps"], form["train.grpo_num_generations"], form["train.batch_size"]) == (200, 8, 8)
     assert form["train.grpo_imported_code"] == "[]"  # its functions were typed here
