@@ -201,6 +201,7 @@ def _answers(url: str) -> bool:
 def chromium(missing_tool: Callable[[str], None]) -> Iterator[Browser]:
     if CHROMIUM is None:
         missing_tool("LLaMA Board in a browser needs Chromium: `apt-get install chromium`, and `make test` runs it.")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -213,7 +214,6 @@ def opened(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]
     (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)  # the model of another test
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
     problems: list[str] = []
     page.on("response", lambda answer: problems.append(answer.url) if answer.status >= 500 else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
