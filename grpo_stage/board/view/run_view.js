@@ -593,7 +593,7 @@ function groupControls(part) {
   const field = (name, label, size) => make("label", {}, `${label} `, part(name, make("input", { type: "text", size, oninput: typed, id: `grpo_run_${name}` })));
   return [
     make("div", { className: "tools" },
-      make("span", {}, make("button", { type: "button", title: t("earlier"), onclick: () => walk(-1) }, "‹"), field("step", t("step"), 6),
+      make("span", { className: "walk" }, make("button", { type: "button", title: t("earlier"), onclick: () => walk(-1) }, "‹"), field("step", t("step"), 6),
         make("button", { type: "button", title: t("later"), onclick: () => walk(1) }, "›")),
       box("all", t("all_steps")),
       make("label", {}, `${t("order")} `, part("order", make("select", { onchange: changed, id: "grpo_run_order" },
