@@ -12,6 +12,7 @@ from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 
 TASK = "reasoning_gym:leg_counting"
+GAME = "textarena:GuessTheNumber-v0"
 
 
 def rows_of(arguments, key, name):
@@ -80,13 +81,13 @@ def test_other_datasets_are_found_from_the_new_folder(tmp_path):
 )
 def test_what_is_no_task_is_refused(name, kwargs, words):
     with pytest.raises(ValueError, match=words):
-        check_tasks([("dataset", name)], kwargs)
+        check_tasks([("dataset", name)], kwargs, None)
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("grpo_stage.host.generated_datasets.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs the package reasoning-gym.*grpo-stage\[reasoning-gym\]"):
-        check_tasks([("dataset", TASK)], {})
+        check_tasks([("dataset", TASK)], {}, None)
 
 
 def test_one_line_gives_prompts_and_reward(recipe):
@@ -94,3 +95,31 @@ def test_one_line_gives_prompts_and_reward(recipe):
     del recipe["reward_funcs"], recipe["dataset_dir"]
     assert check(recipe)["reward_funcs"] == "reasoning_gym"
     assert parse(recipe).finetuning.dataset_kwargs == {"leg_counting": {"max_animals": 4}}
+
+
+def test_a_game_needs_no_dataset(recipe):
+    recipe |= {"environment": GAME, "template": "qwen3_nothink"}
+    del recipe["reward_funcs"], recipe["dataset_dir"], recipe["dataset"]
+    written = check(recipe)
+    assert (written["dataset"], written["reward_funcs"]) == (GAME, "environment")
+    assert parse(recipe).data.dataset == [GAME]
+
+
+def test_a_game_has_a_round_in_each_row():
+    with generated(make(dataset=[GAME], eval_dataset=[GAME]), {}, seed=11) as arguments:  # type: ignore[arg-type]
+        train = rows_of(arguments, "dataset", arguments.dataset[0])
+        evaluation = rows_of(arguments, "eval_dataset", GAME)
+    assert len({row["round"] for row in [*train, *evaluation]}) == 6
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (None, f"missing. Write `environment: {GAME}`"),
+        ("textarena:2048-v0", f"that is textarena:2048-v0. Write `environment: {GAME}`"),
+        ("textarena:GuessTheNumbr-v0", "no game 'GuessTheNumbr-v0'"),
+    ],
+)
+def test_rounds_of_another_game_are_refused(environment, words):
+    with pytest.raises(ValueError, match=words):
+        check_tasks([("dataset", GAME)], {}, environment)
