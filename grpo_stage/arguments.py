@@ -176,7 +176,8 @@ class GRPOArguments:
         ROLLOUT,
         "A class of which each completion has an object, as `path/file.py:Class`: its `reset(**row)` gets the columns "
         "of the row and may return a text for the prompt, its other public methods are tools, and its `get_reward()` "
-        "gives the reward `environment`.",
+        "gives the reward `environment`. Or a game of the package textarena, such as `textarena:GuessTheNumber-v0`, "
+        "which needs no `dataset`.",
     )
     max_turns: int = _key(
         8,

@@ -124,8 +124,8 @@ def _levels(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str
 
     if task not in CURRICULA and task in DATASETS:
         raise ValueError(
-            f"{where}: reasoning-gym has no levels of the task {task!r}, which `curriculum_threshold` needs. Leave the "
-            "key out, or name another task."
+            f"{where}: reasoning-gym has no levels of the task {task!r}, which `curriculum_threshold` needs. Leave "
+            "the key out, or name another task."
         )
     if task not in CURRICULA:
         return [{}]  # `_rows` says so

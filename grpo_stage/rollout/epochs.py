@@ -106,7 +106,12 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, ready for JSON."""
-        return {"epoch": self.epoch, "cursor": self._cursor, "visits": list(self._visits), **self._identity()}
+        return {
+            "epoch": self.epoch,
+            "cursor": self._cursor,
+            "visits": [list(visit) for visit in self._visits],
+            **self._identity(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
