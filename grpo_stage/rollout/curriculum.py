@@ -7,6 +7,7 @@ those of the nearest one.
 import logging
 from collections import deque
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from grpo_stage.records.metrics import MetricTracker
@@ -51,7 +52,7 @@ class Curriculum:
         self._scores.extend(mean for mean in gather_in_deal_order(means) if mean is not None)
         if len(self._scores) < WINDOW:
             return
-        mean = sum(self._scores) / WINDOW
+        mean = fmean(self._scores)
         change = int(mean >= self._threshold) - int(mean < self._threshold / 2)
         if 0 <= level + change <= self._stream.top_level and change != 0:
             logger.info(
@@ -68,4 +69,4 @@ class Curriculum:
 
     def _mean(self, group: ScoredGroup) -> float | None:
         scores = [own for row in group.rewards if (own := row[self._function]) is not None]
-        return sum(scores) / len(scores) if scores else None
+        return fmean(scores) if scores else None
