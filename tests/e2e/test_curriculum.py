@@ -8,13 +8,16 @@ from .conftest import completions, trainer_log
 from .test_interruptions import assert_same
 
 
-def test_the_level_rises_and_a_resumed_run_goes_on_exactly(recipe, run_exp, tmp_path):
-    """The task gives a little for any answer: more than the threshold, so that each 32 prompts raise the level."""
+def test_the_level_rises_and_a_resumed_run_goes_on_exactly(recipe, run_exp, toy_reward, tmp_path):
+    """The task gives a little for any answer: more than the threshold, so that each 32 prompts raise the level.
+
+    The other reward is what is learned.
+    """
     settings = {
         "dataset": "reasoning_gym:fraction_simplification",
         "max_samples": 160,
         "cutoff_len": 400,
-        "reward_funcs": "reasoning_gym",
+        "reward_funcs": f"{toy_reward},reasoning_gym",
         "curriculum_threshold": 0.005,
         "per_device_train_batch_size": 16,
         "num_generations": 2,

@@ -55,12 +55,16 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def ending_model_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with an end token in four: it ends its turns by chance."""
+    """The tiny model with an end token in four, so that it ends its turns by chance, and more positions."""
     folder = tmp_path_factory.mktemp("ending") / "model"
     shutil.copytree(tiny_model_dir, folder)
-    file = folder / "generation_config.json"
-    content = json.loads(file.read_text())
-    file.write_text(json.dumps(content | {"eos_token_id": list(range(3, 2048, 4))}))
+    changes: dict[str, dict[str, Any]] = {
+        "generation_config.json": {"eos_token_id": list(range(3, 2048, 4))},
+        "config.json": {"max_position_embeddings": 2048},  # the rules of a game are long
+    }
+    for name, change in changes.items():
+        file = folder / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
     return folder
 
 
