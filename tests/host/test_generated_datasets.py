@@ -163,6 +163,8 @@ def test_an_evaluation_may_have_no_levels():
     others = ["reasoning_gym:list_functions", "reasoning_gym:caesar_cipher", "sums"]
     named = [("dataset", LEVELED), *(("eval_dataset", name) for name in (LEVELED, *others))]
     check_tasks(named, {}, None, has_levels=True)
+    with pytest.raises(ValueError, match="which its levels decide"):  # a task of both keys is trained
+        check_tasks([("dataset", TASK), ("eval_dataset", TASK)], {"leg_counting": {"max_animals": 4}}, None, True)
     with generated(
         make(dataset=[LEVELED], eval_dataset=[LEVELED, others[1]], max_samples=100), {}, seed=11, has_levels=True
     ) as arguments:  # type: ignore[arg-type]
