@@ -247,6 +247,16 @@ def _curriculum_rules() -> Iterator[Rule]:
         "`curriculum_threshold: {curriculum_threshold}` decides by the reward `reasoning_gym`, which `reward_funcs: "
         "{reward_funcs}` does not name. Add it there, or leave `curriculum_threshold` out.",
     )
+    yield Rule(
+        lambda v: (
+            v.curriculum_threshold > 0
+            and (v.on_alarm.get("gradient_spikes") if isinstance(v.on_alarm, Mapping) else v.on_alarm) == "recover"
+        ),
+        "`on_alarm: {on_alarm}` makes the run go back after `gradient_spikes` and leave out the prompts since then, "
+        "and with `curriculum_threshold: {curriculum_threshold}` their order may have changed in between, so that "
+        "others would be left out. Write a mapping of the other monitors alone, such as "
+        '{{"entropy_collapse": "recover"}}, or leave `curriculum_threshold` out.',
+    )
 
 
 def _names(value: Any) -> list[str]:

@@ -61,7 +61,8 @@ def check_tasks(
                 f"`{key}: {name}` has rounds of a game, which the model plays if it is the `environment`: that is "
                 f"{environment or 'missing'}. Write `environment: {name}`."
             )
-    tasks = {name.removeprefix(PREFIX): key for key, name in named if name.startswith(PREFIX)}
+    # One of both keys counts as that of training, the first.
+    tasks = {name.removeprefix(PREFIX): key for key, name in reversed(named) if name.startswith(PREFIX)}
     if tasks and find_spec("reasoning_gym") is None:
         raise ValueError(
             f"`{next(iter(tasks.values()))}: {PREFIX}{next(iter(tasks))}` needs the package reasoning-gym, which is "
@@ -81,12 +82,13 @@ def check_tasks(
                 '{"leg_counting": {"max_animals": 5}}.'
             )
         where = f"`{key}: {PREFIX}{task}`"
-        for each in _levels(where, task, settings) if has_levels else [{}]:
+        for each in _levels(where, task, settings) if has_levels and key == "dataset" else [{}]:
             _rows(where, task, {"seed": 0, **settings, **each, "size": 1})
-    if has_levels and (others := [f"{key}: {name}" for key, name in named if not name.startswith(PREFIX)]):
+    others = [name for key, name in named if key == "dataset" and not name.startswith(PREFIX)]
+    if has_levels and others:
         raise ValueError(
-            f"`curriculum_threshold` needs rows with levels, which `{others[0]}` has not. Name generated tasks alone "
-            f"(`dataset: {PREFIX}leg_counting`), or leave `curriculum_threshold` out."
+            f"`curriculum_threshold` needs rows with levels, which `dataset: {others[0]}` has not. Name "
+            f"generated tasks alone (`dataset: {PREFIX}leg_counting`), or leave `curriculum_threshold` out."
         )
 
 
@@ -118,7 +120,10 @@ def _rows(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, 
 
 
 def _levels(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The settings of each level of a task, as the package's own curriculum has them."""
+    """The settings of each level of a task, as the package's own curriculum has them.
+
+    In many tasks its last level is the one before once more.
+    """
     from reasoning_gym.coaching.attributes import RangeAttributeDefinition
     from reasoning_gym.factory import CURRICULA, DATASETS, create_curriculum
 
@@ -145,11 +150,13 @@ def _levels(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str
             f"`dataset_kwargs` has `{both[0]}` of the task {task!r}, which its levels decide. Leave it out, or leave "
             "`curriculum_threshold` out."
         )
-    levels = []
+    levels: list[dict[str, Any]] = []
     for level in range(max(len(each.levels) for each in attributes)):
         curriculum.set_global_level(level)
         made = curriculum.generate_configuration()
-        levels.append({field: getattr(made, field) for field in fields})
+        own = {field: getattr(made, field) for field in fields}
+        if own not in levels[-1:]:
+            levels.append(own)
     return levels
 
 
@@ -159,7 +166,8 @@ def _rows_of_levels(where: str, task: str, settings: Mapping[str, Any]) -> list[
     if size < WINDOW:
         raise ValueError(
             f"{where}: {settings['size']} rows make {size} for each of its {len(levels)} levels, and "
-            f"`curriculum_threshold` decides by {WINDOW} of one. Write `max_samples: {WINDOW * len(levels)}` or more."
+            f"`curriculum_threshold` decides by {WINDOW} of one. Write `max_samples: {WINDOW * len(levels)}` or more, "
+            "and no lower `size` in `dataset_kwargs`."
         )
     return [
         {**row, LEVEL: level}
@@ -174,6 +182,8 @@ def generated(
 ) -> Iterator["DataArguments"]:
     """The arguments with a folder in which generated datasets are files. Evaluation has other rows than training.
 
+    With a curriculum an evaluation has rows by level of the tasks that are trained, so that its curve does not bend.
+
     Args:
         data_args: the host's.
         kwargs: `dataset_kwargs`.
@@ -186,6 +196,7 @@ def generated(
         return
     with tempfile.TemporaryDirectory(prefix="grpo-stage-datasets-") as folder:
         data_args = copy.copy(data_args)
+        trained = list(data_args.dataset or ())  # is renamed below
         descriptions = _descriptions(data_args.dataset_dir, all(is_generated(name) for _, name in named))
         for offset, key in enumerate(("dataset", "eval_dataset")):
             names = []
@@ -196,10 +207,12 @@ def generated(
                     task = name.removeprefix(PREFIX)
                     settings = {"size": data_args.max_samples or DEFAULT_ROWS, "seed": seed, **kwargs.get(task, {})}
                     settings["seed"] += offset * _EVALUATION_SEEDS
+                    settings["size"] = min(settings["size"], data_args.max_samples or settings["size"])
                     if name.startswith(GAME):
                         rows = _rounds(settings["size"], settings["seed"])
                     else:
-                        rows = (_rows_of_levels if has_levels else _rows)(f"`{key}: {name}`", task, settings)
+                        is_by_level = has_levels and name in trained
+                        rows = (_rows_of_levels if is_by_level else _rows)(f"`{key}: {name}`", task, settings)
                     file = Path(folder, f"{len(descriptions)}.json")
                     file.write_text(json.dumps(rows), encoding="utf-8")
                     columns = {"prompt": "question", "response": "answer"}

@@ -99,7 +99,7 @@ TRAINING: tuple[Definition, ...] = (
     ),
     Definition(
         ("curriculum/level",),
-        "with `curriculum_threshold`: the level, from 0, whose prompts come first, mean over the rollouts",
+        "with `curriculum_threshold`: the level, from 0, of the prompts that were dealt, mean over the prompts",
     ),
     Definition(
         ("completions/mean_turns",),

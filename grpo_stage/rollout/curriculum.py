@@ -47,7 +47,7 @@ class Curriculum:
     def heed(self, share: Sequence[ScoredGroup], tracker: MetricTracker) -> None:
         """Take note of this rank's share of a rollout."""
         level = self._stream.level
-        tracker.add("curriculum/level", level)
+        tracker.add("curriculum/level", sum(each.group.prompt.columns[LEVEL] for each in share), len(share))
         means = [self._mean(each) if each.group.prompt.columns[LEVEL] == level else None for each in share]
         self._scores.extend(mean for mean in gather_in_deal_order(means) if mean is not None)
         if len(self._scores) < WINDOW:

@@ -15,7 +15,7 @@ def test_the_level_rises_and_a_resumed_run_goes_on_exactly(recipe, run_exp, toy_
     """
     settings = {
         "dataset": "reasoning_gym:fraction_simplification",
-        "max_samples": 160,
+        "max_samples": 120,
         "cutoff_len": 400,
         "reward_funcs": f"{toy_reward},reasoning_gym",
         "curriculum_threshold": 0.005,

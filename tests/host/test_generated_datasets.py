@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from grpo_stage.host.generated_datasets import check_tasks, generated
+from grpo_stage.host.generated_datasets import _levels, check_tasks, generated
 from grpo_stage.host.parser import check, parse
 from grpo_stage.rewards.loading import load_rewards
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
@@ -116,8 +116,8 @@ def test_a_game_has_a_round_in_each_row():
     ("environment", "words"),
     [
         (None, f"missing. Write `environment: {GAME}`"),
-        ("textarena:2048-v0", f"that is textarena:2048-v0. Write `environment: {GAME}`"),
-        ("textarena:GuessTheNumbr-v0", "no game 'GuessTheNumbr-v0'"),
+        ("textarena:Sudoku-v0", f"that is textarena:Sudoku-v0. Write `environment: {GAME}`"),
+        ("textarena:GuessTheNumbr-v0", "none of the games that were checked"),
     ],
 )
 def test_rounds_of_another_game_are_refused(environment, words):
@@ -132,25 +132,53 @@ def test_a_curriculum_has_the_rows_of_each_level():
     import reasoning_gym
     from reasoning_gym.factory import create_curriculum
 
-    with generated(make(dataset=[LEVELED], max_samples=130), {}, seed=11, has_levels=True) as arguments:  # type: ignore[arg-type]
+    with generated(make(dataset=[LEVELED], max_samples=100), {}, seed=11, has_levels=True) as arguments:  # type: ignore[arg-type]
         rows = rows_of(arguments, "dataset", arguments.dataset[0])
-    assert [row["reasoning_gym_level"] for row in rows] == [level for level in range(4) for _ in range(32)]
-    for level in range(4):
+    assert [row["reasoning_gym_level"] for row in rows] == [level for level in range(3) for _ in range(33)]
+    for level in range(3):
         curriculum = create_curriculum("fraction_simplification")
         curriculum.set_global_level(level)
-        settings = vars(curriculum.generate_configuration({"seed": 11, "size": 32}))
+        settings = vars(curriculum.generate_configuration({"seed": 11, "size": 33}))
         expected = reasoning_gym.create_dataset("fraction_simplification", **settings)
-        assert [row["question"] for row in rows[32 * level : 32 * level + 32]] == [e["question"] for e in expected]
+        assert [row["question"] for row in rows[33 * level : 33 * level + 33]] == [e["question"] for e in expected]
     entry = json.loads(rows[-1]["reasoning_gym_entry"])
-    assert (entry["index"], entry["settings"]["size"]) == (31, 32)  # the scorer finds the puzzle of its level
+    assert (entry["index"], entry["settings"]["size"]) == (32, 33)  # the scorer finds the puzzle of its level
+
+
+def test_a_level_that_is_the_same_as_the_one_before_is_left_out():
+    for task, num in (("fraction_simplification", 3), ("word_ladder", 2), ("leg_counting", 36)):
+        assert len(_levels("", task, {})) == num, task
+
+
+def test_no_level_is_lost_to_a_size_that_is_above_max_samples():
+    """The host takes the first `max_samples` rows of a file."""
+    kwargs = {"fraction_simplification": {"size": 2000}}
+    with generated(make(dataset=[LEVELED], max_samples=100), kwargs, seed=11, has_levels=True) as arguments:  # type: ignore[arg-type]
+        rows = rows_of(arguments, "dataset", arguments.dataset[0])
+    assert len(rows) == 99
+    assert {row["reasoning_gym_level"] for row in rows[:100]} == {0, 1, 2}
+
+
+def test_an_evaluation_may_have_no_levels():
+    others = ["reasoning_gym:list_functions", "reasoning_gym:caesar_cipher", "sums"]
+    named = [("dataset", LEVELED), *(("eval_dataset", name) for name in (LEVELED, *others))]
+    check_tasks(named, {}, None, has_levels=True)
+    with pytest.raises(ValueError, match="which its levels decide"):  # a task of both keys is trained
+        check_tasks([("dataset", TASK), ("eval_dataset", TASK)], {"leg_counting": {"max_animals": 4}}, None, True)
+    with generated(
+        make(dataset=[LEVELED], eval_dataset=[LEVELED, others[1]], max_samples=100), {}, seed=11, has_levels=True
+    ) as arguments:  # type: ignore[arg-type]
+        trained = rows_of(arguments, "eval_dataset", LEVELED)
+        other = rows_of(arguments, "eval_dataset", others[1])
+    assert {row["reasoning_gym_level"] for row in trained} == {0, 1, 2}
+    assert len(other) == 100
+    assert "reasoning_gym_level" not in other[0]
 
 
 def test_a_level_needs_enough_rows():
     with (
-        pytest.raises(
-            ValueError, match=r"100 rows make 25 for each of its 4 levels.*Write `max_samples: 128` or more"
-        ),
-        generated(make(dataset=[LEVELED], max_samples=100), {}, seed=11, has_levels=True),  # type: ignore[arg-type]
+        pytest.raises(ValueError, match=r"90 rows make 30 for each of its 3 levels.*Write `max_samples: 96` or more"),
+        generated(make(dataset=[LEVELED], max_samples=90), {}, seed=11, has_levels=True),  # type: ignore[arg-type]
     ):
         pass
 

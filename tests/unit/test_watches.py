@@ -227,6 +227,18 @@ def test_a_harder_level_of_a_curriculum_is_no_collapse() -> None:
     assert first_alarms(lines, names=["reward_collapse"])["reward_collapse"].step == 52
 
 
+def test_what_is_left_of_other_levels_is_no_collapse_and_a_few_prompts_of_them_hide_none() -> None:
+    """Once a level is used up prompts of others come."""
+    rewards = [0.0] + [0.5, 0.52] * 10 + [0.01] * 10
+    for rest, is_gone in ((2.5, False), (1.2, True)):
+        levels = [1.0] * 21 + [rest] * 10
+        lines = [
+            {"current_steps": step, "reward": reward, "curriculum/level": level}
+            for step, (reward, level) in enumerate(zip(rewards, levels, strict=True), start=1)
+        ]
+        assert bool(first_alarms(lines, names=["reward_collapse"])) == is_gone
+
+
 def test_a_spike_is_no_spike_beside_others_as_large() -> None:
     """Where most groups are all right most gradients are tiny."""
     lines = [{"current_steps": i, "grad_norm": (0.5 if i % 8 == 0 else 0.001)} for i in range(1, 120)]
