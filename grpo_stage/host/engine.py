@@ -1,5 +1,6 @@
 """The rollout engine of a run."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,16 @@ from grpo_stage.host.precision import autocast_dtype, compute_dtype
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.rollout.engines.table import ENGINES
+from grpo_stage.rollout.engines.vllm_rules import refuse_ranks
 from grpo_stage.types import RolloutEngine, SamplingSettings
 
 
 logger = facade.get_logger(__name__)
+
+
+def check_ranks(arguments: RunArguments) -> None:
+    """Refuse a number of processes that the engine cannot be shared out to; before a model is loaded."""
+    refuse_ranks(arguments.finetuning.vllm_tensor_parallel, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def start_engine(arguments: RunArguments, model: Any, sampling: SamplingSettings, inputs: RunInputs) -> RolloutEngine:

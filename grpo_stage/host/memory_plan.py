@@ -279,7 +279,7 @@ class _Planner:
             return Engine()
         if self.device.type == "cpu":
             cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB or _CPU_CACHE
-            return vllm_on_cpu(4.0 * sizes.num_parameters, cache)
+            return vllm_on_cpu(4.0 * sizes.num_parameters / self.finetuning.vllm_tensor_parallel, cache)
         if self.finetuning.rollout_ahead and self.layout is None:
             self.notes.append(
                 "vLLM is counted on the GPU that trains; with `rollout_ahead` it has another where there are twice as "
@@ -287,7 +287,8 @@ class _Planner:
             )
         weights = self._engine_weights(sizes)
         model, length = self.arguments.model, self.arguments.model.vllm_maxlen
-        itemsize, parts = self.compute_dtype.itemsize, 1 if self.layout is None else self.layout.engine_size
+        itemsize = self.compute_dtype.itemsize
+        parts = self.finetuning.vllm_tensor_parallel if self.layout is None else self.layout.engine_size
         return vllm_on_gpu(
             weights / parts,
             length * kv_bytes_per_token(self.config, itemsize, is_vllm=True) / parts,

@@ -216,6 +216,7 @@ class SlopeTest(Monitor):
         if self._start is None and (chosen := beginnings(groups, _START_SEQUENCES)):
             self._start = _Probe(chosen, ())
         if self._start is None or version == self._version:
+            engine.score(())  # other ranks of the same engine may have something to compare
             return {}
         if isinstance(engine, ReplicatedEngine):
             return engine.score_each(self._probes)

@@ -107,6 +107,18 @@ def _patch_vllm_for_cpu() -> None:
         if name.startswith("vllm.") and hasattr(module, "async_tensor_h2d"):
             module.async_tensor_h2d = torch_utils.async_tensor_h2d  # type: ignore[attr-defined]
     _add_one_adapter_at_once()
+    _communicate_over_gloo()
+
+
+def _communicate_over_gloo() -> None:
+    """Between ranks that share an engine.
+
+    vLLM would have them wait for each other at full load, in shared memory that has the same name in every run of a
+    machine and that a killed run leaves there, so that no later one starts.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def _add_one_adapter_at_once() -> None:
