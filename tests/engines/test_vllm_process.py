@@ -71,7 +71,7 @@ def run(
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=500,
         check=False,
     )
 

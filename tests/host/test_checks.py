@@ -19,6 +19,7 @@ from llamafactory.model.model_utils.rope import configure_rope
 from transformers import AutoConfig
 
 from grpo_stage.host import advice, zero
+from grpo_stage.host.distribution import check_distribution
 from grpo_stage.host.engine import check_ranks
 from grpo_stage.host.inputs import refuse_idle_processes
 from grpo_stage.host.other_models import arguments_for
@@ -471,7 +472,7 @@ LAUNCHED = {
         ),
         ({"FSDP_IGNORED_MODULES": "lm_head"}, {}, ["fsdp_ignored_modules", "Leave it out"]),
         ({}, {"save_only_model": True}, ["save_only_model: true", "FULL_STATE_DICT"]),
-        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "FSDP2", "llamafactory-cli train"]),
+        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "FSDP2", "ds_z2_config.json"]),
         ({}, {"fp16": True}, ["fp16: true", "FSDP2", "bf16: true"]),
         ({}, {"optim": "adafactor"}, ["optim: adafactor", "FSDP2", "adamw_torch"]),
         ({}, {"use_muon": True}, ["use_muon: true", "whole weights"]),
@@ -526,7 +527,7 @@ def under_zero(recipe: dict[str, Any], config: dict[str, Any], keys: dict[str, A
         ({}, {"save_only_model": True, **BEST}, ["save_only_model: true", "load_best_model_at_end: true"]),
         ({}, {"adapter_name_or_path": "a/b,c/d"}, ["adapter_name_or_path: a/b,c/d", "llamafactory-cli export"]),
         ({}, {"on_alarm": "recover"}, ["`recover`", "another engine", "`stop`"]),
-        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "ZeRO-3", "DDP"]),
+        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "ZeRO-3", "ds_z2_config.json"]),
         ({}, {"fp16": True}, ["fp16: true", "ZeRO-3", "bf16: true"]),
         ({}, {"optim": "adafactor"}, ["optim: adafactor", "ZeRO-3", "adamw_torch"]),
         ({}, {"finetuning_type": "oft"}, ["finetuning_type: oft", "ZeRO-3", "lora"]),
@@ -541,6 +542,14 @@ def test_what_zero_does_not_go_with_is_refused(recipe, config, keys, said):
     message = refusal(under_zero(recipe, config, keys))
     for words in said:
         assert words in message
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_quantized_weights_go_where_they_stay_whole(stage):
+    values = effective_defaults() | {"deepspeed": {**ZERO, "zero_optimization": {"stage": stage}}}
+    check_distribution(SimpleNamespace(**values | {"quantization_bit": 4}))
+    with pytest.raises(ValueError, match=rf"ref_model_quantization_bit: 4.*ZeRO-{stage}.*DDP"):
+        check_distribution(SimpleNamespace(**values | {"ref_model_quantization_bit": 4}))
 
 
 def test_zero_has_to_clip_as_the_recipe_says(recipe):

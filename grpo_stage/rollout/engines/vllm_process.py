@@ -146,7 +146,8 @@ def _add_one_adapter_at_once() -> None:
         if weights.shape[0] > 1:  # [adapters, 1, out, rank]
             return expand(self, y, x, weights, start, width, add_inputs)
         part = y[:, start : start + width]
-        product = x.to(y.dtype) @ weights[0, 0].T
+        # Of ranks that share an engine each may have computed all of x: vLLM gathers it, and reads the first rank's.
+        product = x[:, : weights.shape[-1]].to(y.dtype) @ weights[0, 0].T
         part.add_(product) if add_inputs else part.copy_(product)
 
     PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = apply_shrink, apply_expand
