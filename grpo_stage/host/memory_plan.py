@@ -300,7 +300,7 @@ class _Planner:
 
     def _engine_weights(self, sizes: Sizes) -> float:
         is_four_bit = self.quantization is not None and self.quantization.bits == 4
-        if is_four_bit and self.finetuning.vllm_base == "auto":
+        if is_four_bit and self.finetuning.vllm_base == "auto" and self.finetuning.vllm_tensor_parallel == 1:
             return sizes.frozen
         return sizes.num_parameters * float(self.compute_dtype.itemsize)
 

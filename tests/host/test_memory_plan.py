@@ -89,6 +89,20 @@ def test_quantization_and_an_optimizer_that_is_not_known(recipe):
     assert any("`use_muon: true`" in note and "AdamW's are counted" in note for note in plan.notes)
 
 
+def test_processes_that_share_an_engine_hold_a_part_of_it(recipe):
+    def weights(device: Device, **keys: Any) -> float:
+        arguments = parse(recipe | {"rollout_backend": "vllm"} | keys)
+        arguments.model.quantization_bit = 4 if device is GPU else None
+        arguments.model.double_quantization = True
+        return make_plan(arguments, {"bf16": True}, device).grpo.phases[0].parts["engine's weights"]
+
+    cpu = Device("cpu", 24 * GIB)
+    assert weights(cpu, vllm_tensor_parallel=2) == weights(cpu) / 2
+    parameters = plan_of(recipe).num_parameters
+    assert weights(GPU, vllm_tensor_parallel=2) == 2.0 * parameters / 2, "in 16 bits: no part is quantized"
+    assert weights(GPU) < 2.0 * parameters
+
+
 # The command
 
 
