@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import inspect
 import logging
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from grpo_stage.rollout.engines import vllm_delivery, vllm_process, vllm_start, 
 from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.rollout.engines.vllm_options import OWNED_OPTIONS, OWNED_OPTIONS_ON_CPU, known_options
 from grpo_stage.rollout.engines.weights import checkpoint_weights
+from grpo_stage.survival.stop import StopRequested
 from grpo_stage.types import SamplingSettings
 
 from .conftest import vllm_engine
@@ -304,6 +307,28 @@ def test_a_rank_keeps_the_answers_to_its_own_requests(monkeypatch: pytest.Monkey
         monkeypatch.setattr(vllm_together, "_group", lambda group=group: group)
         answers = vllm_together.ask(lambda asked, how: list(zip(asked, how, strict=True)), requests, params)
         assert answers == list(zip(requests, params, strict=True))
+
+
+def test_a_stop_of_one_rank_is_a_stop_of_all_that_share_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = SimpleNamespace(cpu_group="ranks of the engine")
+    monkeypatch.setattr(vllm_together, "_group", lambda: group)
+    own: list[int] = []
+
+    def stop() -> None:
+        raise StopRequested(signal.SIGINT)
+
+    for of_another, check, raised in ((0, lambda: None, None), (0, stop, "SIGINT"), (15, lambda: None, "SIGTERM")):
+
+        def all_reduce(tensor: Any, op: Any, group: Any, of_another: int = of_another) -> None:
+            assert group == "ranks of the engine"
+            assert op == torch.distributed.ReduceOp.MAX
+            own.append(int(tensor))
+            tensor.fill_(max(int(tensor), of_another))
+
+        monkeypatch.setattr(vllm_together.distributed, "all_reduce", all_reduce)
+        with pytest.raises(StopRequested, match=f"stopped by {raised}") if raised else nullcontext():
+            vllm_together.check(check)
+    assert own == [0, signal.SIGINT, 0], "each is asked, whether it stops or not"
 
 
 def test_a_part_of_a_weight_is_not_quantized_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
