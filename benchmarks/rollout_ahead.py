@@ -21,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -47,14 +46,7 @@ SETTLING = 2
 POLL_S = 0.02
 
 
-def run(threads: int, keys: dict[str, Any], servers: Sequence[psutil.Process] = ()) -> list[dict[str, float]]:
-    """The log's lines of a run, with the processor seconds of each step.
-
-    Args:
-        threads: of each process that it starts.
-        keys: of the recipe.
-        servers: those that it samples with, if any, with what is below them.
-    """
+def run(threads: int, keys: dict[str, Any]) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
         words = [f"{key}={str(value).lower()}" for key, value in {**keys, "output_dir": folder}.items()]
         process = subprocess.Popen(
@@ -66,24 +58,21 @@ def run(threads: int, keys: dict[str, Any], servers: Sequence[psutil.Process] = 
         )
         trainer, log = psutil.Process(process.pid), Path(folder, "trainer_log.jsonl")
         lines: list[dict[str, float]] = []
-        before = _processor_seconds(trainer, servers)
+        before = (0.0, 0.0)
         while process.poll() is None:
             time.sleep(POLL_S)
             written = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
             if len(written) > len(lines):
-                now = _processor_seconds(trainer, servers)
+                now = _processor_seconds(trainer)
                 lines.append(json.loads(written[len(lines)]))
                 lines[-1] |= {"cpu/trainer": now[0] - before[0], "cpu/engine": now[1] - before[1]}
                 before = now
     return [line for line in lines if "step_time" in line]
 
 
-def _processor_seconds(trainer: psutil.Process, servers: Sequence[psutil.Process]) -> tuple[float, float]:
-    """Those of the trainer, and of vLLM's processes if there are any."""
+def _processor_seconds(trainer: psutil.Process) -> tuple[float, float]:
+    """Those of the trainer, and of vLLM's process if there is one."""
     seconds = [0.0, 0.0]
-    for each in (process for server in servers for process in (server, *server.children())):
-        times = each.cpu_times()
-        seconds[True] += times.user + times.system
     with suppress(psutil.NoSuchProcess):
         for each in (trainer, *trainer.children()):
             is_engine = any("vllm_worker" in word for word in each.cmdline())
