@@ -5,6 +5,7 @@ Choices are the field's Literal. Which keys have an effect beside which others i
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -742,6 +743,7 @@ class GRPOArguments:
         refuse_contradictions(values)
 
 
+@functools.cache
 def grpo_field_names() -> frozenset[str]:
     """The YAML keys that only this stage knows."""
     return frozenset(f.name for f in dataclasses.fields(GRPOArguments))

@@ -1,5 +1,6 @@
 """What every test shares: an environment without a hub, a tokenizer, and a model small enough for any test."""
 
+import gc
 import hashlib
 import json
 import os
@@ -7,7 +8,7 @@ import shutil
 import signal
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ import pytest
 from filelock import FileLock
 from xdist.scheduler import LoadFileScheduling
 
+from tests.host_processes import HostProcesses
+
+
+# What is imported stays. Until all test files are there, nothing is collected. From then on no collection looks at it,
+# which would take 0.3 s each time: vLLM's start asks for eight. (vLLM does the same, and undoes it at its end.)
+_freeze = gc.freeze
+gc.disable()
+gc.freeze = gc.unfreeze = lambda: None
 
 # Set before transformers, datasets or torch are imported, and inherited by the processes that tests start.
 _HF_HOME = tempfile.TemporaryDirectory(prefix="grpo-stage-hf-")
@@ -63,6 +72,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: next(i for i, part in enumerate(_LONGEST_FIRST) if part in item.path.as_posix()))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[Any]:
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_left_to_themselves() -> Callable[[], None]:
+    """To be called where nothing is alive that only a collection frees, since it would stay: between two files."""
+
+    def leave() -> None:
+        gc.collect()
+        _freeze()
+
+    leave()
+    return leave
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> OneBrowser:
     return OneBrowser(config, log)
 
@@ -74,6 +103,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     )
     for reason, count in reasons.items():
         terminalreporter.write_line(f"Not run ({count}): {reason}", yellow=True)
+
+
+@pytest.fixture(scope="session")
+def host_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProcesses]:
+    processes = HostProcesses(tmp_path_factory.mktemp("processes"))
+    yield processes
+    processes.close()
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,17 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+
+RUN = ("llamafactory.train.tuner", "grpo_stage.workflow", "deepspeed", "peft.tuners.lora.bnb")
+"""What every run imports: accelerate and PEFT the last two, where they are installed."""
+VLLM: Sequence[str] = (
+    *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor"),
+    *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"),
+)
 
 
 class HostProcesses:
@@ -25,12 +34,21 @@ class HostProcesses:
         self._folder = folder
         self._server: subprocess.Popen[str] | None = None
 
-    def run(self, *command: str, timeout: float = 300) -> "subprocess.CompletedProcess[str]":
-        """What `subprocess.run` of this Python gives for a script and its arguments."""
-        return self._run(command, [dict(os.environ)], timeout)[0]
+    def run(
+        self, *command: str, modules: Sequence[str] = (), timeout: float = 300, **environment: str
+    ) -> "subprocess.CompletedProcess[str]":
+        """What `subprocess.run` of this Python gives for a script and its arguments.
+
+        Args:
+            command: the script's path, and its arguments.
+            modules: of the large ones that the script imports besides the host: `VLLM`.
+            timeout: in seconds.
+            environment: variables that it has besides.
+        """
+        return self._run(command, modules, [os.environ | environment], timeout)[0]
 
     def run_ranks(
-        self, num_ranks: int, *command: str, timeout: float = 500
+        self, num_ranks: int, *command: str, modules: Sequence[str] = (), timeout: float = 500, **environment: str
     ) -> "list[subprocess.CompletedProcess[str]]":
         """The same in several processes, each with what torchrun tells a rank and with one thread."""
         with socket.socket() as probe:
@@ -43,7 +61,8 @@ class HostProcesses:
         ]
         for rank in range(num_ranks):
             self.error_file(rank).unlink(missing_ok=True)
-        return self._run(command, [os.environ | address | size | rank for rank in ranks], timeout)
+        environments = [os.environ | environment | address | size | rank for rank in ranks]
+        return self._run(command, modules, environments, timeout)
 
     def error_file(self, rank: int) -> Path:
         """Where torchrun would look for the error of a rank of `run_ranks`."""
@@ -57,11 +76,12 @@ class HostProcesses:
             self._server = None
 
     def _run(
-        self, command: tuple[str, ...], environments: list[dict[str, str]], timeout: float
+        self, command: tuple[str, ...], modules: Sequence[str], environments: list[dict[str, str]], timeout: float
     ) -> "list[subprocess.CompletedProcess[str]]":
         if self._server is None:
             pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self._server = subprocess.Popen([sys.executable, __file__], start_new_session=True, **pipes)
+            alone = os.environ | {"OMP_NUM_THREADS": "1"}  # a process with threads is not to be forked
+            self._server = subprocess.Popen([sys.executable, __file__], env=alone, start_new_session=True, **pipes)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         outputs = [
@@ -69,6 +89,7 @@ class HostProcesses:
         ]
         request = {
             "command": command,
+            "modules": modules,
             "folder": os.getcwd(),
             "processes": list(zip(environments, outputs, strict=True)),
         }
@@ -83,26 +104,47 @@ class HostProcesses:
 
 
 def _serve() -> None:
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read as DeepSpeed is imported, here for all that is forked
-    for module in ("llamafactory.train.tuner", "grpo_stage.workflow", "deepspeed"):
-        importlib.import_module(module)
-    gc.collect()
-    gc.freeze()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints is no answer
+    gc.disable()
+    os.environ |= {"DS_ACCELERATOR": "cpu", "VLLM_LOGGING_LEVEL": "ERROR"}  # read by imports, here for all forks
+    _import_model_classes()
+    _import(*RUN)
     for line in sys.stdin:
         request = json.loads(line)
+        _import(*request["modules"])
+        others = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
+        names = {Path(f"/proc/self/task/{each}/comm").read_text().strip() for each in others}
+        assert names <= {"jemalloc_bg_thd"}, f"a fork would be without the threads {names}"  # pyarrow's forks well
         children = []
         for environment, outputs in request["processes"]:
             children.append(os.fork())
             if children[-1] == 0:
                 _become(request["command"], request["folder"], environment, outputs)
         codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-        print(json.dumps(codes), flush=True)
+        print(json.dumps(codes), file=answers, flush=True)
+
+
+def _import(*modules: str) -> None:
+    if not sys.modules.keys() >= set(modules):
+        for module in modules:
+            importlib.import_module(module)
+        gc.freeze()
+
+
+def _import_model_classes() -> None:
+    """Those that the host imports as it looks for the class of a model."""
+    from transformers import AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform
+
+    for each in (AutoModelForImageTextToText, AutoModelForSeq2SeqLM, AutoModelForTextToWaveform):
+        each._model_mapping.keys()
 
 
 def _become(command: list[str], folder: str, environment: dict[str, str], outputs: list[str]) -> None:
     """Be the process of a program, to its ordinary end."""
     import torch
 
+    gc.enable()
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

@@ -28,10 +28,21 @@ _LINK = re.compile(r" ?\(\[[^\]]*\]\([^)]*\)\)|\[([^\]]*)\]\([^)]*\)")
 
 
 def add_texts(host_texts: dict[str, Any]) -> dict[str, Any]:
-    """The host's table with our texts: element -> language -> texts of its widget."""
+    """The host's table with our texts: element -> language -> texts of its widget.
+
+    The host's learning rate also says what it is for this stage, which sets it.
+    """
     names = texts("en")["elements"]
     ours = {name: {language: texts(language)["elements"][name] for language in LANGUAGES} for name in names}
-    return {**host_texts, **ours}
+    rates = {
+        language: {**of_host, "info": _joined(of_host["info"], message("learning_rate", language), language)}
+        for language, of_host in host_texts["learning_rate"].items()
+    }
+    return {**host_texts, "learning_rate": rates, **ours}
+
+
+def _joined(first: str, second: str, language: str) -> str:
+    return f"{first}{'' if language in _WITHOUT_SPACES else ' '}{second}"
 
 
 def message(name: str, language: str, **values: Any) -> str:
@@ -58,5 +69,5 @@ def texts(language: str) -> dict[str, Any]:
             element["info"] = spec.metadata["help"]
     for key, sentence in content["watch"].items():
         element = content["elements"][f"{PREFIX}{key}"]
-        element["info"] = f"{element['info']}{'' if language in _WITHOUT_SPACES else ' '}{sentence}"
+        element["info"] = _joined(element["info"], sentence, language)
     return content

@@ -44,6 +44,8 @@ class Page:
     """The form's output folder, as its field holds it."""
     chosen: str = ""
     """The run that was chosen in the list of runs, below the folder of outputs; empty for that of the form."""
+    rate: str = ""
+    """The learning rate that the form has set by itself."""
     remedy: Mapping[str, Any] = field(default_factory=dict)
     """The settings of the alarm whose remedy was asked for last."""
 

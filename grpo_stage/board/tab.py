@@ -15,6 +15,7 @@ import wrapt
 from gradio.components import Component
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
+from llamafactory.webui.common import get_model_path
 from llamafactory.webui.control import list_datasets, load_dataset_info
 
 from grpo_stage.algorithm.conditions import applies
@@ -22,7 +23,9 @@ from grpo_stage.arguments import REWARDS
 from grpo_stage.board.check_panel import CheckPanel
 from grpo_stage.board.fields import BASICS, FORM_FIELDS, FormField, effective
 from grpo_stage.board.imported_code import ImportedCode
+from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.board.locales import PREFIX, message
+from grpo_stage.board.page_state import this_page
 from grpo_stage.board.pages import serve_many_pages
 from grpo_stage.board.porting import SUFFIXES, TRL_VERSIONS, account_view, is_of_another_system, port
 from grpo_stage.board.recipes import export_recipe, import_recipe
@@ -41,9 +44,8 @@ if TYPE_CHECKING:
 
 
 FIELDS_IN_A_ROW = 4
-# The learning rate that choosing the stage sets in the host's own field. For adapters it is ten times as high.
-LEARNING_RATES: Mapping[str, str] = {"lora": "1e-5", "oft": "1e-5", "full": "1e-6", "freeze": "1e-6"}
 SANE_VALUES: Mapping[str, Any] = {
+    "lora_alpha": LORA_ALPHA,
     "lr_scheduler_type": "constant_with_warmup",
     "cutoff_len": 1024,
     "batch_size": 8,
@@ -200,6 +202,7 @@ class Panel:
         self._show_what_applies(train)
         self._set_sane_values(engine, train)
         lang, output_box = engine.manager.get_elem_by_id("top.lang"), train["output_box"]
+        model_path = engine.manager.get_elem_by_id("top.model_path")
 
         def load(data: dict[Component, Any]) -> Iterator[dict[Component, Any]]:
             path, account = data[self._import], ""
@@ -225,11 +228,12 @@ class Panel:
             yield values | said | others | {self._account: gr.update(value=account, visible=bool(account))}
 
         def make(data: dict[Component, Any]) -> dict[Component, Any]:
-            recipe = self.wizard.recipe(data, data[train["dataset_dir"]], LEARNING_RATES["lora"])
+            chosen = data[train["dataset_dir"]], data[model_path] or "", data[train["dataset"]] or []
+            recipe = self.wizard.recipe(data, *chosen)
             form = import_recipe(engine.runner, recipe)
             # The person has chosen the folder and the functions, and no file that came from elsewhere.
             form |= {train["output_dir"]: data[train["output_dir"]], self.code.imported: "[]"}
-            form |= {train["learning_rate"]: LEARNING_RATES["lora"]}
+            form |= {train["learning_rate"]: set_rate("lora", recipe.get("model_name_or_path", ""))}
             values = {element: value for element, value in form.items() if element in inputs}
             others = dict(zip(results, hidden(), strict=True))
             return values | others | {self.code.confirmed: self.code.choices({})}
@@ -272,7 +276,7 @@ class Panel:
         )
         made = self.wizard.button.click(
             make,
-            {train["dataset_dir"], train["output_dir"], *self.wizard.questions},
+            {train["dataset_dir"], train["dataset"], model_path, train["output_dir"], *self.wizard.questions},
             [*inputs, *results],
             concurrency_limit=None,
             cancels=[trial, *checking],
@@ -333,18 +337,16 @@ class Panel:
 
     def _set_sane_values(self, engine: "Engine", train: Mapping[str, Any]) -> None:
         """Choosing the stage sets suitable values; leaving it restores the earlier ones."""
-        finetuning_type = engine.manager.get_elem_by_id("top.finetuning_type")
+        top = engine.manager.get_elem_by_id
+        model = [top("top.finetuning_type"), top("top.model_path")]
         names = ["learning_rate", "compute_type", *SANE_VALUES]
         shared = [train[name] for name in names]
         earlier = gr.State(None)
 
-        def sane(method: str) -> list[Any]:
-            compute_type = "bf16" if is_accelerator_available() else "fp32"
-            return [LEARNING_RATES.get(method, "1e-5"), compute_type, *SANE_VALUES.values()]
-
         def choose(
             stage: str,
             method: str,
+            path: str | None,
             folder: str,
             datasets: list[str] | None,
             before: list[Any] | None,
@@ -353,29 +355,36 @@ class Panel:
             if not is_grpo(stage) and before is None:
                 return [gr.skip(), None, *[gr.skip()] * len(names)]
             kept_datasets = _fit_for(stage, folder, datasets or [])
+            rest = ["bf16" if is_accelerator_available() else "fp32", *SANE_VALUES.values()]
             if is_grpo(stage):
-                return [kept_datasets, before or list(values), *sane(method)]
+                return [kept_datasets, before or list(values), set_rate(method, path), *rest]
             assert before is not None
-            kept = [
-                old if value == ours else value for old, value, ours in zip(before, values, sane(method), strict=True)
-            ]
+            ours = [this_page().rate, *rest]
+            kept = [old if value == ours else value for old, value, ours in zip(before, values, ours, strict=True)]
             return [kept_datasets, None, *kept]
 
-        def follow(stage: str, method: str, rate: str) -> Any:
-            return LEARNING_RATES[method] if is_grpo(stage) and rate in LEARNING_RATES.values() else gr.skip()
+        def follow(stage: str, method: str, path: str | None, rate: str) -> Any:
+            return set_rate(method, path) if is_grpo(stage) and rate == this_page().rate else gr.skip()
 
+        quietly = {"queue": False, "show_progress": "hidden"}
         stage = train["training_stage"]
         stage.input(
             choose,
-            [stage, finetuning_type, train["dataset_dir"], train["dataset"], earlier, *shared],
+            [stage, *model, train["dataset_dir"], train["dataset"], earlier, *shared],
             [train["dataset"], earlier, *shared],
-            queue=False,
-            show_progress="hidden",
+            **quietly,
         )
-        finetuning_type.input(
-            follow,
-            [stage, finetuning_type, train["learning_rate"]],
+        for chosen in model:
+            chosen.input(follow, [stage, *model, train["learning_rate"]], [train["learning_rate"]], **quietly)
+        top("top.model_name").input(
+            lambda stage, method, name, rate: follow(stage, method, get_model_path(name), rate),
+            [stage, model[0], top("top.model_name"), train["learning_rate"]],
             [train["learning_rate"]],
-            queue=False,
-            show_progress="hidden",
+            **quietly,
         )
+
+
+def set_rate(method: str, model: str | None) -> str:
+    """The learning rate that the form gets; another model or method changes it as long as the user has not."""
+    this_page().rate = start_rate(method, model or "")
+    return this_page().rate

@@ -2,17 +2,15 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.misc import is_accelerator_available
-from transformers.utils import CONFIG_NAME
 
-from grpo_stage.host.known_models import template_of
-from grpo_stage.report.lines import read_object
+from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
+from grpo_stage.host.known_models import config_here, template_of
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 
@@ -33,37 +31,37 @@ SIZES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 CUTOFF_LEN = 1024
+_TOKENS_ON_CPU = 64
+"""A processor samples a hundred tokens a second or so, and one long completion keeps the whole step waiting."""
 _WANT_TAGS = ("format", "tag_count")
 _ASKS_FOR_TAGS = (
     "Think first, between <think> and </think>. Then give the final answer alone, between <answer> and </answer>."
 )
 
 
-def first_recipe(
-    dataset: str | None, rewards: list[str], model: str, size: str, dataset_dir: str, learning_rate: str
-) -> dict[str, Any]:
+def first_recipe(dataset: str | None, rewards: list[str], model: str, size: str, dataset_dir: str) -> dict[str, Any]:
     """A recipe of LoRA for this machine. What is not answered is left out, and the check says what is missing."""
-    has_gpu = is_accelerator_available()
-    room = _room(model.strip(), SIZES[size]["max_new_tokens"])
+    has_gpu, model = is_accelerator_available(), model.strip()
     recipe = {
         **{"stage": "grpo", "do_train": True, "finetuning_type": "lora", "lora_target": "all"},
-        **{"model_name_or_path": model.strip() or None, "template": template_of(model.strip())},
+        "lora_alpha": LORA_ALPHA,
+        **{"model_name_or_path": model or None, "template": template_of(model)},
         **{"dataset": dataset or None, "dataset_dir": dataset_dir},
         "reward_funcs": list(rewards) or None,
         "default_system": _ASKS_FOR_TAGS if set(rewards) & set(_WANT_TAGS) else None,
         "rollout_backend": "vllm" if find_spec("vllm") else "hf",
-        **{"learning_rate": float(learning_rate), "lr_scheduler_type": "constant_with_warmup"},
+        **{"learning_rate": float(start_rate("lora", model)), "lr_scheduler_type": "constant_with_warmup"},
         **({"bf16": True} if has_gpu else {"use_cpu": True}),
         **{"logging_steps": 1, "log_completions": True, "report_to": "none"},
-        **{**SIZES[size], **room},
+        **SIZES[size],
+        **_room(model, SIZES[size]["max_new_tokens"] if has_gpu else _TOKENS_ON_CPU),
     }
     return {key: value for key, value in recipe.items() if value is not None}
 
 
 def _room(model: str, max_new_tokens: int) -> dict[str, int]:
-    """Tokens for prompts and completions, as far as the model of a folder has positions for them."""
-    config = read_object(Path(model, CONFIG_NAME)) if model else {}
-    positions = config.get("max_position_embeddings")
+    """Tokens for prompts and completions, as far as the model is known to have positions for them."""
+    positions = config_here(model).get("max_position_embeddings")
     if not isinstance(positions, int):
         return {"cutoff_len": CUTOFF_LEN, "max_new_tokens": max_new_tokens}
     completion = min(max_new_tokens, positions // 2)
@@ -103,7 +101,17 @@ class Wizard:
         """The fields of the answers."""
         return [self.dataset, self.rewards, self.model, self.size]
 
-    def recipe(self, data: Mapping[Component, Any], dataset_dir: str, learning_rate: str) -> dict[str, Any]:
-        """The recipe that the answers make; `data` are a page's values."""
+    def recipe(
+        self, data: Mapping[Component, Any], dataset_dir: str, model_chosen: str, datasets_chosen: list[str]
+    ) -> dict[str, Any]:
+        """The recipe that the answers make.
+
+        Args:
+            data: a page's values.
+            dataset_dir: of the page.
+            model_chosen: above the questions; it stands for an empty answer.
+            datasets_chosen: as the model.
+        """
         dataset, rewards, model, size = (data[question] for question in self.questions)
-        return first_recipe(dataset, rewards or [], model or "", size, dataset_dir, learning_rate)
+        dataset = dataset or ",".join(datasets_chosen)
+        return first_recipe(dataset, rewards or [], model or model_chosen, size, dataset_dir)

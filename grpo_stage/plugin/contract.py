@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from packaging.specifiers import SpecifierSet
 
+from grpo_stage._autoload import without_collection
+
 
 SUPPORTED_HOST = ">=0.9.5,<0.9.7"
 
@@ -133,7 +135,8 @@ def check_contract() -> None:
     Raises:
         UnsupportedHostError: if its version is out of range or a symbol is missing or changed; all are named.
     """
-    defects = list(dict.fromkeys(defect for symbol in CONTRACT if (defect := symbol.defect()) is not None))
+    found = without_collection(lambda: [symbol.defect() for symbol in CONTRACT])
+    defects = list(dict.fromkeys(defect for defect in found if defect is not None))
     if not defects and is_supported_version():
         return
     version = installed_version()

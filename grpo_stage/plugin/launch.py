@@ -1,6 +1,7 @@
 """From parsed arguments to a run, and from a run that was stopped back to the command line."""
 
 import contextlib
+import gc
 import os
 import shlex
 import sys
@@ -34,6 +35,9 @@ def run(arguments: RunArguments, callbacks: list[TrainerCallback]) -> None:
     training.output_dir = os.path.abspath(training.output_dir)  # a reward function may change the working directory
     try:
         with owned(training.output_dir) if training.should_save else contextlib.nullcontext():
+            # What is imported stays: no collection has to look through it, which takes 0.3 s; vLLM's start asks for 8.
+            gc.collect()
+            gc.freeze()
             run_grpo(arguments, lambda attempt: callbacks + stage_callbacks(attempt) + budget_callbacks())
     except StopRequested as request:
         logger.warning_rank0(f"The run was {request}. {_how_to_go_on(request.checkpoint, sys.argv[1:])}")

@@ -188,7 +188,7 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from grpo_stage.distributed import import_before_the_group
     from grpo_stage.plugin.launch import run
 
-    import_before_the_group()
+    _autoload.without_collection(import_before_the_group)
     stopped = None
     try:
         with failures_reported():

@@ -5,15 +5,16 @@
     ...       until none asks any more, or it has no turn or no room left
 
 `Episodes` stands between the sampler and any engine, and is an engine itself. A round is one call of the engine for
-all unfinished completions together: each is a prompt of its own then, whose tokens are everything so far. Tokens go in
-as they came out: what the policy wrote is never encoded again, and results are encoded once.
+all completions whose tools have answered: each is a prompt of its own then, whose tokens are everything so far. A tool
+that takes long keeps none but its own completion waiting, which joins a later round. Tokens go in as they came out:
+what the policy wrote is never encoded again, and results are encoded once.
 
 P prompts    G completions a prompt
 """
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any, Protocol
@@ -69,6 +70,12 @@ class ToolRunner(Protocol):
     def run(self, requests: Sequence[Request]) -> list[Reply]:
         """The replies, in order."""
 
+    def begin(self, requests: Sequence[Request]) -> list[int]:
+        """Have these calls run, and return their numbers."""
+
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        """The new ones, by number, once all calls have ended or are slow; at least one if it is needed."""
+
     def end(self, episodes: Sequence[int]) -> None:
         """The environments of these episodes are not needed any more."""
 
@@ -100,13 +107,63 @@ class _Episode:
     turns: list[Turn] = field(default_factory=list)
     calls: Sequence[ToolCall] = ()
     """Those that the last turn asks for."""
+    replies: dict[int, Reply] = field(default_factory=dict)
+    """To these, by their places, as they come."""
     finish_reason: FinishReason = FinishReason.STOP
     reward: float | None = None
     is_over: bool = False
 
+    @property
+    def num_sampled_turns(self) -> int:
+        return sum(turn.is_sampled for turn in self.turns)
+
     def seed(self, sampling: SamplingSettings, step: int, place: int = 0) -> int:
         """Of the turn that comes next, and of its calls by their places."""
         return sample_seed(sampling.seed, step, sample_seed(self.prompt.index, self.sample, len(self.turns), place), 0)
+
+
+class _Asking:
+    """Episodes whose tools have not all answered."""
+
+    def __init__(self, runner: ToolRunner) -> None:
+        self._runner = runner
+        self._episodes: dict[int, _Episode] = {}
+        self._calls: dict[int, tuple[_Episode, int]] = {}
+        """An episode and a place among its calls, by the runner's number."""
+
+    def __bool__(self) -> bool:
+        return bool(self._episodes)
+
+    def add(self, asked: Iterable[tuple[_Episode, Sequence[Request | str]]]) -> None:
+        """Have the calls of these episodes run; what is no request is the error that answers it."""
+        requests, places = [], []
+        for episode, calls in asked:
+            self._episodes[episode.number] = episode
+            episode.replies = {
+                place: Reply(call, is_error=True) for place, call in enumerate(calls) if isinstance(call, str)
+            }
+            for place, call in enumerate(calls):
+                if isinstance(call, Request):
+                    requests.append(call)
+                    places.append((episode, place))
+        if requests:
+            self._calls |= zip(self._runner.begin(requests), places, strict=True)
+
+    def answered(self) -> list[_Episode]:
+        """Those whose calls are all answered, in order. It waits for all but slow calls: the engine's rounding depends
+        on what it computes together, so that a run with quick tools has the same rounds each time."""
+        if self._calls:
+            for number, reply in self._runner.replies(is_needed=not self._answered()).items():
+                if number in self._calls:  # and not of a rollout that an error has ended
+                    episode, place = self._calls.pop(number)
+                    episode.replies[place] = reply
+        answered = self._answered()
+        for episode in answered:
+            del self._episodes[episode.number]
+        return answered
+
+    def _answered(self) -> list[_Episode]:
+        return [each for _, each in sorted(self._episodes.items()) if len(each.replies) == len(each.calls)]
 
 
 class Episodes:
@@ -190,17 +247,24 @@ class Episodes:
         groups = self.engine.generate(prompts, first, step)
         versions = {group.policy_version for group in groups}
         written: Iterator[Completion] = (each for group in groups for each in group.completions)
-        unfinished = list(episodes)
-        for turn in count(1):
-            for episode, completion in zip(unfinished, written, strict=True):
+        going_on, asking = list(episodes), _Asking(self._runner)
+        while True:
+            for episode, completion in zip(going_on, written, strict=True):
                 self._add(episode, completion, sampling.max_new_tokens)
-            if turn == self._settings.max_turns:
+            asking.add(
+                (episode, [self._as_request(episode, place, sampling, step) for place in range(len(episode.calls))])
+                for episode in going_on
+                if episode.calls and episode.num_sampled_turns < self._settings.max_turns
+            )
+            going_on = []
+            while asking and not going_on:
+                for episode in asking.answered():
+                    self._append(episode, sampling.max_new_tokens)
+                    if not episode.is_over:
+                        going_on.append(episode)
+            if not going_on:
                 break
-            self._answer([episode for episode in unfinished if episode.calls and not episode.is_over], sampling, step)
-            unfinished = [episode for episode in unfinished if episode.calls and not episode.is_over]
-            if not unfinished:
-                break
-            requests = [self._request(episode, sampling, step) for episode in unfinished]
+            requests = [self._request(episode, sampling, step) for episode in going_on]
             longest = max(request.room or 0 for request in requests)
             groups = self.engine.generate(requests, replace(sampling, num_generations=1, max_new_tokens=longest), step)
             versions |= {group.policy_version for group in groups}
@@ -231,24 +295,9 @@ class Episodes:
         text = self._format.text(token_ids, episode.finish_reason)
         episode.turns.append(Turn(num_tokens=len(token_ids), text=text, is_sampled=True, num_calls=len(episode.calls)))
 
-    def _answer(self, episodes: Sequence[_Episode], sampling: SamplingSettings, step: int) -> None:
-        """Run the calls of these episodes, and append their results; one that has no room for them is over."""
-        asked: list[tuple[_Episode, int, Request | str]] = [
-            (episode, place, self._as_request(episode, call, episode.seed(sampling, step, place + 1)))
-            for episode in episodes
-            for place, call in enumerate(episode.calls)
-        ]
-        requests = [request for *_, request in asked if isinstance(request, Request)]
-        replies = iter(self._runner.run(requests) if requests else ())
-        answers: dict[int, list[Reply]] = {episode.number: [] for episode in episodes}
-        for episode, _, request in asked:
-            reply = next(replies) if isinstance(request, Request) else Reply(request, is_error=True)
-            answers[episode.number].append(reply)
-        for episode in episodes:
-            self._append(episode, answers[episode.number], sampling.max_new_tokens)
-
-    def _as_request(self, episode: _Episode, call: ToolCall, seed: int) -> Request | str:
+    def _as_request(self, episode: _Episode, place: int, sampling: SamplingSettings, step: int) -> Request | str:
         """A call for the runner, or the error that answers it."""
+        call, seed = episode.calls[place], episode.seed(sampling, step, place + 1)
         if call.name not in self._settings.tools:
             return f"Error: there is no tool {call.name!r}; there are {', '.join(self._settings.tools)}."
         try:
@@ -259,8 +308,10 @@ class Episodes:
             return f"Error: the arguments of {call.name!r} must be a JSON object."
         return Request(episode.number, call.name, arguments, seed)
 
-    def _append(self, episode: _Episode, replies: Sequence[Reply], max_tokens: int) -> None:
-        """Results take half of the room that is left at most: the policy needs the other one to go on."""
+    def _append(self, episode: _Episode, max_tokens: int) -> None:
+        """Append the results of its calls. They take half of the room that is left at most: the policy needs the other
+        one to go on. Where they have no room, the episode is over."""
+        replies = [episode.replies[place] for place in range(len(episode.calls))]
         results = [str(reply.value) for reply in replies]
         most = (max_tokens - len(episode.token_ids)) // 2
         told = self._format.results(episode.token_ids[-1], results, most)

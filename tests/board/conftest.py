@@ -111,6 +111,19 @@ def yaml_of(board: Board) -> Callable[..., dict[str, Any]]:
     return read
 
 
+@pytest.fixture
+def event_of(board: Board) -> Callable[[str], Callable[[dict[Any, Any]], Any]]:
+    """The function that an event of the panel calls, by its name in `tab`."""
+    block = board.manager.get_elem_by_id("train.grpo_tab")
+    while block.parent is not None:
+        block = block.parent
+
+    def find(name: str) -> Callable[[dict[Any, Any]], Any]:
+        return next(one.fn for one in block.fns.values() if getattr(one.fn, "__qualname__", "").endswith(f".{name}"))
+
+    return find
+
+
 @pytest.fixture(scope="session")
 def workplace(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the Board is started: a dataset, a reward function, and a recipe."""
@@ -188,6 +201,7 @@ def _answers(url: str) -> bool:
 def chromium(missing_tool: Callable[[str], None]) -> Iterator[Browser]:
     if CHROMIUM is None:
         missing_tool("LLaMA Board in a browser needs Chromium: `apt-get install chromium`, and `make test` runs it.")
+    expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -200,7 +214,6 @@ def opened(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]
     (workplace / "llamaboard_cache" / "user_config.yaml").unlink(missing_ok=True)  # the model of another test
     page = chromium.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(PATIENCE_MS)
-    expect.set_options(timeout=PATIENCE_MS)
     problems: list[str] = []
     page.on("response", lambda answer: problems.append(answer.url) if answer.status >= 500 else None)
     page.on("pageerror", lambda error: problems.append(str(error)))

@@ -3,10 +3,12 @@
 import json
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import yaml
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
 from grpo_stage.board.locales import LANGUAGES, texts
 
@@ -22,6 +24,14 @@ from .browser import (
     text_field,
     value_of,
 )
+from .conftest import opened
+
+
+@pytest.fixture(scope="module")
+def recipe_page(chromium: Browser, board_url: str, workplace: Path) -> Iterator[Page]:
+    """A page for the tests that import the recipe of the workplace."""
+    with opened(chromium, board_url, workplace) as page:
+        yield page
 
 
 def test_languages_switch_live(shared_page: Page) -> None:
@@ -86,11 +96,11 @@ def test_a_filled_form_is_previewed(shared_page: Page, tiny_model_dir: Path) -> 
 
 def test_the_panel_comes_and_goes_with_the_stage(shared_page: Page) -> None:
     page = shared_page
-    expect(text_field(page, "Learning rate")).to_have_value("1e-5")
+    expect(text_field(page, "Learning rate")).to_have_value("3e-3")  # of so narrow a model
     assert value_of(page, "LR scheduler") == "constant_with_warmup"
     assert value_of(page, "Compute type") == "fp32"  # no accelerator here
     choose(page, "Finetuning method", "full")
-    expect(text_field(page, "Learning rate")).to_have_value("1e-6")
+    expect(text_field(page, "Learning rate")).to_have_value("6e-5")
     choose(page, "Stage", "DPO")
     expect(page.locator("#grpo_tab")).to_be_hidden()
     expect(page.locator("#grpo_run")).to_be_hidden()
@@ -98,7 +108,8 @@ def test_the_panel_comes_and_goes_with_the_stage(shared_page: Page) -> None:
     expect(page.get_by_label("LR scheduler", exact=True)).to_have_value("cosine")
 
 
-def test_rewards_are_tried(page: Page, workplace: Path) -> None:
+def test_rewards_are_tried(recipe_page: Page, workplace: Path) -> None:
+    page = recipe_page
     dataset_field(page).fill("sums")
     dataset_field(page).press("Enter")
     choose(page, "Rollout engine", "hf")
@@ -129,7 +140,8 @@ def test_rewards_are_tried(page: Page, workplace: Path) -> None:
     assert page.title() != "evil"
 
 
-def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> None:
+def test_a_run_from_a_recipe(recipe_page: Page, workplace: Path, board_url: str) -> None:
+    page = recipe_page
     import_recipe(page, workplace / "recipe.yaml")
     expect(page.get_by_label("Model name", exact=True)).to_have_value("Custom")
     expect(page.get_by_label("Chat template", exact=True)).to_have_value("smollm2")
@@ -186,7 +198,6 @@ def test_a_run_from_a_recipe(page: Page, workplace: Path, board_url: str) -> Non
     assert f"checkpoint-{last['current_steps']}" in [path.parent.name for path in checkpoints]
 
     # Another page, later: the run is there, with its form.
-    page.close()
     page = page.context.browser.new_page(viewport={"width": 1280, "height": 900})  # type: ignore[union-attr]
     page.set_default_timeout(PATIENCE_MS)
     open_board(page, board_url)

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from playwright.sync_api import Page, expect
 
 from grpo_stage.board.locales import texts
@@ -20,6 +21,12 @@ max_completion_length: 64
 reward_funcs: [accuracy, "{EVIL.replace('"', "'")}"]
 """
 OURS = ("#grpo_wizard", "#grpo_tab", "#grpo_check_panel")
+
+
+@pytest.fixture(scope="module")
+def page(shared_page: Page) -> Page:
+    """One page for all: a recipe that is imported leaves nothing of what was in the form before."""
+    return shared_page
 
 
 def test_problems_stand_beside_their_fields(page: Page) -> None:
@@ -43,6 +50,8 @@ def test_problems_stand_beside_their_fields(page: Page) -> None:
     link.click()
     expect(field).to_be_focused()
     assert page.locator("#grpo_vllm_gpu_util").evaluate("field => getComputedStyle(field).outlineStyle") == "solid"
+    choose_language(page, "en")
+    page.get_by_role("button", name="Abort").click()
 
 
 def choose_language(page: Page, language: str) -> None:

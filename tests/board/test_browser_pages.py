@@ -26,6 +26,12 @@ from .browser import (
 NUM_TABS = 6  # and the first: a browser has six connections to a server
 
 
+@pytest.fixture(scope="module")
+def page(shared_page: Page) -> Page:
+    """One page for the tests that need no tab of their own."""
+    return shared_page
+
+
 @pytest.fixture
 def saves(workplace: Path) -> Path:
     return workplace / "saves" / "Custom" / "lora"
@@ -78,6 +84,19 @@ def test_tabs_are_each_others_strangers_and_all_live(
     expect(text_field(first, "Model path")).to_have_value(str(tiny_model_dir))
 
 
+def test_a_change_of_stage_keeps_the_datasets_that_fit(page: Page) -> None:
+    chosen = page.locator(".token").filter(has_text="sums")
+    dataset_field(page).fill("sums")
+    dataset_field(page).press("Enter")
+    expect(chosen.first).to_be_visible()
+    for stage, is_kept in (("Supervised Fine-Tuning", True), ("GRPO", True), ("DPO", False)):
+        choose(page, "Stage", stage)
+        page.wait_for_timeout(1500)  # the host's own handlers have done what they do
+        (expect(chosen).not_to_have_count if is_kept else expect(chosen).to_have_count)(0)
+    choose(page, "Stage", "GRPO")
+    expect(page.locator("#grpo_tab")).to_be_visible()
+
+
 BROKEN = {
     "syntax": (b"stage: grpo\nbeta: [1, 2\nseed: : x\n", "Line 3"),
     "duplicate": (b"stage: grpo\nbeta: 0.1\nbeta: 0.2\n", "Line 3: the key `beta` stands in line 2 already"),
@@ -103,6 +122,9 @@ def test_a_broken_recipe_is_said_and_leaves_the_form_as_it_was(page: Page, workp
         assert page.locator("img[src=x]").count() == 0
         expect(page.locator("#grpo_num_generations input")).to_have_value("4")
     expect(page.locator(".toast-body").first).to_be_visible()  # it stays until it is closed
+    for close in page.locator(".toast-close").all():
+        close.click()
+    expect(page.locator(".toast-body")).to_have_count(0)
 
 
 def test_a_recipe_does_not_choose_what_is_read(page: Page, workplace: Path, tmp_path: Path) -> None:
@@ -119,14 +141,3 @@ def test_a_recipe_does_not_choose_what_is_read(page: Page, workplace: Path, tmp_
     status(page, "Step 1 of 100")
     page.get_by_role("tab", name="Completions").click()
     expect(page.locator("#grpo_run_table").get_by_text("a secret")).to_be_visible()
-
-
-def test_a_change_of_stage_keeps_the_datasets_that_fit(page: Page) -> None:
-    chosen = page.locator(".token").filter(has_text="sums")
-    dataset_field(page).fill("sums")
-    dataset_field(page).press("Enter")
-    expect(chosen.first).to_be_visible()
-    for stage, is_kept in (("Supervised Fine-Tuning", True), ("GRPO", True), ("DPO", False)):
-        choose(page, "Stage", stage)
-        page.wait_for_timeout(1500)  # the host's own handlers have done what they do
-        (expect(chosen).not_to_have_count if is_kept else expect(chosen).to_have_count)(0)

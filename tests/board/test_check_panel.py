@@ -163,7 +163,7 @@ def test_what_changes_the_learning_comes_first() -> None:
 @pytest.mark.parametrize("rewards", [["accuracy"], ["accuracy", "format"]])
 def test_the_first_recipe_is_accepted(size: str, rewards: list[str]) -> None:
     folder = str(REPOSITORY / "yaml_examples" / "data")
-    recipe = first_recipe("addition", rewards, "Qwen/Qwen2.5-0.5B-Instruct", size, folder, "1e-5")
+    recipe = first_recipe("addition", rewards, "Qwen/Qwen2.5-0.5B-Instruct", size, folder)
     assert check({**recipe, "output_dir": "saves/first"})["template"] == "qwen"
     assert ("default_system" in recipe) is ("format" in rewards)
     assert json.dumps(recipe)
@@ -203,36 +203,39 @@ def test_a_command_that_fails_says_why(board: Board, monkeypatch: pytest.MonkeyP
     assert EVIL in said[-1]
 
 
-@pytest.fixture
-def event_of(board: Board) -> Callable[[str], Callable[[dict[Any, Any]], Any]]:
-    """The function that a button of the panel calls, by its name in `tab`."""
-    block = board.manager.get_elem_by_id("train.grpo_tab")
-    while block.parent is not None:
-        block = block.parent
-
-    def find(name: str) -> Callable[[dict[Any, Any]], Any]:
-        (event,) = (one.fn for one in block.fns.values() if getattr(one.fn, "__qualname__", "").endswith(f".{name}"))
-        return event
-
-    return find
+def test_the_lengths_fit_the_machine_and_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("model").mkdir()
+    for positions, has_gpu, expected in ((1200, True, (688, 512)), (1200, False, (1024, 64)), (100, True, (50, 50))):
+        Path("model", "config.json").write_text(json.dumps({"max_position_embeddings": positions}))
+        monkeypatch.setattr("grpo_stage.board.wizard.is_accelerator_available", lambda has_gpu=has_gpu: has_gpu)
+        recipe = first_recipe("addition", ["accuracy"], "model", "small", "data")
+        assert (recipe["cutoff_len"], recipe["max_new_tokens"]) == expected
 
 
 def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any]) -> None:
+    Path("small model").mkdir()
+    Path("small model", "config.json").write_text('{"hidden_size": 576, "max_position_embeddings": 1200}')
     answers = {
         **{"train__grpo_wizard_dataset": "addition", "train__grpo_wizard_rewards": ["accuracy", "own.py:score"]},
-        **{"train__grpo_wizard_model": " some/model ", "train__grpo_wizard_size": "small"},
+        **{"train__grpo_wizard_model": " small model ", "train__grpo_wizard_size": "small"},
     }
     data = board.data(**answers)
     values = event_of("make")(data)
     form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
-    assert form["top.model_path"] == "some/model"
+    assert form["top.model_path"] == "small model"
     assert form["train.dataset"] == ["addition"]
     assert form["train.output_dir"] == "run"
-    assert form["train.learning_rate"] == "1e-5"
+    assert form["train.learning_rate"] == "3e-4"
+    assert (form["train.cutoff_len"], form["train.grpo_max_new_tokens"]) == (1024, 64)
     assert form["train.grpo_reward_funcs"] == ["accuracy", "own.py:score"]
     assert (form["train.grpo_max_steps"], form["train.grpo_num_generations"], form["train.batch_size"]) == (200, 8, 8)
     assert form["train.grpo_imported_code"] == "[]"  # its functions were typed here
+    assert form["train.lora_alpha"] == 32
     assert check(board.runner._parse_train_args({**data, **values}))["max_steps"] == 200
+    # What is chosen above stands for an empty answer.
+    values = event_of("make")(board.data(train__grpo_wizard_size="try", train__dataset=["one", "two"]))
+    form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
+    assert (form["train.dataset"], form["top.model_path"]) == (["one", "two"], "model")
 
 
 def test_a_recipe_of_another_system_fills_the_form(

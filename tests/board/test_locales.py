@@ -99,10 +99,14 @@ def test_keys_and_values_stay_as_they_are_written_in_yaml(language: str) -> None
     assert lost == []
 
 
-def test_the_hosts_texts_stay_as_they_are() -> None:
-    host: dict[str, Any] = {"lang": {"en": {"label": "Language"}}}
-    assert add_texts(host)["lang"] is host["lang"]
-    assert host.keys() == {"lang"}
+def test_the_hosts_texts_stay_as_they_are_but_for_the_rate_that_the_stage_sets() -> None:
+    rate = {language: {"label": "Rate", "info": "It is AdamW's."} for language in LANGUAGES}
+    host: dict[str, Any] = {"lang": {"en": {"label": "Language"}}, "learning_rate": rate}
+    ours = add_texts(host)
+    assert ours["lang"] is host["lang"]
+    assert ours["learning_rate"]["ru"] == {"label": "Rate", "info": f"It is AdamW's. {message('learning_rate', 'ru')}"}
+    assert ours["learning_rate"]["zh"]["info"] == f"It is AdamW's.{message('learning_rate', 'zh')}"
+    assert (host.keys(), rate["ru"]["info"]) == ({"lang", "learning_rate"}, "It is AdamW's.")
 
 
 def test_the_language_changes_live(board: Board) -> None:

@@ -15,8 +15,12 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.host_processes import HostProcesses
+from grpo_stage.rollout.engines import vllm_process, vllm_server_command
+from tests.host_processes import VLLM, HostProcesses
 
+
+# vLLM writes zeros to all of its cache at each start: of a run with a tiny model, a fifth.
+vllm_process._CPU_KV_CACHE_BYTES = vllm_server_command.CPU_KV_CACHE_BYTES = 1 << 26
 
 INTERRUPTED_RUN = Path(__file__).with_name("interrupted_run.py")
 
@@ -143,6 +147,13 @@ def recipe(tiny_model_dir: Path, dataset_dir: Path, toy_reward: str, tmp_path: P
 
 
 @pytest.fixture(autouse=True)
+def _imports_left_to_themselves_by_runs(_imports_left_to_themselves: Callable[[], None]) -> Iterator[None]:
+    """The first run of a process imports as much as all files before."""
+    yield
+    _imports_left_to_themselves()
+
+
+@pytest.fixture(autouse=True)
 def host_templates() -> Iterator[None]:
     """The host writes a recipe's `default_system` into its table of templates, where the next run finds it."""
     from llamafactory.data.template import TEMPLATES
@@ -152,19 +163,13 @@ def host_templates() -> Iterator[None]:
     TEMPLATES.update(before)
 
 
-@pytest.fixture(scope="session")
-def host_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[HostProcesses]:
-    processes = HostProcesses(tmp_path_factory.mktemp("processes"))
-    yield processes
-    processes.close()
-
-
 @pytest.fixture
 def interrupt(host_processes: HostProcesses) -> Callable[..., CompletedProcess[str]]:
     """A run in a process of its own that gets a signal at a point."""
 
     def run(arguments: dict[str, Any], sign: str, point: str, step: int, *overrides: str) -> CompletedProcess[str]:
-        result = host_processes.run(str(INTERRUPTED_RUN), sign, point, str(step), recipe_file(arguments), *overrides)
+        command = (str(INTERRUPTED_RUN), sign, point, str(step), recipe_file(arguments), *overrides)
+        result = host_processes.run(*command, modules=VLLM if arguments["rollout_backend"] == "vllm" else ())
         assert f"striking at {point} of step {step}" in result.stdout, result.stdout[-2000:] + result.stderr[-4000:]
         return result
 

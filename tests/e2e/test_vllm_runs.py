@@ -17,7 +17,7 @@ from grpo_stage.rollout.engines import vllm_start, weights
 from .conftest import completions, trainer_log
 
 
-UPDATES = 5
+UPDATES = 3
 
 
 @pytest.fixture(scope="session")
@@ -77,13 +77,13 @@ def test_the_canary_is_quiet_until_an_update_is_not_delivered(method, tuned, run
 
     sync = VLLMEngine.sync
 
-    def sync_five_times(engine, policy, version):
+    def sync_until_then(engine, policy, version):
         if version < UPDATES:
             sync(engine, policy, version)
         else:  # the engine keeps what it has, and is told that it is new
             engine._versions = dict.fromkeys(engine._versions, version)
 
-    monkeypatch.setattr(VLLMEngine, "sync", sync_five_times)
+    monkeypatch.setattr(VLLMEngine, "sync", sync_until_then)
     arguments = tuned(method)
     with pytest.raises(StaleRolloutError, match="max_sampling_logprob_diff"):
         run_exp(arguments)

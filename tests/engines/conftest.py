@@ -12,12 +12,14 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from grpo_stage.rollout.engines import vllm_process
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.types import Prompt, RolloutGroup, SamplingSettings
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+vllm_process._CPU_KV_CACHE_BYTES = 1 << 26  # as in tests/e2e/conftest.py
 
 VOCAB_SIZE = 256
 MAX_MODEL_LEN = 512

@@ -1,4 +1,7 @@
-"""What an engine does to the process it starts in, and how it ends. Each test is a fresh interpreter."""
+"""What an engine does to the process it starts in, and how it ends.
+
+The first test starts an interpreter, on a machine where vLLM never ran. The others fork one that has imported vLLM.
+"""
 
 import os
 import subprocess
@@ -8,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.host_processes import VLLM, HostProcesses
+
 
 _STOPPED = "stopped by SIGTERM after 3"
 PREAMBLE = """
@@ -15,6 +20,7 @@ import logging, os, random, signal, sys
 import numpy as np, psutil, torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaForCausalLM
+from grpo_stage.rollout.engines import vllm_process
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
 from grpo_stage.survival.stop import StopRequested
@@ -24,6 +30,7 @@ class Decoder:
     def decode(self, ids, **options):
         return " ".join(map(str, ids))
 
+vllm_process._CPU_KV_CACHE_BYTES = 1 << 26  # as in tests/e2e/conftest.py
 checkpoint = sys.argv[1]
 torch.manual_seed(0)
 policy = get_peft_model(LlamaForCausalLM.from_pretrained(checkpoint), LoraConfig(r=4, target_modules="all-linear"))
@@ -49,35 +56,26 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def environment(caches: Path, tmp_path: Path) -> dict[str, str]:
-    """No C++ compiler."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TORCHINDUCTOR"))}
-    return kept | {
+    """What a process has besides; no C++ compiler."""
+    return {
         "VLLM_CACHE_ROOT": str(caches / "vllm"),
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "CXX": "no-compiler-here",
         "TMPDIR": str(tmp_path),
         "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
     }
 
 
-def run(
-    script: str, checkpoint: Path, environment: dict[str, str], *launcher: str
-) -> subprocess.CompletedProcess[str]:
-    file = Path(environment["TMPDIR"]) / "script.py"
+def written(script: str, folder: Path) -> str:
+    file = folder / "script.py"
     file.write_text(PREAMBLE + textwrap.dedent(script))
-    return subprocess.run(
-        [sys.executable, *launcher, str(file), str(checkpoint)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    return str(file)
 
 
-def test_a_start_changes_nothing_that_the_trainer_depends_on(checkpoint: Path, environment: dict[str, str]) -> None:
-    result = run(
+def test_a_start_changes_nothing_that_the_trainer_depends_on(
+    checkpoint: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    script = written(
         """
         os.environ["LOCAL_WORLD_SIZE"] = "4"
         logging.getLogger().setLevel(logging.INFO)
@@ -119,8 +117,16 @@ def test_a_start_changes_nothing_that_the_trainer_depends_on(checkpoint: Path, e
         second.close()
         print("closed")
         """,
-        checkpoint,
-        environment,
+        tmp_path,
+    )
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("VLLM_", "TORCHINDUCTOR"))}
+    result = subprocess.run(
+        [sys.executable, script, str(checkpoint)],
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
@@ -133,10 +139,10 @@ def test_a_start_changes_nothing_that_the_trainer_depends_on(checkpoint: Path, e
 
 
 def test_a_process_that_ends_without_close_leaves_nothing(
-    checkpoint: Path, environment: dict[str, str], tmp_path: Path
+    checkpoint: Path, environment: dict[str, str], host_processes: HostProcesses, tmp_path: Path
 ) -> None:
     """Runs that are killed are those of tests/e2e/test_interruptions.py."""
-    result = run(
+    script = written(
         """
         engine = start()
         engine.sync(policy, 1)
@@ -145,21 +151,23 @@ def test_a_process_that_ends_without_close_leaves_nothing(
         print("ready", flush=True)
         raise SystemExit(3)
         """,
-        checkpoint,
-        environment,
+        tmp_path,
     )
+    result = host_processes.run(script, str(checkpoint), modules=VLLM, **environment)
     assert result.stdout.splitlines() == ["ready"], result.stderr
     assert result.returncode == 3, result.stderr
     assert not list(tmp_path.glob("grpo-stage-adapter-*"))
 
 
-def test_two_ranks_roll_out_their_own_prompts(checkpoint: Path, environment: dict[str, str]) -> None:
+def test_two_ranks_roll_out_their_own_prompts(
+    checkpoint: Path, environment: dict[str, str], host_processes: HostProcesses, tmp_path: Path
+) -> None:
     """Different prompts, lengths and numbers of calls on each; the trainer's process group serves before and after.
 
     Then both are one engine, with an adapter and with whole weights: they sample what each samples alone, the first
     one without a prompt as well, and stop together.
     """
-    result = run(
+    script = written(
         """
         import torch.distributed as dist
 
@@ -229,11 +237,11 @@ def test_two_ranks_roll_out_their_own_prompts(checkpoint: Path, environment: dic
             print(everyone)
         dist.destroy_process_group()
         """,
-        checkpoint,
-        environment,
-        *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        tmp_path,
     )
-    assert result.returncode == 0, result.stderr
+    ranks = host_processes.run_ranks(2, script, str(checkpoint), modules=VLLM, **environment)
+    for rank in ranks:
+        assert rank.returncode == 0, rank.stderr
     first = [(version, [(0, version)]) for version in (0, 1)]
     second = [(version, [(10, version), (11, version), (12, version)]) for version in (0, 0, 1, 1)]
     together = [
@@ -241,4 +249,5 @@ def test_two_ranks_roll_out_their_own_prompts(checkpoint: Path, environment: dic
         + [each for adapter in (False, True) for each in ((2, adapter, True, num_tokens, True), _STOPPED)]
         for num_tokens in (0, 3 * 2 * 8)
     ]
-    assert result.stdout.splitlines() == [str([first + together[0], second + together[1]])]
+    everyone = str([first + together[0], second + together[1]])
+    assert [rank.stdout.splitlines() for rank in ranks] == [[everyone], []]

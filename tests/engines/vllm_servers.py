@@ -6,6 +6,7 @@ and each server, its engine's process included, is forked from there. What runs 
 As a program: reads a line of JSON for each server that is to start, and writes its process id.
 """
 
+import gc
 import json
 import multiprocessing
 import os
@@ -107,12 +108,15 @@ def main() -> None:
     os.dup2(2, 1)  # vLLM writes to what it takes for the terminal
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # no worker process below the engine's
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
-    # Everything that a server and its engine import.
+    # Everything that a server and its engine import, and no collection of garbage need look through.
+    gc.disable()
     import vllm.entrypoints.openai.api_server
     import vllm.v1.engine.core
     import vllm.v1.executor.uniproc_executor
     import vllm.v1.worker.cpu_worker  # noqa: F401
 
+    gc.freeze()
+    gc.enable()
     _fork_engines()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
     for line in sys.stdin:

@@ -82,6 +82,7 @@ def test_a_resumed_run_keeps_the_adapter_that_pissa_began_with(tmp_path):
 @pytest.mark.parametrize("is_used", [False, True])
 def test_a_run_owns_its_folder_before_anything_of_it_begins(tmp_path, monkeypatch, is_used):
     begun = []
+    monkeypatch.setattr(launch.gc, "freeze", lambda: begun.append("imports stay"))
     monkeypatch.setattr(launch, "stage_callbacks", lambda _: begun.append("callbacks") or [])
     monkeypatch.setattr(
         launch, "run_grpo", lambda *given: begun.append((given[1](None), os.listdir(tmp_path / "out")))
@@ -99,7 +100,7 @@ def test_a_run_owns_its_folder_before_anything_of_it_begins(tmp_path, monkeypatc
             other.stdout.readline()
             others.enter_context(pytest.raises(ValueError, match=rf"is in use: process {other.pid} "))
         launch.run(SimpleNamespace(training=training), [])
-    assert begun == ([] if is_used else ["callbacks", ([], ["_grpo_stage.lock"])])
+    assert begun == ([] if is_used else ["imports stay", "callbacks", ([], ["_grpo_stage.lock"])])
     assert training.output_dir == str(tmp_path / "out"), "wherever a reward function changes to"
 
 

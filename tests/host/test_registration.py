@@ -1,5 +1,6 @@
 """The plugin gets into the host at every interpreter start, changes what its table says, and takes it back."""
 
+import gc
 import importlib
 import inspect
 import json
@@ -124,6 +125,21 @@ class TestInterpreterStart:
             "except RuntimeError as error: print(error)"
         )
         assert run_python(code) == "no row for llamafactory.v1.launcher"
+
+    def test_no_garbage_is_collected_while_the_host_is_imported(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def execute(module: ModuleType) -> None:
+            states.append(gc.isenabled())
+            raise ImportError
+
+        states: list[bool] = []
+        loader = SimpleNamespace(exec_module=execute)
+        _autoload._notify_after_execution(loader)
+        with pytest.raises(ImportError):
+            loader.exec_module(ModuleType("broken"))
+        contract_seen = SimpleNamespace(defect=lambda: states.append(gc.isenabled()))
+        monkeypatch.setattr(contract, "CONTRACT", (contract_seen,))
+        check_contract()
+        assert (states, gc.isenabled()) == ([False, False], True)
 
 
 class TestRows:

@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from gc import freeze  # tests/conftest.py puts another in its place
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def _import_what_tests_import(modules: list[Path]) -> None:
         if (getattr(module, "__file__", None) or "").startswith((f"{ROOT}/grpo_stage", f"{ROOT}/tests/unit")):
             del sys.modules[name]
     gc.collect()
-    gc.freeze()
+    freeze()
 
 
 def _try_module(path: Path, listed: set[str], jobs: int) -> tuple[list[Mutant], set[str]]:

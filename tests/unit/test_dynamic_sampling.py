@@ -510,7 +510,7 @@ def test_a_stop_in_a_later_rollout_of_a_batch_loses_nothing(tmp_path, where, nth
 TAUGHT = [i for i in range(22) if i % 4]
 
 
-def test_two_ranks_take_the_same_rollouts_and_share_what_is_kept(tmp_path):
+def test_two_ranks_take_the_same_rollouts_and_share_what_is_kept(host_processes, tmp_path):
     """Of what one of them kept too much the other takes."""
     code = f"""
 import json, os, torch
@@ -534,7 +534,7 @@ print("result", json.dumps({{"batches": batches, "asked": trainer.engine.asked, 
     "kept": metrics_of(trainer, "num_kept"), "waiting": metrics_of(trainer, "num_waiting"),
     "dropped": metrics_of(trainer, "frac_dropped"), "weights": weights_of(trainer).tolist()[::1000]}}))
 """
-    outputs = outputs_of_two_ranks(code)
+    outputs = outputs_of_two_ranks(host_processes, code, tmp_path)
     two = [json.loads(output.split("result ")[1].splitlines()[0]) for output in outputs]
 
     one = make(

@@ -159,6 +159,30 @@ def test_multiplication_is_what_its_script_writes() -> None:
         assert str(multiply(int(a), int(b))) == answer
 
 
+def test_the_guessing_game_is_what_its_script_writes_and_its_middle_guess_tells_the_secret() -> None:
+    lines = (EXAMPLES / "data" / "guessing_game.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    script = runpy.run_path(str(EXAMPLES / "data" / "make_guessing_game.py"))
+    assert rows == list(script["rows"]())
+    for lowest, guess, secret, said in script["EXAMPLES"]:
+        assert played(str(secret), guess) == said
+        assert guess in range(lowest, lowest + 3)
+    for row in rows:
+        *_, question, answer = (turn["value"] for turn in row["conversations"])
+        lowest = int(question.removeprefix("My number is ").split(",")[0])
+        place = int(answer) - lowest
+        assert played(row["secret"], lowest + 1) == ("too high", "right", "too low")[place]
+        assert played(row["secret"], lowest) == ("right", "too low", "too low")[place]
+    assert len({row["secret"] for row in rows}) > 50
+
+
+def played(secret: str, guess: int) -> str:
+    """What the example's environment says of a guess."""
+    game = runpy.run_path(str(EXAMPLES / "data" / "guessing_game.py"))["GuessingGame"]()
+    assert game.reset(secret=secret, prompt="another column") is None
+    return game.guess(guess)
+
+
 def test_addition_is_what_its_script_writes() -> None:
     lines = (EXAMPLES / "data" / "addition.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]

@@ -266,7 +266,7 @@ def test_a_rollout_that_is_lost_is_sampled_anew_from_the_present_policy(tmp_path
             assert torch.equal(ours, theirs)
 
 
-def test_two_ranks_each_have_an_engine_that_samples_ahead(tmp_path):
+def test_two_ranks_each_have_an_engine_that_samples_ahead(host_processes, tmp_path):
     """One of them has no prompt in the last step of an epoch; and both go on from what theirs had sampled."""
     code = f"""
 import json, torch
@@ -284,7 +284,10 @@ weights = [torch.cat([p.detach().flatten() for p in each.model.parameters()]) fo
 print("result", json.dumps({{"asked": trainer.engine.asked, "versions": versions,
     "same": torch.equal(*weights), "sum": weights[0].double().sum().item()}}))
 """
-    two = [json.loads(output.split("result ")[1].splitlines()[0]) for output in outputs_of_two_ranks(code)]
+    two = [
+        json.loads(output.split("result ")[1].splitlines()[0])
+        for output in outputs_of_two_ranks(host_processes, code, tmp_path)
+    ]
     one = make(tmp_path / "one")
     one.train()
     for (step, whole), (_, first), (_, second) in zip(one.engine.asked, two[0]["asked"], two[1]["asked"], strict=True):

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import functools
 import json
 import os
 import pty
@@ -214,7 +215,7 @@ def test_out_of_memory_in_old_and_reference_passes_halves_the_budget(tmp_path):
     assert memory.refused >= 1
 
 
-def test_one_rank_that_runs_out_of_memory_takes_the_other_through_the_step_again(tmp_path):
+def test_one_rank_that_runs_out_of_memory_takes_the_other_through_the_step_again(host_processes, tmp_path):
     """In its very first pass, where DDP would broadcast buffers, and in the last."""
     code = f"""
 import os, sys, torch
@@ -237,7 +238,7 @@ def run(name, fails):
 ample, scarce = run("ample", ()), run("scarce", (1, 5))
 print("weights differ by", ((ample - scarce).norm() / ample.norm()).item())
 """
-    outputs = outputs_of_two_ranks(code)
+    outputs = outputs_of_two_ranks(host_processes, code, tmp_path)
     assert "Out of memory on rank 1" in outputs[1]
     assert "Out of memory" not in outputs[0]
     for output in outputs:
@@ -307,22 +308,35 @@ def untimed(history):
     return [{key: value for key, value in line.items() if not UNTIMED.search(key)} for line in history]
 
 
+def logged_run(folder, logging_steps):
+    training = {"num_train_epochs": 1.5, "logging_steps": logging_steps}
+    return make_trainer(folder, training=training, engine=ScoringEngine(), tests_slope=True, **RUN)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A run that nothing happened to, by its `logging_steps`."""
+
+    @functools.cache
+    def run(logging_steps):
+        trainer = logged_run(tmp_path_factory.mktemp("whole"), logging_steps)
+        trainer.train()
+        return trainer
+
+    return run
+
+
 @pytest.mark.parametrize("logging_steps", [1, 3])
 @pytest.mark.parametrize(
     ("where", "at_step"),
     [("rollout", 0), ("rollout", 4), ("reward", 0), ("reward", 4), ("update", 0), ("update", 4), ("update", 5)],
 )
-def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(tmp_path, where, at_step, logging_steps):
+def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(
+    tmp_path, whole_run, where, at_step, logging_steps
+):
     """Steps 0 and 4 begin with a rollout; the data of step 5 waits in the buffer."""
-    training = {"num_train_epochs": 1.5, "logging_steps": logging_steps}
-
-    def make(name):
-        return make_trainer(tmp_path / name, training=training, engine=ScoringEngine(), tests_slope=True, **RUN)
-
-    whole = make("whole")
-    whole.train()
-
-    stopped = make("stopped")
+    whole = whole_run(logging_steps)
+    stopped = logged_run(tmp_path / "stopped", logging_steps)
     strike(stopped, where, at_step)
     before = {each: signal.getsignal(each) for each in stop_module.STOP_SIGNALS}
     with pytest.raises(StopRequested, match="stopped by SIGTERM") as request:
@@ -330,7 +344,7 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(tmp_path, wh
     assert {each: signal.getsignal(each) for each in stop_module.STOP_SIGNALS} == before
     assert stopped.state.global_step == at_step
 
-    resumed = make("stopped")
+    resumed = logged_run(tmp_path / "stopped", logging_steps)
     if at_step == 0:
         assert request.value.checkpoint is None
         resumed.train()
@@ -869,11 +883,12 @@ def test_a_hang_ends_the_run_with_the_stacks_and_a_checkpoint_that_goes_on(tmp_p
         assert torch.equal(ours, theirs)
 
 
-def test_a_hang_in_native_code_ends_the_process_from_outside(tmp_path):
+def test_a_hang_in_native_code_ends_the_process_from_outside(host_processes, tmp_path):
     """A mutex that is locked twice: no signal and no exception gets through to that thread."""
     code = f"""
 import ctypes, sys
 from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from grpo_stage.survival import watchdog
 from tests.unit.trainer_on_fakes import FakeEngine, make_trainer
 
@@ -888,10 +903,8 @@ class Engine(FakeEngine):
 watchdog.GRACE_S = 0.5
 make_trainer(Path({str(tmp_path)!r}), engine=Engine(), rollout_timeout=0.5).train()
 """
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    (tmp_path / "script.py").write_text(code)
+    result = host_processes.run(str(tmp_path / "script.py"), timeout=120)
     assert result.returncode == 1, result.stderr
     assert "The rollout took longer than 0.5 s (`rollout_timeout`)" in result.stderr
     assert f"What was trained until then is in {tmp_path / 'checkpoint-2'}" in result.stderr

@@ -72,6 +72,8 @@ def fail(how: str) -> str:
         os._exit(3)
     if how == "hang":
         time.sleep(60)
+    if how == "nap":
+        time.sleep(6)
     if how == "huge":
         return "x" * 3_000_000
     raise ValueError(f"failed by {how}")
@@ -118,6 +120,8 @@ class Game:
         """
         if number < 0:
             os._exit(1)
+        if number == 0:
+            time.sleep(60)
         self.guesses.append(number)
         return f"{len(self.guesses)}: {number == self.secret}"
 
@@ -296,6 +300,31 @@ def test_each_episode_has_an_environment_of_its_own(worker):
     assert "missing 1 required positional argument: 'low'" in failed[0].value
 
 
+def test_replies_come_as_they_are_there_and_those_of_an_ended_episode_never(file):
+    def quick(n: int) -> Request:
+        return Request(0, "multiply", {"a": n, "b": 1}, 0)
+
+    names = [f"{file}:{name}" for name in ("multiply", "fail")]
+    tools = load_tools(names, f"{file}:Game", file.parent, lambda _: None)
+    worker = ToolWorker(tools.load, timeout_s=60, patience_s=2)
+    worker.run([quick(1)])  # its process has started
+    began = time.monotonic()
+    numbers = worker.begin([Request(0, "fail", {"how": "nap"}, 0), *map(quick, range(1, 20))])  # not all at once
+    assert worker.replies(is_needed=False) == {number: Reply(f"{n}") for n, number in enumerate(numbers) if n > 0}
+    assert worker.replies(is_needed=False) == {}
+    later = worker.begin([quick(3)])
+    assert worker.replies() == {later[0]: Reply("3")}
+    assert time.monotonic() - began < 6, "the slow one was waited for"
+    assert worker.replies() == {numbers[0]: Reply("Error: ValueError: failed by nap", is_error=True)}
+    assert worker.replies() == {}
+    worker.run([reset_request(3, {"low": 1})])
+    worker.begin([Request(3, "guess", {"number": 0}, 0)] * 2)
+    worker.end([3])
+    assert worker.run([quick(4)]) == [Reply("4")]
+    assert worker.replies() == {}
+    worker.close()
+
+
 def test_a_stop_ends_the_calls_and_the_next_one_starts_anew(file):
     worker = ToolWorker(load_tools([f"{file}:fail"], None, file.parent, lambda _: None).load, timeout_s=60)
 
@@ -313,8 +342,8 @@ def test_a_stop_ends_the_calls_and_the_next_one_starts_anew(file):
 
 # Completions of several turns
 
-END, CALL = 1, 2
-"""The token that ends a turn, and the one that asks for a tool."""
+END, CALL, UNKNOWN = 1, 2, 8
+"""The token that ends a turn, the one that asks for a tool, and one before which that is no tool there is."""
 
 
 class Letters:
@@ -326,7 +355,8 @@ class Letters:
 
     def calls(self, token_ids: Sequence[int]) -> Sequence[ToolCall]:
         number = list(token_ids).count(CALL)
-        return [ToolCall("echo", json.dumps({"n": token_ids[0]}))] * number
+        name = "unknown" if token_ids[0] == UNKNOWN else "echo"
+        return [ToolCall(name, json.dumps({"n": token_ids[0]}))] * number
 
     def results(self, last_token: int, results: Sequence[str], most_tokens: int) -> tuple[tuple[int, ...], str] | None:
         text = ",".join(results)[: max(0, most_tokens - 2)]
@@ -363,9 +393,15 @@ class Echo:
         self.asked: list[list[Request]] = []
         self.text = text
 
-    def run(self, requests: Sequence[Request]) -> list[Reply]:
+    def begin(self, requests: Sequence[Request]) -> list[int]:
         self.asked.append(list(requests))
-        return [Reply(self.text, is_error=request.arguments == {"n": 9}) for request in requests]
+        return list(range(len(requests)))
+
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        return {
+            number: Reply(self.text, is_error=request.arguments == {"n": 9})
+            for number, request in enumerate(self.asked[-1])
+        }
 
     def end(self, episodes: Sequence[int]) -> None: ...
 
@@ -402,6 +438,61 @@ def test_rounds_go_on_with_what_was_written_until_none_asks():
     assert {group.policy_version for group in groups} == {4}
     assert first.finish_reason is FinishReason.STOP
     assert first.text == first.turns[0].text + "b" + Letters().text(first.token_ids[3:], FinishReason.STOP)
+
+
+class Slow(Echo):
+    """Answers calls with n = 9 only where nothing else is under way, and sometimes a call of an earlier rollout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: dict[int, Request] = {}
+        self.needed: list[bool] = []
+
+    def begin(self, requests: Sequence[Request]) -> list[int]:
+        self.asked.append(list(requests))
+        numbers = [100 * len(self.asked) + i for i in range(len(requests))]
+        self.open |= zip(numbers, requests, strict=True)
+        return numbers
+
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        self.needed.append(is_needed)
+        now = [number for number, request in self.open.items() if request.arguments != {"n": 9}]
+        if is_needed and not now:
+            now = list(self.open)
+        return {7: Reply("stale")} | {number: Reply(f"{self.open.pop(number).arguments['n']}") for number in now}
+
+
+def test_a_slow_tool_keeps_only_its_own_completion_waiting():
+    plan = {
+        0: [(3, CALL, END), (4, CALL, END), (5, END)],
+        5: [(9, CALL, CALL, END), (10, CALL, END), (11, END)],
+        8: [(6, CALL, END), (12, END)],
+    }  # fmt: skip
+    groups, engine, runner = play(plan, Slow())
+    assert [[prompt.token_ids[0] for prompt in prompts] for prompts, _ in engine.asked] == [
+        [0, 5, 8],
+        [0, 8],
+        [0],
+        [5],
+        [5],
+    ]
+    assert runner.needed == [True] * 4
+    at_once, _, _ = play(plan, Quick())
+    assert groups == at_once  # and nothing else depends on who waited
+    assert [[turn.text for turn in group.completions[0].turns if not turn.is_sampled] for group in groups] == [
+        ["3", "4"], ["9,9", "10"], ["6"],
+    ]  # fmt: skip
+
+
+def test_what_is_answered_with_an_error_waits_for_no_tool():
+    _, engine, runner = play({0: [(UNKNOWN, CALL, END), (4, END)], 5: [(9, CALL, END), (10, END)]}, Slow())
+    assert [[prompt.token_ids[0] for prompt in prompts] for prompts, _ in engine.asked] == [[0, 5], [0], [5]]
+    assert runner.needed == [False, True]
+
+
+class Quick(Slow):
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        return {number: Reply(f"{self.open.pop(number).arguments['n']}") for number in list(self.open)}
 
 
 def test_seeds_of_later_turns_differ_and_depend_on_prompt_sample_and_turn_alone():

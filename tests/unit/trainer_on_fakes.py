@@ -1,13 +1,7 @@
 """A trainer with a fake engine and a fake reward: for tests of the trainer alone."""
 
 import copy
-import functools
-import gc
 import itertools
-import os
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.trainer import GRPOTrainer
 from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup, Sample, SamplingSettings, Step
+from tests.host_processes import HostProcesses
 
 
 VOCAB, MAX_NEW_TOKENS = 61, 6
@@ -128,13 +123,6 @@ class LengthRewards:
         return {}
 
 
-@functools.cache
-def leave_imports_to_themselves() -> None:
-    """Trainer collects garbage as it starts, which takes 0.3 s while it looks through all that is imported."""
-    gc.collect()
-    gc.freeze()
-
-
 def make_trainer(
     tmp_path: Path,
     *,
@@ -153,7 +141,6 @@ def make_trainer(
     **grpo,
 ):
     """Of a small Llama; of a mixture of experts where `router_aux_loss_coef` is given, 0 included."""
-    leave_imports_to_themselves()
     torch.manual_seed(0)
     shape = {
         "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -205,7 +192,8 @@ def make_trainer(
 
 
 RANK = """
-import os
+import os, sys
+sys.path.insert(0, {root!r})
 from grpo_stage.distributed import import_before_the_group, leave_process_group
 import_before_the_group()
 exec({code!r}, {{}})  # nothing refers to what is in it afterwards
@@ -215,27 +203,12 @@ assert "pt_gloo_runloop" not in threads, "a thread of gloo's is left, and may ab
 """
 
 
-def outputs_of_two_ranks(code: str) -> list[str]:
-    """What two processes of one run print that both execute `code`; neither may fail."""
-    with socket.create_server(("127.0.0.1", 0)) as free:  # a fixed port might be another run's
-        port = free.getsockname()[1]
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK.format(code=code)],
-            env=os.environ
-            | {"PYTHONPATH": str(Path(__file__).parents[2]), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        outputs = [rank.communicate(timeout=400)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
+def outputs_of_two_ranks(host_processes: HostProcesses, code: str, folder: Path) -> list[str]:
+    """What two processes of one run print that both execute `code`, kept in `folder`; neither may fail."""
+    script = folder / "rank.py"
+    script.write_text(RANK.format(code=code, root=str(Path(__file__).parents[2])))
+    ranks = host_processes.run_ranks(2, str(script))
+    outputs = [rank.stdout + rank.stderr for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
     return outputs
 

@@ -1,7 +1,7 @@
 """Write multiplication.jsonl: products of numbers that are too large to be worked out in the head of a small model.
 
-Each row is a conversation that begins with two worked examples. A small model calls no tool by itself, and one that
-never calls is never rewarded for it: it imitates the examples now and then, and learns from there.
+Each row is a conversation that begins with a worked example. A small model calls no tool by itself, and one that
+never calls is never rewarded for it: it imitates the example now and then, and learns from there.
 
     python yaml_examples/data/make_multiplication.py
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 
 NUM_ROWS = 120
-EXAMPLES = ((3141, 2718), (8462, 1234))
+EXAMPLE = (3141, 2718)
 
 
 def example(a: int, b: int) -> list[dict[str, str]]:
@@ -29,7 +29,7 @@ def example(a: int, b: int) -> list[dict[str, str]]:
 
 def rows() -> Iterator[dict[str, Any]]:
     rng = random.Random(0)
-    worked = [turn for pair in EXAMPLES for turn in example(*pair)]
+    worked = example(*EXAMPLE)
     for _ in range(NUM_ROWS):
         question, _, _, answer = example(rng.randrange(1000, 10_000), rng.randrange(1000, 10_000))
         yield {"conversations": [*worked, question, answer]}

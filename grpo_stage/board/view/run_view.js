@@ -154,7 +154,7 @@ function build() {
         part("at", make("span", { className: "soft" })),
         make("span", { className: "room" }),
         make("span", { className: "soft" }, t("click_hint"))),
-      part("sections", make("div", { id: "grpo_run_charts", className: "charts" })))),
+      part("sections", make("div", { id: "grpo_run_charts", className: "charts" }, part("none", make("p", { className: "soft" })))))),
     part("completions", make("div", { id: "grpo_run_table" }, ...groupControls(part))),
     part("runs", make("div", { id: "grpo_run_list" },
       part("list", make("div", { className: "scroll" })), part("differences", make("div", { className: "scroll" })))),
@@ -193,7 +193,7 @@ function showState() {
   if (!now.is_own) doing = t("foreign_folder");
   else if (isEmpty) doing = t("no_run");
   else if (state.kind === "preparing") {
-    const done = state.done.map(([name, took]) => `${t(`doing_${name}`)} ${seconds(took)}`);
+    const done = state.done.filter(([, took]) => took >= 0.05).map(([name, took]) => `${t(`doing_${name}`)} ${seconds(took)}`);
     const present = t(`doing_${state.doing}`) + (state.seconds === null ? "" : ` … ${seconds(state.seconds)}`);
     doing = [...done, present].join(" · ");
   } else if (state.kind === "running" && !state.step && state.seconds !== null) doing = t("first_step", { seconds: seconds(state.seconds) });
@@ -202,6 +202,7 @@ function showState() {
   else if (state.kind === "killed") doing = state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint");
   put(parts.doing, doing);
   parts.doing.hidden = !doing;
+  put(parts.none, isEmpty ? "" : t("no_curves"));
   const failure = state.kind === "failed" ? state.error + state.log : "";
   sync(parts.error, failure, () => (state.kind !== "failed" ? [] : [
     make("p", {}, state.error || t("no_words")),
@@ -336,7 +337,7 @@ function showCurves() {
   const mark = JSON.stringify(elements.map((element) => element.chart.key));
   if (parts.sections.dataset.mark === mark) return;
   parts.sections.dataset.mark = mark;
-  parts.sections.replaceChildren(...(elements.length ? elements : [make("p", { className: "soft" }, now.state.is_empty ? "" : t("no_curves"))]));
+  parts.sections.replaceChildren(...(elements.length ? elements : [parts.none]));
 }
 
 function drawAll() {
@@ -592,7 +593,7 @@ function groupControls(part) {
   const field = (name, label, size) => make("label", {}, `${label} `, part(name, make("input", { type: "text", size, oninput: typed, id: `grpo_run_${name}` })));
   return [
     make("div", { className: "tools" },
-      make("span", {}, make("button", { type: "button", title: t("earlier"), onclick: () => walk(-1) }, "‹"), field("step", t("step"), 6),
+      make("span", { className: "walk" }, make("button", { type: "button", title: t("earlier"), onclick: () => walk(-1) }, "‹"), field("step", t("step"), 6),
         make("button", { type: "button", title: t("later"), onclick: () => walk(1) }, "›")),
       box("all", t("all_steps")),
       make("label", {}, `${t("order")} `, part("order", make("select", { onchange: changed, id: "grpo_run_order" },

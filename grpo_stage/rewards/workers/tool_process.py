@@ -77,15 +77,18 @@ def serve(
     connection: Connection,
     load: Callable[[], Loaded],
     timeout_s: float,
+    patience_s: float,
     environment: Mapping[str, str],
     start_method: str | None,
 ) -> None:
     """The life of the process, from its start until the trainer closes the pipe.
 
     Args:
-        connection: (requests, episodes that have ended) come in; their replies go out, or why there are none.
+        connection: (requests by number, episodes that have ended) come in, or whether a reply is needed; to that the
+            replies go out, by number. In their place a text says why there are none.
         load: returns the tools.
         timeout_s: seconds for one call.
+        patience_s: seconds after which a call is slow.
         environment: the trainer's variables, since the fork server may have others.
         start_method: of the trainer's own processes.
     """
@@ -94,20 +97,25 @@ def serve(
     os.environ.update(environment)
     calls: _Calls | None = None
     while True:
+        if calls is not None:
+            calls.go_on_until(connection)
         try:
-            requests, ended = connection.recv()
+            message = connection.recv()
         except (EOFError, OSError):  # closed, or the trainer is gone
             return
         if calls is None:
             seed_generators(0)
             try:
-                calls = _Calls(load(), timeout_s)
+                calls = _Calls(load(), timeout_s, patience_s)
             except Exception:  # a user's file may raise anything
                 connection.send(f"The tools could not be loaded in their process.\n{traceback.format_exc()}")
                 return
-        replies = calls.run(requests)
-        calls.end(ended)
-        connection.send(replies)
+        if isinstance(message, bool):
+            connection.send(calls.replies(message))
+        else:
+            requests, ended = message
+            calls.end(ended)
+            calls.add(requests)
 
 
 @dataclass(slots=True)
@@ -132,7 +140,7 @@ class _Lane:
     """Calls that come one after another: those of an environment, or a single one of a function."""
 
     requests: "deque[tuple[int, Request]]"
-    """Each with its position among all."""
+    """Each with its number."""
     episode: int | None = None
     """Of the environment; None for a function."""
     child: _Child | None = None
@@ -145,54 +153,86 @@ class _Calls:
 
     loaded: Loaded
     timeout_s: float
+    patience_s: float
     environments: dict[int, _Child] = field(default_factory=dict)
     """By episode."""
+    _waiting: "deque[_Lane]" = field(default_factory=deque)
+    _busy: dict[Connection, _Lane] = field(default_factory=dict)
+    _replies: dict[int, Reply] = field(default_factory=dict)
+    """Those that the trainer does not have yet."""
 
-    def run(self, requests: Sequence[Request]) -> list[Reply]:
-        """The replies, in order."""
-        replies: dict[int, Reply] = {}
-        waiting = deque(self._lanes(requests))
-        busy: dict[Connection, _Lane] = {}
-        while waiting or busy:
-            while waiting and len(busy) < MOST_AT_ONCE:
-                lane = waiting.popleft()
-                if (child := self._started(lane)) is None:
-                    replies |= {place: Reply(_GONE, is_error=True, is_gone=True) for place, _ in lane.requests}
-                else:
-                    busy[child.connection] = lane
-            if not busy:
-                continue
-            soonest = min(lane.deadline for lane in busy.values())
-            ready = wait(list(busy), max(0.0, soonest - time.monotonic()))
-            now = time.monotonic()
-            late = [
-                connection for connection, lane in busy.items() if lane.deadline <= now and connection not in ready
-            ]
-            for connection in (*ready, *late):
-                assert isinstance(connection, Connection)
-                lane = busy.pop(connection)
-                place, _ = lane.requests.popleft()
-                replies[place] = self._ended(lane) if connection in late else self._received(lane)
-                if lane.episode is None and lane.child is not None:
-                    lane.child.end()
-                if lane.requests:
-                    waiting.appendleft(lane)
-        return [replies[place] for place in range(len(requests))]
+    def add(self, requests: Mapping[int, Request]) -> None:
+        lanes: dict[Any, _Lane] = {}
+        for number, request in requests.items():
+            is_function = request.name in self.loaded.functions
+            key = ("call", number) if is_function else request.episode
+            lane = lanes.setdefault(key, _Lane(deque(), episode=None if is_function else request.episode))
+            lane.requests.append((number, request))
+        self._waiting.extend(lanes.values())
+        self._start()
 
     def end(self, episodes: Collection[int]) -> None:
-        """End the environments of these episodes."""
+        """End the environments of these episodes, and what is under way in them."""
         for episode in episodes:
             if (child := self.environments.pop(episode, None)) is not None:
+                self._busy.pop(child.connection, None)
                 child.end()
 
-    def _lanes(self, requests: Sequence[Request]) -> list[_Lane]:
-        lanes: dict[Any, _Lane] = {}
-        for place, request in enumerate(requests):
-            is_function = request.name in self.loaded.functions
-            key = ("call", place) if is_function else request.episode
-            lane = lanes.setdefault(key, _Lane(deque(), episode=None if is_function else request.episode))
-            lane.requests.append((place, request))
-        return list(lanes.values())
+    def go_on_until(self, connection: Connection) -> None:
+        """Run what there is until something comes from there."""
+        while connection not in self._step((connection,)):
+            pass
+
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        """Those that are there once all calls have ended or are slow.
+
+        Args:
+            is_needed: wait for one in any case, unless no call is under way.
+        """
+        while (
+            self._waiting
+            or any(map(self._is_quick, self._busy.values()))
+            or (is_needed and self._busy and not self._replies)
+        ):
+            self._step(())
+        replies, self._replies = self._replies, {}
+        return replies
+
+    def _slow_from(self, lane: _Lane) -> float:
+        return lane.deadline - self.timeout_s + self.patience_s
+
+    def _is_quick(self, lane: _Lane) -> bool:
+        return time.monotonic() < self._slow_from(lane)
+
+    def _step(self, others: tuple[Connection, ...]) -> Sequence[Any]:
+        """Wait for a call to end or to become slow, or for one of `others`. Returns what is ready."""
+        lanes = self._busy.values()
+        ends = [self._slow_from(lane) if self._is_quick(lane) else lane.deadline for lane in lanes]
+        ends = [min(end, lane.deadline) for end, lane in zip(ends, lanes, strict=True)]
+        ready = wait([*self._busy, *others], max(0.0, min(ends) - time.monotonic()) if ends else None)
+        now = time.monotonic()
+        for connection, lane in list(self._busy.items()):
+            is_late = connection not in ready
+            if is_late and lane.deadline > now:
+                continue
+            del self._busy[connection]
+            number, _ = lane.requests.popleft()
+            self._replies[number] = self._ended(lane) if is_late else self._received(lane)
+            if lane.episode is None and lane.child is not None:
+                lane.child.end()
+            if lane.requests:
+                self._waiting.appendleft(lane)
+        self._start()
+        return ready
+
+    def _start(self) -> None:
+        """Begin with as many of the calls that wait as may run at the same time."""
+        while self._waiting and len(self._busy) < MOST_AT_ONCE:
+            lane = self._waiting.popleft()
+            if (child := self._started(lane)) is None:
+                self._replies |= {number: Reply(_GONE, is_error=True, is_gone=True) for number, _ in lane.requests}
+            else:
+                self._busy[child.connection] = lane
 
     def _started(self, lane: _Lane) -> _Child | None:
         """Have the lane's child begin with its next call; None if it has no child any more."""

@@ -1,0 +1,65 @@
+"""The learning rate that the form starts with, and when it follows another choice."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from grpo_stage.board.learning_rates import start_rate
+from grpo_stage.board.page_state import this_page
+from grpo_stage.board.tab import SANE_VALUES
+
+from .conftest import REPOSITORY, Board
+
+
+def model_of(width: Any, **others: Any) -> str:
+    Path("model").mkdir(exist_ok=True)
+    Path("model", "config.json").write_text(json.dumps({"hidden_size": width, **others}))
+    return "model"
+
+
+@pytest.mark.parametrize(
+    ("width", "lora", "full"),
+    [(576, "3e-4", "7e-6"), (1536, "1e-4", "3e-6"), (4096, "4e-5", "1e-6"), (8192, "2e-5", "5e-7")],
+)
+def test_a_wider_model_gets_a_lower_rate_and_all_weights_one_still_lower(width: int, lora: str, full: str) -> None:
+    rates = [start_rate(method, model_of(width)) for method in ("lora", "oft", "full", "freeze")]
+    assert rates == [lora, lora, full, full]
+
+
+def test_a_model_for_images_has_the_width_of_its_language_model() -> None:
+    assert start_rate("lora", model_of(1000, text_config={"hidden_size": 576})) == "3e-4"
+    assert start_rate("lora", model_of(1000, text_config=None)) == "2e-4"
+
+
+@pytest.mark.parametrize("model", ["", "Custom", "some/model", ".", "a b\0c", "model/config.json"])
+def test_a_model_whose_config_is_not_here_gets_the_rate_of_a_large_one(model: str) -> None:
+    model_of(576)
+    assert start_rate("lora", model) == "4e-5"
+
+
+def test_the_quick_start_has_the_rate_of_its_model() -> None:
+    recipe = yaml.safe_load((REPOSITORY / "yaml_examples" / "quickstart.yaml").read_text())
+    assert float(start_rate(recipe["finetuning_type"], model_of(576))) == recipe["learning_rate"]
+
+
+def test_the_rate_follows_model_and_method_until_the_user_has_one(
+    board: Board, event_of: Callable[[str], Any], turn_to: Callable[[str], None]
+) -> None:
+    choose, follow = event_of("choose"), event_of("follow")
+    turn_to("page")
+    folder = str(REPOSITORY / "yaml_examples" / "data")
+    before = ["5e-5", "bf16", *["host's"] * len(SANE_VALUES)]
+    _, earlier, rate, *others = choose("GRPO", "lora", "", folder, [], None, *before)
+    assert (earlier, rate, others[1]) == (before, "4e-5", 32)
+    rate = follow("GRPO", "lora", model_of(576), rate)
+    assert rate == "3e-4"
+    assert follow("GRPO", "full", "model", rate) == "7e-6"
+    assert "value" not in follow("GRPO", "lora", "model", "1e-6")  # the user's own
+    assert "value" not in follow("DPO", "lora", "model", this_page().rate)
+    # What the form has set goes with the stage, and what the user has changed stays.
+    _, _, *left = choose("DPO", "full", "model", folder, [], earlier, "7e-6", "pure_bf16", *others[1:])
+    assert left == ["5e-5", "pure_bf16", *before[2:]]
