@@ -19,7 +19,8 @@ _DDP = "Leave it out, or let every process have all weights (DDP: `llamafactory-
 _NOT_AS_SHARDS = Unsupported(
     "quantization_bit",
     "quantized weights were not verified as shards",
-    "Write `deepspeed: ds_z2_config.json`, which leaves the weights whole in each process, or leave it out.",
+    f"{_DDP} ZeRO-2 leaves them whole as well: write `deepspeed: examples/deepspeed/ds_z2_config.json`, and launch "
+    "with `FORCE_TORCHRUN=1 llamafactory-cli train`.",
     harmless=(),
 )
 """Where the weights themselves are divided."""

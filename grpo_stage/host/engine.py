@@ -19,7 +19,14 @@ logger = facade.get_logger(__name__)
 
 def check_ranks(arguments: RunArguments) -> None:
     """Refuse a number of processes that the engine cannot be shared out to; before a model is loaded."""
-    refuse_ranks(arguments.finetuning.vllm_tensor_parallel, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    size, num_local_ranks = arguments.finetuning.vllm_tensor_parallel, os.environ.get("LOCAL_WORLD_SIZE")
+    if size > 1 and num_local_ranks is None and arguments.training.world_size > 1:
+        raise ValueError(
+            f"`vllm_tensor_parallel: {size}` is not possible without LOCAL_WORLD_SIZE in the environment, the number "
+            "of processes on this machine: those share an engine. torchrun, `accelerate launch` and "
+            "`llamafactory-cli train` set it: start the run with one of them, or leave `vllm_tensor_parallel` out."
+        )
+    refuse_ranks(size, int(num_local_ranks or 1))
 
 
 def start_engine(arguments: RunArguments, model: Any, sampling: SamplingSettings, inputs: RunInputs) -> RolloutEngine:

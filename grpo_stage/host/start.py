@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from grpo_stage.host.engine import check_ranks, start_engine
+from grpo_stage.host.engine import start_engine
 from grpo_stage.host.inputs import RunInputs
 from grpo_stage.host.policy import load_policy
 from grpo_stage.host.reward_models import load_reward_model
@@ -38,7 +38,6 @@ def started_policy(
         rewards: get the reward model, where the recipe has one.
         num_generations: completions for each prompt, in the place of the recipe's.
     """
-    check_ranks(arguments)
     model = load_policy(arguments, inputs.tokenizer)
     sampling = sampling_settings(arguments, model, inputs.template, inputs.tokenizer, inputs.images)
     sampling = dataclasses.replace(sampling, num_generations=num_generations)

@@ -472,7 +472,11 @@ LAUNCHED = {
         ),
         ({"FSDP_IGNORED_MODULES": "lm_head"}, {}, ["fsdp_ignored_modules", "Leave it out"]),
         ({}, {"save_only_model": True}, ["save_only_model: true", "FULL_STATE_DICT"]),
-        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "FSDP2", "ds_z2_config.json"]),
+        (
+            {},
+            {"quantization_bit": 4},
+            ["quantization_bit: 4", "FSDP2", "DDP", "FORCE_TORCHRUN=1", "ds_z2_config.json"],
+        ),
         ({}, {"fp16": True}, ["fp16: true", "FSDP2", "bf16: true"]),
         ({}, {"optim": "adafactor"}, ["optim: adafactor", "FSDP2", "adamw_torch"]),
         ({}, {"use_muon": True}, ["use_muon: true", "whole weights"]),
@@ -1141,6 +1145,18 @@ def test_a_remedy_that_would_cut_epochs_short_is_no_remedy(recipe, length, kept)
     assert possible(arguments, {"num_iterations": 2} | rate) == kept | rate
 
 
+def with_ranks(size, processes):
+    keys = {"finetuning": {"vllm_tensor_parallel": size}, "training": {"world_size": processes}}
+    return SimpleNamespace(**{name: SimpleNamespace(**each) for name, each in keys.items()})
+
+
+def test_processes_of_a_machine_are_not_known_without_their_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    check_ranks(with_ranks(1, 4))
+    with pytest.raises(ValueError, match=r"vllm_tensor_parallel: 2.*without LOCAL_WORLD_SIZE.*torchrun.*leave"):
+        check_ranks(with_ranks(2, 4))
+
+
 @pytest.mark.parametrize(
     ("size", "processes", "is_refused"), [(1, 3, False), (2, 4, False), (2, 3, True), (2, 1, True)]
 )
@@ -1149,7 +1165,7 @@ def test_an_engine_is_shared_by_processes_of_a_machine(size, processes, is_refus
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     if processes == 1:
         monkeypatch.delenv("LOCAL_WORLD_SIZE")
-    arguments = SimpleNamespace(finetuning=SimpleNamespace(vllm_tensor_parallel=size))
+    arguments = with_ranks(size, processes)
     said = rf"vllm_tensor_parallel: {size}.*with {processes} process.*multiple of {size}.*NPROC_PER_NODE.*leave it out"
     with pytest.raises(ValueError, match=said) if is_refused else nullcontext():
         check_ranks(arguments)

@@ -15,6 +15,7 @@ from grpo_stage.host import facade
 from grpo_stage.host.empty_model import empty_policy
 from grpo_stage.host.memory_plan import Device, MemoryPlan, make_plan
 from grpo_stage.host.parser import parse
+from grpo_stage.layout.syntax import parse_layout
 from grpo_stage.memory.parts import GIB
 from grpo_stage.tools import cli
 
@@ -101,6 +102,13 @@ def test_processes_that_share_an_engine_hold_a_part_of_it(recipe):
     parameters = plan_of(recipe).num_parameters
     assert weights(GPU, vllm_tensor_parallel=2) == 2.0 * parameters / 2, "in 16 bits: no part is quantized"
     assert weights(GPU) < 2.0 * parameters
+    arguments = parse(recipe | {"rollout_backend": "vllm"})
+    arguments.model.quantization_bit = 4
+    for text, size in (("colocate 1x2", 2), ("colocate 2x1", 1)):
+        plan = make_plan(arguments, {"bf16": True}, GPU, layout=parse_layout(f"train 2xH100; {text}"))
+        whole = plan.grpo.phases[0].parts["engine's weights"] * size
+        assert whole == plan.cost.engine_weights
+        assert (whole == 2.0 * parameters) == (size == 2), "the layout's engine, too"
 
 
 # The command
