@@ -139,6 +139,15 @@ class GRPOArguments:
         '{"leg_counting": {"max_animals": 5}} for `dataset: reasoning_gym:leg_counting`; `size` and `seed` among '
         "them, which are `max_samples` and the run's `seed` by default.",
     )
+    curriculum_threshold: float = _key(
+        0.0,
+        ROLLOUT,
+        "Above 0, generated tasks (`dataset: reasoning_gym:...`) have rows of all their levels, easy ones first: the "
+        "next level begins once the mean of the reward `reasoning_gym` over 32 prompts of the present one is at least "
+        "this, and the level before comes back once it is below half of it. An epoch still has every row once.",
+        min=0.0,
+        max=1.0,
+    )
     min_p: float = _key(
         0.0,
         ROLLOUT,
@@ -168,7 +177,8 @@ class GRPOArguments:
         ROLLOUT,
         "A class of which each completion has an object, as `path/file.py:Class`: its `reset(**row)` gets the columns "
         "of the row and may return a text for the prompt, its other public methods are tools, and its `get_reward()` "
-        "gives the reward `environment`.",
+        "gives the reward `environment`. Or a game of the package textarena, such as `textarena:GuessTheNumber-v0`, "
+        "which needs no `dataset`.",
     )
     max_turns: int = _key(
         8,

@@ -29,6 +29,7 @@ from .records.metrics import record_rollout
 from .rewards.answers.verdict import voted_answer
 from .rewards.errors import NO_REWARD_REMEDY, UnrewardedError
 from .rollout.ahead import DueRollout, RolloutAhead
+from .rollout.curriculum import SCORE, Curriculum, levels_of
 from .rollout.epochs import PromptStream, choose_epochs, steps_of_epoch
 from .rollout.filling import choose_filling
 from .rollout.queue import RolloutQueue
@@ -78,7 +79,12 @@ class Collector:
         self.prompts_per_step = prompts_per_step
         self.steps_per_epoch = steps_of_epoch(len(prompts), prompts_per_step, grpo_args.num_iterations)
         """An upper bound with dynamic sampling."""
-        self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size)
+        threshold = grpo_args.curriculum_threshold
+        levels = levels_of(prompts) if threshold > 0 else ()
+        self.stream = PromptStream(len(prompts), args.seed, shuffle, args.process_index, args.world_size, levels)
+        self.curriculum = (
+            Curriculum(self.stream, threshold, sampler.rewards.names.index(SCORE)) if threshold > 0 else None
+        )
         self.queue = RolloutQueue(prompts)
         self.completions_log = CompletionsLog(
             args.output_dir, sampler.rewards.names, grpo_args.num_completions_to_print, args.process_index == 0
@@ -234,6 +240,8 @@ class Collector:
             if self._estimator.needs_greedy:
                 scored = self._beside_greedy(scored, self._sampler.score(greedy, progress))
         self._record(scored, seconds)
+        if self.curriculum is not None:
+            self.curriculum.heed(scored, self._tracker)
         for monitor in self._monitors:
             monitor.after_scoring(scored, version, self._tracker)
         return scored

@@ -181,6 +181,8 @@ class GRPOTrainer(ResumableTrainer):
         }
         for name, monitor in self.monitors.items():
             parts[f"monitors/{name}"] = Part(monitor, Scope.RANK, is_undone=True, is_optional=True)
+        if collector.curriculum is not None:
+            parts["curriculum"] = Part(collector.curriculum, Scope.RUN, is_undone=True)
         if collector.ahead is not None:
             parts["ahead"] = Part(collector.ahead, Scope.RANK, is_undone=True)
         if self.grpo_args.sync_ref_model:

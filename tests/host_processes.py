@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,7 @@ def _become(command: list[str], folder: str, environment: dict[str, str], output
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    tempfile.tempdir = None  # an import has asked for it, and it is that of the environment
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # libgomp has read that of its own start
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, file in enumerate(outputs, start=1):

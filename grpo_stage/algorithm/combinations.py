@@ -253,6 +253,14 @@ def _tool_rules() -> Iterator[Rule]:
     )
 
 
+def _curriculum_rules() -> Iterator[Rule]:
+    yield Rule(
+        lambda v: v.curriculum_threshold > 0 and "reasoning_gym" not in _names(v.reward_funcs),
+        "`curriculum_threshold: {curriculum_threshold}` decides by the reward `reasoning_gym`, which `reward_funcs: "
+        "{reward_funcs}` does not name. Add it there, or leave `curriculum_threshold` out.",
+    )
+
+
 def _names(value: Any) -> list[str]:
     return [name.strip() for name in (value.split(",") if isinstance(value, str) else value or ())]
 
@@ -325,6 +333,7 @@ RULES = (
     ),
     *_ahead_rules(),
     *_tool_rules(),
+    *_curriculum_rules(),
     *_tokenwise_rules(),
     *_zero_advantage_rules(),
 )

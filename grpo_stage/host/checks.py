@@ -156,7 +156,7 @@ def _check_datasets(values: SimpleNamespace) -> None:
             kwargs = json.loads(kwargs)
         except json.JSONDecodeError:
             return  # refused by `GRPOArguments`
-    check_tasks(keys, kwargs)
+    check_tasks(keys, kwargs, values.environment, values.curriculum_threshold > 0)
     described = [(key, name) for key, name in keys if not is_generated(name)]
     if described or not keys:
         check_descriptions(described, values.dataset_dir)

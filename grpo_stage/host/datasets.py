@@ -75,7 +75,9 @@ def load_prompts(
     dataset_kwargs = cast(dict[str, Any], finetuning_args.dataset_kwargs or {})
     with (
         _prompt_pipeline(finetuning_args.reference_column, reward_columns, tools),
-        generated(data_args, dataset_kwargs, training_args.seed) as data_args,
+        generated(
+            data_args, dataset_kwargs, training_args.seed, finetuning_args.curriculum_threshold > 0
+        ) as data_args,
     ):
         try:
             datasets = loader.get_dataset(

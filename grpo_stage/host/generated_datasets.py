@@ -1,8 +1,9 @@
-"""Datasets that are generated: `dataset: reasoning_gym:leg_counting`, a task of the package reasoning-gym.
+"""Datasets that are generated: `dataset: reasoning_gym:leg_counting`, a task of the package reasoning-gym, and
+`dataset: textarena:GuessTheNumber-v0`, rounds of the game that is the `environment`.
 
 Their rows are written into a folder that the host's loader reads, so that mixing, `val_size` and all else are the
-host's. A row holds how its puzzle is made again, for the reward `reasoning_gym`, which scores with the task's own
-code.
+host's. A task's row holds how its puzzle is made again, for the reward `reasoning_gym`, which scores with the task's
+own code; a game's row only differs from the others, so that its round does.
 """
 
 import copy
@@ -18,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from llamafactory.extras.constants import DATA_CONFIG
 
 from grpo_stage.rewards.builtin.reasoning import COLUMN, puzzles
+from grpo_stage.rewards.games import locate_game
+from grpo_stage.rewards.user_code import GAME
+from grpo_stage.rollout.curriculum import LEVEL, WINDOW
 
 
 if TYPE_CHECKING:
@@ -32,20 +36,32 @@ DEFAULT_ROWS = 1000
 
 
 def is_generated(name: str) -> bool:
-    return name.startswith(PREFIX)
+    return name.startswith((PREFIX, GAME))
 
 
-def check_tasks(named: list[tuple[str, str]], kwargs: Mapping[str, Any]) -> None:
-    """Refuse tasks that there are not, and settings that a task does not take.
+def check_tasks(
+    named: list[tuple[str, str]], kwargs: Mapping[str, Any], environment: str | None, has_levels: bool
+) -> None:
+    """Refuse tasks and games that there are not, and settings that a task does not take.
 
     Args:
         named: pairs of a key and the dataset that it names.
         kwargs: `dataset_kwargs`.
+        environment: the key.
+        has_levels: whether there is a curriculum.
 
     Raises:
         ValueError: naming the key and the task.
     """
-    tasks = {name.removeprefix(PREFIX): key for key, name in named if is_generated(name)}
+    if environment is not None and environment.startswith(GAME):
+        locate_game(environment)
+    for key, name in named:
+        if name.startswith(GAME) and name != environment:
+            raise ValueError(
+                f"`{key}: {name}` has rounds of a game, which the model plays if it is the `environment`: that is "
+                f"{environment or 'missing'}. Write `environment: {name}`."
+            )
+    tasks = {name.removeprefix(PREFIX): key for key, name in named if name.startswith(PREFIX)}
     if tasks and find_spec("reasoning_gym") is None:
         raise ValueError(
             f"`{next(iter(tasks.values()))}: {PREFIX}{next(iter(tasks))}` needs the package reasoning-gym, which is "
@@ -64,10 +80,22 @@ def check_tasks(named: list[tuple[str, str]], kwargs: Mapping[str, Any]) -> None
                 f"`dataset_kwargs` maps a task to its settings, and {task!r} has {settings!r}. Write for example "
                 '{"leg_counting": {"max_animals": 5}}.'
             )
-        _rows(f"`{key}: {PREFIX}{task}`", task, {"seed": 0, **settings, "size": 1})
+        where = f"`{key}: {PREFIX}{task}`"
+        for each in _levels(where, task, settings) if has_levels else [{}]:
+            _rows(where, task, {"seed": 0, **settings, **each, "size": 1})
+    if has_levels and (others := [f"{key}: {name}" for key, name in named if not name.startswith(PREFIX)]):
+        raise ValueError(
+            f"`curriculum_threshold` needs rows with levels, which `{others[0]}` has not. Name generated tasks alone "
+            f"(`dataset: {PREFIX}leg_counting`), or leave `curriculum_threshold` out."
+        )
 
 
-def _rows(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, str]]:
+def _rounds(num: int, first: int) -> list[dict[str, Any]]:
+    question = "Play this game. Make each move by calling the tool `act`, until the game is over.\n\n"
+    return [{"question": question, "answer": "", "round": first + i} for i in range(num)]
+
+
+def _rows(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     from reasoning_gym.factory import DATASETS
 
     if task not in DATASETS:
@@ -89,14 +117,68 @@ def _rows(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, 
     return rows
 
 
+def _levels(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The settings of each level of a task, as the package's own curriculum has them."""
+    from reasoning_gym.coaching.attributes import RangeAttributeDefinition
+    from reasoning_gym.factory import CURRICULA, DATASETS, create_curriculum
+
+    if task not in CURRICULA and task in DATASETS:
+        raise ValueError(
+            f"{where}: reasoning-gym has no levels of the task {task!r}, which `curriculum_threshold` needs. Leave "
+            "the key out, or name another task."
+        )
+    if task not in CURRICULA:
+        return [{}]  # `_rows` says so
+    curriculum = create_curriculum(task)
+    attributes = list(curriculum.attributes.values())
+    fields = [
+        field
+        for each in attributes
+        for field in (
+            [each.lower_field_name, each.upper_field_name]
+            if isinstance(each, RangeAttributeDefinition)
+            else [each.field_name]
+        )
+    ]
+    if both := [field for field in fields if field in settings]:
+        raise ValueError(
+            f"`dataset_kwargs` has `{both[0]}` of the task {task!r}, which its levels decide. Leave it out, or leave "
+            "`curriculum_threshold` out."
+        )
+    levels = []
+    for level in range(max(len(each.levels) for each in attributes)):
+        curriculum.set_global_level(level)
+        made = curriculum.generate_configuration()
+        levels.append({field: getattr(made, field) for field in fields})
+    return levels
+
+
+def _rows_of_levels(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    levels = _levels(where, task, settings)
+    size = settings["size"] // len(levels)
+    if size < WINDOW:
+        raise ValueError(
+            f"{where}: {settings['size']} rows make {size} for each of its {len(levels)} levels, and "
+            f"`curriculum_threshold` decides by {WINDOW} of one. Write `max_samples: {WINDOW * len(levels)}` or more."
+        )
+    return [
+        {**row, LEVEL: level}
+        for level, own in enumerate(levels)
+        for row in _rows(where, task, {**settings, **own, "size": size})
+    ]
+
+
 @contextmanager
-def generated(data_args: "DataArguments", kwargs: Mapping[str, Any], seed: int) -> Iterator["DataArguments"]:
+def generated(
+    data_args: "DataArguments", kwargs: Mapping[str, Any], seed: int, has_levels: bool = False
+) -> Iterator["DataArguments"]:
     """The arguments with a folder in which generated datasets are files. Evaluation has other rows than training.
 
     Args:
         data_args: the host's.
         kwargs: `dataset_kwargs`.
         seed: the run's.
+        has_levels: whether there is a curriculum.
     """
     named = [(key, name) for key in ("dataset", "eval_dataset") for name in getattr(data_args, key) or ()]
     if not any(is_generated(name) for _, name in named):
@@ -114,8 +196,12 @@ def generated(data_args: "DataArguments", kwargs: Mapping[str, Any], seed: int) 
                     task = name.removeprefix(PREFIX)
                     settings = {"size": data_args.max_samples or DEFAULT_ROWS, "seed": seed, **kwargs.get(task, {})}
                     settings["seed"] += offset * _EVALUATION_SEEDS
+                    if name.startswith(GAME):
+                        rows = _rounds(settings["size"], settings["seed"])
+                    else:
+                        rows = (_rows_of_levels if has_levels else _rows)(f"`{key}: {name}`", task, settings)
                     file = Path(folder, f"{len(descriptions)}.json")
-                    file.write_text(json.dumps(_rows(f"`{key}: {name}`", task, settings)), encoding="utf-8")
+                    file.write_text(json.dumps(rows), encoding="utf-8")
                     columns = {"prompt": "question", "response": "answer"}
                     descriptions[names[-1]] = {"file_name": str(file), "columns": columns}
             setattr(data_args, key, names or getattr(data_args, key))

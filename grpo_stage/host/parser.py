@@ -33,6 +33,7 @@ from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
 from grpo_stage.records.redaction import errors_masked
 from grpo_stage.rewards.options import REWARD_MODEL
+from grpo_stage.rewards.user_code import GAME
 from grpo_stage.rollout.engines.vllm_options import rank_with_room
 
 
@@ -101,6 +102,8 @@ def check(raw: RawArguments) -> dict[str, Any]:
         ValueError: for errors that the keys alone or small local files show.
     """
     written = typed(raw)
+    if written.get("dataset") is None and str(written.get("environment")).startswith(GAME):
+        written["dataset"] = written["environment"]  # a game has its own prompts
     if written.get("reward_funcs") is None and written.get("reward_model") is not None:
         written["reward_funcs"] = REWARD_MODEL  # the only reward
     elif written.get("reward_funcs") is None and written.get("environment") is not None:

@@ -53,6 +53,8 @@ class ToolUse:
             self.worker.end(range(len(part)))
             for i, (columns, reply) in enumerate(zip(part, replies, strict=True)):
                 if reply.is_error:
+                    if self.tools.is_game:
+                        raise ValueError(f"`environment`: {reply.value}")
                     shown = json.dumps(columns, ensure_ascii=False, default=str)
                     raise ValueError(
                         f"`environment`: its `reset` failed for row {start + i + 1}: {reply.value} It is called with "

@@ -39,7 +39,8 @@ class Series:
 
     def last(self, count: int) -> "Series":
         """The last `count` points, or all if there are fewer."""
-        return Series(self.steps[-count:], self.values[-count:])
+        start = max(0, len(self) - count)
+        return Series(self.steps[start:], self.values[start:])
 
 
 class History:

@@ -14,7 +14,8 @@ class RewardCollapse(Watch):
 
     Above the lowest line of the last `SEEN`, the median of the last `WINDOW` lines has `LEFT` of the best median of
     earlier ones at most, and no line of them has more than `LEFT_OF_LINE` of it. The best was at least twice the
-    present level, and the fall is `ERRORS` standard errors of such medians (from successive differences).
+    present level, and the fall is `ERRORS` standard errors of such medians (from successive differences). Only lines
+    since the last change of a curriculum's level are compared.
     """
 
     WINDOW = 10
@@ -26,6 +27,10 @@ class RewardCollapse(Watch):
 
     def judge(self, history: History) -> Alarm | None:
         rewards = current(history, "reward", self.SEEN)
+        levels = history.series("curriculum/level")
+        others = [step for step, one in zip(levels.steps, levels.values, strict=True) if one != levels.values[-1]]
+        if others:
+            rewards = rewards.last(sum(step > others[-1] for step in rewards.steps))
         values = list(rewards.values)
         if len(values) < 2 * self.WINDOW:
             return None

@@ -98,6 +98,10 @@ TRAINING: tuple[Definition, ...] = (
         "share that reached `max_new_tokens`, or had no room left for the results of its tools",
     ),
     Definition(
+        ("curriculum/level",),
+        "with `curriculum_threshold`: the level, from 0, whose prompts come first, mean over the rollouts",
+    ),
+    Definition(
         ("completions/mean_turns",),
         "turns of the model in a completion; this and the next ones only with `tools` or `environment`",
     ),

@@ -67,6 +67,7 @@ SECTIONS = (
             ),
             Chart("Groups left out by dynamic sampling", (r"dynamic_sampling/frac_dropped",), "share"),
             Chart("Rollouts of a batch", (r"dynamic_sampling/num_rollouts",)),
+            Chart("Level of the curriculum", (r"curriculum/level",)),
         ),
         "A group whose completions all earn the same teaches nothing.",
     ),

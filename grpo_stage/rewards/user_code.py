@@ -22,6 +22,8 @@ from grpo_stage.rewards.user_modules import first_on_path
 
 _INSTALLED = ("site-packages", "dist-packages")
 _OURS = Path(__file__).resolve().parents[1]
+GAME = "textarena:"
+"""What an `environment` that is a game of a package begins with."""
 _SCORED = ("completions", "completion_ids")
 """A function that scores completions takes one of these."""
 
@@ -69,7 +71,7 @@ def describe(specs: Iterable[str], folder: Path) -> list[RewardCode]:
 
 def is_code(spec: str) -> bool:
     """True for a function that is not built in."""
-    return bool(spec.rpartition(":")[0].strip())
+    return bool(spec.rpartition(":")[0].strip()) and not spec.strip().startswith(GAME)
 
 
 def locate(spec: str, folder: Path) -> RewardCode:

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from grpo_stage.rewards.user_code import RewardCode, file_of, locate
+from grpo_stage.rewards.games import game_class, locate_game, made
+from grpo_stage.rewards.user_code import GAME, RewardCode, file_of, locate
 from grpo_stage.rewards.user_modules import module_of
 from grpo_stage.rewards.workers.tool_process import RESET, REWARD
 
@@ -49,6 +50,8 @@ class ToolSet:
     has_environment: bool
     has_reward: bool
     """The environment has a `get_reward`."""
+    is_game: bool
+    """The environment is a game of a package, and not a class of the user's."""
     load: Callable[[], LoadedTools]
     """For a worker, which refuses files that have changed since."""
 
@@ -78,7 +81,7 @@ def load_tools(
 
     Args:
         tools: `path/file.py:function` each.
-        environment: `path/file.py:Class`, or None.
+        environment: `path/file.py:Class`, `textarena:Name`, or None.
         folder: where relative paths start.
         announce: is told of the code before any of it is loaded.
 
@@ -104,11 +107,14 @@ def load_tools(
         code={f"{key}/{each.spec.rpartition(':')[2]}": each.sha256 for key, each in zip(keys, code, strict=True)},
         has_environment=environment is not None,
         has_reward=loaded.environment is not None and callable(getattr(loaded.environment, REWARD, None)),
+        is_game=environment is not None and environment.startswith(GAME),
         load=partial(_load_in_worker, tuple(code), environment is not None),
     )
 
 
 def _located(key: str, spec: str, kind: str, folder: Path) -> RewardCode:
+    if key == "environment" and spec.startswith(GAME):
+        return locate_game(spec)
     place, _, name = spec.strip().rpartition(":")
     if not place.endswith(".py") or not name.isidentifier():
         raise ValueError(
@@ -137,7 +143,10 @@ def _load_in_worker(code: Sequence[RewardCode], has_environment: bool) -> Loaded
     """As `_load`, for good: what a tool imports late finds the neighbors of its file."""
     for each in code:
         each.check_unchanged()
-        sys.path.insert(0, str(each.file.parent))
+        if each.spec.startswith(GAME):
+            made(each.spec.removeprefix(GAME))
+        else:
+            sys.path.insert(0, str(each.file.parent))
     return _load(code, has_environment)
 
 
@@ -160,6 +169,8 @@ def _load(code: Sequence[RewardCode], has_environment: bool) -> LoadedTools:
 
 
 def _object(code: RewardCode) -> Any:
+    if code.spec.startswith(GAME):
+        return game_class(code.spec)
     name = code.spec.rpartition(":")[2]
     try:
         module: ModuleType = module_of(code.file)

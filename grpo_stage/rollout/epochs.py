@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from transformers import TrainingArguments
@@ -17,15 +17,27 @@ class PromptStream:
     Each `take` deals the permutation's next slice to the ranks, without padding or repeats. The state is the same on
     all ranks, and holds for any world size.
 
+    Where prompts have levels, those of the present level come first, then those of the nearest one: each `go_to` sorts
+    what is left of the epoch anew.
+
     Args:
         num_prompts: size of the dataset.
         seed: the run seed.
         shuffle: False keeps the dataset's order (the host's `disable_shuffling`).
         rank: this process.
         world_size: how many processes share the stream.
+        levels: of each prompt, from 0; by default all are of one level.
     """
 
-    def __init__(self, num_prompts: int, seed: int, shuffle: bool = True, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self,
+        num_prompts: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        levels: Sequence[int] = (),
+    ) -> None:
         if num_prompts < 1:
             raise ValueError(f"A prompt stream needs at least one prompt, got {num_prompts}.")
         if not 0 <= rank < world_size:
@@ -36,7 +48,23 @@ class PromptStream:
         self.rank = rank
         self.world_size = world_size
         self.epoch = 0
+        self._levels = levels
         self._cursor = 0
+        self._visits = [(0, 0)]
+        self._order = self._permutation()
+
+    @property
+    def level(self) -> int:
+        """The level whose prompts come next, as long as there are any."""
+        return self._visits[-1][1]
+
+    @property
+    def top_level(self) -> int:
+        return max(self._levels, default=0)
+
+    def go_to(self, level: int) -> None:
+        """Deal the prompts of this level next."""
+        self._visits.append((self._cursor, level))
         self._order = self._permutation()
 
     def take(self, count: int) -> list[int]:
@@ -56,6 +84,7 @@ class PromptStream:
         if self.remaining() == 0:
             self.epoch += 1
             self._cursor = 0
+            self._visits = [(0, self.level)]
             self._order = self._permutation()
 
     def remaining(self) -> int:
@@ -65,7 +94,9 @@ class PromptStream:
     def skip_to(self, num_taken: int) -> None:
         """Leave out the prompts before the one that follows the run's first `num_taken`, if they are still to come."""
         if num_taken > self.num_taken:
-            self.epoch, self._cursor = divmod(num_taken, self.num_prompts)
+            epoch, self._cursor = divmod(num_taken, self.num_prompts)
+            if epoch > self.epoch:
+                self.epoch, self._visits = epoch, [(0, self.level)]
             self._order = self._permutation()
 
     @property
@@ -75,7 +106,12 @@ class PromptStream:
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the stream, ready for JSON."""
-        return {"epoch": self.epoch, "cursor": self._cursor, **self._identity()}
+        return {
+            "epoch": self.epoch,
+            "cursor": self._cursor,
+            "visits": [list(visit) for visit in self._visits],
+            **self._identity(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken.
@@ -97,6 +133,7 @@ class PromptStream:
                 f"{self.num_prompts} prompts."
             )
         self.epoch, self._cursor = epoch, cursor
+        self._visits = [(start, level) for start, level in state["visits"]]
         self._order = self._permutation()
 
     def _identity(self) -> dict[str, Any]:
@@ -106,6 +143,8 @@ class PromptStream:
         order = list(range(self.num_prompts))
         if self.shuffle:
             random.Random(f"{self.seed}/{self.epoch}").shuffle(order)
+        for start, level in self._visits if self._levels else ():
+            order[start:] = sorted(order[start:], key=lambda i: (abs(self._levels[i] - level), self._levels[i]))
         return order
 
 

@@ -49,7 +49,7 @@ NUM_ROWS_TRIED = 4
 KEYS_THAT_MATTER: Mapping[str, str] = {
     "model": "model_name_or_path adapter_name_or_path template finetuning_type lora_rank lora_target quantization_bit "
     "ref_model",
-    "data": "dataset eval_dataset val_size max_samples cutoff_len reference_column",
+    "data": "dataset eval_dataset val_size max_samples cutoff_len reference_column curriculum_threshold",
     "rollout": "rollout_backend vllm_server_urls num_generations max_new_tokens temperature top_p top_k "
     "steps_per_generation num_iterations dynamic_sampling",
     "tools": "tools environment max_turns completion_limit tool_timeout",

@@ -12,6 +12,7 @@ from grpo_stage.types import Completion, FinishReason, Prompt, RolloutGroup
 
 
 TASK = "reasoning_gym:leg_counting"
+GAME = "textarena:GuessTheNumber-v0"
 
 
 def rows_of(arguments, key, name):
@@ -80,13 +81,13 @@ def test_other_datasets_are_found_from_the_new_folder(tmp_path):
 )
 def test_what_is_no_task_is_refused(name, kwargs, words):
     with pytest.raises(ValueError, match=words):
-        check_tasks([("dataset", name)], kwargs)
+        check_tasks([("dataset", name)], kwargs, None, has_levels=False)
 
 
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setattr("grpo_stage.host.generated_datasets.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs the package reasoning-gym.*grpo-stage\[reasoning-gym\]"):
-        check_tasks([("dataset", TASK)], {})
+        check_tasks([("dataset", TASK)], {}, None, has_levels=False)
 
 
 def test_one_line_gives_prompts_and_reward(recipe):
@@ -94,3 +95,80 @@ def test_one_line_gives_prompts_and_reward(recipe):
     del recipe["reward_funcs"], recipe["dataset_dir"]
     assert check(recipe)["reward_funcs"] == "reasoning_gym"
     assert parse(recipe).finetuning.dataset_kwargs == {"leg_counting": {"max_animals": 4}}
+
+
+def test_a_game_needs_no_dataset(recipe):
+    recipe |= {"environment": GAME, "template": "qwen3_nothink"}
+    del recipe["reward_funcs"], recipe["dataset_dir"], recipe["dataset"]
+    written = check(recipe)
+    assert (written["dataset"], written["reward_funcs"]) == (GAME, "environment")
+    assert parse(recipe).data.dataset == [GAME]
+
+
+def test_a_game_has_a_round_in_each_row():
+    with generated(make(dataset=[GAME], eval_dataset=[GAME]), {}, seed=11) as arguments:  # type: ignore[arg-type]
+        train = rows_of(arguments, "dataset", arguments.dataset[0])
+        evaluation = rows_of(arguments, "eval_dataset", GAME)
+    assert len({row["round"] for row in [*train, *evaluation]}) == 6
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (None, f"missing. Write `environment: {GAME}`"),
+        ("textarena:2048-v0", f"that is textarena:2048-v0. Write `environment: {GAME}`"),
+        ("textarena:GuessTheNumbr-v0", "no game 'GuessTheNumbr-v0'"),
+    ],
+)
+def test_rounds_of_another_game_are_refused(environment, words):
+    with pytest.raises(ValueError, match=words):
+        check_tasks([("dataset", GAME)], {}, environment, has_levels=False)
+
+
+LEVELED = "reasoning_gym:fraction_simplification"
+
+
+def test_a_curriculum_has_the_rows_of_each_level():
+    import reasoning_gym
+    from reasoning_gym.factory import create_curriculum
+
+    with generated(make(dataset=[LEVELED], max_samples=130), {}, seed=11, has_levels=True) as arguments:  # type: ignore[arg-type]
+        rows = rows_of(arguments, "dataset", arguments.dataset[0])
+    assert [row["reasoning_gym_level"] for row in rows] == [level for level in range(4) for _ in range(32)]
+    for level in range(4):
+        curriculum = create_curriculum("fraction_simplification")
+        curriculum.set_global_level(level)
+        settings = vars(curriculum.generate_configuration({"seed": 11, "size": 32}))
+        expected = reasoning_gym.create_dataset("fraction_simplification", **settings)
+        assert [row["question"] for row in rows[32 * level : 32 * level + 32]] == [e["question"] for e in expected]
+    entry = json.loads(rows[-1]["reasoning_gym_entry"])
+    assert (entry["index"], entry["settings"]["size"]) == (31, 32)  # the scorer finds the puzzle of its level
+
+
+def test_a_level_needs_enough_rows():
+    with (
+        pytest.raises(
+            ValueError, match=r"100 rows make 25 for each of its 4 levels.*Write `max_samples: 128` or more"
+        ),
+        generated(make(dataset=[LEVELED], max_samples=100), {}, seed=11, has_levels=True),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("names", "kwargs", "words"),
+    [
+        ([LEVELED, "sums"], {}, "needs rows with levels, which `dataset: sums` has not"),
+        (["reasoning_gym:list_functions"], {}, "no levels of the task 'list_functions'"),
+        (["reasoning_gym:list_functons"], {}, "no task 'list_functons'"),
+        (
+            [TASK],
+            {"leg_counting": {"max_animals": 4}},
+            "`dataset_kwargs` has `max_animals` .* which its levels decide",
+        ),
+        (["reasoning_gym:caesar_cipher"], {}, "does not take .*rotation must be in range"),
+    ],
+)
+def test_what_has_no_levels_is_refused(names, kwargs, words):
+    with pytest.raises(ValueError, match=words):
+        check_tasks([("dataset", name) for name in names], kwargs, None, has_levels=True)

@@ -215,6 +215,18 @@ def test_a_reward_is_gone_where_a_tenth_is_left_of_it_in_ten_lines(left: list[fl
     assert bool(first_alarms(lines, names=["reward_collapse"])) == is_gone
 
 
+def test_a_harder_level_of_a_curriculum_is_no_collapse() -> None:
+    """Within a level the reward may collapse as in any run."""
+    levels = [0.0] * 21 + [1.0] * 31
+    rewards = [0.0] + [0.5, 0.52] * 10 + [0.01] * 10 + [0.3] * 11 + [0.005] * 10
+    lines = [
+        {"current_steps": step, "reward": reward, "curriculum/level": level}
+        for step, (reward, level) in enumerate(zip(rewards, levels, strict=True), start=1)
+    ]
+    assert not first_alarms(lines[:31], names=["reward_collapse"])
+    assert first_alarms(lines, names=["reward_collapse"])["reward_collapse"].step == 52
+
+
 def test_a_spike_is_no_spike_beside_others_as_large() -> None:
     """Where most groups are all right most gradients are tiny."""
     lines = [{"current_steps": i, "grad_norm": (0.5 if i % 8 == 0 else 0.001)} for i in range(1, 120)]
