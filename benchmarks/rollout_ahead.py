@@ -48,7 +48,7 @@ POLL_S = 0.02
 
 def run(threads: int, keys: dict[str, Any]) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        words = [f"{key}={str(value).lower()}" for key, value in {**keys, "output_dir": folder}.items()]
+        words = [f"{key}={value}" for key, value in {**keys, "output_dir": folder}.items()]
         process = subprocess.Popen(
             [sys.executable, "-m", "grpo_stage", "train", "yaml_examples/quickstart.yaml", *words],
             cwd=ROOT,

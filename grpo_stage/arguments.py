@@ -614,6 +614,15 @@ class GRPOArguments:
         min=0,
         max=2,
     )
+    vllm_tensor_parallel: int = _key(
+        1,
+        MEMORY,
+        "How many processes of a machine are one vLLM together, each holding that part of the model on its device: "
+        "for models that do not fit beside the training on one. They sample the prompts of all of them together, and "
+        "results do not depend on it. Servers have their own number of devices (`vllm_config: "
+        "{tensor_parallel_size: 2}` with `rollout_backend: vllm_server`).",
+        min=1,
+    )
     # Limits
     sync_timeout: float = _key(
         600.0,

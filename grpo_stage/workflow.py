@@ -8,7 +8,7 @@ from functools import partial
 from transformers import TrainerCallback
 
 from .host import facade
-from .host.engine import start_engine
+from .host.engine import check_ranks, start_engine
 from .host.inputs import Preparation, prepare
 from .host.policy import load_policy
 from .host.precision import canary_bound
@@ -58,6 +58,7 @@ def _run_grpo(
     make_trainer: Callable[..., GRPOTrainer],
     activity: Activity,
 ) -> None:
+    check_ranks(arguments)
     activity.begin("data")
     prepared = prepare(arguments)
     if arguments.training.should_save:

@@ -283,7 +283,7 @@ ENGINE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "vllm": (
             *("vllm_base", "vllm_lora", "vllm_sleep", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
-            *("vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead"),
+            *("vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead", "vllm_tensor_parallel"),
         ),
         "vllm_server": (
             *("vllm_server_urls", "vllm_lora", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),

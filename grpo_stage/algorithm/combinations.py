@@ -184,6 +184,12 @@ def _ahead_rules() -> Iterator[Rule]:
             "`vllm_sleep: 0`",
         ),
         (
+            "vllm_tensor_parallel",
+            lambda v: v.vllm_tensor_parallel > 1,
+            "vLLM samples ahead in a process of its own for each process that trains, and these are not one engine",
+            "`rollout_backend: vllm_server` with servers of several devices",
+        ),
+        (
             "advantage_estimator",
             lambda v: (estimator := ESTIMATORS.get(v.advantage_estimator)) is not None and estimator.needs_greedy,
             "the most probable completion that it compares with would be that of another policy",
@@ -222,6 +228,12 @@ def _tool_rules() -> Iterator[Rule]:
             lambda v: v.rollout_ahead > 0,
             "a rollout that is sampled while the update runs cannot stop for the calls of its completions",
             "Leave it out",
+        ),
+        (
+            "vllm_tensor_parallel",
+            lambda v: v.vllm_tensor_parallel > 1,
+            "processes that share an engine ask it together, and each would have its own number of turns",
+            "Leave it out, or write `rollout_backend: vllm_server` with servers of several devices",
         ),
         (
             "structured_outputs",

@@ -16,10 +16,18 @@ _ELEMENTWISE_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad",
 """Those that treat each number of a weight by itself, so that a shard of it is enough."""
 _DDP = "Leave it out, or let every process have all weights (DDP: `llamafactory-cli train` without `deepspeed`)."
 
+_NOT_AS_SHARDS = Unsupported(
+    "quantization_bit",
+    "quantized weights were not verified as shards",
+    f"{_DDP} ZeRO-2 leaves them whole as well: write `deepspeed: examples/deepspeed/ds_z2_config.json`, and launch "
+    "with `FORCE_TORCHRUN=1 llamafactory-cli train`.",
+    harmless=(),
+)
+"""Where the weights themselves are divided."""
 _NOT_SHARDED = (
     Unsupported(
-        "quantization_bit ref_model_quantization_bit",
-        "quantized weights were not verified as shards",
+        "ref_model_quantization_bit",
+        "a quantized reference was not verified beside a model that they hold together",
         _DDP,
         harmless=(),
     ),
@@ -86,7 +94,8 @@ def check_distribution(values: SimpleNamespace) -> None:
     else:
         return
     kind = distribution(values.deepspeed)
-    for entry in _NOT_SHARDED:
+    divides_weights = kind in (FSDP2, ZERO.format(stage=3))
+    for entry in (*_NOT_SHARDED, *((_NOT_AS_SHARDS,) if divides_weights else ())):
         for key in entry.keys.split():
             with apart():
                 if (value := getattr(values, key)) is not None and value not in (False, *entry.harmless):

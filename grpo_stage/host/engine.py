@@ -1,5 +1,6 @@
 """The rollout engine of a run."""
 
+import os
 from functools import partial
 from typing import Any
 
@@ -9,10 +10,23 @@ from grpo_stage.host.precision import autocast_dtype, compute_dtype
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.rollout.engines.request import EngineRequest
 from grpo_stage.rollout.engines.table import ENGINES
+from grpo_stage.rollout.engines.vllm_rules import refuse_ranks
 from grpo_stage.types import RolloutEngine, SamplingSettings
 
 
 logger = facade.get_logger(__name__)
+
+
+def check_ranks(arguments: RunArguments) -> None:
+    """Refuse a number of processes that the engine cannot be shared out to; before a model is loaded."""
+    size, num_local_ranks = arguments.finetuning.vllm_tensor_parallel, os.environ.get("LOCAL_WORLD_SIZE")
+    if size > 1 and num_local_ranks is None and arguments.training.world_size > 1:
+        raise ValueError(
+            f"`vllm_tensor_parallel: {size}` is not possible without LOCAL_WORLD_SIZE in the environment, the number "
+            "of processes on this machine: those share an engine. torchrun, `accelerate launch` and "
+            "`llamafactory-cli train` set it: start the run with one of them, or leave `vllm_tensor_parallel` out."
+        )
+    refuse_ranks(size, int(num_local_ranks or 1))
 
 
 def start_engine(arguments: RunArguments, model: Any, sampling: SamplingSettings, inputs: RunInputs) -> RolloutEngine:

@@ -65,11 +65,7 @@ TRL_KEYS: Mapping[str, TRLKey] = MappingProxyType(
         "vllm_server_timeout": TRLKey(None, note=_SERVER),
         "vllm_group_port": TRLKey(None, note=_SERVER),
         "vllm_model_impl": TRLKey(None, note="vLLM's own options go into `vllm_config`, a mapping"),
-        "vllm_tensor_parallel_size": TRLKey(
-            None,
-            note="`rollout_backend: vllm` runs on the device that trains; a server may have several: `vllm_config: "
-            '{"tensor_parallel_size": 2}` with `rollout_backend: vllm_server`',
-        ),
+        "vllm_tensor_parallel_size": TRLKey("vllm_tensor_parallel"),
         "vllm_enable_sleep_mode": TRLKey("vllm_sleep", _of_bool("1", "0")),
         "vllm_guided_decoding_regex": TRLKey("structured_outputs", _as_regex),
         "vllm_structured_outputs_regex": TRLKey("structured_outputs", _as_regex),

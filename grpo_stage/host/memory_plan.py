@@ -15,7 +15,7 @@ from grpo_stage.host.empty_model import dtype_of_files, empty_model, empty_polic
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.layout.costs import ModelCost
 from grpo_stage.layout.syntax import Layout
-from grpo_stage.memory.engine import Engine, hf_engine, kv_bytes_per_token, vllm_on_cpu, vllm_on_gpu
+from grpo_stage.memory.engine import Engine, hf_engine, kv_bytes_per_token, kv_parts, vllm_on_cpu, vllm_on_gpu
 from grpo_stage.memory.model_cost import model_cost
 from grpo_stage.memory.optimizers import galore_states, state_bytes
 from grpo_stage.memory.parts import GIB, Budget
@@ -123,6 +123,10 @@ class _Planner:
     ) -> None:
         self.arguments, self.device, self.layout = arguments, device, layout
         self.finetuning, self.training = arguments.finetuning, arguments.training
+        self.engine_size = self.finetuning.vllm_tensor_parallel
+        """How many devices that train hold the engine together."""
+        if layout is not None:
+            self.engine_size = layout.engine_size if layout.is_colocated else 1
         self.finetuning.pure_bf16 = bool(precision.get("pure_bf16"))
         self.autocast = torch.bfloat16 if precision.get("bf16") else torch.float16 if precision.get("fp16") else None
         half = torch.bfloat16 if self.finetuning.pure_bf16 else self.autocast
@@ -279,7 +283,7 @@ class _Planner:
             return Engine()
         if self.device.type == "cpu":
             cache = float(os.environ.get("VLLM_CPU_KVCACHE_SPACE", 0)) * GIB or _CPU_CACHE
-            return vllm_on_cpu(4.0 * sizes.num_parameters, cache)
+            return vllm_on_cpu(4.0 * sizes.num_parameters / self.engine_size, cache)
         if self.finetuning.rollout_ahead and self.layout is None:
             self.notes.append(
                 "vLLM is counted on the GPU that trains; with `rollout_ahead` it has another where there are twice as "
@@ -287,10 +291,11 @@ class _Planner:
             )
         weights = self._engine_weights(sizes)
         model, length = self.arguments.model, self.arguments.model.vllm_maxlen
-        itemsize, parts = self.compute_dtype.itemsize, 1 if self.layout is None else self.layout.engine_size
+        itemsize = self.compute_dtype.itemsize
+        kv = length * kv_bytes_per_token(self.config, itemsize, is_vllm=True)
         return vllm_on_gpu(
-            weights / parts,
-            length * kv_bytes_per_token(self.config, itemsize, is_vllm=True) / parts,
+            weights / self.engine_size,
+            kv / min(self.engine_size, kv_parts(self.config)),
             self.device.capacity,
             model.vllm_gpu_util,
             not model.vllm_enforce_eager,
@@ -299,7 +304,7 @@ class _Planner:
 
     def _engine_weights(self, sizes: Sizes) -> float:
         is_four_bit = self.quantization is not None and self.quantization.bits == 4
-        if is_four_bit and self.finetuning.vllm_base == "auto":
+        if is_four_bit and self.finetuning.vllm_base == "auto" and self.engine_size == 1:
             return sizes.frozen
         return sizes.num_parameters * float(self.compute_dtype.itemsize)
 

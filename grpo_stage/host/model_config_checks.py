@@ -39,6 +39,8 @@ def check_model_config(arguments: RunArguments) -> None:
         "model_quantization": method,
         "model_positions": limit,
         "is_tied": bool(getattr(config.get_text_config(), "tie_word_embeddings", False)),
+        "model_heads": getattr(config.get_text_config(), "num_attention_heads", None),
+        "model_kv_heads": getattr(config.get_text_config(), "num_key_value_heads", None),
     }
     values = SimpleNamespace(**vars(arguments.values()), **facts)
     ENGINES[arguments.finetuning.rollout_backend].refuse_unfit(values)

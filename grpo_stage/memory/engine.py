@@ -46,6 +46,13 @@ def kv_bytes_per_token(config: Any, itemsize: int, *, is_vllm: bool) -> float:
     return float(itemsize * layers * 2 * (getattr(config, "num_key_value_heads", None) or heads) * size)
 
 
+def kv_parts(config: Any) -> int:
+    """Among how many devices of an engine vLLM divides keys and values at most: further ones hold copies."""
+    if getattr(config, "kv_lora_rank", None) is not None:  # the heads share what they are computed from
+        return 1
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
 def hf_engine(
     config: Any, itemsize: int, *, num_prompts: int, num_rows: int, prompt_length: int, completion_length: int
 ) -> Engine:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from grpo_stage.layout.costs import ModelCost
-from grpo_stage.memory.engine import kv_bytes_per_token
+from grpo_stage.memory.engine import kv_bytes_per_token, kv_parts
 from grpo_stage.memory.sizes import Sizes
 from grpo_stage.update.model_flops import share_of_experts, token_flops
 
@@ -26,7 +26,6 @@ def model_cost(
     flops = token_flops(model)
     output = sum(p.numel() for p in model.get_output_embeddings().parameters())
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    is_latent = getattr(config, "kv_lora_rank", None) is not None
     num_trained = sum(each.numel for each in sizes.trainable)
     return ModelCost(
         num_layers=config.num_hidden_layers,
@@ -34,7 +33,7 @@ def model_cost(
         engine_experts=engine_weights * experts / sizes.num_parameters,
         expert_share=share,
         kv=kv_bytes_per_token(config, itemsize, is_vllm=True),
-        kv_parts=1 if is_latent else getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        kv_parts=kv_parts(config),
         engine_flops=flops.forward + 2.0 * output,
         key_flops=4.0 * config.num_attention_heads * head_size * config.num_hidden_layers,
         token=flops,

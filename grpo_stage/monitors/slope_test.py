@@ -215,11 +215,11 @@ class SlopeTest(Monitor):
         """
         if self._start is None and (chosen := beginnings(groups, _START_SEQUENCES)):
             self._start = _Probe(chosen, ())
-        if self._start is None or version == self._version:
-            return {}
+        is_due = self._start is not None and version != self._version
         if isinstance(engine, ReplicatedEngine):
-            return engine.score_each(self._probes)
-        return {_ONLY: engine.score(self._probes)}
+            return engine.score_each(self._probes) if is_due else {}
+        answers = engine.score(self._probes if is_due else ())  # other ranks of the same engine may have something
+        return {_ONLY: answers} if is_due else {}
 
     def check(self, answers: Answers, groups: Sequence[RolloutGroup], version: int) -> dict[str, float]:
         """Compare the engine's answers with the trainer's, and prepare the next comparison.

@@ -87,7 +87,7 @@ def check_room(arguments: "RunArguments", recipe: Mapping[str, Any]) -> list[Fin
     output = Path(str(recipe.get("output_dir", "."))).absolute()
     nearest = next(folder for folder in (output, *output.parents) if folder.exists())
     # The engine holds weights of its own, in float32 on a CPU.
-    copies = 2 if str(finetuning.rollout_backend) == "vllm" else 1
+    copies = 1 + (1 / finetuning.vllm_tensor_parallel if str(finetuning.rollout_backend) == "vllm" else 0)
     needed = num_parameters * bytes_each * copies + num_trained * (_ADAM_BYTES + 4)
     free = torch.cuda.mem_get_info()[0] if on_gpu else psutil.virtual_memory().available
     return [
@@ -102,7 +102,7 @@ def check_room(arguments: "RunArguments", recipe: Mapping[str, Any]) -> list[Fin
             "device memory" if on_gpu else "main memory",
             needed,
             free,
-            f"weights ({copies} x), gradients and optimizer take about",
+            f"weights ({copies:.3g} x), gradients and optimizer take about",
             "Write `finetuning_type: lora`, train a smaller or quantized model, or free memory; `grpo-stage plan` has "
             "the whole account, activations included.",
         ),

@@ -146,6 +146,13 @@ def plan_layout(
     if written.get("use_cpu"):
         raise ValueError("`use_cpu: true` cannot go with `--layout`, which names GPUs. Leave it out.")
     arguments = parse_without_run(here, on_device=False)
+    size = arguments.finetuning.vllm_tensor_parallel
+    if layout.is_colocated and size not in (1, layout.engine_size):
+        raise ValueError(
+            f"`vllm_tensor_parallel: {size}` shares an engine out to {size} cards, and `--layout` has engines of "
+            f"{layout.engine_size}. Add `colocate NUMBERx{size}` to the layout, or "
+            f"`vllm_tensor_parallel={layout.engine_size}` to the command."
+        )
     memory = make_plan(
         arguments,
         {key: bool(written.get(key)) for key in ("bf16", "fp16", "pure_bf16")},

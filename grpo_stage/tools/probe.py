@@ -100,6 +100,10 @@ def _probe(configuration: Mapping[str, Any], args: argparse.Namespace) -> "tuple
 
     arguments = parse_without_run(configuration, on_device=True)
     finetuning = arguments.finetuning
+    if finetuning.vllm_tensor_parallel > 1:
+        written = f"`vllm_tensor_parallel: {finetuning.vllm_tensor_parallel}`"
+        print(f"A probe is one process and has an engine of its own: {written} counts as 1.")
+        finetuning.vllm_tensor_parallel = 1
     rewards = load_rewards(
         cast(list[str], finetuning.reward_funcs),
         cast(list[float] | None, finetuning.reward_weights),

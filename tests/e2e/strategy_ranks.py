@@ -10,12 +10,14 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from grpo_stage.distributed import leave_process_group
 from grpo_stage.rollout.engines.weights import PolicyWeights
@@ -29,7 +31,7 @@ from tests.unit.trainer_on_fakes import VOCAB, collect, make_trainer
 
 
 NUM_PROMPTS = 3  # of a step that has room for four: one process gets fewer than the other
-LORA, AFTER_DROPPED = "lora", "after a dropped gradient"
+LORA, AFTER_DROPPED, QUANTIZED = "lora", "after a dropped gradient", "quantized"
 FAST: dict[str, Any] = {"max_tokens_per_micro_batch": 24}
 PLAIN: dict[str, Any] = {**FAST, "disable_prompt_sharing": True, "disable_logit_chunking": True}
 CASES: dict[str, dict[str, Any]] = {
@@ -40,16 +42,39 @@ CASES: dict[str, dict[str, Any]] = {
     "full, after a gradient that was dropped": {**FAST, "max_grad_norm": 0.3, AFTER_DROPPED: True},
     "lora": {**FAST, "beta": 0.1, LORA: True},
     "lora, sequences weighed": {**FAST, "loss_type": "gspo", LORA: True},
+    "lora, 4 bits": {**FAST, "max_grad_norm": 0.3, "beta": 0.1, LORA: True, QUANTIZED: True},
 }
 TRAINING = ("max_grad_norm", "gradient_checkpointing")
-NOT_OF_A_RECIPE = (*TRAINING, LORA, AFTER_DROPPED)
+NOT_OF_A_RECIPE = (*TRAINING, LORA, AFTER_DROPPED, QUANTIZED)
 Config = dict[str, Any] | None
 """Of DeepSpeed."""
+
+
+def quantized(model: Any) -> torch.nn.Module:
+    """A larger one, whose rows bitsandbytes' blocks on a CPU fit into; quantized as the host does it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**model.config.to_dict() | {"hidden_size": 64, "head_dim": 32}))
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_compute_dtype=torch.float32,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_quant_storage=torch.float32,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, device_map={"": "cpu"})
 
 
 def with_adapter(model: torch.nn.Module) -> torch.nn.Module:
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     return get_peft_model(model, config)
+
+
+def changed(case: dict[str, Any], model: torch.nn.Module) -> torch.nn.Module:
+    if case.get(QUANTIZED):
+        model = quantized(model)
+    return with_adapter(model) if case.get(LORA) else model
 
 
 def trainer_of(num_ranks: int, case: dict[str, Any], config: Config) -> Any:
@@ -67,7 +92,7 @@ def trainer_of(num_ranks: int, case: dict[str, Any], config: Config) -> Any:
             num_prompts=NUM_PROMPTS,
             num_iterations=2,
             training={"max_grad_norm": 0.0} | training,
-            change_model=with_adapter if case.get(LORA) else lambda model: model,
+            change_model=partial(changed, case),
             **options,
         )
     if training.get("gradient_checkpointing"):
@@ -152,6 +177,8 @@ def main(file: str, configs: list[Config]) -> None:
         # What is kept in main memory matters to the gradient alone.
         offloads = config is not None and "offload_optimizer" in config["zero_optimization"]
         cases = {name: case for name, case in CASES.items() if AFTER_DROPPED in case or not offloads}
+        if "ACCELERATE_USE_FSDP" in os.environ or (config is not None and config["zero_optimization"]["stage"] == 3):
+            cases = {name: case for name, case in cases.items() if QUANTIZED not in case}  # refused
         updates = {name: update_of(num_ranks, case, config) for name, case in cases.items()}
         results.append({"updates": updates, "deliveries": {} if offloads else deliveries(num_ranks, config)})
         print(json.dumps({name: norm for name, (_, norm) in updates.items()}), flush=True)

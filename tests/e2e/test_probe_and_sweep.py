@@ -40,6 +40,19 @@ def command(recipe: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[.
     return run
 
 
+def test_a_probe_is_one_process(
+    command: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def seen(arguments: Any) -> None:
+        raise ValueError(f"size {arguments.finetuning.vllm_tensor_parallel}")
+
+    monkeypatch.setattr("grpo_stage.host.inputs.load_inputs", seen)
+    assert command("probe", rollout_backend="vllm", vllm_tensor_parallel=2) not in (0, 3)
+    told = capsys.readouterr().err
+    assert "`vllm_tensor_parallel: 2` counts as 1" in told
+    assert "size 1" in told
+
+
 def test_prompts_are_probed_with_the_recipe_s_engine_and_rewards(
     command: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

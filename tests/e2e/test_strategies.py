@@ -43,6 +43,8 @@ FSDP2 = {
 
 
 ON_CPU = {"DS_ACCELERATOR": "cpu"}
+WHOLE_WEIGHTS = {"lora, 4 bits"}
+"""Cases that are refused where weights are divided."""
 
 
 def zero(stage: int) -> dict[str, Any]:
@@ -110,15 +112,15 @@ def one(steps_of) -> dict[str, Any]:
 
 def test_fsdp2_updates_as_one_process_does(fsdp2, steps_of, one):
     (two,) = steps_of(fsdp2, 2)
-    assert two["updates"].keys() == one["updates"].keys()
+    assert two["updates"].keys() == one["updates"].keys() - WHOLE_WEIGHTS
     check_updates(two, one)
 
 
 def test_zero_updates_as_one_process_does(steps_of, one):
     stages = [0, 2, 3]
     results = steps_of(ON_CPU, 2, *map(zero, stages), *(offloaded(stage) for stage in (2, 3)))
-    for two in results[: len(stages)]:
-        assert two["updates"].keys() == one["updates"].keys()
+    for stage, two in zip(stages, results, strict=False):
+        assert two["updates"].keys() == one["updates"].keys() - (WHOLE_WEIGHTS if stage == 3 else set())
     for two in results:
         check_updates(two, one)
 

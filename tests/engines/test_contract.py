@@ -208,8 +208,9 @@ def test_stops_are_those_of_the_call(engine: RolloutEngine, prompts: list[Prompt
         assert ends <= set(STOPS)
 
 
-def test_no_prompts_no_groups(engine: RolloutEngine, sampling: SamplingSettings) -> None:
+def test_no_prompts_no_groups_and_no_scores(engine: RolloutEngine, sampling: SamplingSettings) -> None:
     assert engine.generate([], sampling, step=10) == []
+    assert engine.score([]) == []
 
 
 def test_a_conversation_that_has_used_its_room_fits(engine: RolloutEngine, sampling: SamplingSettings) -> None:

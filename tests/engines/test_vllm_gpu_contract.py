@@ -4,7 +4,9 @@ import dataclasses
 import importlib
 import inspect
 import logging
+import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,10 +17,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from grpo_stage.host.precision import canary_bound
-from grpo_stage.rollout.engines import vllm_delivery, vllm_process, vllm_start
+from grpo_stage.rollout.engines import vllm_delivery, vllm_process, vllm_start, vllm_together
 from grpo_stage.rollout.engines.table import ENGINES
 from grpo_stage.rollout.engines.vllm_options import OWNED_OPTIONS, OWNED_OPTIONS_ON_CPU, known_options
 from grpo_stage.rollout.engines.weights import checkpoint_weights
+from grpo_stage.survival.stop import StopRequested
 from grpo_stage.types import SamplingSettings
 
 from .conftest import vllm_engine
@@ -123,7 +126,9 @@ def test_vllm_has_the_arguments_that_are_passed(recorded: Callable[..., Any]) ->
 
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for adapter in (True, False):
-        arguments = recorded(adapter=adapter, sleep_level=1, quantization="bitsandbytes")._llm.arguments
+        arguments = recorded(
+            adapter=adapter, sleep_level=1, quantization="bitsandbytes", tensor_parallel_size=2, timeout_s=60
+        )._llm.arguments
         assert set(arguments) - known == set()
         assert arguments["hf_token"] is arguments["download_dir"] is None
         assert arguments["enable_sleep_mode"] is True
@@ -228,6 +233,120 @@ def test_vllm_quantizes_to_four_bits_as_the_host_does(checkpoint: Path, monkeypa
         assert torch.equal(dequantize_4bit(weights[name], state), trainers[name])
 
 
+def test_neighboring_ranks_share_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that those of a node do, as `refuse_ranks` takes for granted."""
+    import vllm.config
+    from vllm.distributed import parallel_state
+
+    groups: dict[str, Any] = {}
+
+    def init_group(ranks: Any, local_rank: int, backend: str, group_name: str, **_: Any) -> Any:
+        groups[group_name] = ranks
+        return SimpleNamespace(rank_in_group=0)
+
+    for name in ("_TP", "_DCP", "_PCP", "_PP", "_DP", "_EP", "_EPLB"):
+        monkeypatch.setattr(parallel_state, name, None)
+    monkeypatch.setattr(parallel_state, "init_model_parallel_group", init_group)
+    monkeypatch.setattr(parallel_state, "get_world_group", lambda: SimpleNamespace(local_rank=0, device_group=None))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 8)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    parallel = SimpleNamespace(data_parallel_size=1, enable_elastic_ep=False, enable_eplb=False)
+    config = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(is_moe=False))
+    monkeypatch.setattr(vllm.config, "get_current_vllm_config", lambda: config)
+    parallel_state.initialize_model_parallel(2, backend="gloo")
+    assert groups["tp"] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert groups["dp"] == [[i] for i in range(8)], "and no two of them wait for each other at each step"
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(12, 12), (12, 4), (12, 2), (12, 1), (9, 3), (8, 8)])
+def test_heads_are_shared_out_where_vllm_can(
+    heads: int, kv_heads: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.config import ModelConfig
+    from vllm.model_executor.layers import linear
+
+    def is_refused(refuse: Callable[[], object], *errors: type[Exception]) -> bool:
+        try:
+            refuse()
+        except errors:
+            return True
+        return False
+
+    monkeypatch.setattr(linear, "get_tensor_model_parallel_world_size", lambda: size)
+    monkeypatch.setattr(linear.ColumnParallelLinear, "__init__", lambda *_, **__: None)
+    by_vllm = is_refused(lambda: linear.QKVParallelLinear(64, 8, heads, kv_heads), AssertionError)
+    architecture = SimpleNamespace(total_num_attention_heads=heads)
+    parallel = SimpleNamespace(
+        tensor_parallel_size=size, enable_expert_parallel=False, pipeline_parallel_size=1,
+        decode_context_parallel_size=1,
+    )  # fmt: skip
+    config: Any = SimpleNamespace(model_arch_config=architecture, multimodal_config=None)
+    if heads % size:
+        with pytest.raises(ValueError, match=r"must be divisible by tensor parallel size"):
+            ModelConfig.verify_with_parallel_config(config, parallel)
+        assert by_vllm
+    keys = dict.fromkeys(("vllm_config", "structured_outputs", "model_quantization", "model_positions"))
+    facts = {"rollout_backend": "vllm", "vllm_tensor_parallel": size, "model_name_or_path": "a/model"}
+    values = SimpleNamespace(**keys, **facts, model_heads=heads, model_kv_heads=kv_heads)
+    assert is_refused(lambda: ENGINES["vllm"].refuse_unfit(values), ValueError) == by_vllm
+
+
+def test_a_rank_keeps_the_answers_to_its_own_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks of an engine ask it for the same, in the order of their ranks."""
+    ranks = [(["a", "b"], [1, 2]), ([], []), (["c"], [3]), (["d", "e"], [4, 5])]
+
+    def all_gather(values: list[Any], value: Any, group: Any) -> None:
+        assert value == ranks[group]
+        values[:] = ranks
+
+    monkeypatch.setattr(vllm_together.distributed, "all_gather_object", all_gather)
+    for rank, (requests, params) in enumerate(ranks):
+        group = SimpleNamespace(world_size=len(ranks), rank_in_group=rank, cpu_group=rank)
+        monkeypatch.setattr(vllm_together, "_group", lambda group=group: group)
+        answers = vllm_together.ask(lambda asked, how: list(zip(asked, how, strict=True)), requests, params)
+        assert answers == list(zip(requests, params, strict=True))
+
+
+def test_a_stop_of_one_rank_is_a_stop_of_all_that_share_its_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = SimpleNamespace(cpu_group="ranks of the engine")
+    monkeypatch.setattr(vllm_together, "_group", lambda: group)
+    own: list[int] = []
+
+    def stop() -> None:
+        raise StopRequested(signal.SIGINT)
+
+    for of_another, check, raised in ((0, lambda: None, None), (0, stop, "SIGINT"), (15, lambda: None, "SIGTERM")):
+
+        def all_reduce(tensor: Any, op: Any, group: Any, of_another: int = of_another) -> None:
+            assert group == "ranks of the engine"
+            assert op == torch.distributed.ReduceOp.MAX
+            own.append(int(tensor))
+            tensor.fill_(max(int(tensor), of_another))
+
+        monkeypatch.setattr(vllm_together.distributed, "all_reduce", all_reduce)
+        with pytest.raises(StopRequested, match=f"stopped by {raised}") if raised else nullcontext():
+            vllm_together.check(check)
+    assert own == [0, signal.SIGINT, 0], "each is asked, whether it stops or not"
+
+
+def test_a_part_of_a_weight_is_not_quantized_by_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be in other blocks than the trainer's whole weight."""
+    monkeypatch.setattr(vllm_start, "_quantizes_alike", lambda request: True)
+    monkeypatch.setattr(vllm_start, "write_base", lambda policy, folder: None)
+    for size, quantization in ((1, "bitsandbytes"), (2, None)):
+        keys = SimpleNamespace(
+            vllm_base="auto", vllm_lora="native", model_name_or_path="files", vllm_tensor_parallel=size
+        )
+        request: Any = SimpleNamespace(
+            keys=keys, changes_to_files=("quantized",), device_type="cuda", local_process_index=0, policy=None,
+            images=None, announce=lambda message: None,
+        )  # fmt: skip
+        with vllm_start._model_to_start_from(request) as (_, kept):
+            assert kept == quantization
+
+
 def test_vllm_picks_its_bitsandbytes_loader_by_that_argument(checkpoint: Path) -> None:
     from vllm.engine.arg_utils import EngineArgs
 
@@ -288,7 +407,7 @@ def test_four_bits_cannot_hold_a_merged_adapter(
     written: list[Path] = []
     monkeypatch.setattr(vllm_start, "_quantizes_alike", lambda request: True)
     monkeypatch.setattr(vllm_start, "write_base", lambda policy, folder: written.append(folder))
-    keys = SimpleNamespace(vllm_base="auto", vllm_lora=vllm_lora, model_name_or_path="files")
+    keys = SimpleNamespace(vllm_base="auto", vllm_lora=vllm_lora, model_name_or_path="files", vllm_tensor_parallel=1)
     request: Any = SimpleNamespace(
         keys=keys, changes_to_files=("quantized",), device_type="cuda", local_process_index=0, policy=None,
         images=None, announce=lambda message: None,

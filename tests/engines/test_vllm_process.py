@@ -14,6 +14,7 @@ import pytest
 from tests.host_processes import VLLM, HostProcesses
 
 
+_STOPPED = "stopped by SIGTERM after 3"
 PREAMBLE = """
 import logging, os, random, signal, sys
 import numpy as np, psutil, torch
@@ -22,6 +23,7 @@ from transformers import LlamaForCausalLM
 from grpo_stage.rollout.engines import vllm_process
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_settings import VLLMSettings
+from grpo_stage.survival.stop import StopRequested
 from grpo_stage.types import Prompt, SamplingSettings
 
 class Decoder:
@@ -37,12 +39,12 @@ sampling = SamplingSettings(num_generations=2, max_new_tokens=8, temperature=1.0
 def prompt(index, length=10):
     return Prompt(index=index, token_ids=tuple(range(20, 20 + length)), messages=(), reference=None)
 
-def start():
-    settings = VLLMSettings(
+def start(**changed):
+    settings = dict(
         model_name_or_path=checkpoint, adapter=True, max_model_len=256, max_lora_rank=4,
         gpu_memory_utilization=0.5, enforce_eager=False, dtype="auto", logprob_temperature=None,
     )
-    return VLLMEngine(settings, Decoder())
+    return VLLMEngine(VLLMSettings(**settings | changed), Decoder())
 """
 
 
@@ -160,7 +162,11 @@ def test_a_process_that_ends_without_close_leaves_nothing(
 def test_two_ranks_roll_out_their_own_prompts(
     checkpoint: Path, environment: dict[str, str], host_processes: HostProcesses, tmp_path: Path
 ) -> None:
-    """Different prompts, lengths and numbers of calls on each; the trainer's process group serves before and after."""
+    """Different prompts, lengths and numbers of calls on each; the trainer's process group serves before and after.
+
+    Then both are one engine, with an adapter and with whole weights: they sample what each samples alone, the first
+    one without a prompt as well, and stop together.
+    """
     script = written(
         """
         import torch.distributed as dist
@@ -182,6 +188,49 @@ def test_two_ranks_roll_out_their_own_prompts(
             assert total(1) == 2
         engine.close()
         assert total(rank) == 1
+
+        def scored(prompts):
+            groups = engine.generate(prompts, sampling, 2)
+            scores = torch.cat([torch.zeros(0), *engine.score(groups)])
+            ids = [(g.prompt.index, g.policy_version, [c.token_ids for c in g.completions]) for g in groups]
+            logprobs = [logprob for g in groups for c in g.completions for logprob in c.sampling_logprobs]
+            return ids, torch.tensor(logprobs), scores
+
+        class Stopper:
+            calls = 0
+
+            def __call__(self):
+                self.calls += 1
+                if rank == 1 and self.calls == 3:
+                    raise StopRequested(signal.SIGTERM)
+
+        randomized = {name: torch.randn_like(p) * 0.05 for name, p in policy.named_parameters() if "lora" in name}
+        policy.load_state_dict(randomized, strict=False)
+        whole = policy.merge_and_unload(safe_merge=True)
+        prompts = [prompt(20 + i, 30 + 7 * i) for i in range(3 * rank)]
+        for size, adapter in ((1, False), (2, False), (2, True)):
+            if adapter:
+                policy = get_peft_model(
+                    LlamaForCausalLM.from_pretrained(checkpoint),
+                    LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+                )
+                policy.load_state_dict(randomized, strict=False)
+            engine = start(adapter=adapter, tensor_parallel_size=size, timeout_s=300)
+            engine.sync(policy if adapter else whole, 7)
+            result = scored(prompts)
+            if size == 1:
+                alone = result
+            differences = [(a - b).abs().max().item() if len(a) else 0.0 for a, b in zip(result[1:], alone[1:])]
+            sampled.append((size, adapter, result[0] == alone[0], len(result[1]), max(differences) < 1e-4))
+            if size > 1:
+                engine.on_step = Stopper()
+                try:
+                    engine.generate(prompts, sampling, 2)
+                except StopRequested as stop:
+                    sampled.append(f"{stop} after {engine.on_step.calls}")
+                engine.on_step = lambda: None
+                assert scored(prompts)[0] == alone[0]
+            engine.close()
         everyone = [None, None]
         dist.all_gather_object(everyone, sampled)
         if rank == 0:
@@ -195,4 +244,10 @@ def test_two_ranks_roll_out_their_own_prompts(
         assert rank.returncode == 0, rank.stderr
     first = [(version, [(0, version)]) for version in (0, 1)]
     second = [(version, [(10, version), (11, version), (12, version)]) for version in (0, 0, 1, 1)]
-    assert [rank.stdout.splitlines() for rank in ranks] == [[str([first, second])], []]
+    together = [
+        [(1, False, True, num_tokens, True)]
+        + [each for adapter in (False, True) for each in ((2, adapter, True, num_tokens, True), _STOPPED)]
+        for num_tokens in (0, 3 * 2 * 8)
+    ]
+    everyone = str([first + together[0], second + together[1]])
+    assert [rank.stdout.splitlines() for rank in ranks] == [[everyone], []]

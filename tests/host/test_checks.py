@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,8 @@ from llamafactory.model.model_utils.rope import configure_rope
 from transformers import AutoConfig
 
 from grpo_stage.host import advice, zero
+from grpo_stage.host.distribution import check_distribution
+from grpo_stage.host.engine import check_ranks
 from grpo_stage.host.inputs import refuse_idle_processes
 from grpo_stage.host.other_models import arguments_for
 from grpo_stage.host.parser import ARGUMENT_CLASSES, effective_defaults, parse
@@ -215,6 +218,7 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"vllm_enforce_eager": True}, ["rollout_backend: hf", "vllm_*", "no effect"]),
     ({"vllm_sleep": 1}, ["rollout_backend: hf", "rollout_backend: vllm", "no effect"]),
     ({"vllm_base": "trainer"}, ["rollout_backend: hf", "rollout_backend: vllm", "no effect"]),
+    ({"vllm_tensor_parallel": 2}, ["vllm_tensor_parallel: 2", "rollout_backend: hf", "no effect"]),
     ({"vllm_lora": "merged"}, ["rollout_backend: hf", "rollout_backend: vllm", "no effect"]),
     ({"ddp_broadcast_buffers": True}, ["ddp_broadcast_buffers: true", "memory"]),
     (VLLM | {"finetuning_type": "full", "vllm_max_lora_rank": 16}, ["vllm_max_lora_rank: 16", "no adapter"]),
@@ -301,6 +305,16 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (VLLM | {"rollout_ahead": 1, "top_p": 0.9}, ["rollout_ahead: 1", "top_p: 0.9", "neutral"]),
     (VLLM | {"rollout_ahead": 1, "vllm_sleep": 1}, ["rollout_ahead: 1", "vllm_sleep: 1", "stay awake"]),
+    (
+        VLLM | {"rollout_ahead": 1, "vllm_tensor_parallel": 2},
+        ["vllm_tensor_parallel: 2", "rollout_ahead: 1", "are not one engine", "rollout_backend: vllm_server"],
+    ),
+    (VLLM | {"vllm_tensor_parallel": 0}, ["vllm_tensor_parallel: 0", "at least 1"]),
+    (VLLM | {"vllm_tensor_parallel": 3}, ["vllm_tensor_parallel: 3", "as many heads", "has 2", "divides 2"]),
+    (
+        VLLM | {"vllm_config": {"tensor_parallel_size": 2}},
+        ["`tensor_parallel_size`", "`vllm_tensor_parallel` sets it"],
+    ),
     (VLLM | {"vllm_sleep": 2}, ["vllm_sleep: 2", "finetuning_type: lora", "vllm_sleep: 1", "vllm_lora: merged"]),
     (VLLM | {"lora_rank": 513}, ["lora_rank: 513", "512", "vllm_lora: merged", "lower `lora_rank`"]),
     (VLLM | {"lora_rank": 16, "vllm_max_lora_rank": 8}, ["vllm_max_lora_rank: 8", "Leave it out"]),
@@ -323,6 +337,10 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ),
     (SERVERS | {"vllm_server_urls": "http://me:hunter2@b"}, ["a name or a password", "VLLM_API_KEY"]),
     (SERVERS | {"vllm_server_urls": "http://A:80,http://a/"}, ["names `http://a` twice", "each server once"]),
+    (
+        SERVERS | {"vllm_tensor_parallel": 2},
+        ["vllm_tensor_parallel: 2", "rollout_backend: vllm_server", "no effect", "tensor_parallel_size: 2"],
+    ),
     (SERVERS | {"vllm_sleep": 1}, ["vllm_sleep: 1", "rollout_backend: vllm_server", "no effect"]),
     (SERVERS | {"vllm_base": "trainer"}, ["vllm_base: trainer", "rollout_backend: vllm_server", "no effect"]),
     (SERVERS | {"quantization_bit": 4}, ["quantization_bit: 4", "as its files have it", "rollout_backend: vllm`"]),
@@ -454,7 +472,11 @@ LAUNCHED = {
         ),
         ({"FSDP_IGNORED_MODULES": "lm_head"}, {}, ["fsdp_ignored_modules", "Leave it out"]),
         ({}, {"save_only_model": True}, ["save_only_model: true", "FULL_STATE_DICT"]),
-        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "FSDP2", "llamafactory-cli train"]),
+        (
+            {},
+            {"quantization_bit": 4},
+            ["quantization_bit: 4", "FSDP2", "DDP", "FORCE_TORCHRUN=1", "ds_z2_config.json"],
+        ),
         ({}, {"fp16": True}, ["fp16: true", "FSDP2", "bf16: true"]),
         ({}, {"optim": "adafactor"}, ["optim: adafactor", "FSDP2", "adamw_torch"]),
         ({}, {"use_muon": True}, ["use_muon: true", "whole weights"]),
@@ -509,7 +531,7 @@ def under_zero(recipe: dict[str, Any], config: dict[str, Any], keys: dict[str, A
         ({}, {"save_only_model": True, **BEST}, ["save_only_model: true", "load_best_model_at_end: true"]),
         ({}, {"adapter_name_or_path": "a/b,c/d"}, ["adapter_name_or_path: a/b,c/d", "llamafactory-cli export"]),
         ({}, {"on_alarm": "recover"}, ["`recover`", "another engine", "`stop`"]),
-        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "ZeRO-3", "DDP"]),
+        ({}, {"quantization_bit": 4}, ["quantization_bit: 4", "ZeRO-3", "ds_z2_config.json"]),
         ({}, {"fp16": True}, ["fp16: true", "ZeRO-3", "bf16: true"]),
         ({}, {"optim": "adafactor"}, ["optim: adafactor", "ZeRO-3", "adamw_torch"]),
         ({}, {"finetuning_type": "oft"}, ["finetuning_type: oft", "ZeRO-3", "lora"]),
@@ -524,6 +546,14 @@ def test_what_zero_does_not_go_with_is_refused(recipe, config, keys, said):
     message = refusal(under_zero(recipe, config, keys))
     for words in said:
         assert words in message
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_quantized_weights_go_where_they_stay_whole(stage):
+    values = effective_defaults() | {"deepspeed": {**ZERO, "zero_optimization": {"stage": stage}}}
+    check_distribution(SimpleNamespace(**values | {"quantization_bit": 4}))
+    with pytest.raises(ValueError, match=rf"ref_model_quantization_bit: 4.*ZeRO-{stage}.*DDP"):
+        check_distribution(SimpleNamespace(**values | {"ref_model_quantization_bit": 4}))
 
 
 def test_zero_has_to_clip_as_the_recipe_says(recipe):
@@ -1113,3 +1143,29 @@ def test_a_remedy_that_would_cut_epochs_short_is_no_remedy(recipe, length, kept)
     arguments = parse(recipe | length | {"num_iterations": 4})
     rate = {"learning_rate": 1e-5}
     assert possible(arguments, {"num_iterations": 2} | rate) == kept | rate
+
+
+def with_ranks(size, processes):
+    keys = {"finetuning": {"vllm_tensor_parallel": size}, "training": {"world_size": processes}}
+    return SimpleNamespace(**{name: SimpleNamespace(**each) for name, each in keys.items()})
+
+
+def test_processes_of_a_machine_are_not_known_without_their_launcher(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    check_ranks(with_ranks(1, 4))
+    with pytest.raises(ValueError, match=r"vllm_tensor_parallel: 2.*without LOCAL_WORLD_SIZE.*torchrun.*leave"):
+        check_ranks(with_ranks(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("size", "processes", "is_refused"), [(1, 3, False), (2, 4, False), (2, 3, True), (2, 1, True)]
+)
+def test_an_engine_is_shared_by_processes_of_a_machine(size, processes, is_refused, monkeypatch):
+    """Before a model is loaded: nothing but the number of processes is looked at."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    if processes == 1:
+        monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    arguments = with_ranks(size, processes)
+    said = rf"vllm_tensor_parallel: {size}.*with {processes} process.*multiple of {size}.*NPROC_PER_NODE.*leave it out"
+    with pytest.raises(ValueError, match=said) if is_refused else nullcontext():
+        check_ranks(arguments)

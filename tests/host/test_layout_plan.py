@@ -65,6 +65,18 @@ def test_an_engine_without_room_is_said(gpu_recipe, monkeypatch):
     assert "has room for" in plan.problem
 
 
+def test_a_device_of_an_engine_holds_one_head_of_keys_and_values_at_least(gpu_recipe):
+    """The model has two: further devices hold copies."""
+    keys = gpu_recipe | {"rollout_backend": "vllm", "vllm_gpu_util": 1e-7}  # the cache is that of one completion
+    alone, two, four = (
+        plan_layout(keys, parse_layout(f"train 4xH100; colocate {text}"), completion_length=8)
+        .memory.grpo.phases[0]
+        .parts["KV cache"]
+        for text in ("4x1", "2x2", "1x4")
+    )
+    assert (two, four) == (alone / 2, alone / 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -87,6 +99,10 @@ def test_options_that_do_not_go_together(arguments, words, capsys):
         ({"rollout_backend": "hf"}, "`rollout_backend: hf`"),
         ({"rollout_backend": "vllm_server"}, "Add a part `serve`"),
         ({"rollout_backend": "vllm", "use_cpu": True}, "`use_cpu: true` cannot go"),
+        (
+            {"rollout_backend": "vllm", "vllm_tensor_parallel": 2},
+            "`vllm_tensor_parallel: 2` .* engines of 1. Add `colocate NUMBERx2`.*`vllm_tensor_parallel=1`",
+        ),
     ],
 )
 def test_recipes_that_a_layout_cannot_have(gpu_recipe, keys, words):

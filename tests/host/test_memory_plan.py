@@ -15,6 +15,7 @@ from grpo_stage.host import facade
 from grpo_stage.host.empty_model import empty_policy
 from grpo_stage.host.memory_plan import Device, MemoryPlan, make_plan
 from grpo_stage.host.parser import parse
+from grpo_stage.layout.syntax import parse_layout
 from grpo_stage.memory.parts import GIB
 from grpo_stage.tools import cli
 
@@ -87,6 +88,27 @@ def test_quantization_and_an_optimizer_that_is_not_known(recipe):
     plan = make_plan(arguments, {"bf16": True}, GPU)
     assert plan.grpo.phases[1].parts["weights, frozen"] < plan_of(recipe).grpo.phases[1].parts["weights, frozen"]
     assert any("`use_muon: true`" in note and "AdamW's are counted" in note for note in plan.notes)
+
+
+def test_processes_that_share_an_engine_hold_a_part_of_it(recipe):
+    def weights(device: Device, **keys: Any) -> float:
+        arguments = parse(recipe | {"rollout_backend": "vllm"} | keys)
+        arguments.model.quantization_bit = 4 if device is GPU else None
+        arguments.model.double_quantization = True
+        return make_plan(arguments, {"bf16": True}, device).grpo.phases[0].parts["engine's weights"]
+
+    cpu = Device("cpu", 24 * GIB)
+    assert weights(cpu, vllm_tensor_parallel=2) == weights(cpu) / 2
+    parameters = plan_of(recipe).num_parameters
+    assert weights(GPU, vllm_tensor_parallel=2) == 2.0 * parameters / 2, "in 16 bits: no part is quantized"
+    assert weights(GPU) < 2.0 * parameters
+    arguments = parse(recipe | {"rollout_backend": "vllm"})
+    arguments.model.quantization_bit = 4
+    for text, size in (("colocate 1x2", 2), ("colocate 2x1", 1)):
+        plan = make_plan(arguments, {"bf16": True}, GPU, layout=parse_layout(f"train 2xH100; {text}"))
+        whole = plan.grpo.phases[0].parts["engine's weights"] * size
+        assert whole == plan.cost.engine_weights
+        assert (whole == 2.0 * parameters) == (size == 2), "the layout's engine, too"
 
 
 # The command

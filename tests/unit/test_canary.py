@@ -326,13 +326,13 @@ def test_one_sync_that_is_lost_is_found_at_once_where_updates_are_large():
 def test_a_version_is_looked_at_once_and_a_rank_may_have_sampled_nothing():
     world = World()
     assert world.step([]) == {}
-    assert world.asked == []
+    assert world.asked == [0], "it asks nothing, along with the ranks that are one engine with it"
     world.step()
     world.version -= 1  # dynamic sampling: another rollout of the same version
     assert world.step() == {}
     figures = world.step([])
     assert "sampling/slope/previous" in figures
-    assert world.asked == [16, 24]
+    assert world.asked == [0, 16, 0, 24]
 
 
 def test_the_shortest_prompts_are_asked_for():
@@ -393,9 +393,9 @@ def test_completions_of_one_token_are_no_probe():
     world = World()
     short = [completions_of(prompt, 0, length=1) for prompt in PROMPTS]
     assert world.step(short) == {}
-    assert world.asked == []
+    assert world.asked == [0]
     world.step()
-    assert world.asked == [16], "the first rollout with a longer one"
+    assert world.asked == [0, 16], "the first rollout with a longer one"
 
 
 class Replicas(World):

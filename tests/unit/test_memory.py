@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from grpo_stage.memory import trace as tracing
-from grpo_stage.memory.engine import hf_engine, kv_bytes_per_token, vllm_on_gpu
+from grpo_stage.memory.engine import hf_engine, kv_bytes_per_token, kv_parts, vllm_on_gpu
 from grpo_stage.memory.optimizers import Trained, galore_states, state_bytes
 from grpo_stage.memory.parts import GIB
 from grpo_stage.memory.plan import Others, Trainee, grpo, ppo
@@ -279,6 +279,7 @@ def test_keys_and_values_are_those_that_are_published():
     )  # fmt: skip
     assert kv_bytes_per_token(deepseek, 2, is_vllm=True) == 2 * 61 * 576
     assert kv_bytes_per_token(deepseek, 2, is_vllm=False) == 2 * 61 * 128 * (128 + 64 + 128)
+    assert (kv_parts(llama), kv_parts(deepseek)) == (8, 1)
 
 
 def test_an_engine_that_cannot_start_says_why():

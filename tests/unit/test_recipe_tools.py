@@ -15,7 +15,7 @@ from grpo_stage.host.recipe_text import read_recipe
 from grpo_stage.host.shared_recipe import export, read_shared, without_private
 from grpo_stage.records.run_record import RUN_FILE, read_run_record, write_run_record
 from grpo_stage.tools import cli
-from grpo_stage.tools.porting import batch, trl
+from grpo_stage.tools.porting import batch, swift, trl
 from grpo_stage.tools.porting.files import port_file
 from grpo_stage.tools.porting.own_check import refusal_of
 from grpo_stage.tools.porting.port import Fate, Port
@@ -226,6 +226,30 @@ def test_servers_of_trl(keys: dict[str, Any], urls: str | None) -> None:
     port = port_of_trl(use_vllm=True, **keys)
     assert port.recipe["rollout_backend"] == ("vllm" if urls is None else "vllm_server")
     assert urls is None or port.recipe["vllm_server_urls"] == urls
+
+
+@pytest.mark.parametrize(
+    ("keys", "size"),
+    [
+        ({"use_vllm": True}, 6),
+        ({"use_vllm": True, "vllm_mode": "server"}, None),
+        ({"use_vllm": False}, None),
+        ({}, None),
+    ],
+)
+@pytest.mark.parametrize("system", ["TRL", "ms-swift"])
+def test_an_engine_of_several_devices(system: str, keys: dict[str, Any], size: int | None) -> None:
+    """Where servers or transformers sample there is no such key, and the stand-in for the model refuses no size."""
+    source = {"reward_funcs": "accuracy", "vllm_tensor_parallel_size": 6, **keys}
+    if system == "TRL":
+        port = port_of_trl(model_name_or_path="a/b", dataset_name="a/c", **source)
+    else:
+        port = swift.port_swift({"model": "a/b", "dataset": "a/c", **source}, known_key_names(), None, 1)
+    assert port.recipe.get("vllm_tensor_parallel") == size
+    (line,) = (line for line in port.lines if line.key == "vllm_tensor_parallel_size")
+    assert not line.changes_learning
+    assert line.note or size
+    assert refusal_of(port.recipe) is None
 
 
 def test_lora_of_trl() -> None:

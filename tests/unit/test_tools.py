@@ -801,6 +801,7 @@ def test_episodes_are_shown_by_turn(tmp_path):
         ({"completion_limit": "turn"}, "`completion_limit: turn` would have no effect"),
         ({"tool_timeout": 3.0}, "`tool_timeout: 3.0` would have no effect"),
         ({"tools": "f.py:f", "rollout_ahead": 1}, "`rollout_ahead: 1` cannot go with `tools` and `environment`"),
+        ({"tools": "f.py:f", "vllm_tensor_parallel": 2}, "`vllm_tensor_parallel: 2` cannot go with `tools` and"),
         ({"environment": "f.py:F", "structured_outputs": {"regex": "a"}}, "`structured_outputs: .*` cannot go with"),
         ({"reward_funcs": "environment"}, "asks for the reward of an environment, and none is given"),
     ],

@@ -103,7 +103,7 @@ class HFEngine:
             raise RuntimeError("score() was called before sync(): there is no policy to ask.")
         rows = [_Row(group.prompt, 0) for group in groups for _ in group.completions]
         completions = iter([completion.token_ids for group in groups for completion in group.completions])
-        longest = max((len(each.token_ids) for group in groups for each in group.completions), default=0)
+        longest = max((len(each.token_ids) for group in groups for each in group.completions), default=1)
         scores = []
         with self._sampler(longest, ()) as model:
             for batch in _batches(rows, longest, self._max_tokens_per_batch):

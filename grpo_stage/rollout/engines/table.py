@@ -26,8 +26,9 @@ class EngineEntry:
     """Asked about the adapter that is trained further: its path, what its adapter_config.json says, and the keys."""
     refuse_unfit: Callable[[SimpleNamespace], None] = lambda values: None
     """Asked about the parsed keys, with `device_type`, `model_quantization` (the method that the model's files are
-    quantized with, or None), `model_positions` (how many tokens the model was made for, or None) and `is_tied`
-    (whether its output layer has the embeddings' weight) among them."""
+    quantized with, or None), `model_positions` (how many tokens the model was made for, or None) `is_tied`
+    (whether its output layer has the embeddings' weight), and `model_heads` and `model_kv_heads` (of its attention, or
+    None) among them."""
     check_service: Callable[[SimpleNamespace, bool], None] = lambda values, is_first_rank: None
     """Asked on every rank about the parsed keys of a run that is about to start, before a model is loaded: whether
     what runs elsewhere is there, and fit."""

@@ -1,4 +1,4 @@
-"""Rollouts with vLLM in the trainer's own process: one engine a rank, brought to the policy by `sync`.
+"""Rollouts with vLLM in the trainer's own process: one engine a rank, or a few ranks, brought to the policy by `sync`.
 
 Where the policy is a base with a LoRA adapter, vLLM serves the adapter natively, a new one for each version. Where it
 is a whole model, or the adapter is merged into its weights, vLLM's own reload takes all weights. An engine does one or
@@ -6,6 +6,7 @@ the other.
 """
 
 import contextlib
+import functools
 import math
 import tempfile
 import weakref
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from grpo_stage.rollout.engines import vllm_delivery, vllm_process
+from grpo_stage.rollout.engines import vllm_delivery, vllm_process, vllm_together
 from grpo_stage.rollout.engines.decoding import completion_text
 from grpo_stage.rollout.engines.seeds import sample_seed
 from grpo_stage.rollout.engines.vllm_options import rank_with_room
@@ -154,17 +155,14 @@ class VLLMEngine:
         self.logprob_temperature = temperature_of_logprobs(self._settings.logprob_temperature, sampling)
         refuse_long_prompts(prompts, sampling, self._settings.max_model_len)
         group_size = sampling.num_generations
-        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
-            outputs = self._llm.generate(
-                [request for prompt in prompts for request in [self._request(prompt)] * group_size],
-                [
-                    _sampling_params(prompt, sampling, sample_seed(sampling.seed, step, prompt.index, sample))
-                    for prompt in prompts
-                    for sample in range(group_size)
-                ],
-                lora_request=self._lora,
-                use_tqdm=False,
-            )
+        outputs = self._ask(
+            [request for prompt in prompts for request in [self._request(prompt)] * group_size],
+            [
+                _sampling_params(prompt, sampling, sample_seed(sampling.seed, step, prompt.index, sample))
+                for prompt in prompts
+                for sample in range(group_size)
+            ],
+        )
         groups = [
             self._group(prompt, outputs[i * group_size : (i + 1) * group_size], sampling)
             for i, prompt in enumerate(prompts)
@@ -175,13 +173,10 @@ class VLLMEngine:
         if not self._is_synced:
             raise RuntimeError("score() was called before sync(): there is no policy to ask.")
         sequences = [(group.prompt, each.token_ids) for group in groups for each in group.completions]
-        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
-            outputs = self._llm.generate(
-                [self._request(prompt, completion) for prompt, completion in sequences],
-                _scoring_params(),
-                lora_request=self._lora,
-                use_tqdm=False,
-            )
+        outputs = self._ask(
+            [self._request(prompt, completion) for prompt, completion in sequences],
+            [_scoring_params() for _ in sequences],
+        )
         return [
             torch.tensor(
                 [
@@ -193,6 +188,14 @@ class VLLMEngine:
             )
             for (prompt, completion), output in zip(sequences, outputs, strict=True)
         ]
+
+    def _ask(self, requests: Sequence[Any], params: Sequence[Any]) -> Sequence[Any]:
+        """vLLM's answers to this rank's requests."""
+        generate = functools.partial(self._llm.generate, lora_request=self._lora, use_tqdm=False)
+        with vllm_process.random_states_unchanged(), vllm_process.eager_on_cpu(), self._calls_on_step():
+            if self._settings.tensor_parallel_size > 1:
+                return vllm_together.ask(generate, requests, params)
+            return generate(requests, params)
 
     def _request(self, prompt: Prompt, completion: tuple[int, ...] = ()) -> dict[str, Any]:
         """A prompt and what follows it. Of an image vLLM gets one token: it puts in the others, and compares nothing,
@@ -213,10 +216,13 @@ class VLLMEngine:
     def _calls_on_step(self) -> Iterator[None]:
         """Call `on_step` before each of vLLM's steps, and leave no request behind where that or a step raises."""
         engine = self._llm.llm_engine
-        step = engine.step
+        step, is_shared = engine.step, self._settings.tensor_parallel_size > 1
 
         def checked_step() -> Any:
-            self.on_step()
+            if is_shared:
+                vllm_together.check(self.on_step)
+            else:
+                self.on_step()
             return step()
 
         engine.step = checked_step
@@ -305,6 +311,11 @@ def _arguments(settings: VLLMSettings) -> dict[str, Any]:
         # On a GPU only this executor puts each rank's engine on the rank's own device.
         "distributed_executor_backend": "external_launcher" if vllm_process.num_ranks() > 1 else "uni",
     }
+    if settings.tensor_parallel_size > 1:
+        arguments |= {
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            "cpu_distributed_timeout_seconds": settings.timeout_s,
+        }
     if settings.max_images:
         arguments |= {"limit_mm_per_prompt": {"image": settings.max_images, "video": 0, "audio": 0}}
     if settings.adapter:

@@ -45,6 +45,7 @@ OWNED_OPTIONS = {
     "max_loras": "exactly one adapter may be loaded",
     "max_cpu_loras": "exactly one adapter may be loaded",
     "max_lora_rank": "`vllm_max_lora_rank` sets it",
+    "tensor_parallel_size": "`vllm_tensor_parallel` sets it",
     "distributed_executor_backend": "the engine lives in the trainer's process",
     **dict.fromkeys(("tokenizer", "tokenizer_mode", "tokenizer_revision"), _TOKENS),
     **dict.fromkeys(("model_weights", "hf_config_path", "config_format", "hf_overrides", "code_revision"), _BASE),
@@ -58,7 +59,7 @@ OWNED_OPTIONS = {
     ),
     **dict.fromkeys(
         (
-            *("tensor_parallel_size", "pipeline_parallel_size", "nnodes", "node_rank", "master_addr", "master_port"),
+            *("pipeline_parallel_size", "nnodes", "node_rank", "master_addr", "master_port"),
             *("data_parallel_size", "data_parallel_rank", "data_parallel_start_rank", "data_parallel_size_local"),
             *("data_parallel_address", "data_parallel_rpc_port", "data_parallel_hybrid_lb", "data_parallel_backend"),
             *("data_parallel_external_lb", "data_parallel_multi_port_external_lb"),

@@ -107,6 +107,18 @@ def _patch_vllm_for_cpu() -> None:
         if name.startswith("vllm.") and hasattr(module, "async_tensor_h2d"):
             module.async_tensor_h2d = torch_utils.async_tensor_h2d  # type: ignore[attr-defined]
     _add_one_adapter_at_once()
+    _communicate_over_gloo()
+
+
+def _communicate_over_gloo() -> None:
+    """Between ranks that share an engine.
+
+    vLLM would have them wait for each other at full load, in shared memory that has the same name in every run of a
+    machine and that a killed run leaves there, so that no later one starts.
+    """
+    from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+
+    CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
 def _add_one_adapter_at_once() -> None:
@@ -134,7 +146,8 @@ def _add_one_adapter_at_once() -> None:
         if weights.shape[0] > 1:  # [adapters, 1, out, rank]
             return expand(self, y, x, weights, start, width, add_inputs)
         part = y[:, start : start + width]
-        product = x.to(y.dtype) @ weights[0, 0].T
+        # Of ranks that share an engine each may have computed all of x: vLLM gathers it, and reads the first rank's.
+        product = x[:, : weights.shape[-1]].to(y.dtype) @ weights[0, 0].T
         part.add_(product) if add_inputs else part.copy_(product)
 
     PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = apply_shrink, apply_expand

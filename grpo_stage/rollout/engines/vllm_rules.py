@@ -155,6 +155,22 @@ POSITION_RULES = (
 
 _MODEL_RULES = (
     *POSITION_RULES,
+    vllm_rule(
+        lambda v: v.model_heads is not None and v.model_heads % v.vllm_tensor_parallel != 0,
+        "`vllm_tensor_parallel: {vllm_tensor_parallel}` is not possible",
+        "each process holds as many heads of the attention as the others, and {model_name_or_path} has {model_heads}",
+        "Write a number that divides {model_heads}, or leave it out",
+    ),
+    vllm_rule(
+        lambda v: (
+            v.model_kv_heads is not None
+            and v.model_kv_heads % v.vllm_tensor_parallel != 0
+            and v.vllm_tensor_parallel % v.model_kv_heads != 0
+        ),
+        "`vllm_tensor_parallel: {vllm_tensor_parallel}` is not possible",
+        "{model_name_or_path} has {model_kv_heads} heads of keys and values, which cannot be shared out alike",
+        "Write a number that divides {model_kv_heads} or is a multiple of it, or leave it out",
+    ),
     Rule(
         lambda v: v.model_quantization not in (None, "bitsandbytes"),
         "`model_name_or_path: {model_name_or_path}` is quantized with {model_quantization}, which is not possible "
@@ -175,6 +191,26 @@ def refuse_unfit(v: SimpleNamespace) -> None:
     if v.structured_outputs:
         refuse_unreadable_form(v.structured_outputs)
     refuse_broken(_MODEL_RULES, v)
+
+
+def refuse_ranks(tensor_parallel: int, num_local_ranks: int) -> None:
+    """Refuse processes that cannot share engines as `vllm_tensor_parallel` says.
+
+    Args:
+        tensor_parallel: the key.
+        num_local_ranks: how many processes train on this machine.
+
+    Raises:
+        ValueError: naming both, the reason and the remedy.
+    """
+    if num_local_ranks % tensor_parallel:
+        processes = "1 process" if num_local_ranks == 1 else f"{num_local_ranks} processes"
+        raise ValueError(
+            f"`vllm_tensor_parallel: {tensor_parallel}` is not possible with {processes} on this machine: "
+            f"{tensor_parallel} processes of a machine share an engine, and each needs its share of one. Start a "
+            f"multiple of {tensor_parallel} processes on each machine (`NPROC_PER_NODE`, or `num_processes` of "
+            "`accelerate launch`), or leave it out."
+        )
 
 
 def refuse_adapter(path: str, config: Mapping[str, Any], v: SimpleNamespace) -> None:

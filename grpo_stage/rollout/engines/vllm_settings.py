@@ -38,6 +38,11 @@ class VLLMSettings:
     checkpoint's processor beside the weights."""
     quantization: str | None = None
     """vLLM's name of what it quantizes the checkpoint with while it reads it."""
+    tensor_parallel_size: int = 1
+    """How many ranks are one engine together, each with a part of every weight. Above 1 each of them starts it, and
+    all make the same calls of it, each with its own prompts."""
+    timeout_s: float | None = None
+    """How long one of them waits for the others; None is vLLM's own."""
     model_revision: str | None = None
     """The checkpoint's branch, tag or commit on a hub."""
     trust_remote_code: bool = False

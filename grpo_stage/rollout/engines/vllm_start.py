@@ -53,6 +53,8 @@ def start_vllm(request: EngineRequest) -> RolloutEngine:
             reads_text=request.sampling.structured_outputs is not None,
             max_images=0 if request.images is None else request.images.num_images,
             quantization=quantization,
+            tensor_parallel_size=keys.vllm_tensor_parallel,
+            timeout_s=keys.ddp_timeout,
             model_revision=keys.model_revision,
             trust_remote_code=keys.trust_remote_code,
             hf_token=keys.hf_hub_token,
@@ -132,7 +134,9 @@ def _model_to_start_from(request: EngineRequest) -> Iterator[tuple[str, str | No
         if not changes:
             yield path, None
             return
-        is_kept = request.device_type == "cuda" and request.keys.vllm_lora == "native"  # 4 bits hold no merged weight
+        # 4 bits hold no merged weight, and a part of a weight would be quantized in other blocks.
+        is_kept = request.device_type == "cuda" and request.keys.vllm_lora == "native"
+        is_kept = is_kept and request.keys.vllm_tensor_parallel == 1
         if changes == ("quantized",) and is_kept and _quantizes_alike(request):
             yield path, "bitsandbytes"
             return

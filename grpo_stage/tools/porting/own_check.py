@@ -10,8 +10,8 @@ from grpo_stage.tools.recipe_file import parse_without_run
 
 
 _MODELS = ("ref_model", "reward_model", "adapter_name_or_path", "ref_model_adapters", "reward_model_adapters")
-# The parser reads the model's config. A config of this type has no limit of positions and no quantization.
-_STAND_IN_CONFIG = {"model_type": "t5"}
+# The parser reads the model's config. This one has no limit of positions, no heads and no quantization.
+_STAND_IN_CONFIG = {"model_type": "mamba", "tie_word_embeddings": False}
 
 
 def refusal_of(recipe: Mapping[str, Any]) -> str | None:

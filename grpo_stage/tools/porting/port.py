@@ -119,12 +119,23 @@ FILES = {
 """Keys that we have as well, whose value names a file or a preset that is not there."""
 
 
-def put_servers(port: "Port") -> None:
-    """Take over the addresses of vLLM servers, of TRL's names, where completions are sampled by such."""
+def put_servers(port: "Port", uses_vllm: bool) -> None:
+    """Take over the addresses of vLLM servers, of TRL's names, where completions are sampled by such.
+
+    Without vLLM, keys of it are left.
+    """
+    if not uses_vllm:
+        of_vllm = " ".join(key for key in port.source if key.startswith("vllm_"))
+        port.leave(of_vllm, "it has no effect without `use_vllm`", False)
+        return
     keys = "vllm_server_base_url vllm_server_host vllm_server_port"
     is_given = any(port.has(key) for key in keys.split())
     if str(port.get("vllm_mode", "server" if is_given else "colocate")) != "server":
         return
+    port.leave(
+        "vllm_tensor_parallel_size",
+        "a server may have several devices of its own: `vllm_config: {tensor_parallel_size: 2}`",
+    )
     hosts, ports = (_several(port.get(f"vllm_server_{name}")) for name in ("host", "port"))
     pairs = zip(hosts or ["localhost"] * max(1, len(ports)), ports or [8000] * max(1, len(hosts)), strict=False)
     addresses = [f"http://{'localhost' if host == '0.0.0.0' else host}:{number}" for host, number in pairs]

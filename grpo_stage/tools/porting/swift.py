@@ -146,8 +146,7 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         port.default(key, default, _SAID)
     if not port.has("use_vllm"):
         port.default("use_vllm", {"rollout_backend": "hf"}, f"{_SAID}; `rollout_backend: vllm` is much faster")
-    if _as_bool(port.get("use_vllm", False)):
-        put_servers(port)
+    put_servers(port, _as_bool(port.get("use_vllm", False)))
     if str(port.get("torch_dtype", "bfloat16")) == "bfloat16" and not port.has("bf16"):
         port.put("torch_dtype", {"bf16": True}, Fate.COMPUTED)
     if (mode := port.get("rollout_importance_sampling_mode")) is not None:
