@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 from grpo_stage.host import facade
 from grpo_stage.host.distribution import is_sharded
 from grpo_stage.host.model_checks import adapter_source
-from grpo_stage.host.precision import warn_of_slow_precision
+from grpo_stage.host.precision import compute_as_asked, warn_of_slow_precision
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.host.tied_weights import layers_parted, refuse_built
 
@@ -35,9 +35,10 @@ def to_device(model: Any, arguments: RunArguments) -> Any:
 
     One that is to be sharded stays where it is: whole it may not fit.
     """
-    if getattr(model, "quantization_method", None) is not None or is_sharded(arguments.training.deepspeed):
+    if getattr(model, "quantization_method", None) is not None:
+        compute_as_asked(model)
         return model
-    return model.to(arguments.training.device)
+    return model if is_sharded(arguments.training.deepspeed) else model.to(arguments.training.device)
 
 
 def _leave_routers_to_us(config: Any) -> None:

@@ -60,3 +60,14 @@ def warn_of_slow_precision(model: Any) -> None:
             "than float32. Save it in float32 first: "
             "`AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(new_path)`."
         )
+
+
+def compute_as_asked(model: Any) -> None:
+    """Keep layers of 4 bits from bitsandbytes' kernel for processors with AVX512-BF16.
+
+    It computes in bf16 whatever the model's precision is, and only where nothing is trained: log-probabilities of the
+    same tokens would differ between a pass that is trained through and one that is not.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

@@ -117,12 +117,20 @@ def darken(page: Page, is_dark: bool = True) -> None:
     page.evaluate("isDark => document.body.classList.toggle('dark', isDark)", is_dark)
 
 
+_NOTHING_FADES = """
+() => document.getAnimations().every(
+    (each) => each.playState !== "running" || each.effect.getComputedTiming().iterations === Infinity
+)
+"""
+
+
 def serious_faults(page: Page, parts: Sequence[str], missing_tool: Callable[[str], None]) -> list[str]:
     """What axe-core finds in parts of the page, by their selectors."""
     try:
         axe = importlib.import_module("axe_playwright_python.sync_playwright").Axe()
     except ImportError:
         missing_tool("Faults of access are found by axe-core, which `axe-playwright-python` brings.")
+    page.wait_for_function(_NOTHING_FADES)  # what does has a color of its own for a moment
     found = axe.run(page, context={"include": [[part] for part in parts]}).response["violations"]
     return [
         f"{fault['id']}: {node['html'][:200]} {node['failureSummary']}"

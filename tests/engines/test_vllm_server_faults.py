@@ -411,7 +411,8 @@ def test_servers_are_asked_from_a_notebook_too(fake):
     async def cell() -> None:  # a thread that runs an event loop cannot run a second one
         check(recipe(fake()))
 
-    asyncio.run(cell())
+    with ThreadPoolExecutor() as threads:  # the browser's tests leave a loop in this one
+        threads.submit(asyncio.run, cell()).result()
 
 
 @pytest.mark.parametrize(

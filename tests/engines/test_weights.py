@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from grpo_stage.host.policy import to_device
 from grpo_stage.rollout.engines.weights import checkpoint_weights, write_base
 
 
@@ -86,6 +88,9 @@ def test_a_merged_adapter_is_in_the_weights_and_the_policy_is_only_read(
     if base == "4 bits":
         settings |= {"quantization_config": four_bits(), "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(checkpoint, **settings)
+    if base == "4 bits":
+        model = to_device(model, SimpleNamespace(training=None))  # type: ignore[arg-type]
+        assert not any(getattr(each, "support_avx512bf16_for_cpu", False) for each in model.modules())
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, **adapter)
     policy = get_peft_model(model, lora)
     with torch.no_grad():

@@ -60,9 +60,12 @@ class Answering:
     def __init__(self) -> None:
         self.requests: list[Request] = []
 
-    def run(self, requests: Sequence[Request]) -> list[Reply]:
+    def begin(self, requests: Sequence[Request]) -> list[int]:
         self.requests += requests
-        return [Reply(RESULT) for _ in requests]
+        return list(range(len(requests)))
+
+    def replies(self, is_needed: bool) -> dict[int, Reply]:
+        return {number: Reply(RESULT) for number in range(len(self.requests))}
 
     def end(self, episodes: Sequence[int]) -> None: ...
 
