@@ -9,6 +9,7 @@ import functools
 import os
 import random
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +25,9 @@ _CPU_KV_CACHE_BYTES = 1 << 30
 _CPU_TOKENS_PER_STEP = 256
 """At least vLLM's own number of concurrent sequences; more only makes the warm-up slower."""
 
+_LONGEST_FOLDER_OF_SOCKETS = 70
+"""Ranks that share an engine meet at a socket there, with a name of 36 characters, and its path has 107 at most."""
+
 
 def num_ranks() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
@@ -36,6 +40,8 @@ def start(arguments: dict[str, Any], options: dict[str, Any]) -> Any:
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # vLLM has two model runners, and the second is its choice for some models on CUDA; only the first was run here.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
+    if len(tempfile.gettempdir()) > _LONGEST_FOLDER_OF_SOCKETS:
+        os.environ.setdefault("VLLM_RPC_BASE_PATH", "/tmp")
     if options:
         refuse_options(options, is_on_cpu())
     if not is_on_cpu():
