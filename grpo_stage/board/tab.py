@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 import wrapt
 from gradio.components import Component
-from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, TRAINING_STAGES
+from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, SUPPORTED_MODELS, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
-from llamafactory.webui.common import get_model_path
+from llamafactory.webui.common import load_config
 from llamafactory.webui.control import list_datasets, load_dataset_info
 
 from grpo_stage.algorithm.conditions import applies
@@ -377,11 +377,17 @@ class Panel:
         for chosen in model:
             chosen.input(follow, [stage, *model, train["learning_rate"]], [train["learning_rate"]], **quietly)
         top("top.model_name").input(
-            lambda stage, method, name, rate: follow(stage, method, get_model_path(name), rate),
+            lambda stage, method, name, rate: follow(stage, method, _path_of(name), rate),
             [stage, model[0], top("top.model_name"), train["learning_rate"]],
             [train["learning_rate"]],
             **quietly,
         )
+
+
+def _path_of(name: str) -> str:
+    """The host's `get_model_path`, which fails while another handler writes the file of the user's own paths."""
+    own_paths = (load_config() or {}).get("path_dict") or {}
+    return own_paths.get(name) or next(iter(SUPPORTED_MODELS.get(name, {}).values()), "")
 
 
 def set_rate(method: str, model: str | None) -> str:

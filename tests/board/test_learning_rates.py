@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from grpo_stage.board import tab
 from grpo_stage.board.learning_rates import start_rate
 from grpo_stage.board.page_state import this_page
 from grpo_stage.board.tab import SANE_VALUES
@@ -63,3 +64,11 @@ def test_the_rate_follows_model_and_method_until_the_user_has_one(
     # What the form has set goes with the stage, and what the user has changed stays.
     _, _, *left = choose("DPO", "full", "model", folder, [], earlier, "7e-6", "pure_bf16", *others[1:])
     assert left == ["5e-5", "pure_bf16", *before[2:]]
+
+
+def test_a_models_path_is_known_while_the_hosts_file_of_paths_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, hub = "Qwen2.5-1.5B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"
+    for content, path in ((None, hub), ({}, hub), ({"path_dict": {}}, hub), ({"path_dict": {name: "/own"}}, "/own")):
+        monkeypatch.setattr(tab, "load_config", lambda content=content: content)
+        assert tab._path_of(name) == path
+    assert tab._path_of("a model that nobody knows") == ""
