@@ -336,14 +336,7 @@ def test_a_part_of_a_weight_is_not_quantized_by_vllm(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(vllm_start, "_quantizes_alike", lambda request: True)
     monkeypatch.setattr(vllm_start, "write_base", lambda policy, folder: None)
     for size, quantization in ((1, "bitsandbytes"), (2, None)):
-        keys = SimpleNamespace(
-            vllm_base="auto", vllm_lora="native", model_name_or_path="files", vllm_tensor_parallel=size
-        )
-        request: Any = SimpleNamespace(
-            keys=keys, changes_to_files=("quantized",), device_type="cuda", local_process_index=0, policy=None,
-            images=None, announce=lambda message: None,
-        )  # fmt: skip
-        with vllm_start._model_to_start_from(request) as (_, kept):
+        with vllm_start._model_to_start_from(of_four_bits("native", size)) as (_, kept):
             assert kept == quantization
 
 
@@ -407,12 +400,7 @@ def test_four_bits_cannot_hold_a_merged_adapter(
     written: list[Path] = []
     monkeypatch.setattr(vllm_start, "_quantizes_alike", lambda request: True)
     monkeypatch.setattr(vllm_start, "write_base", lambda policy, folder: written.append(folder))
-    keys = SimpleNamespace(vllm_base="auto", vllm_lora=vllm_lora, model_name_or_path="files", vllm_tensor_parallel=1)
-    request: Any = SimpleNamespace(
-        keys=keys, changes_to_files=("quantized",), device_type="cuda", local_process_index=0, policy=None,
-        images=None, announce=lambda message: None,
-    )  # fmt: skip
-    with vllm_start._model_to_start_from(request) as (path, kept):
+    with vllm_start._model_to_start_from(of_four_bits(vllm_lora)) as (path, kept):
         assert kept == quantization
         assert [path] == ([str(folder) for folder in written] or ["files"])
     assert bool(written) == (vllm_lora == "merged")
@@ -423,3 +411,15 @@ def test_an_adapter_in_float32_is_refused_on_a_gpu() -> None:
     request: Any = SimpleNamespace(keys=keys, device_type="cuda", compute_dtype=torch.float32)
     with pytest.raises(ValueError, match=r"float32.*half precision alone.*`bf16: true`"):
         ENGINES["vllm"].build(request)
+
+
+def of_four_bits(vllm_lora: str, tensor_parallel: int = 1) -> Any:
+    """What an engine on a GPU is asked for, beside a base of 4 bits."""
+    keys = SimpleNamespace(
+        **{"vllm_base": "auto", "vllm_lora": vllm_lora, "model_name_or_path": "files"},
+        vllm_tensor_parallel=tensor_parallel,
+    )
+    return SimpleNamespace(
+        keys=keys, changes_to_files=("quantized",), device_type="cuda", local_process_index=0, policy=None,
+        images=None, announce=lambda message: None,
+    )  # fmt: skip
