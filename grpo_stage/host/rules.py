@@ -100,7 +100,7 @@ RULES = (
     Rule(
         lambda v: not v.dataset,
         "`dataset` is missing: prompts come from it. Name one or more datasets of `dataset_info.json`, "
-        "and the folder of that file as `dataset_dir`.",
+        "and the folder of that file as `dataset_dir`; a game (`environment: textarena:...`) brings its own prompts.",
     ),
     Rule(
         lambda v: _completions_of_a_rollout(v) > MOST_COMPLETIONS,

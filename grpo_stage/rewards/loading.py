@@ -151,9 +151,9 @@ def _configured(name: str, settings: Mapping[str, Any], context: RewardContext |
 
 def _unknown(spec: str) -> ValueError:
     near = difflib.get_close_matches(spec, BUILTIN_REWARDS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"Did you mean {near[0]!r}? " if near else ""
     return ValueError(
-        f"unknown reward {spec!r}: {hint}Built in are {', '.join(BUILTIN_REWARDS)}; a function of your own is "
+        f"reward {spec!r} is not known. {hint}Built in are {', '.join(BUILTIN_REWARDS)}; a function of your own is "
         "`path/file.py:function` or `package.module:function`; `reward_model` is the model that the key of that name "
         "gives"
     )
