@@ -4,9 +4,13 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
+from grpo_stage.algorithm.combinations import ONLY_WITH
+from grpo_stage.algorithm.conditions import applies
 from grpo_stage.host.keys import TRL_KEYS
+from grpo_stage.host.parser import effective_defaults, typed
 from grpo_stage.host.unsupported import UNSUPPORTED
 
 
@@ -113,10 +117,50 @@ WITHOUT_EFFECT = frozenset(
     ]
 )
 
+
+def _without(line: Line, idle: Collection[str]) -> Line | None:
+    """The line without these keys of ours; None for a default of which nothing is left."""
+    ours = {key: value for key, value in line.ours.items() if key not in idle}
+    if ours or not line.ours:
+        return dataclasses.replace(line, ours=ours)
+    if line.fate is Fate.DEFAULT:
+        return None
+    note = f"`{', '.join(line.ours)}` would have no effect in this run"
+    return Line(line.key, line.value, Fate.LEFT, {}, note)
+
+
 FILES = {
     "deepspeed": "a config of the other system's: name the host's, such as `examples/deepspeed/ds_z2_config.json`",
 }
 """Keys that we have as well, whose value names a file or a preset that is not there."""
+
+
+IN_REWARD = (
+    "there the KL is taken off the reward, and here it is a term of the loss: `kl_in_reward: true` with "
+    "`kl_estimator: k1` and `scale_rewards: none` is that"
+)
+OTHER_REWARD_MODEL = (
+    "a reward model of ours is trained with `stage: rm` and reads the policy's tokens: name it as `reward_model`"
+)
+
+
+def leave_evaluation(port: "Port") -> None:
+    """Leave the keys of evaluations, of TRL's names, in a run that has none."""
+    keys = "dataset_test_split do_eval eval_strategy eval_steps eval_on_start"
+    keys += " load_best_model_at_end metric_for_best_model greater_is_better"
+    port.leave(keys, "there is no evaluation", False)
+
+
+def put_cispo_bound(port: "Port") -> None:
+    """Take over the bound of `loss_type: cispo`, of TRL's names: what a weight may be there, and may be more here."""
+    if port.get("loss_type") != "cispo":
+        return
+    port.leave("epsilon", "the loss has no such bound", False)
+    bound = float(port.get("epsilon_high", port.get("epsilon", 0.2)))
+    is_same = bound > 1
+    note = f"a weight may be {bound:g} there, and 1 + epsilon_high here" + ("" if is_same else ": 5, as TRL advises")
+    fate = Fate.COMPUTED if port.has("epsilon_high") else Fate.DEFAULT
+    port.put("epsilon_high", {"epsilon_high": bound - 1 if is_same else 4.0}, fate, note, not is_same)
 
 
 def put_servers(port: "Port", uses_vllm: bool) -> None:
@@ -181,6 +225,10 @@ class Port:
     def has(self, key: str) -> bool:
         return self.source.get(key) is not None
 
+    def is_open(self, key: str) -> bool:
+        """Whether a key has a value and no fate yet."""
+        return self._open.get(key) is not None
+
     def put(
         self,
         keys: str,
@@ -227,6 +275,19 @@ class Port:
                 self._by_own_name(key, value)
             else:
                 self.leave(key, "neither LLaMA-Factory nor this stage has such a key")
+        self._leave_idle()
+
+    def _leave_idle(self) -> None:
+        """Leave keys of ours that have no effect beside the others: this stage refuses them, other systems do not."""
+        try:
+            values = effective_defaults() | typed(self.recipe)
+        except ValueError:  # a value of another type, which our own check tells of
+            return
+        while idle := [key for key in self.recipe if not applies(ONLY_WITH.get(key, {}), values)]:
+            for key in idle:
+                del self.recipe[key]
+                values[key] = effective_defaults()[key]
+            self.lines = [line for line in map(partial(_without, idle=idle), self.lines) if line is not None]
 
     def _by_entry(self, key: str, value: Any, entry: Entry) -> None:
         if entry.ours is None:
