@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.algorithm.conditions import applies
 from grpo_stage.host.keys import TRL_KEYS
 from grpo_stage.host.parser import effective_defaults, typed
+from grpo_stage.host.rules import is_neutral
 from grpo_stage.host.unsupported import UNSUPPORTED
 
 
@@ -118,17 +119,11 @@ WITHOUT_EFFECT = frozenset(
 )
 
 
-def _without(line: Line, idle: Collection[str]) -> Line | None:
-    """The line without these keys of ours; None for a default of which nothing is left."""
-    ours = {key: value for key, value in line.ours.items() if key not in idle}
-    if ours or not line.ours:
-        return dataclasses.replace(line, ours=ours)
-    if line.fate is Fate.DEFAULT:
-        return None
-    note = f"`{', '.join(line.ours)}` would have no effect in this run"
-    return Line(line.key, line.value, Fate.LEFT, {}, note)
-
-
+_COMPARISONS = ("rollout_correction", "rollout_rejection", "off_policy_mask_threshold")
+_OTHER_DISTRIBUTION = (
+    "it compares probabilities of the trainer and of the engine, and with `top_p`, `top_k`, `min_p` or "
+    "`repetition_penalty` the engine samples from another distribution"
+)
 FILES = {
     "deepspeed": "a config of the other system's: name the host's, such as `examples/deepspeed/ds_z2_config.json`",
 }
@@ -275,19 +270,34 @@ class Port:
                 self._by_own_name(key, value)
             else:
                 self.leave(key, "neither LLaMA-Factory nor this stage has such a key")
-        self._leave_idle()
+        self._leave_refused()
 
-    def _leave_idle(self) -> None:
-        """Leave keys of ours that have no effect beside the others: this stage refuses them, other systems do not."""
+    def _leave_refused(self) -> None:
+        """Leave keys of ours that this stage refuses beside the others, and other systems do not."""
         try:
             values = effective_defaults() | typed(self.recipe)
         except ValueError:  # a value of another type, which our own check tells of
             return
+        if not is_neutral(SimpleNamespace(**values)):
+            self._drop([key for key in _COMPARISONS if key in self.recipe], _OTHER_DISTRIBUTION, True, values)
         while idle := [key for key in self.recipe if not applies(ONLY_WITH.get(key, {}), values)]:
-            for key in idle:
-                del self.recipe[key]
-                values[key] = effective_defaults()[key]
-            self.lines = [line for line in map(partial(_without, idle=idle), self.lines) if line is not None]
+            self._drop(idle, f"`{', '.join(idle)}` would have no effect in this run", False, values)
+
+    def _drop(self, keys: Collection[str], note: str, changes_learning: bool, values: dict[str, Any]) -> None:
+        """Take keys of ours back, and their values out of `values`."""
+        for key in keys:
+            del self.recipe[key]
+            values[key] = effective_defaults()[key]
+        lines = self.lines
+        self.lines = []
+        for line in lines:
+            ours = {key: value for key, value in line.ours.items() if key not in keys}
+            if ours == line.ours:
+                self.lines.append(line)
+            elif ours:
+                self.lines.append(dataclasses.replace(line, ours=ours))
+            elif line.fate is not Fate.DEFAULT:  # nothing is left of a default, which the file does not have
+                self.lines.append(Line(line.key, line.value, Fate.LEFT, {}, note, changes_learning))
 
     def _by_entry(self, key: str, value: Any, entry: Entry) -> None:
         if entry.ours is None:

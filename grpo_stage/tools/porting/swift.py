@@ -125,6 +125,8 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         port.default("target_modules", {"lora_target": "all"}, _SAID)
         port.default("lora_alpha", {"lora_alpha": 32}, _SAID)
         port.leave("lora_dropout", "dropout is off in this stage", False)
+    else:
+        port.leave("adapters", "all weights are trained: export the adapter into the model first", True)
     _dataset(port)
     group = int(port.get("num_generations", 8))
     made = batch.of_completions(

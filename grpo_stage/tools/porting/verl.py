@@ -242,6 +242,9 @@ class _Nested:
                 kind_key, "it has no ratio, and would be wrong where a rollout is trained on several times", True
             )
             loss = "dapo"
+        elif kind in ("dppo_tv", "dppo_kl") and not self._samples_neutrally():
+            port.leave(kind_key, "it needs `top_p: 1.0` and `top_k: 0`: engine and trainer are compared", True)
+            loss = "dapo"
         elif kind in _LOSSES:
             loss = kind
         else:
@@ -260,6 +263,10 @@ class _Nested:
             port.put(dual, {"delta": float(port.get(dual))}, Fate.RENAMED)
         else:
             port.default(f"{actor}.clip_ratio_dual", {"delta": 3.0}, "the default there: dual clip is always on")
+
+    def _samples_neutrally(self) -> bool:
+        top_p, top_k = (self.port.get(f"{self.rollout}.{name}") for name in ("top_p", "top_k"))
+        return top_p in (None, 1.0) and (top_k is None or top_k <= 0)
 
     def _kl(self) -> None:
         raise NotImplementedError
