@@ -556,6 +556,17 @@ def test_a_diff_names_what_differs_and_not_how_it_is_written(run: Path, tmp_path
     assert differing(a, c, defaults) == [("beta", 0.0, 0.1), ("seed", 42, 7)]
 
 
+def test_a_key_that_the_stage_derives_has_no_default_in_a_diff(tmp_path: Path) -> None:
+    """The host's default is none of a run's."""
+    for name, keys in (("a", {}), ("b", {"vllm_gpu_util": 0.4, "beta": 0.1})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"stage": "grpo", **keys}), encoding="utf-8")
+    assert (
+        cli.main(["recipe", "diff", *(str(tmp_path / f"{x}.yaml") for x in "ab"), "--json", str(tmp_path / "d")]) == 3
+    )
+    found = {each["name"]: (each["first"], each["second"]) for each in json.loads((tmp_path / "d").read_text())}
+    assert found == {"vllm_gpu_util": (None, 0.4), "beta": (0.0, 0.1)}
+
+
 def test_a_record_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, caplog: Any) -> None:
     (tmp_path / "file").write_text("")
     write_run_record(str(tmp_path / "file" / "out"), {"recipe": {}})

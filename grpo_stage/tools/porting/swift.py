@@ -128,23 +128,7 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
     else:
         port.leave("adapters", "all weights are trained: export the adapter into the model first", True)
     _dataset(port)
-    group = int(port.get("num_generations", 8))
-    made = batch.of_completions(
-        int(port.get("per_device_train_batch_size", 1)),
-        int(port.get("gradient_accumulation_steps", 1)),
-        group,
-        source_devices or int(port.get(NUM_DEVICES, 1)),
-        devices,
-        port.get("steps_per_generation"),
-        port.get("generation_batch_size"),
-    )
-    port.put(
-        "per_device_train_batch_size gradient_accumulation_steps steps_per_generation generation_batch_size",
-        made.keys,
-        Fate.COMPUTED,
-        made.note,
-        not made.is_exact,
-    )
+    _batch(port, source_devices, devices)
     defaults: dict[str, dict[str, Any]] = {
         "learning_rate": {"learning_rate": 1.0e-4 if is_lora else 1.0e-5},
         "weight_decay": {"weight_decay": 0.1},
@@ -183,6 +167,26 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         port.put("report_to", {"report_to": report}, Fate.TAKEN)
     port.finish(TABLE)
     return port
+
+
+def _batch(port: Port, source_devices: int | None, devices: int) -> None:
+    group = int(port.get("num_generations", 8))
+    made = batch.of_completions(
+        int(port.get("per_device_train_batch_size", 1)),
+        int(port.get("gradient_accumulation_steps", 1)),
+        group,
+        source_devices or int(port.get(NUM_DEVICES, 1)),
+        devices,
+        port.get("steps_per_generation"),
+        port.get("generation_batch_size"),
+    )
+    port.put(
+        "per_device_train_batch_size gradient_accumulation_steps steps_per_generation generation_batch_size",
+        made.keys,
+        Fate.COMPUTED,
+        made.note,
+        not made.is_exact,
+    )
 
 
 def _objective(port: Port) -> None:
