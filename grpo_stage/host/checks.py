@@ -141,7 +141,7 @@ def _check_names(values: SimpleNamespace) -> None:
     if names in (["none"], ["all"]):
         return
     for name in names:
-        if name not in INTEGRATION_TO_CALLBACK:
+        if not isinstance(name, str) or name not in INTEGRATION_TO_CALLBACK:
             raise ValueError(
                 f"`report_to: {name}` is not known. {did_you_mean(name, [*INTEGRATION_TO_CALLBACK, 'none'])}Write "
                 f"`none` or `all`, or one or a YAML list of {', '.join(sorted(INTEGRATION_TO_CALLBACK))}."

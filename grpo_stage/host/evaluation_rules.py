@@ -91,11 +91,8 @@ def check_best_metric(values: SimpleNamespace) -> None:
         return
     metric = values.metric_for_best_model
     functions = [name.rpartition(":")[2].strip() for name in items(values.reward_funcs)]
-    logged = rewarding_metrics(
-        functions,
-        values.eval_num_generations or values.num_generations,
-        items(values.eval_dataset),
-    )
+    size = values.eval_num_generations or values.num_generations
+    logged = rewarding_metrics(functions, size, items(values.eval_dataset))
     if metric is None:
         raise ValueError(
             "`metric_for_best_model` is missing: `load_best_model_at_end`, `early_stopping_steps` and `save_strategy: "
@@ -104,8 +101,9 @@ def check_best_metric(values: SimpleNamespace) -> None:
     if f"eval_{metric.removeprefix('eval_')}" not in logged:
         near = difflib.get_close_matches(metric, logged, n=1)
         raise ValueError(
-            f"`metric_for_best_model: {metric}` is no reward that this run's evaluations log. "
-            f"{f'Did you mean `{near[0]}`? ' if near else ''}There are: {', '.join(logged)}."
+            f"`metric_for_best_model: {metric}` is no reward that evaluations log with `reward_funcs: "
+            f"{', '.join(functions)}` and {size} completions a prompt (`eval_num_generations`, or else "
+            f"`num_generations`). {f'Did you mean `{near[0]}`? ' if near else ''}There are: {', '.join(logged)}."
         )
     for function, weight in zip(functions, items(values.reward_weights), strict=False):
         if f"rewards/{function}/" in metric and _is_negative(weight):

@@ -78,7 +78,7 @@ def _compares_with_engine(v: SimpleNamespace) -> bool:
     return corrects or compares or v.off_policy_mask_threshold is not None or v.rollout_ahead > 0
 
 
-def _is_neutral(v: SimpleNamespace) -> bool:
+def is_neutral(v: SimpleNamespace) -> bool:
     is_cut = v.top_p < 1 or v.top_k > 0 or v.min_p > 0 or bool(v.structured_outputs)
     return not is_cut and v.repetition_penalty == 1
 
@@ -100,7 +100,7 @@ RULES = (
     Rule(
         lambda v: not v.dataset,
         "`dataset` is missing: prompts come from it. Name one or more datasets of `dataset_info.json`, "
-        "and the folder of that file as `dataset_dir`.",
+        "and the folder of that file as `dataset_dir`; a game (`environment: textarena:...`) brings its own prompts.",
     ),
     Rule(
         lambda v: _completions_of_a_rollout(v) > MOST_COMPLETIONS,
@@ -177,7 +177,7 @@ RULES = (
         "(`llamafactory-cli export`).",
     ),
     Rule(
-        lambda v: _compares_with_engine(v) and not _is_neutral(v),
+        lambda v: _compares_with_engine(v) and not is_neutral(v),
         "`rollout_correction: {rollout_correction}`, `rollout_rejection: {rollout_rejection}`, "
         "`off_policy_mask_threshold: {off_policy_mask_threshold}`, `rollout_ahead: {rollout_ahead}` and `loss_type: "
         "dppo_tv` and `dppo_kl` need neutral sampling, and this run has `top_p: {top_p}`, `top_k: {top_k}`, `min_p: "

@@ -10,6 +10,7 @@ from grpo_stage.monitors.statistics import (
     last_step,
     level,
     level_at_start,
+    level_since_harder,
     mann_kendall,
     may_rise_lately,
     slope,
@@ -89,8 +90,8 @@ class EntropyCollapse(Watch):
 class EntropyExplosion(Watch):
     """Entropy is far above what it was, and the reward does not rise.
 
-    The present level is above `FACTOR` times that at the start, `LEAST` nats more than it, and above `FACTOR` times an
-    `entropy_target`.
+    The present level is above `FACTOR` times that at the start (of a curriculum: when the prompts became harder),
+    `LEAST` nats more than it, and above `FACTOR` times an `entropy_target`.
     """
 
     FACTOR = 2.5
@@ -99,7 +100,7 @@ class EntropyExplosion(Watch):
     """Nats: twice as many continuations a token. So a low entropy may multiply."""
 
     def judge(self, history: History) -> Alarm | None:
-        entropy, start = current(history, "entropy", WINDOW), level_at_start(history, "entropy")
+        entropy, start = current(history, "entropy", WINDOW), level_since_harder(history, "entropy")
         if len(entropy) < LEAST_LINES or start is None:
             return None
         target = self.settings.get("entropy_target") or 0.0

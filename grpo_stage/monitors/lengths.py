@@ -11,18 +11,20 @@ from grpo_stage.monitors.statistics import (
     last_step,
     level,
     level_at_start,
+    level_since_harder,
     may_rise,
     movement,
     share,
+    since_harder,
 )
 
 
 class LengthExplosion(Watch):
     """Completions become much longer, and what they earn does not.
 
-    The mean length is `FACTOR` times that at the start, and since it was the present one divided by `FACTOR` `reward`
-    has not risen, or `reward` has and held-out `eval_reward` (at least `EVALUATIONS` values) has not. Longer
-    completions that earn more are what training to reason looks like.
+    The mean length is `FACTOR` times that at the start (of a curriculum: when the prompts became harder), and since it
+    was the present one divided by `FACTOR` `reward` has not risen, or `reward` has and held-out `eval_reward` (at
+    least `EVALUATIONS` values) has not. Longer completions that earn more are what training to reason looks like.
     """
 
     FACTOR = 2.0
@@ -36,8 +38,8 @@ class LengthExplosion(Watch):
     """Growth below it costs nothing and means nothing."""
 
     def judge(self, history: History) -> Alarm | None:
-        lengths = current(history, "completions/mean_length", self.SEARCHED)
-        start = level_at_start(history, "completions/mean_length")
+        lengths = since_harder(history, current(history, "completions/mean_length", self.SEARCHED))
+        start = level_since_harder(history, "completions/mean_length")
         if start is None or len(lengths) < 20:
             return None
         now = level(lengths.values)

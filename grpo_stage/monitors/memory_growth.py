@@ -4,16 +4,15 @@ import itertools
 from statistics import fmean
 
 from grpo_stage.monitors.alarm import Alarm, History, Watch
-from grpo_stage.monitors.statistics import MOVES, current, mann_kendall, movement
+from grpo_stage.monitors.statistics import MOVES, current, mann_kendall, movement, since_harder
 
 
 class MemoryGrowth(Watch):
     """The memory of a phase grows steadily, and completions do not.
 
     `memory/{phase}` rises over the last `WINDOW` lines (Mann-Kendall at 1 in 10,000), from each quarter of them
-    to the next, by more than `GROWTH` of its level and `LEAST_GIB`, and longer completions are no explanation
-    (`max_length` does
-    not rise).
+    to the next, by more than `GROWTH` of its level and `LEAST_GIB`, and neither longer completions (`max_length`
+    rises) nor harder prompts of a curriculum explain it.
     """
 
     is_advice = True
@@ -31,7 +30,7 @@ class MemoryGrowth(Watch):
         for name in history.names():
             if not name.startswith("memory/"):
                 continue
-            used = current(history, name, self.WINDOW)
+            used = since_harder(history, current(history, name, self.WINDOW))
             if len(history.series(name)) < self.LEAST_LINES or len(used) < self.WINDOW:
                 continue
             size = self.WINDOW // 4

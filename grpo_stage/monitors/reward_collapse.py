@@ -6,7 +6,7 @@ from statistics import median
 
 from grpo_stage.monitors.alarm import Alarm, History, Watch
 from grpo_stage.monitors.remedies import lower_rate, stronger_anchor
-from grpo_stage.monitors.statistics import current, last_step, noise
+from grpo_stage.monitors.statistics import current, last_step, noise, since_harder
 
 
 class RewardCollapse(Watch):
@@ -15,7 +15,7 @@ class RewardCollapse(Watch):
     Above the lowest line of the last `SEEN`, the median of the last `WINDOW` lines has `LEFT` of the best median of
     earlier ones at most, and no line of them has more than `LEFT_OF_LINE` of it. The best was at least twice the
     present level, and the fall is `ERRORS` standard errors of such medians (from successive differences). Only lines
-    are compared since the last one whose prompts were half a level of a curriculum or more from the present ones.
+    are compared since the prompts became harder, if there is a curriculum.
     """
 
     WINDOW = 10
@@ -26,12 +26,7 @@ class RewardCollapse(Watch):
     """The best of many windows is above the usual level by chance, most in small batches."""
 
     def judge(self, history: History) -> Alarm | None:
-        rewards = current(history, "reward", self.SEEN)
-        levels = history.series("curriculum/level")
-        points = zip(levels.steps, levels.values, strict=True)
-        others = [step for step, level in points if abs(level - levels.values[-1]) >= 0.5]
-        if others:
-            rewards = rewards.last(sum(step > others[-1] for step in rewards.steps))
+        rewards = since_harder(history, current(history, "reward", self.SEEN))
         values = list(rewards.values)
         if len(values) < 2 * self.WINDOW:
             return None

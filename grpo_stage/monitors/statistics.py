@@ -7,6 +7,7 @@ none of them.
 
 import itertools
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from statistics import fmean, median
 
@@ -18,6 +19,10 @@ RECENT = 5
 AT_START = 5
 """Lines whose median is the level at the start."""
 LINES_OF_SHARE = 10
+EASIER = 0.5
+"""Levels of a curriculum, in the mean over a line's prompts: where the level changes, a rollout may have two."""
+LEAST_LINES = 20
+"""Since the prompts became harder: in fewer a metric that learning raises may not show it."""
 MOVES = 2.5
 """Standard errors beyond which a level has moved: noise alone does that in 1 of 160 looks (one-sided)."""
 MAY_MOVE = 1.0
@@ -47,8 +52,29 @@ def share(values: Sequence[float]) -> float:
 
 def level_at_start(history: History, name: str) -> float | None:
     """The median of a metric's first values; None while there are fewer than `AT_START`."""
-    first = history.series(name).values[:AT_START]
+    return _at_start(history.series(name))
+
+
+def level_since_harder(history: History, name: str) -> float | None:
+    """The same of its values since the prompts became harder."""
+    return _at_start(since_harder(history, history.series(name)))
+
+
+def _at_start(series: Series) -> float | None:
+    first = series.values[:AT_START]
     return median(first) if len(first) == AT_START else None
+
+
+def since_harder(history: History, series: Series) -> Series:
+    """The part of a series after the last line whose prompts were easier by `EASIER` levels of a curriculum.
+
+    Harder prompts lower a reward, lengthen completions and raise the entropy; easier ones explain none of it, so that
+    lines of harder prompts than the present ones stay.
+    """
+    levels = history.series("curriculum/level")
+    points = zip(reversed(levels.steps), reversed(levels.values), strict=True)
+    last = next((step for step, value in points if value <= levels.values[-1] - EASIER), None)
+    return series if last is None else series.last(len(series) - bisect_right(series.steps, last))
 
 
 def movement(values: Sequence[float]) -> float:
@@ -71,14 +97,23 @@ def noise(values: Sequence[float]) -> float:
 
 
 def may_rise(history: History, name: str, count: int) -> bool:
-    """Whether a metric may have risen over its last `count` values: for alarms that a rise would refute."""
-    return movement(history.series(name).last(count).values) > MAY_MOVE
+    """Whether a metric may have risen over its last `count` values since the prompts became harder, of which there may
+    be too few to tell: for alarms that a rise would refute."""
+    values, is_early = _since_harder(history, name, count)
+    return is_early or movement(values) > MAY_MOVE
 
 
 def may_rise_lately(history: History, name: str) -> bool:
     """The same of the last 20 values, or certainly of the last 40: in small batches 20 lines hide a slow rise."""
-    values = history.series(name).last(40).values
-    return movement(values) > MOVES or movement(values[-20:]) > MAY_MOVE
+    values, is_early = _since_harder(history, name, 40)
+    return is_early or movement(values) > MOVES or movement(values[-20:]) > MAY_MOVE
+
+
+def _since_harder(history: History, name: str, count: int) -> tuple[Sequence[float], bool]:
+    """The last `count` values since the prompts became harder, and whether these are too few and came after others."""
+    series = history.series(name)
+    values = since_harder(history, series).last(count).values
+    return values, len(values) < min(LEAST_LINES, len(series))
 
 
 def falls(history: History, name: str, count: int) -> bool:

@@ -23,7 +23,7 @@ from grpo_stage.rewards.user_code import RewardCode, check_loaded, describe, fil
 from grpo_stage.rewards.user_modules import first_on_path, module_of
 from grpo_stage.rewards.workers.answer_checker import AnswerChecker
 from grpo_stage.rewards.workers.function_worker import FunctionWorker
-from grpo_stage.rewards.workers.processes import start_fork_server
+from grpo_stage.rewards.workers.processes import FORMULAS, start_fork_server
 
 
 logger = logging.getLogger(f"llamafactory.{__name__}")  # below the host's, whose handlers show it
@@ -77,8 +77,9 @@ def load_rewards(
             load = partial(item.load_in_worker, function.source)
             workers[name] = FunctionWorker(name, load, str(source_file), timeout_s, dump_dir)
     _check_fields(fields, functions, display_names)
-    if workers or names_that_ask_checker(display_names):
-        start_fork_server()  # it gets ready while the model is loaded
+    asks_checker = bool(names_that_ask_checker(display_names))
+    if workers or asks_checker:
+        start_fork_server(FORMULAS if asks_checker else ())  # it gets ready while the model is loaded
     weights = [1.0] * len(names) if weights is None else weights
     return RewardSuite(display_names, functions, weights, context, workers)
 
@@ -151,9 +152,9 @@ def _configured(name: str, settings: Mapping[str, Any], context: RewardContext |
 
 def _unknown(spec: str) -> ValueError:
     near = difflib.get_close_matches(spec, BUILTIN_REWARDS, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"Did you mean {near[0]!r}? " if near else ""
     return ValueError(
-        f"unknown reward {spec!r}: {hint}Built in are {', '.join(BUILTIN_REWARDS)}; a function of your own is "
+        f"reward {spec!r} is not known. {hint}Built in are {', '.join(BUILTIN_REWARDS)}; a function of your own is "
         "`path/file.py:function` or `package.module:function`; `reward_model` is the model that the key of that name "
         "gives"
     )

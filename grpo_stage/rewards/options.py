@@ -69,7 +69,7 @@ def _check_names(names: Sequence[str]) -> None:
         raise ValueError(
             "`reward_funcs` is missing: without a reward there is nothing to learn from. Name one or more of "
             f"{', '.join(BUILTIN_REWARDS)}, or a function of yours as `path/file.py:function`; or give a "
-            "`reward_model`."
+            "`reward_model`, or an `environment` that gives rewards."
         )
     if len(set(names)) < len(names):
         raise ValueError(
@@ -100,7 +100,7 @@ def _check_settings(kwargs: Mapping[str, Any], display_names: Sequence[str]) -> 
     for name, settings in kwargs.items():
         if name not in display_names:
             raise ValueError(
-                f"reward_kwargs names {name!r}, which is not in reward_funcs: there are {', '.join(display_names)}"
+                f"`reward_kwargs` names {name!r}, which is not in `reward_funcs`: there are {', '.join(display_names)}"
             )
         if MASK in strings_in(settings):
             raise ValueError(

@@ -69,7 +69,20 @@ def find_problems(configuration: Mapping[str, Any]) -> tuple[list[Problem], Chec
             return [], checked
         if checked is not None:
             checked.preparation.rewards.close()
-        refused = {problem.keys[0] for problem in new if problem.keys} & left.keys() - _NEEDED
+        refused = {next((key for key in problem.keys if key not in gone), None) for problem in new}
+        refused &= left.keys() - _NEEDED
         if not refused:
-            return problems, None
+            return _without_consequences(problems), None
         left = {key: value for key, value in left.items() if key not in refused}
+
+
+def _without_consequences(problems: list[Problem]) -> list[Problem]:
+    """One problem for each fault: without relations to a key that is refused for itself, and once about a key."""
+    faulty = {problem.keys[0] for problem in problems if len(problem.keys) == 1}
+    kept: list[Problem] = []
+    for problem in problems:
+        is_relation = len(problem.keys) > 1 and not faulty.isdisjoint(problem.keys)
+        is_told = bool(problem.keys) and any(problem.keys[:1] == other.keys[:1] for other in kept)
+        if not is_relation and not is_told:
+            kept.append(problem)
+    return kept

@@ -185,13 +185,13 @@ def _print_sources(files: Sequence[Path]) -> None:
 
 def _diff(args: argparse.Namespace) -> int:
     with quiet_host():
-        from grpo_stage.host.parser import effective_defaults
+        from grpo_stage.host.parser import DERIVED_KEYS, effective_defaults
         from grpo_stage.host.shared_recipe import read_shared
         from grpo_stage.plugin.registration import install
 
         install()
         sides = [read_shared(path) for path in (args.first, args.second)]
-        differences = differing(sides[0], sides[1], effective_defaults())
+        differences = differing(sides[0], sides[1], effective_defaults() | dict.fromkeys(DERIVED_KEYS))
     write_json(args.json, [{"name": name, "first": a, "second": b} for name, a, b in differences])
     if str(args.json) != "-":
         for name, first, second in differences:

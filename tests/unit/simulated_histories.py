@@ -62,6 +62,8 @@ class Run:
     """Rate at which held-out completions are right; that of training by default."""
     eval_steps: int = 0
     eval_prompts: int = 100
+    level: Curve | None = None
+    """Of a curriculum."""
 
 
 def lines_of(run: Run, seed: int) -> list[Line]:
@@ -115,6 +117,9 @@ def _of_step(run: Run, step: int, draws: random.Random) -> list[Line]:
         shared = {one for one in totals if sum(one in row for row in right) >= least}
         line["completions/shared_reference_frac"] = sum(next(iter(row)) in shared for row in right) / run.prompts
     line.update({name: noisy(curve(step)) for name, curve in run.others.items()})
+    if run.level is not None:  # the last prompts of a level that is used up are of the one before
+        lower = sum(draws.random() < 0.05 for _ in range(run.prompts))
+        line["curriculum/level"] = max(0.0, run.level(step) - lower / run.prompts)
     lines = [line]
     if run.eval_steps and step % run.eval_steps == 0:
         rate = (run.evaluated or run.rate)(step)
@@ -144,6 +149,39 @@ def _group(run: Run, step: int, draws: random.Random) -> tuple[int, dict[str, fl
             answer = f"wrong {draws.random()} {i}"
         answers[answer] = answers.get(answer, 0.0) + 1 / run.group
     return num_right, answers, reference
+
+
+def curriculum(
+    changes: Mapping[int, int], longer: float = 1.35, less_sure: float = 1.25, speed: float = 0.2, **others: object
+) -> Run:
+    """A run that has a level from each of these steps on, and learns it.
+
+    Args:
+        changes: the level by the step from which on it is that of the prompts.
+        longer: factor of the length from level to level.
+        less_sure: the same of the entropy.
+        speed: of learning, at each level from a rate of 0.3 to 0.8.
+        others: of the run.
+    """
+
+    def level(step: float) -> float:
+        return changes[max(first for first in changes if first <= step)]
+
+    def since(step: float) -> float:
+        return step - max(first for first in changes if first <= step)
+
+    keys: dict[str, object] = {
+        "steps": 200,
+        "rate": lambda step: logistic(0.3, 0.8, 3 / speed, speed)(since(step)),
+        "length": lambda step: 150 * longer ** level(step),
+        "entropy": lambda step: 0.4 * less_sure ** level(step) * decay(1.0, 0.7, 10)(since(step)),
+        "level": level,
+    }
+    return Run(**keys | others)  # type: ignore[arg-type]
+
+
+STAIRS = {step: i for i, step in enumerate(range(0, 180, 30))}
+QUICK = {step: i for i, step in enumerate(range(0, 108, 12))}
 
 
 def few(*shares: float) -> dict[str, float]:
@@ -203,6 +241,20 @@ HEALTHY: Mapping[str, Run] = {
     "several updates a rollout, with a KL": Run(
         steps=200, others={"kl": linear(0.01, 0.35, 200), "clip_ratio/region_mean": linear(0.02, 0.18, 200)}
     ),
+    "a curriculum": curriculum(STAIRS, eval_steps=20, evaluated=linear(0.2, 0.45, 200)),
+    "a curriculum of long answers, small batches": curriculum(STAIRS, longer=1.7, less_sure=1.1, prompts=4),
+    "a curriculum of open answers": curriculum(STAIRS, longer=1.1, less_sure=1.5, steps=260),
+    "a curriculum whose answers become sure": curriculum(
+        STAIRS, longer=1.0, entropy=lambda step: 0.7 * 0.75 ** (step // 30) * decay(1.0, 0.3, 10)(step % 30)
+    ),
+    "a curriculum in quick steps, longer prompts": curriculum(
+        QUICK,
+        longer=1.0,
+        less_sure=1.0,
+        speed=0.5,
+        others={"memory/update": lambda step: 6 * 1.06 ** min(step // 12, 8)},
+    ),
+    "a curriculum that goes back": curriculum({0: 0, 25: 1, 50: 2, 75: 3, 95: 2, 115: 3, 135: 2, 155: 3}),
     "two rewards, one traded": Run(
         others={"rewards/brevity/mean": linear(0.8, 0.62, 150)}, length=linear(200, 290, 150)
     ),

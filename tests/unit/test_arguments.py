@@ -183,7 +183,7 @@ def test_refused(changes, said):
     [
         ({"reward_funcs": "overlong,a.py:overlong"}, "two functions are called 'overlong'"),
         ({"reward_funcs": "a.py:reward_model"}, "'a.py:reward_model' would be called 'reward_model'"),
-        ({"reward_kwargs": {"format": {}}}, "'format', which is not in reward_funcs: there are accuracy"),
+        ({"reward_kwargs": {"format": {}}}, "'format', which is not in `reward_funcs`: there are accuracy"),
         ({"reward_funcs": "reward_model", "reward_kwargs": {"reward_model": {}}}, "a model has no settings there"),
         ({"reward_kwargs": {"accuracy": {"key": "***"}}}, "['accuracy'] has `***` where a secret was taken out"),
     ],

@@ -163,6 +163,45 @@ def test_all_problems_are_said_at_once(
     assert "5ecret" not in said + json.dumps(problems)
 
 
+_EVALUATION = {
+    **{"eval_dataset": "rows", "eval_strategy": "steps", "eval_steps": 5, "eval_num_generations": 2},
+    **{"save_steps": 5, "load_best_model_at_end": True, "metric_for_best_model": "eval_rewards/accuracy/mean@2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("others", "key", "wrong"),
+    [
+        # what an accepted value would have brought: rewards, a dataset
+        ({"dataset": None, "reward_funcs": None}, "environment", "textarena:No-v0"),
+        ({"dataset": None, "reward_funcs": None}, "environment", True),
+        ({"reward_funcs": None, "max_turns": 3}, "environment", "nowhere.py:Class"),
+        ({"max_turns": 3, "tool_timeout": 5.0}, "tools", "nowhere.py:function"),
+        # what an accepted value would have had to do with other keys
+        ({"kl_estimator": "k2", "kl_in_reward": True}, "beta", -1),
+        ({"max_recoveries": 2}, "on_alarm", "shout"),
+        ({"epsilon": 0.2}, "epsilon_high", -1),
+        ({}, "val_size", -7),
+        ({}, "report_to", [["wandb"]]),
+        ({"rollout_backend": "vllm"}, "vllm_max_lora_rank", -8),
+        ({"reward_kwargs": {"length": {"max_length": 9}}, "dynamic_sampling": True}, "reward_funcs", "lenght"),
+        ({"reward_weights": "1.0,0.5"}, "reward_funcs", "nowhere.py:score"),
+        ({"dataset_kwargs": {"leg_counting": {"size": 9}}}, "dataset", "absent"),
+        (_EVALUATION, "eval_num_generations", -2),
+        (_EVALUATION, "eval_num_generations", "two"),
+        (_EVALUATION, "eval_steps", -5),
+        (_EVALUATION, "reward_funcs", "acuracy"),
+    ],
+)
+def test_one_fault_is_told_once(
+    check: Callable[..., int], tmp_path: Path, others: dict[str, Any], key: str, wrong: Any
+) -> None:
+    """What would not be said of any accepted value is no second problem."""
+    assert check(**{**others, key: wrong}) == 1
+    (problem,) = json.loads((tmp_path / "out.json").read_text())["problems"]
+    assert problem["keys"][:1] == [key]
+
+
 def test_all_that_is_known_before_a_run_in_one_file(check: Callable[..., int], tmp_path: Path) -> None:
     assert check(words=["--all"]) == 3  # for the constant answer
     result = json.loads((tmp_path / "out.json").read_text())

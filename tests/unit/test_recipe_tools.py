@@ -349,6 +349,27 @@ def test_swift() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("theirs", "ours", "marked"),
+    [({"epsilon_high": 5.0}, 4.0, False), ({}, 4.0, True), ({"epsilon": 3.0}, 2.0, False)],
+)
+def test_the_bound_of_cispo_counts_from_one(theirs: dict[str, Any], ours: float, marked: bool) -> None:
+    source = {"model": "a/b", "dataset": "a/c", "reward_funcs": "accuracy", "loss_type": "cispo", **theirs}
+    port = swift.port_swift(source, known_key_names(), None, 1)
+    assert port.recipe["epsilon_high"] == ours
+    assert "epsilon" not in port.recipe
+    assert [line.changes_learning for line in port.lines if line.key == "epsilon_high"] == [marked]
+
+
+@pytest.mark.parametrize(("most", "ours"), [(10, 9), (1, 1), (0, None)])
+def test_rollouts_of_verl_for_a_batch_count_the_first(most: int, ours: int | None, tmp_path: Path) -> None:
+    groups = {"enable": True, "max_num_gen_batches": most}
+    source = {"algorithm": {"adv_estimator": "grpo", "filter_groups": groups}, "data": {"train_files": "a/b"}}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(source), encoding="utf-8")
+    _, port = port_file(tmp_path / "x.yaml", known_key_names(), "0.24", None, 1)
+    assert port.recipe.get("max_resample_times") == ours
+
+
 def test_the_command_writes_a_recipe_an_account_and_an_exit_code(tmp_path: Path, capsys: Any) -> None:
     output, account = tmp_path / "ours.yaml", tmp_path / "account.json"
     arguments = ["recipe", "import", str(FOREIGN / "open_r1_demo.yaml"), "--output", str(output)]
@@ -554,6 +575,17 @@ def test_a_diff_names_what_differs_and_not_how_it_is_written(run: Path, tmp_path
     defaults = {"beta": 0.0, "seed": 42}
     assert differing(a, b, defaults) == []
     assert differing(a, c, defaults) == [("beta", 0.0, 0.1), ("seed", 42, 7)]
+
+
+def test_a_key_that_the_stage_derives_has_no_default_in_a_diff(tmp_path: Path) -> None:
+    """The host's default is none of a run's."""
+    for name, keys in (("a", {}), ("b", {"vllm_gpu_util": 0.4, "beta": 0.1})):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump({"stage": "grpo", **keys}), encoding="utf-8")
+    assert (
+        cli.main(["recipe", "diff", *(str(tmp_path / f"{x}.yaml") for x in "ab"), "--json", str(tmp_path / "d")]) == 3
+    )
+    found = {each["name"]: (each["first"], each["second"]) for each in json.loads((tmp_path / "d").read_text())}
+    assert found == {"vllm_gpu_util": (None, 0.4), "beta": (0.0, 0.1)}
 
 
 def test_a_record_that_cannot_be_written_does_not_end_a_run(tmp_path: Path, caplog: Any) -> None:

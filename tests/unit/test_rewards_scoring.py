@@ -485,9 +485,9 @@ def test_an_argument_of_another_framework_is_named(own: Callable[[str], str], ar
     [
         (
             "acuracy",
-            ["unknown reward 'acuracy'", "did you mean 'accuracy'?", *BUILTIN_REWARDS, "path/file.py:function"],
+            ["reward 'acuracy' is not known", "Did you mean 'accuracy'?", *BUILTIN_REWARDS, "path/file.py:function"],
         ),
-        ("xyzzy", ["unknown reward 'xyzzy'", *BUILTIN_REWARDS]),
+        ("xyzzy", ["reward 'xyzzy' is not known", *BUILTIN_REWARDS]),
         ("nowhere/file.py:f", ["there is no file", "nowhere/file.py", "working directory"]),
         ("no_such_package.sub:f", ["no module 'no_such_package.sub'", "working directory", "sys.path"]),
         ("own_rewards:cosh2", ["own_rewards has no 'cosh2'"]),

@@ -176,3 +176,23 @@ def test_a_script_without_a_main_guard_runs_once_and_leaves_nothing_behind(tmp_p
     assert (main, verdicts, modules) == ("main script", "[True, False]", "[]")
     assert len(pids.split()) >= 2
     assert wait_until_gone([int(pid) for pid in pids.split()], seconds=10) == []
+
+
+@pytest.mark.parametrize(("others", "expected"), [("", 0.0), (",accuracy", 1.0)])
+def test_the_packages_for_formulas_are_loaded_for_rewards_that_compare_them(
+    others: str, expected: float, tmp_path: Path
+) -> None:
+    """They cost 0.7 s of processor time in each run."""
+    (tmp_path / "mine.py").write_text(
+        "import sys\n\ndef score(completions):\n    return [float('sympy' in sys.modules)] * len(completions)\n"
+    )
+    script = (
+        "from grpo_stage.rewards.loading import load_rewards\n"
+        "from tests.unit.test_rewards_workers import groups\n"
+        f"suite = load_rewards('mine.py:score{others}'.split(','), None, None, max_new_tokens=8, timeout_s=60)\n"
+        "print(suite.score(groups('5', reference='5'))[0][0][0])\n"
+        "suite.close()\n"
+    )
+    words, env = [sys.executable, "-c", script], os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=tmp_path, env=env)
+    assert result.stdout == f"{expected}\n", result.stderr

@@ -16,12 +16,23 @@ from grpo_stage.monitors.statistics import (
     last_step,
     level_at_start,
     mann_kendall,
+    may_rise,
     may_rise_lately,
     movement,
     slope,
 )
 from grpo_stage.monitors.table import WATCHES
-from tests.unit.simulated_histories import FAILING, HEALTHY, Run, constant, few, linear, lines_of, one_answer_lines
+from tests.unit.simulated_histories import (
+    FAILING,
+    HEALTHY,
+    Run,
+    constant,
+    curriculum,
+    few,
+    linear,
+    lines_of,
+    one_answer_lines,
+)
 
 
 HISTORIES = Path(__file__).with_name("histories")
@@ -197,6 +208,35 @@ def test_completions_that_are_all_cut_are_a_fault_where_none_earns_anything() ->
 def test_a_reward_that_is_given_up_is_named() -> None:
     run = Run(steps=100, prompts=16, rate=linear(0.2, 0.8, 100), others={"rewards/format/mean": linear(0.9, 0.2, 100)})
     assert "`format` fell from" in first_alarms(lines_of(run, 0))["reward_hacking"].seen
+
+
+@pytest.mark.parametrize(("num_lines", "level", "expected"), [(19, 1, True), (20, 1, False), (19, 0, False)])
+def test_the_first_lines_on_harder_prompts_do_not_show_whether_a_reward_rises(
+    num_lines: int, level: int, expected: bool
+) -> None:
+    lines = [(0, 0.8)] * 30 + [(level, 0.3)] * num_lines
+    history = History({"step": i, "reward": reward, "curriculum/level": at} for i, (at, reward) in enumerate(lines, 1))
+    assert may_rise_lately(history, "reward") == may_rise(history, "reward", 30) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        # The fault begins at step 100, on level 3; then the policy fails and the prompts become easier again.
+        ("entropy_explosion", {"entropy": lambda step: 0.5 if step < 100 else 5.0}),
+        ("reward_collapse", {}),
+        # The prompts stay what they are: the policy earns less, though not so little.
+        ("length_explosion", {"length": lambda step: 300 + 8.0 * max(0, step - 100), "rate": constant(0.45)}),
+        ("entropy_collapse", {"entropy": lambda step: 0.5 if step < 100 else 0.01, "rate": constant(0.45)}),
+        ("kl_explosion", {"others": {"kl": lambda step: 0.02 if step < 100 else 3.0}, "rate": constant(0.45)}),
+    ],
+)
+def test_a_fault_within_a_curriculum_is_seen(name: str, changes: dict[str, Any]) -> None:
+    levels = {0: 0, 25: 1, 50: 2, 75: 3} | ({} if "rate" in changes else {108: 2, 114: 1, 120: 0})
+    rate = {"rate": lambda step: 0.5 if step < 100 else 0.01}
+    run = curriculum(levels, **{"steps": 160, **rate, **changes})
+    alarm = first_alarms(lines_of(run, 0), names=[name])[name]
+    assert 90 <= alarm.onset < alarm.step <= 140
 
 
 def test_prompts_that_become_harder_are_no_collapse_of_the_reward() -> None:

@@ -13,7 +13,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from grpo_stage.rewards.answers.verdict import is_correct, verdict_without_formulas
 from grpo_stage.rewards.errors import CompletionError, CompletionTimeoutError
-from grpo_stage.rewards.workers.processes import WorkerContext, settle_in_worker, start_fork_server
+from grpo_stage.rewards.workers.processes import FORMULAS, WorkerContext, settle_in_worker, start_fork_server
 
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class AnswerChecker:
 
     def _ready_pool(self) -> ProcessPool:
         if self._pool is None:
-            start_fork_server()
+            start_fork_server(FORMULAS)
             processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             # At least two, so that one hard completion does not hold up all others.
             workers = max(2, min(MAX_WORKERS, (os.cpu_count() or 1) // processes_here))

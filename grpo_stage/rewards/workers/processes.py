@@ -18,6 +18,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -30,8 +31,10 @@ from grpo_stage.survival.descendants import kill_descendants
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGABRT, signal.SIGHUP)
-PRELOADED = ["grpo_stage.rewards.loading", "math_verify", "numpy"]
+PRELOADED = ("grpo_stage.rewards.loading", "numpy")
 """What the server imports once for all workers. None of it starts threads or touches a GPU."""
+FORMULAS = ("math_verify",)
+"""The same where workers compare formulas."""
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 END = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else signal.SIGUSR2
 """The signal that ends a keeper, one that no terminal, scheduler or user sends."""
@@ -41,9 +44,13 @@ ENDING_S = 5.0
 _main_lock = Lock()
 
 
-def start_fork_server() -> None:
-    """Start the server that workers are forked from, unless it runs. Returns before it is ready."""
-    forkserver.set_forkserver_preload(PRELOADED)
+def start_fork_server(others: Sequence[str] = ()) -> None:
+    """Start the server that workers are forked from, unless it runs. Returns before it is ready.
+
+    Args:
+        others: what it imports beside `PRELOADED`.
+    """
+    forkserver.set_forkserver_preload([*PRELOADED, *others])
     # A new process inherits the mask, and so blocks the signals from its first moment on.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

@@ -4,9 +4,14 @@ import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from types import SimpleNamespace
 from typing import Any
 
+from grpo_stage.algorithm.combinations import ONLY_WITH
+from grpo_stage.algorithm.conditions import applies
 from grpo_stage.host.keys import TRL_KEYS
+from grpo_stage.host.parser import effective_defaults, typed
+from grpo_stage.host.rules import is_neutral
 from grpo_stage.host.unsupported import UNSUPPORTED
 
 
@@ -113,10 +118,44 @@ WITHOUT_EFFECT = frozenset(
     ]
 )
 
+
+_COMPARISONS = ("rollout_correction", "rollout_rejection", "off_policy_mask_threshold")
+_OTHER_DISTRIBUTION = (
+    "it compares probabilities of the trainer and of the engine, and with `top_p`, `top_k`, `min_p` or "
+    "`repetition_penalty` the engine samples from another distribution"
+)
 FILES = {
     "deepspeed": "a config of the other system's: name the host's, such as `examples/deepspeed/ds_z2_config.json`",
 }
 """Keys that we have as well, whose value names a file or a preset that is not there."""
+
+
+IN_REWARD = (
+    "there the KL is taken off the reward, and here it is a term of the loss: `kl_in_reward: true` with "
+    "`kl_estimator: k1` and `scale_rewards: none` is that"
+)
+OTHER_REWARD_MODEL = (
+    "a reward model of ours is trained with `stage: rm` and reads the policy's tokens: name it as `reward_model`"
+)
+
+
+def leave_evaluation(port: "Port") -> None:
+    """Leave the keys of evaluations, of TRL's names, in a run that has none."""
+    keys = "dataset_test_split do_eval eval_strategy eval_steps eval_on_start"
+    keys += " load_best_model_at_end metric_for_best_model greater_is_better"
+    port.leave(keys, "there is no evaluation", False)
+
+
+def put_cispo_bound(port: "Port") -> None:
+    """Take over the bound of `loss_type: cispo`, of TRL's names: what a weight may be there, and may be more here."""
+    if port.get("loss_type") != "cispo":
+        return
+    port.leave("epsilon", "the loss has no such bound", False)
+    bound = float(port.get("epsilon_high", port.get("epsilon", 0.2)))
+    is_same = bound > 1
+    note = f"a weight may be {bound:g} there, and 1 + epsilon_high here" + ("" if is_same else ": 5, as TRL advises")
+    fate = Fate.COMPUTED if port.has("epsilon_high") else Fate.DEFAULT
+    port.put("epsilon_high", {"epsilon_high": bound - 1 if is_same else 4.0}, fate, note, not is_same)
 
 
 def put_servers(port: "Port", uses_vllm: bool) -> None:
@@ -181,6 +220,10 @@ class Port:
     def has(self, key: str) -> bool:
         return self.source.get(key) is not None
 
+    def is_open(self, key: str) -> bool:
+        """Whether a key has a value and no fate yet."""
+        return self._open.get(key) is not None
+
     def put(
         self,
         keys: str,
@@ -227,6 +270,34 @@ class Port:
                 self._by_own_name(key, value)
             else:
                 self.leave(key, "neither LLaMA-Factory nor this stage has such a key")
+        self._leave_refused()
+
+    def _leave_refused(self) -> None:
+        """Leave keys of ours that this stage refuses beside the others, and other systems do not."""
+        try:
+            values = effective_defaults() | typed(self.recipe)
+        except ValueError:  # a value of another type, which our own check tells of
+            return
+        if not is_neutral(SimpleNamespace(**values)):
+            self._drop([key for key in _COMPARISONS if key in self.recipe], _OTHER_DISTRIBUTION, True, values)
+        while idle := [key for key in self.recipe if not applies(ONLY_WITH.get(key, {}), values)]:
+            self._drop(idle, f"`{', '.join(idle)}` would have no effect in this run", False, values)
+
+    def _drop(self, keys: Collection[str], note: str, changes_learning: bool, values: dict[str, Any]) -> None:
+        """Take keys of ours back, and their values out of `values`."""
+        for key in keys:
+            del self.recipe[key]
+            values[key] = effective_defaults()[key]
+        lines = self.lines
+        self.lines = []
+        for line in lines:
+            ours = {key: value for key, value in line.ours.items() if key not in keys}
+            if ours == line.ours:
+                self.lines.append(line)
+            elif ours:
+                self.lines.append(dataclasses.replace(line, ours=ours))
+            elif line.fate is not Fate.DEFAULT:  # nothing is left of a default, which the file does not have
+                self.lines.append(Line(line.key, line.value, Fate.LEFT, {}, note, changes_learning))
 
     def _by_entry(self, key: str, value: Any, entry: Entry) -> None:
         if entry.ours is None:

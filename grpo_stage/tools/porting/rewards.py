@@ -116,6 +116,11 @@ def port_rewards(
     settings: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     changes = False
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} values for {len(names)} reward functions ({', '.join(names)}). Give "
+            "one for each."
+        )
     for i, name in enumerate(names):
         same = table.get(name) or path_of(name)
         if isinstance(same, Same):

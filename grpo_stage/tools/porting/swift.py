@@ -9,7 +9,16 @@ from typing import Any
 
 from grpo_stage.host.keys import as_written
 from grpo_stage.tools.porting import batch, rewards
-from grpo_stage.tools.porting.port import Entry, Fate, Port, put_servers
+from grpo_stage.tools.porting.port import (
+    IN_REWARD,
+    OTHER_REWARD_MODEL,
+    Entry,
+    Fate,
+    Port,
+    leave_evaluation,
+    put_cispo_bound,
+    put_servers,
+)
 
 
 NUM_DEVICES = "NPROC_PER_NODE"
@@ -44,7 +53,6 @@ TABLE: Mapping[str, Entry] = MappingProxyType(
         ),
         "dataset_num_proc": Entry("preprocessing_num_workers"),
         "dataset_shuffle": Entry("disable_shuffling", lambda value: not _as_bool(value)),
-        "split_dataset_ratio": Entry("val_size", float),
         "dynamic_sample": Entry("dynamic_sampling", lambda value: _as_bool(value)),
         "overlong_filter": Entry("mask_truncated_completions", lambda value: _as_bool(value)),
         "tau_pos": Entry("sapo_temperature_pos", float),
@@ -73,6 +81,10 @@ TABLE: Mapping[str, Entry] = MappingProxyType(
             changes_learning=True,
         ),
         "columns": Entry(note="write it into the dataset's description (`dataset_dir`)", changes_learning=True),
+        "reward_model": Entry(note=OTHER_REWARD_MODEL, changes_learning=True),
+        "reward_model_type": Entry(note="it is the type of the `reward_model`, which is left"),
+        "reward_adapters": Entry(note="they are of the `reward_model`, which is left"),
+        "max_turns": Entry(note="turns of a `multi_turn_scheduler`; here they are those of `tools` (docs/tools.md)"),
         "freeze_parameters_ratio": Entry(note="use `finetuning_type: freeze`", changes_learning=True),
     }
 )
@@ -113,24 +125,10 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         port.default("target_modules", {"lora_target": "all"}, _SAID)
         port.default("lora_alpha", {"lora_alpha": 32}, _SAID)
         port.leave("lora_dropout", "dropout is off in this stage", False)
+    else:
+        port.leave("adapters", "all weights are trained: export the adapter into the model first", True)
     _dataset(port)
-    group = int(port.get("num_generations", 8))
-    made = batch.of_completions(
-        int(port.get("per_device_train_batch_size", 1)),
-        int(port.get("gradient_accumulation_steps", 1)),
-        group,
-        source_devices or int(port.get(NUM_DEVICES, 1)),
-        devices,
-        port.get("steps_per_generation"),
-        port.get("generation_batch_size"),
-    )
-    port.put(
-        "per_device_train_batch_size gradient_accumulation_steps steps_per_generation generation_batch_size",
-        made.keys,
-        Fate.COMPUTED,
-        made.note,
-        not made.is_exact,
-    )
+    _batch(port, source_devices, devices)
     defaults: dict[str, dict[str, Any]] = {
         "learning_rate": {"learning_rate": 1.0e-4 if is_lora else 1.0e-5},
         "weight_decay": {"weight_decay": 0.1},
@@ -154,6 +152,8 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         port.put("rollout_importance_sampling_mode", {"rollout_correction": level, "rollout_correction_mode": how})
     if port.get("scale_rewards") == "gdpo":
         port.put("scale_rewards", {"advantage_estimator": "gdpo"})
+    _objective(port)
+    _evaluation(port)
     names = port.get("reward_funcs", [])
     weights = port.get("reward_weights")
     rewards.port_rewards(
@@ -167,6 +167,47 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         port.put("report_to", {"report_to": report}, Fate.TAKEN)
     port.finish(TABLE)
     return port
+
+
+def _batch(port: Port, source_devices: int | None, devices: int) -> None:
+    group = int(port.get("num_generations", 8))
+    made = batch.of_completions(
+        int(port.get("per_device_train_batch_size", 1)),
+        int(port.get("gradient_accumulation_steps", 1)),
+        group,
+        source_devices or int(port.get(NUM_DEVICES, 1)),
+        devices,
+        port.get("steps_per_generation"),
+        port.get("generation_batch_size"),
+    )
+    port.put(
+        "per_device_train_batch_size gradient_accumulation_steps steps_per_generation generation_batch_size",
+        made.keys,
+        Fate.COMPUTED,
+        made.note,
+        not made.is_exact,
+    )
+
+
+def _objective(port: Port) -> None:
+    takes_off = port.get("advantage_estimator", "grpo") != "grpo"
+    if _as_bool(port.get("kl_in_reward", takes_off)):
+        port.put("kl_in_reward", {}, Fate.LEFT if port.has("kl_in_reward") else Fate.DEFAULT, IN_REWARD, True)
+    put_cispo_bound(port)
+
+
+def _evaluation(port: Port) -> None:
+    """There is one if rows are held out; if nothing else is said, at each checkpoint."""
+    share = float(port.get("split_dataset_ratio", 0.0))
+    how = str(port.get("eval_strategy", port.get("save_strategy", "steps")))
+    if share == 0 or how == "no":
+        port.leave("split_dataset_ratio", "no rows are held out in a run without an evaluation", share > 0)
+        leave_evaluation(port)
+        return
+    port.put("split_dataset_ratio", {"val_size": share}, Fate.RENAMED)
+    port.default("eval_strategy", {"eval_strategy": how}, "ms-swift evaluates where it saves")
+    if how == "steps":
+        port.default("eval_steps", {"eval_steps": port.get("save_steps", 500)}, "ms-swift evaluates where it saves")
 
 
 def _dataset(port: Port) -> None:

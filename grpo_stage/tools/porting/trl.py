@@ -9,7 +9,15 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_stage.tools.porting import batch, rewards
-from grpo_stage.tools.porting.port import Entry, Fate, Port, put_servers
+from grpo_stage.tools.porting.port import (
+    OTHER_REWARD_MODEL,
+    Entry,
+    Fate,
+    Port,
+    leave_evaluation,
+    put_cispo_bound,
+    put_servers,
+)
 
 
 NEWEST = "0.24"
@@ -146,6 +154,9 @@ def _model(port: Port) -> None:
             "it has no effect without `use_peft`",
             False,
         )
+        for key in ("load_in_4bit", "load_in_8bit"):
+            if port.get(key, False):
+                port.leave(key, "weights of few bits can only be trained with an adapter (`use_peft`)", True)
     else:
         port.put("use_peft", {"finetuning_type": "lora"})
         port.default("lora_r", {"lora_rank": 16}, "TRL's default")
@@ -161,7 +172,7 @@ def _model(port: Port) -> None:
                 text = ",".join(value) if isinstance(value, list) else value
                 port.put(theirs, {ours: "all" if text == "all-linear" else text}, Fate.RENAMED)
     for bits, key in ((4, "load_in_4bit"), (8, "load_in_8bit")):
-        if port.get(key, False):
+        if port.is_open(key) and port.get(key):
             port.put(key, {"quantization_bit": bits, "quantization_method": "bnb"})
         else:
             port.leave(key, "it is off", False)
@@ -187,9 +198,7 @@ def _dataset(port: Port) -> None:
         info[f"{key}-test"] = described(port.get("dataset_test_split", "test"))
         ours["eval_dataset"] = f"{key}-test"
     else:
-        port.leave(
-            "dataset_test_split do_eval eval_strategy eval_steps eval_on_start", "there is no evaluation", False
-        )
+        leave_evaluation(port)
     port.put(
         "dataset_name",
         {**ours, "dataset_dir": info},
@@ -248,12 +257,7 @@ def _rewards(port: Port) -> None:
     names = port.get("reward_funcs")
     model = port.get("reward_model_name_or_path")
     if model is not None:
-        port.leave(
-            "reward_model_name_or_path",
-            "a reward model of ours is trained with `stage: rm` and reads the policy's tokens: name it as "
-            "`reward_model`",
-            True,
-        )
+        port.leave("reward_model_name_or_path", OTHER_REWARD_MODEL, True)
     if names is None and model is None:
         names = ["accuracy", "format", "tag_count"]
     if names is None:
@@ -272,6 +276,7 @@ def _objective(port: Port, defaults: Mapping[str, Any], said: str) -> None:
         port.default("beta", {"beta": defaults["beta"]}, said)
     if defaults["loss_type"] != "dapo":
         port.default("loss_type", {"loss_type": defaults["loss_type"]}, said)
+    put_cispo_bound(port)
     scale = port.get("scale_rewards")
     if isinstance(scale, bool):
         port.put("scale_rewards", {"scale_rewards": "group" if scale else "none"})

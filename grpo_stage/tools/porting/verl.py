@@ -5,7 +5,7 @@ from types import MappingProxyType
 from typing import Any
 
 from grpo_stage.tools.porting import batch, rewards
-from grpo_stage.tools.porting.port import Entry, Fate, Port
+from grpo_stage.tools.porting.port import IN_REWARD, Entry, Fate, Port
 
 
 _WITHOUT_EFFECT = (
@@ -66,6 +66,7 @@ class _Nested:
         self._dataset()
         self._batch()
         self._objective()
+        self._resampling()
         self._rewards()
         self._defaults()
         self.port.finish(self.table())
@@ -113,11 +114,9 @@ class _Nested:
                 note="`filter_metric` is the name of a reward function", changes_learning=True
             ),
             "algorithm.filter_groups.enable": Entry("dynamic_sampling"),
-            "algorithm.filter_groups.max_num_gen_batches": Entry("max_resample_times"),
             "algorithm.filter_groups.metric": Entry(
                 note="`filter_metric` is the name of a reward function", changes_learning=True
             ),
-            "trainer.max_try_make_batch": Entry("max_resample_times"),
             "algorithm.gamma": Entry(note="discounts belong to PPO with a critic"),
             "algorithm.lam": Entry(note="discounts belong to PPO with a critic"),
             "data.format_prompt": Entry(
@@ -135,9 +134,11 @@ class _Nested:
         port = self.port
         info: dict[str, Any] = {}
         ours: dict[str, Any] = {}
+        if port.get("trainer.val_freq", port.get("trainer.test_freq", -1)) <= 0:
+            port.leave("data.val_files", "there is no evaluation during the run", False)
         prompt, answer = port.get("data.prompt_key", "prompt"), port.get("data.answer_key", self.defaults["answer"])
         for key, target in (("data.train_files", "dataset"), ("data.val_files", "eval_dataset")):
-            if not port.has(key):
+            if not port.is_open(key):
                 continue
             value = port.get(key)
             place = value if isinstance(value, str) else value[0]
@@ -171,7 +172,8 @@ class _Nested:
             port.put(keys, made.keys, Fate.COMPUTED, made.note, not made.is_exact)
         else:
             port.default(self.rollout_prompts, made.keys, made.note)
-        self._steps(made.steps_per_generation * int(port.get(f"{self.actor}.ppo_epochs", 1)))
+        self.uses = made.steps_per_generation * int(port.get(f"{self.actor}.ppo_epochs", 1))
+        self._steps(self.uses)
 
     def _steps(self, of_rollout: int) -> None:
         """Keys that count rollouts there and optimizer steps here."""
@@ -189,6 +191,14 @@ class _Nested:
             ours = {"warmup_steps": int(port.get(f"{self.lr}.lr_warmup_steps")) * of_rollout}
             port.put(f"{self.lr}.lr_warmup_steps", ours, note=note)
         port.leave(f"{self.lr}.lr_warmup_steps", "it has no effect below 1", False)
+
+    def _resampling(self) -> None:
+        """The most rollouts for a batch; ours counts those after the first."""
+        for key in ("algorithm.filter_groups.max_num_gen_batches", "trainer.max_try_make_batch"):
+            if (most := int(self.port.get(key, 0))) > 0:
+                ours = {"max_resample_times": max(1, most - 1)}
+                self.port.put(key, ours, note="the first rollout is counted there", changes_learning=most == 1)
+            self.port.leave(key, "no limit there; `max_resample_times` is one here", True)
 
     def _objective(self) -> None:
         port, actor = self.port, self.actor
@@ -227,6 +237,14 @@ class _Nested:
         average = _AVERAGES.get(port.get(average_key, "token-mean"), "token_mean")
         if kind in ("default", "vanilla"):
             loss = "grpo" if average == "seq_mean_token_mean" else "dapo"
+        elif kind == "gpg" and self.uses > 1:
+            port.leave(
+                kind_key, "it has no ratio, and would be wrong where a rollout is trained on several times", True
+            )
+            loss = "dapo"
+        elif kind in ("dppo_tv", "dppo_kl") and not self._samples_neutrally():
+            port.leave(kind_key, "it needs `top_p: 1.0` and `top_k: 0`: engine and trainer are compared", True)
+            loss = "dapo"
         elif kind in _LOSSES:
             loss = kind
         else:
@@ -246,6 +264,10 @@ class _Nested:
         else:
             port.default(f"{actor}.clip_ratio_dual", {"delta": 3.0}, "the default there: dual clip is always on")
 
+    def _samples_neutrally(self) -> bool:
+        top_p, top_k = (self.port.get(f"{self.rollout}.{name}") for name in ("top_p", "top_k"))
+        return top_p in (None, 1.0) and (top_k is None or top_k <= 0)
+
     def _kl(self) -> None:
         raise NotImplementedError
 
@@ -253,10 +275,7 @@ class _Nested:
         """Write the KL term of the loss; a key that is not in the file counts as its system's default."""
         ours = _KL_ESTIMATORS.get(estimator.rstrip("+"))
         if in_reward:
-            note = (
-                "there it is taken off the reward, and here it is a term of the loss: `kl_in_reward: true` with "
-                "`kl_estimator: k1` and `scale_rewards: none` is that"
-            )
+            note = IN_REWARD
         elif ours is None:
             note = f"`{estimator}` is not here: `k3` is taken, which DeepSeekMath has"
         else:
