@@ -23,7 +23,6 @@ from grpo_stage.arguments import REWARDS
 from grpo_stage.board.check_panel import CheckPanel
 from grpo_stage.board.fields import BASICS, FORM_FIELDS, FormField, effective
 from grpo_stage.board.imported_code import ImportedCode
-from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.board.locales import PREFIX, message
 from grpo_stage.board.page_state import this_page
 from grpo_stage.board.pages import serve_many_pages
@@ -36,6 +35,7 @@ from grpo_stage.board.tables import harmless, literal, table
 from grpo_stage.board.trial import try_rewards
 from grpo_stage.board.wizard import Wizard
 from grpo_stage.host.configuration_file import STAGE
+from grpo_stage.host.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.host.recipe_text import read_recipe
 
 

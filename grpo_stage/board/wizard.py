@@ -9,8 +9,8 @@ import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.misc import is_accelerator_available
 
-from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.host.known_models import config_here, template_of
+from grpo_stage.host.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 

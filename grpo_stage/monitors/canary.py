@@ -174,7 +174,9 @@ def _refuse_above(bound: float, mean: float, backend: str) -> None:
             f"The log-probabilities of the sampled tokens differ by {mean:.2g} nats on average between the "
             f"{backend} engine and the trainer; the bound is {bound:.2g} (`max_sampling_logprob_diff`). The "
             "completions come from another policy than the one that is trained: an adapter that was not delivered, or "
-            "not as it is, another precision, or another temperature. Training on them would teach the wrong thing, "
-            "so the run is stopped. Try `rollout_backend: hf`; if that is quiet, please report the model and the vLLM "
+            "not as it is, another precision, or another temperature; or a `learning_rate` far too high has made the "
+            "weights so large that rounding alone makes the difference: is `grad_norm` or `kl` in the log out of "
+            "bounds? Training on them would teach the wrong thing, so the run is stopped. Try a lower `learning_rate` "
+            "if that is it, else `rollout_backend: hf`; if that is quiet, please report the model and the vLLM "
             "version. Raise the bound only if you know why the two engines differ, for example a quantized engine."
         )

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from grpo_stage.board import tab
-from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.board.page_state import this_page
 from grpo_stage.board.tab import SANE_VALUES
+from grpo_stage.host.learning_rates import LORA_ALPHA, start_rate
 
 from .conftest import REPOSITORY, Board
 

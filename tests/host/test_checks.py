@@ -1082,6 +1082,23 @@ def test_code_of_the_models_repository_is_announced(recipe, monkeypatch, kind):
         assert "all your rights" in said["warning_rank0"][0]
 
 
+@pytest.mark.parametrize(
+    ("keys", "is_warned"),
+    [
+        ({"learning_rate": 1.0}, True),
+        ({"learning_rate": 1.0, "finetuning_type": "full"}, True),
+        ({"learning_rate": 0.01, "finetuning_type": "full"}, True),  # which LoRA stands
+        ({"learning_rate": 0.01}, False),
+        ({"learning_rate": 1.0, "optim": "sgd"}, False),
+    ],
+)
+def test_a_rate_that_breaks_any_model_is_warned_of(recipe, monkeypatch, keys, is_warned):
+    said: list[str] = []
+    monkeypatch.setattr(advice.logger, "warning_rank0", said.append)
+    parse(recipe | keys)
+    assert any(f"`learning_rate: {keys['learning_rate']:g}` is" in text for text in said) == is_warned
+
+
 def _prompts(*references: str, length: int = 200) -> list[Prompt]:
     return [
         Prompt(index=i, token_ids=(i, i + 1), messages=(), reference=dict(enumerate(references)).get(i, "7"))

@@ -1,4 +1,4 @@
-"""The learning rate and LoRA's alpha that the form and the first recipe start with.
+"""The learning rate that a model stands: what the form and the first recipe start with, and what is warned of.
 
 The wider a model is, the lower is the rate that it stands. For LoRA, 0.17 / hidden_size goes through the rates of
 three recipes: 3e-4 for SmolLM2-135M (576, the quick start), and 1e-4 for Llama-3.2-1B (2048, `math_rl/README.md`) and
@@ -16,6 +16,8 @@ LORA_ALPHA = 32
 _OF_WIDTH_1: Mapping[str, float] = {"lora": 0.17, "oft": 0.17, "full": 0.004, "freeze": 0.004}
 _WIDTH_OF_AN_UNKNOWN_MODEL = 4096
 """That of many models of 8B: a rate that is too low costs steps, and one that is too high costs the model."""
+_TIMES_TOO_HIGH = 30
+"""Ten times its rate make the quick start collapse within ten steps (docs/survival.md); this is beyond doubt."""
 
 
 def start_rate(method: str, model: str) -> str:
@@ -25,7 +27,16 @@ def start_rate(method: str, model: str) -> str:
         method: `finetuning_type`.
         model: a folder, or a hub's id; its width is known if its config is on this machine.
     """
+    digit, exponent = f"{_usual_rate(method, model):.0e}".split("e")
+    return f"{digit}e{int(exponent)}"
+
+
+def is_far_too_high(rate: float, method: str, model: str) -> bool:
+    """Whether an optimizer of Adam's kind breaks the model with that rate."""
+    return rate > _TIMES_TOO_HIGH * _usual_rate(method, model)
+
+
+def _usual_rate(method: str, model: str) -> float:
     config = config_here(model)
     width = (config.get("text_config") or config).get("hidden_size")  # of a model for images, its language model's
-    digit, exponent = f"{_OF_WIDTH_1[method] / (width or _WIDTH_OF_AN_UNKNOWN_MODEL):.0e}".split("e")
-    return f"{digit}e{int(exponent)}"
+    return _OF_WIDTH_1[method] / (width or _WIDTH_OF_AN_UNKNOWN_MODEL)
