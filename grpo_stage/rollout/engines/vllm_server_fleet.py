@@ -8,7 +8,7 @@ again. So no request reaches a server that holds another version than the one th
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -188,20 +188,54 @@ class Fleet:
             EngineLostError: if no server has taken it.
             RuntimeError, ValueError: if a server that was up refuses it.
         """
-        were_out = [] if self._is_first_delivery else [server for server in self.servers if not server.is_up]
+        self.hold(await self.each(await self.willing(greet), give))
+
+    async def willing(self, greet: Greet) -> list[Server]:
+        """The servers that a version goes to: all at first; later those that are up, and those that are back."""
+        if self._is_first_delivery:
+            return list(self.servers)
+
+        async def greeted(client: ServerClient) -> ServerClient:
+            await client.ping(self._patience.rejoin)
+            await greet(client)
+            return client
+
+        back = await self.each([server for server in self.servers if not server.is_up], greeted)
+        return [server for server in self.servers if server.is_up or server in back]
+
+    async def each(self, servers: Iterable[Server], do: Callable[[ServerClient], Awaitable[T]]) -> dict[Server, T]:
+        """What comes of a part of a delivery, which all do at the same time; those that fail are left out.
+
+        Raises:
+            RuntimeError, ValueError: if a server that was up refuses it.
+        """
+        found: dict[Server, T] = {}
         async with self._watching():
-            tasks = {
-                each: self._begin(each, self._given(each, give, greet, each in were_out)) for each in self.servers
-            }
+            tasks = {server: self._begin(server, do(server.client)) for server in servers}
             try:
-                await asyncio.wait(tasks.values())
+                if tasks:
+                    await asyncio.wait(tasks.values())
                 for server, task in tasks.items():
-                    if server in were_out:
-                        self._come_back(server, task)
-                    elif (held := self._result(server, task)) is not None:
-                        server.held = held
+                    error = None if task.cancelled() else task.exception()
+                    if self._was_out(server) and isinstance(error, RefusedError | ValueError):
+                        self._warn(f"The vLLM server {server.url} answers again and stays out: {error}")
+                    elif (result := self._result(server, task)) is not None:
+                        found[server] = result
             finally:
                 await _cancel(tasks.values())
+        return found
+
+    def hold(self, held: Mapping[Server, Held]) -> None:
+        """Note what the servers have taken.
+
+        Raises:
+            EngineLostError: if no server has taken it.
+        """
+        for server in self.servers:
+            if server in held:
+                if self._was_out(server):
+                    self._warn(f"The vLLM server {server.url} is back, and holds the present version.")
+                server.held = held[server]
         self._is_first_delivery = False
         self._left()
 
@@ -230,23 +264,9 @@ class Fleet:
         for task in server.tasks:
             task.cancel()
 
-    async def _given(self, server: Server, give: Give, greet: Greet, was_out: bool) -> Held:
-        if was_out:
-            await server.client.ping(self._patience.rejoin)
-            await greet(server.client)
-        return await give(server.client)
-
-    def _come_back(self, server: Server, task: "asyncio.Task[Held]") -> None:
-        error = None if task.cancelled() else task.exception()
-        if task.cancelled() or isinstance(error, UnreachableError):
-            return  # as before
-        if isinstance(error, RefusedError | ValueError):
-            self._warn(f"The vLLM server {server.url} answers again and stays out: {error}")
-        elif error is not None:
-            raise error
-        else:
-            server.held = task.result()
-            self._warn(f"The vLLM server {server.url} is back, and holds the present version.")
+    def _was_out(self, server: Server) -> bool:
+        """Whether a server that takes part in a delivery is one that failed before it."""
+        return not server.is_up and not self._is_first_delivery
 
     async def _is_same(self, server: Server) -> bool:
         """Whether a server is still the one that took the version, after it has answered."""
