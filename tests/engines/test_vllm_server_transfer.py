@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from grpo_stage.rollout.engines import vllm_server_transfer
+from grpo_stage.rollout.engines import vllm_server_rules, vllm_server_transfer
 from grpo_stage.rollout.engines.vllm_server import VLLMServers
 from grpo_stage.rollout.engines.vllm_server_fleet import Patience
 from grpo_stage.rollout.engines.vllm_server_transfer import NCCLCommunicator, WeightTransfer, packed
@@ -264,6 +264,16 @@ def test_a_server_without_the_flag_is_refused():
         check(keys)
     finally:
         server.kill()
+
+
+def test_a_trainer_without_vllm_is_refused(monkeypatch):
+    of_model = {"model_quantization": None, "is_tied": True, "model_positions": None, "device_type": "cuda"}
+    of_run = {"finetuning_type": "full", "vllm_server_transfer": "nccl", "vllm_config": None}
+    keys = recipe(rollout_backend="vllm_server", **of_run, **of_model)
+    vllm_server_rules.refuse_unfit(keys)
+    monkeypatch.setattr(vllm_server_rules, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"`vllm_server_transfer: nccl` is not possible.*not installed.*files`"):
+        vllm_server_rules.refuse_unfit(keys)
 
 
 class NCCL:
