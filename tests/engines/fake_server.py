@@ -142,7 +142,10 @@ class FakeServer:
             return _error(500, "start_weight_update must be called before")
         elif route == "/update_weights":
             update = self._receiver.parse_update_info(body["update_info"])
-            self._receiver.receive_weights(update, load_weights=lambda weights: self.received.update(weights))
+            try:
+                self._receiver.receive_weights(update, load_weights=lambda weights: self.received.update(weights))
+            except RuntimeError as error:  # the other end is gone
+                return _error(500, str(error))
         else:
             data = b"".join(name.encode() + t.numpy().tobytes() for name, t in self.received.items())
             self.held, self.received = self.received, None

@@ -238,10 +238,14 @@ def test_a_server_that_was_started_anew_unnoticed_gets_a_new_group(start, policy
     assert len(run.links) == 3
 
 
-def test_weights_are_gathered_to_the_end_where_no_server_is_left(start, policy):
+@pytest.mark.parametrize(
+    ("answer", "raised"),
+    [((500, {}), (EngineLostError, "None of the 1 vLLM servers")), ((400, {}), (RuntimeError, "refuses what"))],
+)
+def test_weights_are_gathered_to_the_end_whatever_becomes_of_the_servers(start, policy, answer, raised):
     """Other processes gather them with this one."""
     run = start(1)
-    broken_by(run.servers[0].kill, run.servers[0], at=1)
+    run.servers[0]._transfer = lambda route, body: answer
     given = []
 
     def tensors():
@@ -249,9 +253,29 @@ def test_weights_are_gathered_to_the_end_where_no_server_is_left(start, policy):
             given.append(each[0])
             yield each
 
-    with pytest.raises(EngineLostError, match="None of the 1 vLLM servers"):
+    with pytest.raises(raised[0], match=raised[1]):
         run.engine._send(tensors(), run.engine._transfer)
     assert len(given) == len(dict(checkpoint_weights(policy)))
+
+
+def test_a_link_that_fails_on_this_side_takes_its_server_out(start, policy, monkeypatch):
+    run = start()
+
+    def broadcast(self, block):
+        raise RuntimeError("NCCL error: unhandled system error")
+
+    connect = run._connect
+    monkeypatch.setattr(run.engine._transfer, "_connect", lambda device: failing(connect(device)))
+
+    def failing(link):
+        if len(run.links) == 2:
+            link.broadcast = broadcast.__get__(link)
+        return link
+
+    run.engine.sync(policy, 1)
+    (warning,) = run.warnings
+    assert "it did not take a part of the weights: NCCL error: unhandled system error" in warning
+    assert [server.weights == "files" for server in run.servers].count(True) == 1
 
 
 def test_a_server_without_the_flag_is_refused():

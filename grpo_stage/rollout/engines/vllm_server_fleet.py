@@ -64,7 +64,9 @@ class Server:
 
     client: ServerClient
     held: Held | None = None
-    """None while it is out."""
+    """None before the first delivery, and while it is out."""
+    is_out: bool = False
+    """Whether it has failed and not come back."""
     tasks: set["asyncio.Task[Any]"] = field(default_factory=set)
     """What is asked of it now."""
 
@@ -96,7 +98,6 @@ class Fleet:
         self.servers = [Server(client) for client in clients]
         self._patience = patience
         self._warn = warn
-        self._is_first_delivery = True
 
     @property
     def up(self) -> list[Server]:
@@ -191,17 +192,15 @@ class Fleet:
         self.hold(await self.each(await self.willing(greet), give))
 
     async def willing(self, greet: Greet) -> list[Server]:
-        """The servers that a version goes to: all at first; later those that are up, and those that are back."""
-        if self._is_first_delivery:
-            return list(self.servers)
+        """The servers that a version goes to: those that have not failed, and those that are back."""
 
         async def greeted(client: ServerClient) -> ServerClient:
             await client.ping(self._patience.rejoin)
             await greet(client)
             return client
 
-        back = await self.each([server for server in self.servers if not server.is_up], greeted)
-        return [server for server in self.servers if server.is_up or server in back]
+        back = await self.each([server for server in self.servers if server.is_out], greeted)
+        return [server for server in self.servers if not server.is_out or server in back]
 
     async def each(self, servers: Iterable[Server], do: Callable[[ServerClient], Awaitable[T]]) -> dict[Server, T]:
         """What comes of a part of a delivery, which all do at the same time; those that fail are left out.
@@ -217,7 +216,7 @@ class Fleet:
                     await asyncio.wait(tasks.values())
                 for server, task in tasks.items():
                     error = None if task.cancelled() else task.exception()
-                    if self._was_out(server) and isinstance(error, RefusedError | ValueError):
+                    if server.is_out and isinstance(error, RefusedError | ValueError):
                         self._warn(f"The vLLM server {server.url} answers again and stays out: {error}")
                     elif (result := self._result(server, task)) is not None:
                         found[server] = result
@@ -233,10 +232,9 @@ class Fleet:
         """
         for server in self.servers:
             if server in held:
-                if self._was_out(server):
+                if server.is_out:
                     self._warn(f"The vLLM server {server.url} is back, and holds the present version.")
-                server.held = held[server]
-        self._is_first_delivery = False
+                server.held, server.is_out = held[server], False
         self._left()
 
     @property
@@ -247,14 +245,13 @@ class Fleet:
     def adopt(self, holdings: Sequence[Held | None]) -> None:
         """Take over what another rank has delivered."""
         for server, held in zip(self.servers, holdings, strict=True):
-            server.held = held
-        self._is_first_delivery = False
+            server.held, server.is_out = held, held is None
         self._left()
 
     def _lose(self, server: Server, reason: str) -> None:
         """Take a server out until a later delivery."""
-        if server.is_up or self._is_first_delivery:
-            server.held = None
+        if not server.is_out:
+            server.held, server.is_out = None, True
             left = len(self.up)
             others = f"Its prompts go to the {left} that are left, with the same seeds. " if left else ""
             self._warn(
@@ -263,10 +260,6 @@ class Fleet:
             )
         for task in server.tasks:
             task.cancel()
-
-    def _was_out(self, server: Server) -> bool:
-        """Whether a server that takes part in a delivery is one that failed before it."""
-        return not server.is_up and not self._is_first_delivery
 
     async def _is_same(self, server: Server) -> bool:
         """Whether a server is still the one that took the version, after it has answered."""
@@ -347,7 +340,7 @@ class Fleet:
             if not server.tasks:
                 continue
             try:
-                await server.client.ping(self._patience.ping if server.is_up else self._patience.rejoin)
+                await server.client.ping(self._patience.rejoin if server.is_out else self._patience.ping)
             except (UnreachableError, RefusedError) as error:
                 self._lose(server, str(error))
 
