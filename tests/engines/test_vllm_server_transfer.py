@@ -324,6 +324,7 @@ def nccl(monkeypatch) -> type[NCCL]:
     monkeypatch.setattr(pynccl, "PyNcclCommunicator", own)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
     return own
 

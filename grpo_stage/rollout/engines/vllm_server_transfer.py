@@ -9,13 +9,14 @@ communicator of a server that has not done its own share by then is aborted.
 """
 
 import asyncio
+import concurrent.futures
 import contextlib
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -31,25 +32,8 @@ LIMIT_S = 60.0
 _POLL_S = 0.001
 
 
-class Communicator(Protocol):
-    """Sends to the workers of one server. `abort` ends what another thread waits for, at any time."""
-
-    def join(self, group: Any) -> None:
-        """Meet the workers.
-
-        Args:
-            group: vLLM's `StatelessProcessGroup`, with this process as rank 0.
-        """
-
-    def broadcast(self, block: torch.Tensor) -> None:
-        """Send a block of bytes, and return once it is there."""
-
-    def abort(self) -> None:
-        """Give up for good."""
-
-
 class NCCLCommunicator:
-    """vLLM's own communicator, with an end to its waiting."""
+    """vLLM's own communicator, with an end to its waiting: `abort` ends what another thread waits for, at any time."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -57,13 +41,19 @@ class NCCLCommunicator:
         self._is_aborted = False
 
     def join(self, group: Any) -> None:
+        """Meet a server's workers.
+
+        Args:
+            group: vLLM's `StatelessProcessGroup`, with this process as rank 0.
+        """
         from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
 
         with torch.cuda.device(self._device):
-            self._stream = torch.cuda.Stream()
-            # It waits in its own construction, and has to be known here by then to be aborted.
-            self._own = PyNcclCommunicator.__new__(PyNcclCommunicator)
-            PyNcclCommunicator.__init__(self._own, group, self._device)
+            self._stream = torch.cuda.Stream()  # what is stuck there keeps nothing else waiting
+            with torch.cuda.stream(self._stream):
+                # It waits in its own construction, and has to be known here by then to be aborted.
+                self._own = PyNcclCommunicator.__new__(PyNcclCommunicator)
+                PyNcclCommunicator.__init__(self._own, group, self._device)
         if self._own.disabled:  # it would send nothing, and say nothing of it
             raise ValueError(
                 "`vllm_server_transfer: nccl` is not possible: vLLM finds no NCCL in the trainer's environment, or "
@@ -71,6 +61,7 @@ class NCCLCommunicator:
             )
 
     def broadcast(self, block: torch.Tensor) -> None:
+        """Send bytes, and return once they are sent."""
         with torch.cuda.device(self._device):
             self._own.broadcast(block, src=0, stream=self._stream)
             sent = torch.cuda.Event()
@@ -81,6 +72,7 @@ class NCCLCommunicator:
                 time.sleep(_POLL_S)
 
     def abort(self) -> None:
+        """Give up for good."""
         self._is_aborted = True
         if (comm := getattr(self._own, "comm", None)) is not None:
             threading.Thread(target=self._own.nccl.ncclCommAbort, args=(comm,), daemon=True).start()
@@ -122,7 +114,7 @@ class _Link:
     """A group with the workers of one start of a server."""
 
     instance: str
-    communicator: Communicator
+    communicator: NCCLCommunicator
 
 
 class WeightTransfer:
@@ -130,14 +122,14 @@ class WeightTransfer:
 
     Args:
         device: where parts are put together, and sent from.
-        connect: makes a communicator.
+        connect: makes the communicator of a server.
         limit_s: how long a server may take to join, or over one part.
     """
 
     def __init__(
         self,
         device: torch.device,
-        connect: Callable[[torch.device], Communicator] = NCCLCommunicator,
+        connect: Callable[[torch.device], NCCLCommunicator] = NCCLCommunicator,
         limit_s: float = LIMIT_S,
     ) -> None:
         self._device = device
@@ -199,9 +191,12 @@ class WeightTransfer:
         for url in list(self._links):
             self._forget(url)
 
-    async def _join(self, client: ServerClient, communicator: Communicator) -> None:
+    async def _join(self, client: ServerClient, communicator: NCCLCommunicator) -> None:
         size = 1 + await client.world_size()
-        listening = _listening(client.url)
+        try:
+            listening = _listening(client.url)
+        except OSError as error:
+            raise UnreachableError(f"no address of this machine that it could reach was found: {error}") from error
         address, port = listening.getsockname()
 
         def meet() -> None:
@@ -265,20 +260,16 @@ def _listening(url: str) -> socket.socket:
 
 def _in_thread(work: Callable[[], None]) -> "asyncio.Future[None]":
     """In one that the end of the program does not wait for."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[None] = loop.create_future()
-
-    def settle(error: BaseException | None) -> None:
-        if not future.done():
-            future.set_result(None) if error is None else future.set_exception(error)
+    done: concurrent.futures.Future[None] = concurrent.futures.Future()
+    done.set_running_or_notify_cancel()
 
     def run() -> None:
-        error = None
         try:
             work()
-        except BaseException as failure:  # raised where the future is awaited
-            error = failure
-        loop.call_soon_threadsafe(settle, error)
+        except BaseException as error:  # raised where it is awaited
+            done.set_exception(error)
+        else:
+            done.set_result(None)
 
     threading.Thread(target=run, name="vllm-transfer", daemon=True).start()
-    return future
+    return asyncio.wrap_future(done)
