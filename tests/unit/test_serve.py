@@ -115,9 +115,11 @@ def test_keys_become_flags(changed: dict[str, Any], given: tuple[str, ...], expe
     assert flags(command(*given, **changed)).items() >= expected.items()
 
 
-def test_on_a_cpu() -> None:
+def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.utils.import_utils import resolve_obj_by_qualname
     from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from grpo_stage.rollout.engines import vllm_cpu_worker
 
     own = command(on_cpu=True, is_cpu_package=True, vllm_maxlen=300)
     assert own.arguments[:5] == ("python", "-m", "vllm.entrypoints.openai.api_server", "--model", "a/model")
@@ -133,7 +135,11 @@ def test_on_a_cpu() -> None:
     )
     assert flags(command(on_cpu=True))["--max-num-batched-tokens"] == "256"
     worker = resolve_obj_by_qualname(flags(own)["--worker-cls"])
-    assert issubclass(worker, CPUWorker)
+    done: list[str] = []
+    monkeypatch.setattr(vllm_cpu_worker, "add_one_adapter_at_once", lambda: done.append("products"))
+    monkeypatch.setattr(CPUWorker, "init_device", lambda self: done.append("start"))
+    object.__new__(worker).init_device()
+    assert done == ["products", "start"]
     assert "--worker-cls" not in flags(command(on_cpu=True, finetuning_type="full"))
 
 
