@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
@@ -46,7 +47,16 @@ SETTLING = 2
 POLL_S = 0.02
 
 
-def run(threads: int, keys: dict[str, Any]) -> list[dict[str, float]]:
+def run(threads: int, keys: dict[str, Any], servers: Sequence[int] = ()) -> list[dict[str, float]]:
+    """The lines of a run's log, each with the processor seconds of its step.
+
+    Args:
+        threads: the trainer's.
+        keys: of the run.
+        servers: the processes of vLLM servers; what they and their children do counts as the engine's.
+    """
+    engines = [psutil.Process(pid) for pid in servers]
+    engines += [child for each in engines for child in each.children(recursive=True)]
     with tempfile.TemporaryDirectory() as folder:
         words = [f"{key}={value}" for key, value in {**keys, "output_dir": folder}.items()]
         process = subprocess.Popen(
@@ -58,21 +68,21 @@ def run(threads: int, keys: dict[str, Any]) -> list[dict[str, float]]:
         )
         trainer, log = psutil.Process(process.pid), Path(folder, "trainer_log.jsonl")
         lines: list[dict[str, float]] = []
-        before = (0.0, 0.0)
+        before = _processor_seconds(trainer, engines)
         while process.poll() is None:
             time.sleep(POLL_S)
             written = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
             if len(written) > len(lines):
-                now = _processor_seconds(trainer)
+                now = _processor_seconds(trainer, engines)
                 lines.append(json.loads(written[len(lines)]))
                 lines[-1] |= {"cpu/trainer": now[0] - before[0], "cpu/engine": now[1] - before[1]}
                 before = now
     return [line for line in lines if "step_time" in line]
 
 
-def _processor_seconds(trainer: psutil.Process) -> tuple[float, float]:
-    """Those of the trainer, and of vLLM's process if there is one."""
-    seconds = [0.0, 0.0]
+def _processor_seconds(trainer: psutil.Process, engines: Sequence[psutil.Process]) -> tuple[float, float]:
+    """Those of the trainer, and of vLLM's processes."""
+    seconds = [0.0, sum(sum(each.cpu_times()[:2]) for each in engines)]
     with suppress(psutil.NoSuchProcess):
         for each in (trainer, *trainer.children()):
             is_engine = any("vllm_worker" in word for word in each.cmdline())

@@ -605,6 +605,14 @@ class GRPOArguments:
         "sampling is that of a model without an adapter. In half precision merged weights are rounded, so that vLLM "
         "differs more from the trainer.",
     )
+    vllm_server_transfer: Literal["files", "nccl"] = _key(
+        "files",
+        MEMORY,
+        "How whole weights reach vLLM servers (full and freeze tuning, `vllm_lora: merged`): `files` writes them to "
+        "`output_dir`, where the servers read them; `nccl` sends them from the trainer's GPU to those of the servers, "
+        "for which vLLM has to be installed beside the trainer as well. No GPU has run `nccl` yet: its tests have a "
+        "stand-in for NCCL.",
+    )
     vllm_sleep: int = _key(
         0,
         MEMORY,

@@ -286,8 +286,8 @@ ENGINE_KEYS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *("vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead", "vllm_tensor_parallel"),
         ),
         "vllm_server": (
-            *("vllm_server_urls", "vllm_lora", "vllm_maxlen", "vllm_gpu_util", "vllm_max_lora_rank"),
-            *("vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead"),
+            *("vllm_server_urls", "vllm_server_transfer", "vllm_lora", "vllm_maxlen", "vllm_gpu_util"),
+            *("vllm_max_lora_rank", "vllm_enforce_eager", "vllm_config", "structured_outputs", "rollout_ahead"),
         ),
         "hf": (),
     }

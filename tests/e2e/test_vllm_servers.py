@@ -18,16 +18,18 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from grpo_stage.rollout.engines import vllm_server
+from grpo_stage.rollout.engines import vllm_server, vllm_server_transfer
 from grpo_stage.rollout.engines.vllm import VLLMEngine
 from grpo_stage.rollout.engines.vllm_requests import sampling_arguments
 from grpo_stage.rollout.engines.vllm_server import VLLMServers
 from grpo_stage.rollout.engines.vllm_server_check import wanted_of
 from grpo_stage.rollout.engines.vllm_server_client import ServerClient
 from grpo_stage.rollout.engines.vllm_server_fleet import Patience
+from grpo_stage.rollout.engines.vllm_server_transfer import WeightTransfer
 from grpo_stage.tools import serve
 from grpo_stage.types import Prompt, RolloutGroup, SamplingSettings
 from tests.engines.conftest import logprob_difference, policy_logprobs, randomize_adapter, vllm_settings
+from tests.engines.gloo_transfer import GlooCommunicator
 from tests.engines.vllm_servers import ServerFarm, ServerProcess
 
 from .conftest import completions, trainer_log
@@ -43,24 +45,34 @@ PATIENCE = Patience(ping_every=0.2, ping=6.0, rejoin=6.0)
 NATS = 1e-4
 
 
+NUM_FOR_ADAPTERS, NUM_SERVERS = 2, 4
+
+
 class Cluster:
-    """Two servers for adapters and one for whole weights, each started as `grpo-stage serve` says."""
+    """Two servers for adapters and two for whole weights, each started as `grpo-stage serve` says.
+
+    Those for whole weights take them by vLLM's weight transfer as well, with gloo in the place of NCCL.
+    """
 
     def __init__(self, farm: ServerFarm, recipe: dict[str, Any]) -> None:
         self._farm = farm
         self._recipe = recipe
         self._commands: dict[int, Any] = {}
-        self.ports = [_free_port() for _ in range(3)]
-        self.servers: list[ServerProcess] = [self._started(i) for i in range(3)]
+        self.ports = [_free_port() for _ in range(NUM_SERVERS)]
+        self.servers: list[ServerProcess] = [self._started(i) for i in range(NUM_SERVERS)]
         for server in self.servers:
             server.wait()
 
     @property
     def urls(self) -> list[str]:
-        return [server.url for server in self.servers[:2]]
+        return [server.url for server in self.servers[:NUM_FOR_ADAPTERS]]
+
+    @property
+    def whole_urls(self) -> list[str]:
+        return [server.url for server in self.servers[NUM_FOR_ADAPTERS:]]
 
     def recipe(self, i: int) -> dict[str, Any]:
-        tuning = {"finetuning_type": "full"} if i == 2 else {}
+        tuning = {"finetuning_type": "full"} if i >= NUM_FOR_ADAPTERS else {}
         return self._recipe | {"vllm_server_urls": f"http://127.0.0.1:{self.ports[i]}", **tuning}
 
     def restart(self, i: int) -> None:
@@ -72,7 +84,11 @@ class Cluster:
             self._commands[i] = serve._command(self.recipe(i), "127.0.0.1", self.ports[i])
         command = self._commands[i]
         model = command.arguments.index(self._recipe["model_name_or_path"])
-        return self._farm.start(command.arguments[model:], command.environment, self.ports[i])
+        arguments, environment = list(command.arguments[model:]), dict(command.environment)
+        if i >= NUM_FOR_ADAPTERS:  # `vllm_server_transfer: nccl` is refused on a CPU
+            arguments += ["--weight-transfer-config", '{"backend": "nccl"}']
+            environment["GRPO_TEST_GLOO"] = "1"
+        return self._farm.start(arguments, environment, self.ports[i])
 
 
 def _free_port() -> int:
@@ -116,7 +132,13 @@ def tokenizer(decided_model_dir: Path) -> Any:
     return AutoTokenizer.from_pretrained(decided_model_dir)
 
 
-def connect(cluster: Cluster, tokenizer: Any, urls: list[str], i: int = 0) -> VLLMServers:
+def over_gloo() -> WeightTransfer:
+    return WeightTransfer(torch.device("cpu"), lambda device: GlooCommunicator())
+
+
+def connect(
+    cluster: Cluster, tokenizer: Any, urls: list[str], i: int = 0, transfer: WeightTransfer | None = None
+) -> VLLMServers:
     from grpo_stage.host.parser import parse
 
     return VLLMServers(
@@ -127,6 +149,7 @@ def connect(cluster: Cluster, tokenizer: Any, urls: list[str], i: int = 0) -> VL
         limit_s=120.0,
         warn=lambda text: pytest.fail(text),
         scores_alone=True,
+        transfer=transfer,
         patience=PATIENCE,
     )
 
@@ -181,10 +204,12 @@ def test_every_replica_follows_the_adapter(cluster, tokenizer, policy):
                 assert (torch.cat(answers) - torch.cat(expected)).abs().mean() < NATS
 
 
-def test_whole_weights_arrive(cluster, tokenizer, decided_model_dir):
+@pytest.mark.parametrize("transfer", [None, over_gloo()], ids=["files", "transfer"])
+def test_whole_weights_arrive(cluster, tokenizer, decided_model_dir, transfer, monkeypatch):
+    monkeypatch.setattr(vllm_server_transfer, "BYTES_OF_A_PART", 50_000)  # of which there are several
     policy = AutoModelForCausalLM.from_pretrained(decided_model_dir)
     generator = torch.Generator().manual_seed(5)
-    with contextlib.closing(connect(cluster, tokenizer, [cluster.servers[2].url], 2)) as servers:
+    with contextlib.closing(connect(cluster, tokenizer, cluster.whole_urls, 2, transfer)) as servers:
         for version in (1, 2):
             with torch.no_grad():
                 for parameter in policy.parameters():
@@ -193,6 +218,9 @@ def test_whole_weights_arrive(cluster, tokenizer, decided_model_dir):
             # The same prompts: a prefix cache that was not emptied would answer for the version before.
             groups = servers.generate(PROMPTS, SAMPLING, 1)
             assert logprob_difference(policy, groups, SAMPLING.temperature) < NATS
+            expected = torch.cat([each for group in groups for each in policy_logprobs(policy, group, 1.0)])
+            for answers in servers.score_each(groups).values():
+                assert (torch.cat(answers) - expected).abs().mean() < NATS
 
 
 def test_vllm_reads_what_it_is_asked_for(cluster):
@@ -281,6 +309,69 @@ def test_a_run_that_loses_servers_learns_what_the_undisturbed_one_does(
         *((True, False, False), (True, False, True)),
     ]
     assert "no answer to /health" in warnings[2]
+
+
+def test_a_run_that_loses_servers_in_a_transfer_learns_what_the_undisturbed_one_does_by_files(
+    cluster, settings, recipe, run_exp, tmp_path, monkeypatch
+):
+    """kill -9 between two parts of the weights, a restart, and SIGSTOP between two parts of a later version."""
+    monkeypatch.setattr(vllm_server, "Patience", lambda: PATIENCE)
+    monkeypatch.setattr(vllm_server_transfer, "BYTES_OF_A_PART", 50_000)
+    first, second = cluster.whole_urls
+    changes = {"finetuning_type": "full", "vllm_server_urls": f"{first},{second}", "learning_rate": 1e-3}
+
+    def run(name: str) -> dict[str, Any]:
+        own = recipe(output_dir=str(tmp_path / name), **settings | changes | {"max_steps": 4})
+        for key in ("lora_rank", "lora_target"):
+            del own[key]
+        run_exp(own)
+        log = [line for line in trainer_log(own["output_dir"]) if "loss" in line]
+        assert all(0.99 < line["sampling/slope/start"] < 1.01 for line in log[1:])
+        return own
+
+    whole = run("whole")
+    started, update, sync = vllm_server.connect, ServerClient.update_weights, VLLMServers.sync
+    warnings: list[str] = []
+    version, parts = [0], dict.fromkeys(cluster.whole_urls, 0)
+
+    def connected(request: Any) -> VLLMServers:
+        engine = started(request)
+        engine._transfer = over_gloo()
+        engine._fleet._warn = warnings.append
+        return engine
+
+    def synced(self: VLLMServers, policy: Any, of: int) -> None:
+        if of == 2:
+            cluster.servers[3].wait()
+        version[0] = of
+        parts.update(dict.fromkeys(parts, 0))
+        sync(self, policy, of)
+
+    async def updated(self: ServerClient, *args: Any) -> None:
+        parts[self.url] += 1
+        if parts[self.url] == 2:
+            if (version[0], self.url) == (1, second):
+                cluster.restart(3)
+            if (version[0], self.url) == (3, first):
+                cluster.servers[2].send(signal.SIGSTOP)
+        await update(self, *args)
+
+    monkeypatch.setattr(vllm_server, "connect", connected)
+    monkeypatch.setattr(VLLMServers, "sync", synced)
+    monkeypatch.setattr(ServerClient, "update_weights", updated)
+    disturbed = run("disturbed")
+    cluster.restart(2)  # what stands between two parts cannot be used any more
+    for ours, theirs in zip(completions(disturbed["output_dir"]), completions(whole["output_dir"]), strict=True):
+        assert ours["completion"] == theirs["completion"]
+    one, two = (load_file(Path(each["output_dir"]) / "model.safetensors") for each in (disturbed, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert [(first in text, second in text, "is back" in text) for text in warnings] == [
+        (False, True, False),
+        (False, True, True),
+        (True, False, False),
+    ]
+    assert "no answer to /health" in warnings[2]
+    cluster.servers[2].wait()
 
 
 def test_a_run_ahead_goes_on_exactly(cluster, settings, recipe, run_exp, tmp_path):

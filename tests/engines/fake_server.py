@@ -9,7 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import torch
+
+
+TRANSFER_ROUTES = (
+    *("/init_weight_transfer_engine", "/start_weight_update", "/update_weights", "/finish_weight_update"),
+)
 
 
 @dataclass
@@ -27,6 +35,8 @@ class FakeServer:
     """--enable-lora."""
     is_dev: bool = False
     """VLLM_SERVER_DEV_MODE."""
+    takes_transfers: bool = False
+    """--weight-transfer-config. vLLM's own code receives weights then, with `gloo_transfer` installed in it."""
     api_key: str | None = None
     before: Callable[[str, Any], None] = lambda path, body: None
     """Called with each request before it is answered."""
@@ -53,6 +63,8 @@ class FakeServer:
     def start(self) -> None:
         """As a new process would: nothing of what was delivered is there."""
         self.adapters, self.weights, self.starts = {}, "files", self.starts + 1
+        self.received: dict[str, torch.Tensor] | None = None
+        self._receiver: Any = None
         self._connections: list[socket.socket] = []
         self._handler = type("Handler", (_Handler,), {"fake": self, "is_dead": False})
         self._server = ThreadingHTTPServer(("127.0.0.1", self.port), self._handler)
@@ -89,6 +101,10 @@ class FakeServer:
             if route == "/collective_rpc":
                 self.weights = _digest(Path(body["kwargs"]["weights_path"]))
             return 200, {}
+        if route == "/get_world_size" and self.is_dev:
+            return 200, {"world_size": 1}
+        if method == "POST" and route in TRANSFER_ROUTES and self.is_dev:
+            return self._transfer(route, body)
         if method == "POST" and route == "/inference/v1/generate":
             return self._generate(body)
         return 404, {"detail": "Not Found"}
@@ -101,9 +117,40 @@ class FakeServer:
             return 200, {"data": [base, *({"id": name, "root": "/there"} for name in self.adapters)]}
         if route == "/server_info":
             lora = {"max_loras": 1} if self.has_lora else None
-            configuration = {"instance_id": f"start-{self.starts}", "lora_config": lora}
+            transfer = {"backend": "nccl"} if self.takes_transfers else None
+            configuration = {
+                "instance_id": f"start-{self.starts}",
+                "lora_config": lora,
+                "weight_transfer_config": transfer,
+            }
             return (200, {"vllm_config": configuration}) if self.is_dev else (404, {"detail": "Not Found"})
         return 200, {}
+
+    def _transfer(self, route: str, body: Any) -> tuple[int, Any]:
+        """As vLLM's worker does it."""
+        if route == "/init_weight_transfer_engine":
+            from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+            alone = SimpleNamespace(data_parallel_index=0, world_size=1, rank=0)
+            self._receiver = NCCLWeightTransferEngine(None, alone, None)
+            self._receiver.init_transfer_engine(self._receiver.parse_init_info(body["init_info"]))
+        elif route == "/start_weight_update":
+            if body != {"is_checkpoint_format": True} or self.received is not None:
+                return _error(500, "start_weight_update called while a weight update is already active")
+            self.received = {}
+        elif self.received is None or self._receiver is None:
+            return _error(500, "start_weight_update must be called before")
+        elif route == "/update_weights":
+            update = self._receiver.parse_update_info(body["update_info"])
+            try:
+                self._receiver.receive_weights(update, load_weights=lambda weights: self.received.update(weights))
+            except RuntimeError as error:  # the other end is gone
+                return _error(500, str(error))
+        else:
+            data = b"".join(name.encode() + t.numpy().tobytes() for name, t in self.received.items())
+            self.held, self.received = self.received, None
+            self.weights = hashlib.sha256(data).hexdigest()[:8]
+        return 200, {"message": "done"}
 
     def _adapter(self, route: str, body: Any) -> tuple[int, Any]:
         name = body["lora_name"]

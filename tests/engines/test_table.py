@@ -55,7 +55,7 @@ def test_what_is_more_than_a_plain_lora_is_told_by_keys_that_peft_has() -> None:
 def test_a_servers_reload_on_a_cpu_leaves_a_tied_output_layer(changed: dict[str, Any], is_refused: bool) -> None:
     keys = {"model_name_or_path": "a/model", "rollout_backend": "vllm_server", "finetuning_type": "full"}
     empty = dict.fromkeys(("vllm_config", "structured_outputs", "model_quantization", "model_positions"))
-    facts = {"vllm_lora": "native", "device_type": "cpu", "is_tied": True}
+    facts = {"vllm_lora": "native", "vllm_server_transfer": "files", "device_type": "cpu", "is_tied": True}
     values = SimpleNamespace(**keys | empty | facts | changed)
     with pytest.raises(ValueError, match=r"packed copy.*`finetuning_type: lora`") if is_refused else nullcontext():
         ENGINES["vllm_server"].refuse_unfit(values)

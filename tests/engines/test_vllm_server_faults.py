@@ -366,6 +366,7 @@ def recipe(*servers, **changed) -> SimpleNamespace:
         "finetuning_type": "lora",
         "vllm_lora": "native",
         "vllm_max_lora_rank": 8,
+        "vllm_server_transfer": "files",
         "output_dir": "/nowhere",
         "num_generations": 4,
         "max_new_tokens": 8,

@@ -110,6 +110,7 @@ def main() -> None:
     os.environ["VLLM_LOGGING_LEVEL"] = "WARNING"
     # Everything that a server and its engine import, and no collection of garbage need look through.
     gc.disable()
+    import gloo_transfer  # beside this file
     import vllm.entrypoints.openai.api_server
     import vllm.v1.engine.core
     import vllm.v1.executor.uniproc_executor
@@ -131,6 +132,8 @@ def main() -> None:
                 os.dup2(descriptor, standard)
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             try:
+                if "GRPO_TEST_GLOO" in order["environment"]:
+                    gloo_transfer.install()
                 _serve(order["arguments"])
             finally:
                 os._exit(1)

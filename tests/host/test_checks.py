@@ -349,6 +349,15 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (SERVERS | {"train_from_scratch": True}, ["train_from_scratch: true", "finetuning_type: full"]),
     (SERVERS | {"lora_target": "q_proj,lm_head"}, ["lora_target", "lm_head", "scores tokens"]),
     (SERVERS | {"use_dora": True}, ["use_dora: true", "rollout_backend: vllm_server", "vllm_lora: merged"]),
+    (
+        SERVERS | {"vllm_server_transfer": "nccl"},
+        ["vllm_server_transfer: nccl", "vllm_lora: native", "no effect", "vllm_lora: merged"],
+    ),
+    (
+        SERVERS | {"vllm_server_transfer": "nccl", "vllm_lora": "merged"},
+        ["vllm_server_transfer: nccl", "computes on `cpu`", "from one GPU to another", "vllm_server_transfer: files"],
+    ),
+    (VLLM | {"vllm_server_transfer": "nccl"}, ["vllm_server_transfer: nccl", "rollout_backend: vllm`", "no effect"]),
     (SERVERS | {"vllm_config": {"dtype": "float32"}}, ["`dtype` cannot be set in `vllm_config`"]),
     (VLLM | {"vllm_maxlen": 513}, ["vllm_maxlen: 513", "512 positions", "Leave it out for the 96"]),
 ]

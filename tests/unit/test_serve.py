@@ -16,6 +16,7 @@ KEYS = {
     "model_name_or_path": "a/model",
     "vllm_maxlen": 100,
     "vllm_lora": "native",
+    "vllm_server_transfer": "files",
     "vllm_max_lora_rank": 16,
     "vllm_gpu_util": 0.3,
     "vllm_enforce_eager": False,
@@ -85,7 +86,10 @@ def test_a_server_for_whole_weights(changed: dict[str, str]) -> None:
     own = command(**changed)
     assert own.environment["VLLM_SERVER_DEV_MODE"] == "1"
     assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING" not in own.environment
-    assert not {"--enable-lora", "--max-lora-rank"} & flags(own).keys()
+    assert not {"--enable-lora", "--max-lora-rank", "--weight-transfer-config"} & flags(own).keys()
+    sent = command(vllm_server_transfer="nccl", **changed)
+    assert json.loads(flags(sent)["--weight-transfer-config"]) == {"backend": "nccl"}
+    assert sent.environment == own.environment
 
 
 @pytest.mark.parametrize(
@@ -111,7 +115,12 @@ def test_keys_become_flags(changed: dict[str, Any], given: tuple[str, ...], expe
     assert flags(command(*given, **changed)).items() >= expected.items()
 
 
-def test_on_a_cpu() -> None:
+def test_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    from grpo_stage.rollout.engines import vllm_cpu_worker
+
     own = command(on_cpu=True, is_cpu_package=True, vllm_maxlen=300)
     assert own.arguments[:5] == ("python", "-m", "vllm.entrypoints.openai.api_server", "--model", "a/model")
     assert (
@@ -125,6 +134,13 @@ def test_on_a_cpu() -> None:
         }.items()
     )
     assert flags(command(on_cpu=True))["--max-num-batched-tokens"] == "256"
+    worker = resolve_obj_by_qualname(flags(own)["--worker-cls"])
+    done: list[str] = []
+    monkeypatch.setattr(vllm_cpu_worker, "add_one_adapter_at_once", lambda: done.append("products"))
+    monkeypatch.setattr(CPUWorker, "init_device", lambda self: done.append("start"))
+    object.__new__(worker).init_device()
+    assert done == ["products", "start"]
+    assert "--worker-cls" not in flags(command(on_cpu=True, finetuning_type="full"))
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def _patch_vllm_for_cpu() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and hasattr(module, "async_tensor_h2d"):
             module.async_tensor_h2d = torch_utils.async_tensor_h2d  # type: ignore[attr-defined]
-    _add_one_adapter_at_once()
+    add_one_adapter_at_once()
     _communicate_over_gloo()
 
 
@@ -127,7 +127,7 @@ def _communicate_over_gloo() -> None:
     CpuCommunicator._all_group_ranks_share_shm_group_name = lambda self: False
 
 
-def _add_one_adapter_at_once() -> None:
+def add_one_adapter_at_once() -> None:
     """With one adapter, its share of a linear layer is two matrix products.
 
     vLLM's CPU path copies the adapter's weights out for every token, since tokens may use different adapters, which

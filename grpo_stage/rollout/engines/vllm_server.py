@@ -1,13 +1,14 @@
 """Rollouts by vLLM servers: one or several `vllm serve`, on the same or on other machines.
 
 Every rank samples from all servers, and rank 0 alone delivers the weights: an adapter, or a whole checkpoint, as files
-in a folder that the servers see too. Each completion has its own seed, so that what is sampled depends neither on the
-number of servers nor on which of them answers.
+in a folder that the servers see too, or whole weights by vLLM's transfer. Each completion has its own seed, so that
+what is sampled depends neither on the number of servers nor on which of them answers.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -17,7 +18,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +47,7 @@ from grpo_stage.rollout.engines.vllm_server_client import (
 )
 from grpo_stage.rollout.engines.vllm_server_fleet import MOST_IN_FLIGHT, Fleet, Held, Patience, Request
 from grpo_stage.rollout.engines.vllm_server_rules import urls_of
+from grpo_stage.rollout.engines.vllm_server_transfer import WeightTransfer
 from grpo_stage.rollout.engines.weights import PolicyWeights
 from grpo_stage.types import Completion, EngineLostError, FinishReason, Prompt, RolloutGroup, SamplingSettings
 
@@ -82,6 +84,11 @@ def connect(request: EngineRequest) -> "VLLMServers":
         limit_s=keys.rollout_timeout / 2,
         warn=request.warn,
         scores_alone=request.device_type == "cpu",
+        transfer=(
+            WeightTransfer(torch.device("cuda", torch.cuda.current_device()))
+            if keys.vllm_server_transfer == "nccl"
+            else None
+        ),
     )
 
 
@@ -98,6 +105,7 @@ class VLLMServers:
         warn: told of servers that fail or come back.
         scores_alone: whether the servers compute on a CPU: one of vLLM's engines there fails, and ends, over the
             log-probabilities of a prompt under an adapter while it does anything else.
+        transfer: sends whole weights; None where weights are delivered as files.
         patience: how long a server may be silent.
     """
 
@@ -111,6 +119,7 @@ class VLLMServers:
         limit_s: float,
         warn: Callable[[str], object],
         scores_alone: bool = False,
+        transfer: WeightTransfer | None = None,
         patience: Patience | None = None,
     ) -> None:
         self._wanted = wanted
@@ -123,7 +132,8 @@ class VLLMServers:
         self._deliveries = 0
         self._version: int | None = None
         self._submitted: tuple[tuple[Prompt, ...], SamplingSettings, concurrent.futures.Future[Any]] | None = None
-        self._folder = _new_folder(folder) if process_index() == 0 else None
+        self._transfer = transfer
+        self._folder = _new_folder(folder) if process_index() == 0 and transfer is None else None
         self._most_scored = 1 if scores_alone else MOST_IN_FLIGHT
         lock = f"grpo-stage-{hashlib.sha256(','.join(sorted(urls)).encode()).hexdigest()[:16]}.lock"
         self._scoring_lock = FileLock(Path(tempfile.gettempdir(), lock)) if scores_alone else contextlib.nullcontext()
@@ -152,7 +162,10 @@ class VLLMServers:
             weights.accompany()
         else:
             try:
-                self._deliver(weights)
+                if self._transfer is None:
+                    self._deliver(weights)
+                else:
+                    self._send(weights.tensors(), self._transfer)
             except Exception as failure:  # raised below: every rank has to know of it
                 error, failed = failure, (type(failure), str(failure))
         holdings, failed = all_gather((self._fleet.holdings, failed))[0]
@@ -182,6 +195,26 @@ class VLLMServers:
         for other in self._folder.iterdir():
             if other != folder or not self._wanted.adapter:
                 shutil.rmtree(other)
+
+    def _send(self, tensors: Iterator[tuple[str, torch.Tensor]], transfer: WeightTransfer) -> None:
+        fleet, wait = self._fleet, self._loop.wait
+
+        async def greet(client: ServerClient) -> None:
+            await transfer.welcome(client)
+            await inspect(client, self._wanted)
+
+        async def end(client: ServerClient) -> Held:
+            instance = await transfer.end(client)
+            return Held((await base_model(client, self._wanted.model)).name, instance)
+
+        try:
+            taking = wait(fleet.each(wait(fleet.willing(greet)), transfer.begin))
+            for part in transfer.parts(tensors):
+                taking = wait(fleet.each(taking, functools.partial(transfer.send, part=part)))
+            fleet.hold(wait(fleet.each(taking, end)))
+        finally:
+            for _ in tensors:  # which other ranks gather with this one, to the last
+                pass
 
     def generate(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[RolloutGroup]:
         requests = self._requests(prompts, sampling, step)
@@ -240,6 +273,8 @@ class VLLMServers:
             )
             with contextlib.suppress(asyncio.TimeoutError):  # the servers go on without us
                 await asyncio.wait_for(asyncio.gather(*forgetting, return_exceptions=True), _GOODBYE_S)
+        if self._transfer is not None:
+            self._transfer.close()
         await self._session.close()
 
     def _requests(self, prompts: Sequence[Prompt], sampling: SamplingSettings, step: int) -> list[Request]:

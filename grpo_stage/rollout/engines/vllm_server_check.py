@@ -45,6 +45,8 @@ class Wanted:
     """That of the largest adapter that may be delivered."""
     folder: str
     """`output_dir`: adapters and weights are delivered as files in it."""
+    over_nccl: bool = False
+    """Whether whole weights are sent by vLLM's weight transfer."""
     logprobs_mode: str
     """`processed_logprobs` where sampling is neutral, otherwise `raw_logprobs`: see `VLLMSettings`."""
 
@@ -58,6 +60,7 @@ def wanted_of(keys: SimpleNamespace) -> Wanted:
         adapter=serves_adapter(keys),
         max_lora_rank=keys.vllm_max_lora_rank if serves_adapter(keys) else 0,
         folder=keys.output_dir,
+        over_nccl=keys.vllm_server_transfer == "nccl",
         logprobs_mode=logprobs_mode(keys),
     )
 
@@ -185,7 +188,13 @@ async def _check_delivery(client: ServerClient, server: str, wanted: Wanted) -> 
             f"{server} takes no weights at run time, and the run delivers all of them after each step. "
             f"{_AS_SERVE_SAYS}: with VLLM_SERVER_DEV_MODE=1 in its environment, and reachable for the run alone."
         )
-    if (await client.configuration()).get("lora_config") is not None:
+    configuration = await client.configuration()
+    if wanted.over_nccl and (configuration.get("weight_transfer_config") or {}).get("backend") != "nccl":
+        raise ValueError(
+            f"{server} was not started for `vllm_server_transfer: nccl`. {_AS_SERVE_SAYS}: with "
+            '`--weight-transfer-config \'{"backend": "nccl"}\'`. Or write `vllm_server_transfer: files`.'
+        )
+    if configuration.get("lora_config") is not None:
         raise ValueError(
             f"{server} was started with `--enable-lora`, and vLLM cannot reload whole weights under adapters. "
             f"{_AS_SERVE_SAYS}, without it."

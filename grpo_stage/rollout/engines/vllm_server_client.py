@@ -122,6 +122,24 @@ class ServerClient:
         """Have every worker take all weights from the checkpoint in `folder`. Only with `VLLM_SERVER_DEV_MODE=1`."""
         await self._text("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
+    async def world_size(self) -> int:
+        """How many workers it has. This and the four phases of weight transfer: only with `VLLM_SERVER_DEV_MODE=1`."""
+        return await self._json("GET", "/get_world_size", lambda answer: int(answer["world_size"]))
+
+    async def init_weight_transfer_engine(self, where: Mapping[str, Any]) -> None:
+        """Have every worker join the trainer's group."""
+        await self._text("POST", "/init_weight_transfer_engine", {"init_info": dict(where)})
+
+    async def start_weight_update(self) -> None:
+        await self._text("POST", "/start_weight_update", {"is_checkpoint_format": True})
+
+    async def update_weights(self, description: Mapping[str, Any]) -> None:
+        """Have every worker take the tensors that are sent now."""
+        await self._text("POST", "/update_weights", {"update_info": dict(description)})
+
+    async def finish_weight_update(self) -> None:
+        await self._text("POST", "/finish_weight_update")
+
     async def reset_prefix_cache(self) -> None:
         """Forget the keys of earlier weights. Only with `VLLM_SERVER_DEV_MODE=1`."""
         await self._text("POST", "/reset_prefix_cache")

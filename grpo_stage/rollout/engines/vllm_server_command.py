@@ -16,6 +16,9 @@ CPU_KV_CACHE_BYTES = 1 << 30
 CPU_TOKENS_PER_STEP = 256
 """At least vLLM's own number of concurrent sequences; more only makes the warm-up slower."""
 
+_CPU_WORKER = "grpo_stage.rollout.engines.vllm_cpu_worker.AdapterCPUWorker"
+"""An adapter costs vLLM's own worker more than the model does."""
+
 
 @dataclass(frozen=True, slots=True)
 class ServeCommand:
@@ -66,6 +69,8 @@ def serve_command(
         environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     else:
         environment["VLLM_SERVER_DEV_MODE"] = "1"
+        if keys.vllm_server_transfer == "nccl":
+            flags["weight-transfer-config"] = {"backend": "nccl"}
     if on_cpu:
         flags |= {
             "kv-cache-memory-bytes": CPU_KV_CACHE_BYTES,
@@ -73,6 +78,8 @@ def serve_command(
             "enable-chunked-prefill": False,  # vLLM's seeds fail with it on a CPU
             "max-num-batched-tokens": max(flags["max-model-len"], CPU_TOKENS_PER_STEP),
         }
+        if serves_adapter(keys):
+            flags["worker-cls"] = _CPU_WORKER
         environment |= {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "TORCHDYNAMO_DISABLE": "1"}
     flags |= {name.replace("_", "-"): value for name, value in (keys.vllm_config or {}).items()}
     module = ("python", "-m", "vllm.entrypoints.openai.api_server", "--model")

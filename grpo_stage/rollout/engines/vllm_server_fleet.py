@@ -8,7 +8,7 @@ again. So no request reaches a server that holds another version than the one th
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -64,7 +64,9 @@ class Server:
 
     client: ServerClient
     held: Held | None = None
-    """None while it is out."""
+    """None before the first delivery, and while it is out."""
+    is_out: bool = False
+    """Whether it has failed and not come back."""
     tasks: set["asyncio.Task[Any]"] = field(default_factory=set)
     """What is asked of it now."""
 
@@ -96,7 +98,6 @@ class Fleet:
         self.servers = [Server(client) for client in clients]
         self._patience = patience
         self._warn = warn
-        self._is_first_delivery = True
 
     @property
     def up(self) -> list[Server]:
@@ -188,21 +189,52 @@ class Fleet:
             EngineLostError: if no server has taken it.
             RuntimeError, ValueError: if a server that was up refuses it.
         """
-        were_out = [] if self._is_first_delivery else [server for server in self.servers if not server.is_up]
+        self.hold(await self.each(await self.willing(greet), give))
+
+    async def willing(self, greet: Greet) -> list[Server]:
+        """The servers that a version goes to: those that have not failed, and those that are back."""
+
+        async def greeted(client: ServerClient) -> ServerClient:
+            await client.ping(self._patience.rejoin)
+            await greet(client)
+            return client
+
+        back = await self.each([server for server in self.servers if server.is_out], greeted)
+        return [server for server in self.servers if not server.is_out or server in back]
+
+    async def each(self, servers: Iterable[Server], do: Callable[[ServerClient], Awaitable[T]]) -> dict[Server, T]:
+        """What comes of a part of a delivery, which all do at the same time; those that fail are left out.
+
+        Raises:
+            RuntimeError, ValueError: if a server that was up refuses it.
+        """
+        found: dict[Server, T] = {}
         async with self._watching():
-            tasks = {
-                each: self._begin(each, self._given(each, give, greet, each in were_out)) for each in self.servers
-            }
+            tasks = {server: self._begin(server, do(server.client)) for server in servers}
             try:
-                await asyncio.wait(tasks.values())
+                if tasks:
+                    await asyncio.wait(tasks.values())
                 for server, task in tasks.items():
-                    if server in were_out:
-                        self._come_back(server, task)
-                    elif (held := self._result(server, task)) is not None:
-                        server.held = held
+                    error = None if task.cancelled() else task.exception()
+                    if server.is_out and isinstance(error, RefusedError | ValueError):
+                        self._warn(f"The vLLM server {server.url} answers again and stays out: {error}")
+                    elif (result := self._result(server, task)) is not None:
+                        found[server] = result
             finally:
                 await _cancel(tasks.values())
-        self._is_first_delivery = False
+        return found
+
+    def hold(self, held: Mapping[Server, Held]) -> None:
+        """Note what the servers have taken.
+
+        Raises:
+            EngineLostError: if no server has taken it.
+        """
+        for server in self.servers:
+            if server in held:
+                if server.is_out:
+                    self._warn(f"The vLLM server {server.url} is back, and holds the present version.")
+                server.held, server.is_out = held[server], False
         self._left()
 
     @property
@@ -213,14 +245,13 @@ class Fleet:
     def adopt(self, holdings: Sequence[Held | None]) -> None:
         """Take over what another rank has delivered."""
         for server, held in zip(self.servers, holdings, strict=True):
-            server.held = held
-        self._is_first_delivery = False
+            server.held, server.is_out = held, held is None
         self._left()
 
     def _lose(self, server: Server, reason: str) -> None:
         """Take a server out until a later delivery."""
-        if server.is_up or self._is_first_delivery:
-            server.held = None
+        if not server.is_out:
+            server.held, server.is_out = None, True
             left = len(self.up)
             others = f"Its prompts go to the {left} that are left, with the same seeds. " if left else ""
             self._warn(
@@ -229,24 +260,6 @@ class Fleet:
             )
         for task in server.tasks:
             task.cancel()
-
-    async def _given(self, server: Server, give: Give, greet: Greet, was_out: bool) -> Held:
-        if was_out:
-            await server.client.ping(self._patience.rejoin)
-            await greet(server.client)
-        return await give(server.client)
-
-    def _come_back(self, server: Server, task: "asyncio.Task[Held]") -> None:
-        error = None if task.cancelled() else task.exception()
-        if task.cancelled() or isinstance(error, UnreachableError):
-            return  # as before
-        if isinstance(error, RefusedError | ValueError):
-            self._warn(f"The vLLM server {server.url} answers again and stays out: {error}")
-        elif error is not None:
-            raise error
-        else:
-            server.held = task.result()
-            self._warn(f"The vLLM server {server.url} is back, and holds the present version.")
 
     async def _is_same(self, server: Server) -> bool:
         """Whether a server is still the one that took the version, after it has answered."""
@@ -327,7 +340,7 @@ class Fleet:
             if not server.tasks:
                 continue
             try:
-                await server.client.ping(self._patience.ping if server.is_up else self._patience.rejoin)
+                await server.client.ping(self._patience.rejoin if server.is_out else self._patience.ping)
             except (UnreachableError, RefusedError) as error:
                 self._lose(server, str(error))
 

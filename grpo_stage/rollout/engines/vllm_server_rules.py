@@ -143,6 +143,12 @@ SERVER_RULES = (
         "tell whether its servers follow the policy",
         f"Leave `lm_head` out, or {_OWN_VLLM}",
     ),
+    vllm_rule(
+        lambda v: v.vllm_server_transfer == "nccl" and serves_adapter(v),
+        "`vllm_server_transfer: nccl` is not possible with `vllm_lora: native`",
+        "an adapter of a few megabytes is delivered, as files, so that it would have no effect",
+        "Leave it out, or write `vllm_lora: merged`, which delivers all weights",
+    ),
     *SHARED_RULES,
 )
 
@@ -159,6 +165,18 @@ _MODEL_RULES = (
         "its output layer shares the embeddings' weight, of which vLLM keeps a packed copy there that its reload "
         "leaves as it was, and a server cannot be made to pack it anew",
         f"Write `finetuning_type: lora` with `vllm_lora: native`, or {_OWN_VLLM}",
+    ),
+    vllm_rule(
+        lambda v: v.vllm_server_transfer == "nccl" and v.device_type != "cuda",
+        "`vllm_server_transfer: nccl` is not possible",
+        "the trainer computes on `{device_type}` here, and NCCL sends from one GPU to another",
+        "Write `vllm_server_transfer: files`",
+    ),
+    vllm_rule(
+        lambda v: v.vllm_server_transfer == "nccl" and find_spec("vllm") is None,
+        "`vllm_server_transfer: nccl` is not possible",
+        "the trainer sends with vLLM's own communicator, and vLLM is not installed beside it",
+        'Install it with `pip install "grpo-stage[vllm]"`, or write `vllm_server_transfer: files`',
     ),
     *POSITION_RULES,
 )

@@ -93,7 +93,7 @@ class PolicyWeights:
         if self.adapted:
             write_adapter(self._policy, folder)
             return
-        for number, tensors in enumerate(_in_parts(self.tensors())):
+        for number, tensors in enumerate(in_parts(self.tensors(), BYTES_OF_A_PART)):
             save_torch_state_dict(tensors, folder, filename_pattern=f"{number:05}{{suffix}}.safetensors")
 
     def accompany(self) -> None:
@@ -125,12 +125,12 @@ class WrittenWeights:
                     yield name, tensors.get_tensor(name)
 
 
-def _in_parts(tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in order, about `BYTES_OF_A_PART` together."""
+def in_parts(tensors: Iterator[tuple[str, torch.Tensor]], size: int) -> Iterator[dict[str, torch.Tensor]]:
+    """The tensors in order, about `size` bytes together."""
     part: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
         part[name] = tensor
-        if sum(each.nbytes for each in part.values()) >= BYTES_OF_A_PART:
+        if sum(each.nbytes for each in part.values()) >= size:
             yield part
             part = {}
     if part:
