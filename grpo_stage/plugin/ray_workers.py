@@ -5,8 +5,11 @@ machines that have fewer. Where there are no GPUs each CPU is a device, so that 
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -15,7 +18,7 @@ from typing import Any
 import wrapt
 
 from grpo_stage.host.configuration_file import STAGE, stage_of
-from grpo_stage.survival.stop import pass_on_to_ray
+from grpo_stage.survival.stop import hand_on_stops
 
 
 _CPUS = 10  # of `get_placement_group` and `get_ray_remote_config_for_worker`
@@ -25,7 +28,12 @@ _CPUS = 10  # of `get_placement_group` and `get_ray_remote_config_for_worker`
 class _Launch:
     num_workers: int
     asked: list[int] = field(default_factory=list)
-    """The signals that were passed on to the workers."""
+    """The signals that were handed on to the workers."""
+
+    def hand_on(self, signum: int) -> None:
+        """Have the workers stop. In a thread, since a handler has interrupted what it would wait for."""
+        self.asked.append(signum)
+        threading.Thread(target=_stop_workers, args=(signum,), daemon=True).start()
 
 
 _launch: ContextVar[_Launch] = ContextVar("_launch")
@@ -87,8 +95,34 @@ def placing(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
     launch = _launch.get(None)
     if launch is None:  # another stage
         return wrapped(*args, **kwargs)
-    pass_on_to_ray(launch.asked)
+    hand_on_stops(launch.hand_on)  # after Ray's start, which sets handlers of its own
     return wrapped(_num_places(launch.num_workers, *args))
+
+
+def _stop_workers(signum: int) -> None:
+    """Send SIGTERM to the workers, wherever Ray runs them; where there are none yet, end this process."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+    from ray.util.state import list_actors
+
+    job = ray.get_runtime_context().get_job_id()
+    workers = list_actors(filters=[("job_id", "=", job), ("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
+    if not workers:
+        os._exit(128 + signum)  # nothing is lost, and Ray ends what it has started
+    terminate = ray.remote(num_cpus=0)(_terminate)
+    places = [NodeAffinitySchedulingStrategy(worker.node_id, soft=False) for worker in workers]
+    ray.get(
+        [
+            terminate.options(scheduling_strategy=place).remote(worker.pid)
+            for place, worker in zip(places, workers, strict=True)
+        ]
+    )
+
+
+def _terminate(pid: int) -> None:
+    """End a worker of this machine."""
+    with suppress(ProcessLookupError):  # it has ended by now
+        os.kill(pid, signal.SIGTERM)
 
 
 def _num_places(num_workers: int, num_devices: int) -> int:

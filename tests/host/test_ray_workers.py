@@ -6,8 +6,11 @@ Runs with Ray are in docs/devices.md.
 import importlib
 import os
 import signal
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,16 +27,45 @@ class RayActorError(Exception):
 
 @pytest.fixture
 def ray(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A cluster of one machine with 40 CPUs and no GPU."""
+    """A cluster of one machine with 40 CPUs and no GPU; it does at once what it is asked for."""
     module: Any = ModuleType("ray")
     module.__spec__ = ModuleSpec("ray", None)
-    module.is_initialized = lambda: True
     module.machines = [{"CPU": 40.0, "memory": 1.0}]
+    module.workers = []
+    module.asked, module.ran_at = [], []
+    module.is_initialized = lambda: True
     module.nodes = lambda: [{"Alive": True, "Resources": each} for each in module.machines]
-    exceptions: Any = ModuleType("ray.exceptions")
-    exceptions.RayActorError = RayActorError
+    module.get_runtime_context = lambda: SimpleNamespace(get_job_id=lambda: "01")
+
+    class Task:
+        def __init__(self, function: Any) -> None:
+            self.function = function
+
+        def options(self, scheduling_strategy: Any) -> "Task":
+            module.ran_at.append(scheduling_strategy)
+            return self
+
+        def remote(self, *args: Any) -> Any:
+            return self.function(*args)
+
+    module.remote = lambda num_cpus: Task
+    module.get = list
+
+    def list_actors(filters: Any) -> Any:
+        module.asked += filters
+        return module.workers
+
+    parts = {
+        "exceptions": {"RayActorError": RayActorError},
+        "util": {},
+        "util.state": {"list_actors": list_actors},
+        "util.scheduling_strategies": {"NodeAffinitySchedulingStrategy": lambda node, soft: (node, soft)},
+    }
     monkeypatch.setitem(sys.modules, "ray", module)
-    monkeypatch.setitem(sys.modules, "ray.exceptions", exceptions)
+    for name, content in parts.items():
+        part = ModuleType(f"ray.{name}")
+        vars(part).update(content)
+        monkeypatch.setitem(sys.modules, f"ray.{name}", part)
     return module
 
 
@@ -123,32 +155,73 @@ def test_a_worker_whose_run_was_stopped_tells_it_once(
     assert ended.value.code == 143
 
 
-def test_a_stop_before_training_has_the_exit_code_of_its_signal(ray: Any, launch: Callable[..., int]) -> None:
-    """Ray's worker then ends at once, without the stage."""
+@pytest.fixture
+def stopped(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Stops this process as Ctrl-C would, once it is launching; returns when workers have been told."""
+    threads: list[threading.Thread] = []
+    start = threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", lambda thread: (threads.append(thread), start(thread)))
+    stop.end_at_once()
 
-    def run() -> None:
-        raise RayActorError("the worker is gone")
+    def act() -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        threads.pop().join()
 
-    with pytest.raises(RayActorError):
-        launch(1, num_devices=40, run=run)
+    yield act
+    stop.leave()
 
-    def run_and_stop() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        run()
 
-    def fail_after_a_stop() -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise LookupError("of a reward")
+def test_a_stop_reaches_every_worker_where_it_runs(
+    ray: Any, launch: Callable[..., int], stopped: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has ended by then, too."""
+    told: list[tuple[int, int]] = []
 
-    worker = SimpleNamespace(send_signal=lambda signum: None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stop, "_ray_trainers", lambda: [worker])
-        stop.end_at_once()
-        try:
-            with pytest.raises(SystemExit) as ended:
-                launch(1, num_devices=40, run=run_and_stop)
-            assert ended.value.code == 143
-            with pytest.raises(LookupError):
-                launch(1, num_devices=40, run=fail_after_a_stop)
-        finally:
-            stop.leave()
+    def tell(pid: int, signum: int) -> None:
+        told.append((pid, signum))
+        if pid == 8:
+            raise ProcessLookupError
+
+    kill, own = os.kill, os.getpid()
+    monkeypatch.setattr(os, "kill", lambda pid, signum: (kill if pid == own else tell)(pid, signum))
+    ray.workers = [SimpleNamespace(node_id="a", pid=8), SimpleNamespace(node_id="b", pid=9)]
+    launch(2, num_devices=40, run=stopped)
+    assert told == [(8, signal.SIGTERM), (9, signal.SIGTERM)]
+    assert ray.ran_at == [("a", False), ("b", False)]
+    assert ray.asked == [("job_id", "=", "01"), ("class_name", "=", "Worker"), ("state", "=", "ALIVE")]
+
+
+def test_a_stop_before_there_are_workers_ends_the_run(
+    ray: Any, launch: Callable[..., int], stopped: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    ray.workers = []
+    launch(2, num_devices=40, run=stopped)
+    assert codes == [130]
+
+
+def test_a_worker_that_a_stop_has_ended_before_training_is_no_failure(
+    ray: Any, launch: Callable[..., int], stopped: Callable[[], None]
+) -> None:
+    """Ray's worker then ends at once, without the stage. Other errors, and without a stop, are what they are."""
+
+    def fail(error: Exception, is_stopped: bool) -> None:
+        if is_stopped:
+            ray.workers = [SimpleNamespace(node_id="a", pid=_no_process())]
+            stopped()
+        raise error
+
+    for error, is_stopped in ((RayActorError("gone"), False), (LookupError("of a reward"), True)):
+        with pytest.raises(type(error)):
+            launch(1, num_devices=40, run=partial(fail, error, is_stopped))
+    with pytest.raises(SystemExit) as ended:
+        launch(1, num_devices=40, run=partial(fail, RayActorError("gone"), True))
+    assert ended.value.code == 130
+
+
+def _no_process() -> int:
+    """The id of a process that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        pass
+    return process.pid
