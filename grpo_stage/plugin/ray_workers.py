@@ -80,7 +80,7 @@ def launching(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     try:
         return wrapped(*args, **kwargs)
     except RunEnded as ended:
-        raise SystemExit(ended.exit_code) from None
+        raise SystemExit(128 + launch.asked[0] if launch.asked else ended.exit_code) from None
     except RayActorError:
         if not launch.asked:
             raise
@@ -109,20 +109,20 @@ def _stop_workers(signum: int) -> None:
     workers = list_actors(filters=[("job_id", "=", job), ("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
     if not workers:
         os._exit(128 + signum)  # nothing is lost, and Ray ends what it has started
+    pids: dict[str, list[int]] = {}
+    for worker in workers:
+        pids.setdefault(worker.node_id, []).append(worker.pid)
+    # All of a machine at once: the first one has the others stop as well, and a later signal finds a run at its end.
     terminate = ray.remote(num_cpus=0)(_terminate)
-    places = [NodeAffinitySchedulingStrategy(worker.node_id, soft=False) for worker in workers]
-    ray.get(
-        [
-            terminate.options(scheduling_strategy=place).remote(worker.pid)
-            for place, worker in zip(places, workers, strict=True)
-        ]
-    )
+    places = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in pids}
+    ray.get([terminate.options(scheduling_strategy=places[node]).remote(own) for node, own in pids.items()])
 
 
-def _terminate(pid: int) -> None:
-    """End a worker of this machine."""
-    with suppress(ProcessLookupError):  # it has ended by now
-        os.kill(pid, signal.SIGTERM)
+def _terminate(pids: list[int]) -> None:
+    """End workers of this machine."""
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has ended by now
+            os.kill(pid, signal.SIGTERM)
 
 
 def _num_places(num_workers: int, num_devices: int) -> int:

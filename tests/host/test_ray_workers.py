@@ -184,9 +184,9 @@ def test_a_stop_reaches_every_worker_where_it_runs(
 
     kill, own = os.kill, os.getpid()
     monkeypatch.setattr(os, "kill", lambda pid, signum: (kill if pid == own else tell)(pid, signum))
-    ray.workers = [SimpleNamespace(node_id="a", pid=8), SimpleNamespace(node_id="b", pid=9)]
-    launch(2, num_devices=40, run=stopped)
-    assert told == [(8, signal.SIGTERM), (9, signal.SIGTERM)]
+    ray.workers = [SimpleNamespace(node_id=node, pid=pid) for node, pid in (("a", 7), ("b", 8), ("a", 9))]
+    launch(3, num_devices=40, run=stopped)
+    assert told == [(7, signal.SIGTERM), (9, signal.SIGTERM), (8, signal.SIGTERM)]
     assert ray.ran_at == [("a", False), ("b", False)]
     assert ray.asked == [("job_id", "=", "01"), ("class_name", "=", "Worker"), ("state", "=", "ALIVE")]
 
@@ -215,9 +215,11 @@ def test_a_worker_that_a_stop_has_ended_before_training_is_no_failure(
     for error, is_stopped in ((RayActorError("gone"), False), (LookupError("of a reward"), True)):
         with pytest.raises(type(error)):
             launch(1, num_devices=40, run=partial(fail, error, is_stopped))
-    with pytest.raises(SystemExit) as ended:
-        launch(1, num_devices=40, run=partial(fail, RayActorError("gone"), True))
-    assert ended.value.code == 130
+    # Ray's own handler of a signal that comes late leaves with 1.
+    for error in (RayActorError("gone"), ray_workers.RunEnded(1)):
+        with pytest.raises(SystemExit) as ended:
+            launch(1, num_devices=40, run=partial(fail, error, True))
+        assert ended.value.code == 130
 
 
 def _no_process() -> int:
