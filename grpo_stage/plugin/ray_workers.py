@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from contextvars import ContextVar
@@ -100,15 +101,24 @@ def placing(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any) 
 
 
 def _stop_workers(signum: int) -> None:
-    """Send SIGTERM to the workers, wherever Ray runs them; where there are none yet, end this process."""
+    """Have the workers stop; where there are none yet, or they cannot be reached, end this process."""
+    try:
+        are_told = _terminate_workers()
+    except Exception:
+        traceback.print_exc()
+        are_told = False
+    if not are_told:
+        os._exit(128 + signum)  # and Ray ends what it has started
+
+
+def _terminate_workers() -> bool:
+    """Send SIGTERM to the workers, wherever Ray runs them; False if there are none."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     from ray.util.state import list_actors
 
     job = ray.get_runtime_context().get_job_id()
     workers = list_actors(filters=[("job_id", "=", job), ("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
-    if not workers:
-        os._exit(128 + signum)  # nothing is lost, and Ray ends what it has started
     pids: dict[str, list[int]] = {}
     for worker in workers:
         pids.setdefault(worker.node_id, []).append(worker.pid)
@@ -116,6 +126,7 @@ def _stop_workers(signum: int) -> None:
     terminate = ray.remote(num_cpus=0)(_terminate)
     places = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in pids}
     ray.get([terminate.options(scheduling_strategy=places[node]).remote(own) for node, own in pids.items()])
+    return bool(workers)
 
 
 def _terminate(pids: list[int]) -> None:

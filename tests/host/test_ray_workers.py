@@ -191,12 +191,14 @@ def test_a_stop_reaches_every_worker_where_it_runs(
     assert ray.asked == [("job_id", "=", "01"), ("class_name", "=", "Worker"), ("state", "=", "ALIVE")]
 
 
-def test_a_stop_before_there_are_workers_ends_the_run(
-    ray: Any, launch: Callable[..., int], stopped: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("lacks", ["workers", "get"])
+def test_a_stop_that_reaches_no_worker_ends_the_run(
+    ray: Any, lacks: str, launch: Callable[..., int], stopped: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Since there are none yet, or Ray fails."""
     codes: list[int] = []
     monkeypatch.setattr(os, "_exit", codes.append)
-    ray.workers = []
+    monkeypatch.setattr(ray, lacks, [])
     launch(2, num_devices=40, run=stopped)
     assert codes == [130]
 
