@@ -22,10 +22,10 @@ from typing import Any
 
 RUN = ("llamafactory.train.tuner", "grpo_stage.workflow", "deepspeed", "peft.tuners.lora.bnb")
 """What every run imports: accelerate and PEFT the last two, where they are installed."""
-VLLM: Sequence[str] = (
+VLLM = [
     *("vllm.entrypoints.llm", "vllm.v1.engine.core", "vllm.v1.executor.uniproc_executor"),
     *("vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama"),
-)
+]
 
 
 class HostProcesses:
@@ -114,6 +114,8 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         _import(*request["modules"])
+        if request["modules"] == VLLM:
+            _shrink_vllm()
         others = set(os.listdir("/proc/self/task")) - {str(os.getpid())}
         names = {Path(f"/proc/self/task/{each}/comm").read_text().strip() for each in others}
         assert names <= {"jemalloc_bg_thd"}, f"a fork would be without the threads {names}"  # pyarrow's forks well
@@ -131,6 +133,13 @@ def _import(*modules: str) -> None:
         for module in modules:
             importlib.import_module(module)
         gc.freeze()
+
+
+def _shrink_vllm() -> None:
+    """vLLM writes zeros to all of its cache at each start."""
+    from grpo_stage.rollout.engines import vllm_process
+
+    vllm_process._CPU_KV_CACHE_BYTES = 1 << 26  # as in tests/e2e/conftest.py
 
 
 def _import_model_classes() -> None:

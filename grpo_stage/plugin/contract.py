@@ -49,6 +49,8 @@ CONTRACT: tuple[HostSymbol, ...] = (
     HostSymbol("llamafactory.hparams.parser", "_INFER_ARGS"),
     HostSymbol("llamafactory.hparams.parser", "get_train_args", ("args",)),
     HostSymbol("llamafactory.train.tuner", "_training_function", ("config",)),
+    HostSymbol("llamafactory.train.tuner", "_ray_training_function", ("ray_args", "config")),
+    HostSymbol("llamafactory.train.tuner", "get_placement_group", ("num_workers",)),
     HostSymbol("llamafactory.train.tuner", "read_args", ("args",)),
     HostSymbol("llamafactory.train.tuner", "run_exp", ("args", "callbacks")),
     HostSymbol("llamafactory.data", "get_template_and_fix_tokenizer", ("tokenizer", "data_args")),

@@ -18,6 +18,7 @@ import wrapt
 
 from grpo_stage import _autoload
 from grpo_stage.host.configuration_file import STAGE, read_command_line, stage_of
+from grpo_stage.plugin import ray_workers
 from grpo_stage.plugin.contract import (
     SUPPORTED_HOST,
     UnsupportedHostError,
@@ -26,7 +27,7 @@ from grpo_stage.plugin.contract import (
     is_supported_version,
 )
 from grpo_stage.survival.failure import failures_reported
-from grpo_stage.survival.stop import exit_code_of_stop, leave, pass_on_to_ray, run_and_pass_on
+from grpo_stage.survival.stop import leave, run_and_pass_on
 
 
 MEGATRON = {"USE_MCA": "Megatron-Core's trainers", "USE_MEGATRON_BRIDGE": "Megatron Bridge's trainers"}
@@ -165,13 +166,6 @@ def _refuse_unsupported_host(wrapped: Any, instance: Any, args: Any, kwargs: Any
         check_contract()
     else:
         leave()
-    with exit_code_of_stop():
-        return wrapped(*args, **kwargs)
-
-
-@wrapt.decorator
-def _pass_stops_on(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    pass_on_to_ray()
     return wrapped(*args, **kwargs)
 
 
@@ -189,15 +183,18 @@ def _dispatch_stage(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     from grpo_stage.plugin.launch import run
 
     _autoload.without_collection(import_before_the_group)
-    stopped = None
+    exit_code: Any = None
     try:
         with failures_reported():
             run(parser.parse(config["args"]), config["callbacks"])
     except SystemExit as stop:  # all ranks end; the error's frames refer to the trainer, and so to the group
-        stopped = SystemExit(stop.code)
+        exit_code = stop.code
+    if ray_workers.is_in_one():  # Ray destroys the group itself
+        ray_workers.end(exit_code)
+        return
     _leave_process_group()
-    if stopped is not None:
-        raise stopped
+    if exit_code is not None:
+        raise SystemExit(exit_code)
 
 
 @wrapt.decorator
@@ -237,9 +234,6 @@ def _leave_process_group() -> None:
     from grpo_stage.distributed import leave_process_group
     from grpo_stage.host.log import get_logger
 
-    ray = sys.modules.get("ray")
-    if ray is not None and ray.is_initialized():
-        return  # Ray destroys the group itself
     try:
         leave_process_group()
     except RuntimeError as error:  # the model is saved by now, so the exit code stays 0
@@ -280,9 +274,16 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "llamafactory.train.tuner",
+        "_ray_training_function",
+        ray_workers.launching,
+        "Called with the number of Ray's workers; its end is that of the run.",
+    ),
+    Row(
+        "llamafactory.train.tuner",
         "get_placement_group",
-        _pass_stops_on,
-        "Called once Ray runs: a stop of the process that has started it reaches its workers.",
+        ray_workers.placing,
+        "Called once Ray runs. It asks for CPUs that no machine may have; and from here on a stop of the process that "
+        "has started Ray reaches the workers.",
     ),
     Row(
         "llamafactory.launcher",

@@ -31,8 +31,6 @@ Handler = Callable[[int, FrameType | None], None]
 
 _before: dict[signal.Signals, Any] = {}
 """The handlers before `end_at_once`."""
-_asked_of_ray: list[int] = []
-"""The signals that were passed on to Ray's workers."""
 
 
 def end_at_once() -> None:
@@ -82,44 +80,13 @@ def run_and_pass_on(command: Sequence[str], **kwargs: Any) -> "subprocess.Comple
     return subprocess.CompletedProcess(command, 128 + asked[0] if asked and returncode else returncode)
 
 
-def pass_on_to_ray() -> None:
-    """Have a stop of this process, which has started Ray, reach the trainers that Ray runs on this machine.
+def hand_on_stops(hand_on: Callable[[int], None]) -> None:
+    """Have `hand_on` called with each stop signal of this process, which has processes elsewhere that train.
 
-    Call it after Ray's start, which sets a handler of its own. It does nothing unless `end_at_once` was called.
+    It does nothing unless `end_at_once` was called.
     """
-    if not _before:
-        return
-
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        workers = _ray_trainers()
-        if not workers:
-            os.write(2, b"\nNo Ray worker that trains is on this machine: stop it where it runs, with SIGTERM.\n")
-            signal.signal(signum, signal.SIG_DFL)
-            os.kill(os.getpid(), signum)
-        _asked_of_ray.append(signum)
-        for worker in workers:
-            worker.send_signal(signal.SIGTERM)
-
-    _handle_stops_with(_in_this_process(pass_on))
-
-
-@contextmanager
-def exit_code_of_stop() -> Iterator[None]:
-    """End the block with a signal's exit code if it fails because `pass_on_to_ray` has ended its workers."""
-    try:
-        yield
-    except Exception:  # Ray has an error of its own for each way in which a worker can end
-        if not _asked_of_ray:
-            raise
-        raise SystemExit(128 + _asked_of_ray[0]) from None
-
-
-def _ray_trainers() -> list[Any]:
-    import psutil
-
-    below = psutil.Process().children(recursive=True)
-    workers = [worker for each in below if each.name() == "raylet" for worker in each.children()]
-    return [worker for worker in workers if "_training_function" in " ".join(worker.cmdline())]
+    if _before:
+        _handle_stops_with(_in_this_process(lambda signum, frame: hand_on(signum)))
 
 
 def _is_in_foreground() -> bool:

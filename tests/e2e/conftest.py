@@ -4,7 +4,7 @@ import copy
 import json
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -169,7 +169,7 @@ def interrupt(host_processes: HostProcesses) -> Callable[..., CompletedProcess[s
 
     def run(arguments: dict[str, Any], sign: str, point: str, step: int, *overrides: str) -> CompletedProcess[str]:
         command = (str(INTERRUPTED_RUN), sign, point, str(step), recipe_file(arguments), *overrides)
-        result = host_processes.run(*command, modules=VLLM if arguments["rollout_backend"] == "vllm" else ())
+        result = host_processes.run(*command, modules=modules_of(arguments))
         assert f"striking at {point} of step {step}" in result.stdout, result.stdout[-2000:] + result.stderr[-4000:]
         return result
 
@@ -186,7 +186,8 @@ def train_in_ranks(host_processes: HostProcesses) -> Callable[..., None]:
     from llamafactory import launcher
 
     def run(arguments: dict[str, Any], num_ranks: int = 2) -> None:
-        for result in host_processes.run_ranks(num_ranks, launcher.__file__, recipe_file(arguments)):
+        command = (launcher.__file__, recipe_file(arguments))
+        for result in host_processes.run_ranks(num_ranks, *command, modules=modules_of(arguments)):
             assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
 
     return run
@@ -197,6 +198,11 @@ def run_exp() -> Callable[[dict[str, Any]], None]:
     from llamafactory.train.tuner import run_exp
 
     return run_exp
+
+
+def modules_of(arguments: dict[str, Any]) -> Sequence[str]:
+    """What a recipe's run imports besides the host."""
+    return VLLM if arguments["rollout_backend"] == "vllm" else ()
 
 
 def recipe_file(arguments: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ import signal
 import sys
 from typing import Any
 
-from grpo_stage.rollout.engines import vllm_process
 from grpo_stage.survival import checkpoints
 from grpo_stage.trainer import GRPOTrainer
 
@@ -95,7 +94,6 @@ class InterruptedTrainer(GRPOTrainer):
 if __name__ == "__main__":
     from grpo_stage import workflow
 
-    vllm_process._CPU_KV_CACHE_BYTES = 1 << 26  # as in tests/e2e/conftest.py
     workflow.GRPOTrainer = InterruptedTrainer  # type: ignore[misc]
     from llamafactory.cli import main
 

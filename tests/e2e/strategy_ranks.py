@@ -45,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora, 4 bits": {**FAST, "max_grad_norm": 0.3, "beta": 0.1, LORA: True, QUANTIZED: True},
 }
 TRAINING = ("max_grad_norm", "gradient_checkpointing")
+DELIVERED = ("full", "lora", "lora, 4 bits")
 NOT_OF_A_RECIPE = (*TRAINING, LORA, AFTER_DROPPED, QUANTIZED)
 Config = dict[str, Any] | None
 """Of DeepSpeed."""
@@ -149,11 +150,11 @@ def held(p: Any) -> int:
     return sharding.shard(p).untyped_storage().nbytes()
 
 
-def deliveries(num_ranks: int, config: Config) -> dict[str, Any]:
+def deliveries(num_ranks: int, cases: dict[str, dict[str, Any]], config: Config) -> dict[str, Any]:
     """What the engines get of a model, and how much of it is whole at once."""
     result = {}
-    for name in ("full", "lora"):
-        model = trainer_of(num_ranks, CASES[name], config).model
+    for name, case in cases.items():
+        model = trainer_of(num_ranks, case, config).model
         whole, most = {}, 0
         for key, tensor in PolicyWeights(model, is_adapter=False).tensors():
             whole[key] = tensor.clone()
@@ -161,7 +162,7 @@ def deliveries(num_ranks: int, config: Config) -> dict[str, Any]:
             most = max(most, here)
         sharding.rest(model)
         shards = sum(map(held, model.parameters()))
-        for is_adapter in {False, name == LORA}:  # to servers one process alone delivers
+        for is_adapter in {False, LORA in case}:  # to servers one process alone delivers
             weights = PolicyWeights(model, is_adapter=is_adapter)
             with tempfile.TemporaryDirectory() as folder:
                 weights.write(Path(folder)) if dist.get_rank() == 0 else weights.accompany()
@@ -180,7 +181,8 @@ def main(file: str, configs: list[Config]) -> None:
         if "ACCELERATE_USE_FSDP" in os.environ or (config is not None and config["zero_optimization"]["stage"] == 3):
             cases = {name: case for name, case in cases.items() if QUANTIZED not in case}  # refused
         updates = {name: update_of(num_ranks, case, config) for name, case in cases.items()}
-        results.append({"updates": updates, "deliveries": {} if offloads else deliveries(num_ranks, config)})
+        delivered = {name: case for name, case in cases.items() if name in DELIVERED and not offloads}
+        results.append({"updates": updates, "deliveries": deliveries(num_ranks, delivered, config)})
         print(json.dumps({name: norm for name, (_, norm) in updates.items()}), flush=True)
     if dist.get_rank() == 0:
         torch.save(results, file)

@@ -468,18 +468,6 @@ class TestDispatch:
         tuner.run_exp({"stage": "grpo"}, [])
         assert order == ["imports", "the group"]
 
-    def test_ray_destroys_the_group_itself(
-        self,
-        tuner: ModuleType,
-        runs: list[tuple[Any, Any]],
-        process_group: Any,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(is_initialized=lambda: True))
-        tuner.Worker._training_function(None, {"args": {"stage": "grpo"}, "callbacks": []})
-        assert runs == [(("parsed", {"stage": "grpo"}), [])]
-        assert process_group.is_initialized()
-
     def test_other_stages_are_handed_on_untouched(
         self, tuner: ModuleType, trained_elsewhere: list[dict[str, Any]], runs: list[tuple[Any, Any]]
     ) -> None:
