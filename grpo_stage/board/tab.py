@@ -33,6 +33,7 @@ from grpo_stage.board.run_view import RunView
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.board.style import add_style
 from grpo_stage.board.tables import harmless, literal, table
+from grpo_stage.board.tool_process import WARM
 from grpo_stage.board.trial import try_rewards
 from grpo_stage.board.wizard import Wizard
 from grpo_stage.host.configuration_file import STAGE
@@ -88,13 +89,20 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     view.connect(engine, train, inputs)
     train["start_btn"].click(None, js=_SHOW_RUN)
     train["training_stage"].change(
-        lambda stage: [gr.update(visible=is_grpo(stage))] * 4,
+        _parts_shown,
         [train["training_stage"]],
         [panel.wizard.block, panel.accordion, checks.block, view.panel],
         queue=False,
         show_progress="hidden",
     )
     return {**train, **panel.elements, **checks.elements, **view.elements}
+
+
+def _parts_shown(stage_name: str) -> list[Any]:
+    """The four parts are shown for this stage alone, whose buttons have then no longer to wait for imports."""
+    if is_grpo(stage_name):
+        WARM.start()
+    return [gr.update(visible=is_grpo(stage_name))] * 4
 
 
 def is_grpo(stage_name: str) -> bool:

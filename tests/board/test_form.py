@@ -281,3 +281,16 @@ def test_the_panel_stands_behind_the_rlhf_panel(board: Board) -> None:
     while stage.parent is not panel.parent:
         stage = stage.parent
     assert siblings[siblings.index(stage) + 1] is questions
+
+
+def test_a_game_needs_no_dataset(board: Board, yaml_of: Callable[..., dict[str, Any]]) -> None:
+    form = {"train__grpo_environment": "textarena:GuessTheNumber-v0", "train__grpo_reward_funcs": ["environment"]}
+    for dataset in ([], None):
+        data = board.data(train__dataset=dataset, **form)
+        assert board.runner._initialize(data, do_train=True, from_preview=True) == ""
+        assert board.runner.checked_form(data)[0] == []
+        assert "dataset" in board.runner.trial_arguments(data)
+        assert yaml_of(train__dataset=dataset, **form)["dataset"] == "textarena:GuessTheNumber-v0"
+    assert yaml_of(**form)["dataset"] == "addition"  # which the user has chosen
+    own = board.data(train__dataset=[], train__grpo_environment="file.py:Class")
+    assert "dataset" in board.runner._initialize(own, do_train=True, from_preview=True)
