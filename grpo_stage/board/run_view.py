@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -40,6 +41,7 @@ from grpo_stage.board.run_list import runs_below
 from grpo_stage.board.run_state import LIVE, log_of, state_of
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.host.recovery import RECOVERIES_FILE
+from grpo_stage.monitors.dead_groups import ALL_RIGHT
 from grpo_stage.records.completion_groups import CompletionGroups
 from grpo_stage.records.completions import COMPLETIONS_FILE
 from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, MetricCurves
@@ -56,6 +58,7 @@ _KEPT_RUNS = 32
 """How many runs keep their files in memory; older ones are read again."""
 _READING_S = 0.2
 """A large file is read in several answers, so that each comes soon."""
+_SILENT_LINES = 3
 _NOT_AT_FIRST = (
     "Length of those that ended",
     "Weight of old samples",
@@ -185,7 +188,7 @@ class RunView:
             "is_chosen": bool(page.chosen),
             "is_own": self._is_own(page),
             "state": self._state(run, page),
-            "faults": _faults(run, lang),
+            "faults": [*_faults(run, lang), *_silence(run.curves, lang)],
             "recoveries": _recoveries(run.folder),
             "is_reading": not run.is_read,
         }
@@ -342,6 +345,14 @@ def _faults(run: _Run, lang: str) -> list[str]:
         if each.num_damaged_lines
     ]
     return [*unreadable, *damaged]
+
+
+def _silence(curves: MetricCurves, lang: str) -> list[str]:
+    """A word on a run in whose last log lines nothing could be learned, long before an alarm may be sure."""
+    silent, right = (curves.history.series(name).values for name in ("frac_reward_zero_std", ALL_RIGHT))
+    pairs = zip(reversed(silent), reversed(right), strict=False)
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == 1 and pair[1] < 1, pairs))
+    return [message("silence", lang, count=count)] if count >= _SILENT_LINES else []
 
 
 def _alarm(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import wrapt
 from gradio.components import Component
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, SUPPORTED_MODELS, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
-from llamafactory.webui.common import load_config
+from llamafactory.webui.common import get_save_dir, get_time, load_config
 from llamafactory.webui.control import list_datasets, load_dataset_info
 
 from grpo_stage.algorithm.conditions import applies
@@ -55,6 +55,7 @@ SANE_VALUES: Mapping[str, Any] = {
     "logging_steps": 1,
     "save_steps": 50,
 }
+_LOG_HEIGHT = 300
 # The answers stand at the top of a long page, and the check far below.
 _CHECK_AND_SHOW = """() => {
   document.getElementById("grpo_check_btn").click();
@@ -91,7 +92,7 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     train["training_stage"].change(
         _parts_shown,
         [train["training_stage"]],
-        [panel.wizard.block, panel.accordion, checks.block, view.panel],
+        [panel.wizard.block, panel.accordion, checks.block, view.panel, train["loss_viewer"], train["output_box"]],
         queue=False,
         show_progress="hidden",
     )
@@ -99,10 +100,15 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
 
 
 def _parts_shown(stage_name: str) -> list[Any]:
-    """The four parts are shown for this stage alone, whose buttons have then no longer to wait for imports."""
-    if is_grpo(stage_name):
-        WARM.start()
-    return [gr.update(visible=is_grpo(stage_name))] * 4
+    """Our four parts; the host's plot of the loss, which says nothing here; its log, which would push ours away."""
+    is_ours = is_grpo(stage_name)
+    if is_ours:
+        WARM.start()  # so that no button has to wait for imports
+    return [
+        *[gr.update(visible=is_ours)] * 4,
+        gr.update(visible=not is_ours),
+        gr.update(max_height=_LOG_HEIGHT if is_ours else None),
+    ]
 
 
 def is_grpo(stage_name: str) -> bool:
@@ -132,6 +138,12 @@ def _move_before(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
     siblings = block.parent.children
     siblings.remove(block)
     siblings.insert(siblings.index(neighbor), block)
+
+
+def _unused(model_name: str | None, output_dir: str) -> str:
+    """An output folder for another run: the one that is chosen, or a new one if that holds a run already."""
+    folder = Path(get_save_dir(model_name or "Custom", "lora", output_dir)) if output_dir else None
+    return f"train_{get_time()}" if folder is not None and folder.is_dir() and any(folder.iterdir()) else output_dir
 
 
 def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
@@ -210,7 +222,8 @@ class Panel:
         self._show_what_applies(train)
         self._set_sane_values(engine, train)
         lang, output_box = engine.manager.get_elem_by_id("top.lang"), train["output_box"]
-        model_path = engine.manager.get_elem_by_id("top.model_path")
+        top = engine.manager.get_elem_by_id
+        model_name, model_path = top("top.model_name"), top("top.model_path")
 
         def load(data: dict[Component, Any]) -> Iterator[dict[Component, Any]]:
             path, account = data[self._import], ""
@@ -236,11 +249,15 @@ class Panel:
             yield values | said | others | {self._account: gr.update(value=account, visible=bool(account))}
 
         def make(data: dict[Component, Any]) -> dict[Component, Any]:
-            chosen = data[train["dataset_dir"]], data[model_path] or "", data[train["dataset"]] or []
-            recipe = self.wizard.recipe(data, *chosen)
+            chosen = data[train["dataset_dir"]], data[train["dataset"]] or [], data[model_path] or ""
+            template = data[top("top.template")]
+            recipe = self.wizard.recipe(data, *chosen, None if template == "default" else template)
             form = import_recipe(engine.runner, recipe)
+            if data[model_name] and recipe.get("model_name_or_path") == data[model_path]:
+                form[model_name] = this_page().loaded["top.model_name"] = data[model_name]
             # The person has chosen the folder and the functions, and no file that came from elsewhere.
-            form |= {train["output_dir"]: data[train["output_dir"]], self.code.imported: "[]"}
+            form |= {train["output_dir"]: _unused(form[model_name], data[train["output_dir"]])}
+            form |= {self.code.imported: "[]"}
             form |= {train["learning_rate"]: set_rate("lora", recipe.get("model_name_or_path", ""))}
             values = {element: value for element, value in form.items() if element in inputs}
             others = dict(zip(results, hidden(), strict=True))
@@ -284,7 +301,10 @@ class Panel:
         )
         made = self.wizard.button.click(
             make,
-            {train["dataset_dir"], train["dataset"], model_path, train["output_dir"], *self.wizard.questions},
+            {
+                *(train["dataset_dir"], train["dataset"], train["output_dir"], *self.wizard.questions),
+                *(model_name, model_path, top("top.template")),
+            },
             [*inputs, *results],
             concurrency_limit=None,
             cancels=[trial, *checking],

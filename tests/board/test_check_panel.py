@@ -216,7 +216,7 @@ def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any])
     Path("small model").mkdir()
     Path("small model", "config.json").write_text('{"hidden_size": 576, "max_position_embeddings": 1200}')
     answers = {
-        **{"train__grpo_wizard_dataset": "addition", "train__grpo_wizard_rewards": ["accuracy", "own.py:score"]},
+        **{"train__grpo_wizard_dataset": ["addition"], "train__grpo_wizard_rewards": ["accuracy", "own.py:score"]},
         **{"train__grpo_wizard_model": " small model ", "train__grpo_wizard_size": "small"},
     }
     data = board.data(**answers)
@@ -236,6 +236,29 @@ def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any])
     values = event_of("make")(board.data(train__grpo_wizard_size="try", train__dataset=["one", "two"]))
     form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
     assert (form["train.dataset"], form["top.model_path"]) == (["one", "two"], "model")
+
+
+def test_what_stands_above_the_questions_is_kept(board: Board, event_of: Callable[[str], Any]) -> None:
+    def made(**values: Any) -> dict[str | None, Any]:
+        above = {"top__model_name": "SmolLM2-135M-Instruct", "top__model_path": "here", "top__template": "smollm2"}
+        data = board.data(**{"train__grpo_wizard_size": "try", **above, **values})
+        return {board.manager._elem_to_id.get(element): value for element, value in event_of("make")(data).items()}
+
+    form = made()
+    assert (form["top.model_name"], form["top.model_path"], form["top.template"]) == (
+        "SmolLM2-135M-Instruct",
+        "here",
+        "smollm2",
+    )
+    assert "template" not in json.loads(form["train.extra_args"])
+    assert form["train.output_dir"] == "run"
+    other = made(train__grpo_wizard_model="there")
+    assert (other["top.model_name"], other["top.model_path"]) == ("Custom", "there")
+    assert json.loads(other["train.extra_args"])["template"] is None  # that of its tokenizer
+    # A folder with a run is not gone on with: the recipe is another one.
+    Path("saves/SmolLM2-135M-Instruct/lora/run/checkpoint-10").mkdir(parents=True)
+    assert made()["train.output_dir"].startswith("train_20")
+    assert made(train__grpo_wizard_model="there")["train.output_dir"] == "run"  # among those of another name
 
 
 def test_a_recipe_of_another_system_fills_the_form(

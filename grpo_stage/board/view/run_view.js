@@ -198,7 +198,7 @@ function showState() {
     doing = [...done, present].join(" · ");
   } else if (state.kind === "running" && !state.step && state.seconds !== null) doing = t("first_step", { seconds: seconds(state.seconds) });
   else if (state.kind === "evaluating" && state.seconds !== null) doing = seconds(state.seconds);
-  else if (state.kind === "stopped") doing = [state.error, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
+  else if (state.kind === "stopped") doing = [state.error && `${state.error}.`, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
   else if (state.kind === "killed") doing = state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint");
   put(parts.doing, doing);
   parts.doing.hidden = !doing;
@@ -599,6 +599,7 @@ function groupControls(part) {
       make("label", {}, `${t("order")} `, part("order", make("select", { onchange: changed, id: "grpo_run_order" },
         ...["sampled", "best", "worst", "spread"].map((name) => make("option", { value: name }, t(`order_${name}`)))))),
       field("text", t("search"), 16), field("lowest", t("reward_from"), 4), field("highest", t("reward_to"), 4), box("cut", t("only_truncated"))),
+    make("p", { className: "soft" }, t("group_hint")),
     part("found", make("p", { className: "soft", role: "status" })),
     part("bars", make("div", { className: "bars" })),
     part("groups", make("div", { className: "groups" })),
