@@ -18,7 +18,6 @@ from llamafactory.extras.misc import is_accelerator_available
 from llamafactory.webui.common import get_save_dir, get_time, load_config
 from llamafactory.webui.control import list_datasets, load_dataset_info
 
-from grpo_stage.algorithm.conditions import applies
 from grpo_stage.arguments import REWARDS
 from grpo_stage.board.check_panel import CheckPanel
 from grpo_stage.board.fields import BASICS, FORM_FIELDS, FormField, effective
@@ -342,14 +341,14 @@ class Panel:
 
     def _show_what_applies(self, train: Mapping[str, Any]) -> None:
         """Hide the fields that have no effect beside the values of the others."""
-        conditional = [field for field in FORM_FIELDS if field.only_with]
-        conditions = {key for field in conditional for key in field.only_with} - {"eval_strategy"}
+        conditional = [field for field in FORM_FIELDS if field.depends_on]
+        conditions = frozenset().union(*(field.depends_on for field in conditional)) - {"eval_strategy"}
         watched = {key: self.fields[key] for key in sorted(conditions | {"eval_dataset"})}
 
         def visible(val_size: float, *values: Any) -> list[bool]:
             given = {key: value for key, value in zip(watched, values, strict=True) if value is not None}
             run = effective(given, eval_strategy="steps" if val_size or given.get("eval_dataset") else "no")
-            return [applies(field.only_with, run) for field in conditional]
+            return [field.applies(run) for field in conditional]
 
         elements = [train["val_size"], *watched.values()]
         gr.on(

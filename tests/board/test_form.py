@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from grpo_stage.algorithm.combinations import WITH_TOOLS
 from grpo_stage.algorithm.conditions import Above
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.board.fields import FORM_FIELDS, HOST_FIELDS, FormField
@@ -50,7 +51,7 @@ def values_of(field: FormField) -> list[Any]:
 
 def companions(field: FormField) -> dict[str, Any]:
     """Values of other fields under which this one has an effect."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"train__grpo_environment": "file.py:Class"} if field.key in WITH_TOOLS else {}
     for key, allowed in field.only_with.items():
         if key == "eval_strategy":
             values["train__val_size"] = 0.5
@@ -189,6 +190,10 @@ def test_compute_type(compute_type: str, yaml_of: Callable[..., dict[str, Any]])
 def test_hidden_fields_are_not_sent(board: Board) -> None:
     run = board.arguments(train__grpo_rollout_backend="hf", train__grpo_vllm_sleep=1, train__grpo_eval_temperature=0.5)
     assert {"vllm_sleep", "eval_temperature"} & run.keys() == set()
+    turns = {"train__grpo_max_turns": 3, "train__grpo_tool_timeout": 5}
+    assert WITH_TOOLS.keys() & board.arguments(**turns).keys() == set()
+    for given in ({"train__grpo_tools": ["file.py:function"]}, {"train__grpo_environment": "file.py:Class"}):
+        assert board.arguments(**turns, **given)["max_turns"] == 3
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "api"])
