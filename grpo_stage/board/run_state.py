@@ -99,6 +99,8 @@ def _live(noted: Mapping[str, Any], progress: Mapping[str, Any], process: Traini
     if not noted:
         since = process.started if process is not None else None
         kind = "running" if progress and process is None else "preparing"
+    elif process is not None and name in _ENDS:  # it has said so, and its process still ends
+        kind = "saving"
     if process is not None and process.was_aborted:
         kind = "stopping"
     is_new = name is None or name in _ENDS

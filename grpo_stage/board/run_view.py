@@ -14,17 +14,20 @@ are foreign. What is shown belongs to the page (`page_state`); files that were r
 
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 from threading import Lock
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from gradio.context import Context, LocalContext
 from llamafactory.extras.constants import RUNNING_LOG
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir
@@ -235,11 +238,13 @@ class RunView:
             lambda: {
                 "phases": [asdict(phase) for phase in phases(history, run.settings().values)],
                 "memory": memory(history),
+                "rise": _rise(history.series("reward").values),
             },
         )
         return {
             **asdict(state),
             **measured,
+            "folder": str(run.folder),
             "is_live": state.kind in LIVE,
             "is_empty": state.kind == "none" and not run.curves.error,
             "step": progress.get("current_steps"),
@@ -355,6 +360,24 @@ def _silence(curves: MetricCurves, lang: str) -> list[str]:
     return [message("silence", lang, count=count)] if count >= _SILENT_LINES else []
 
 
+def _rise(rewards: Sequence[float]) -> dict[str, Any] | None:
+    """The mean reward at the start and at the end, and if they differ by more than chance; None of a short run."""
+    count = min(len(rewards) // 4, 20)
+    if count == 0:
+        return None
+    first, last = fmean(rewards[:count]), fmean(rewards[-count:])
+    noise = float(
+        np.std(np.diff(rewards))
+    )  # of a difference of two lines, as that of the means is of two times `count`
+    is_clear = abs(last - first) > 2 * noise / math.sqrt(count)
+    return {
+        "first": first,
+        "last": last,
+        "count": count,
+        "way": "same" if not is_clear else "rose" if last > first else "fell",
+    }
+
+
 def _alarm(record: Mapping[str, Any]) -> dict[str, Any]:
     said = {name: record[name] for name in ("monitor", "step", "action", "seen", "meaning", "remedy")}
     return {**said, "settings": as_lines(record["settings"])}
@@ -396,6 +419,7 @@ def _section(section: DrawnSection, chosen: Mapping[str, bool], lang: str) -> di
             {
                 "key": chart.title,
                 "title": words["charts"].get(chart.name, chart.name).replace("{}", chart.owner),
+                "hint": words["hints"].get(chart.name, ""),
                 "unit": chart.unit,
                 "is_stacked": chart.is_stacked,
                 "is_shown": _is_shown(chosen, chart.title, section.is_folded),

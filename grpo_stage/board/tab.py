@@ -34,7 +34,7 @@ from grpo_stage.board.style import add_style
 from grpo_stage.board.tables import harmless, literal, table
 from grpo_stage.board.tool_process import WARM
 from grpo_stage.board.trial import try_rewards
-from grpo_stage.board.wizard import Wizard
+from grpo_stage.board.wizard import Wizard, datasets_to_choose
 from grpo_stage.host.configuration_file import STAGE
 from grpo_stage.host.recipe_text import read_recipe
 
@@ -296,7 +296,7 @@ class Panel:
             cancels=[trial, *checking],
         )
         self.wizard.dataset.focus(
-            list_datasets, [train["dataset_dir"], train["training_stage"]], [self.wizard.dataset], queue=False
+            datasets_to_choose, [train["dataset_dir"], train["training_stage"]], [self.wizard.dataset], queue=False
         )
         made = self.wizard.button.click(
             make,

@@ -2,14 +2,18 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.misc import is_accelerator_available
+from llamafactory.webui.common import DEFAULT_SAVE_DIR
+from llamafactory.webui.control import list_datasets
 
 from grpo_stage.board.learning_rates import LORA_ALPHA, start_rate
+from grpo_stage.host.generated_datasets import SUMS
 from grpo_stage.host.known_models import config_here, template_of
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
@@ -70,14 +74,21 @@ def _room(model: str, max_new_tokens: int) -> dict[str, int]:
     return {"cutoff_len": min(CUTOFF_LEN, positions - completion), "max_new_tokens": completion}
 
 
+def datasets_to_choose(dataset_dir: str, stage_name: str) -> gr.Dropdown:
+    """The list of the first question: the host's, and sums that need no file."""
+    listed = list_datasets(dataset_dir, stage_name)
+    return gr.Dropdown(choices=[SUMS, *listed.constructor_args["choices"]])
+
+
 class Wizard:
-    """The questions, in a folded group."""
+    """The questions, in a group that is folded once there are runs."""
 
     def __init__(self) -> None:
-        with gr.Accordion(open=False, visible=False, elem_id="grpo_wizard", elem_classes="grpo") as self.block:
+        is_first = not Path(DEFAULT_SAVE_DIR).is_dir()
+        with gr.Accordion(open=is_first, visible=False, elem_id="grpo_wizard", elem_classes="grpo") as self.block:
             with gr.Row():
                 self.dataset = gr.Dropdown(
-                    [], multiselect=True, allow_custom_value=True, elem_id="grpo_wizard_dataset"
+                    [SUMS], multiselect=True, allow_custom_value=True, elem_id="grpo_wizard_dataset"
                 )
                 self.rewards = gr.Dropdown(
                     list(BUILTIN_REWARDS),
@@ -116,14 +127,14 @@ class Wizard:
         Args:
             data: a page's values.
             dataset_dir: of the page.
-            datasets_chosen: above the questions; they stand for an empty answer.
+            datasets_chosen: above the questions; they stand for an empty answer, and sums if there are none.
             model_chosen: as the datasets.
             template: that of the model above; None for the tokenizer's own.
         """
         datasets, rewards, model, size = (data[question] for question in self.questions)
         model = (model or "").strip() or model_chosen
         return first_recipe(
-            ",".join(datasets or datasets_chosen),
+            ",".join(datasets or datasets_chosen or [SUMS]),
             rewards or [],
             model,
             size,

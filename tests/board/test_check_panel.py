@@ -169,11 +169,17 @@ def test_the_first_recipe_is_accepted(size: str, rewards: list[str]) -> None:
     assert json.dumps(recipe)
 
 
-def shown(board: Board, monkeypatch: pytest.MonkeyPatch, states: list[ToolState], **values: Any) -> list[str]:
+def shown(
+    board: Board,
+    monkeypatch: pytest.MonkeyPatch,
+    states: list[ToolState],
+    words: Any = check_panel._CHECK,
+    **values: Any,
+) -> list[str]:
     """What the result says, one update after the other, while the command goes through these states."""
     monkeypatch.setattr(check_panel, "run_tool", lambda words, arguments: (state for state in states))
     data = board.data(**values)
-    updates = check_panel._run(board.runner, data, values.get("top__lang", "en"), check_panel._CHECK, check_view)
+    updates = check_panel._run(board.runner, data, values.get("top__lang", "en"), words, check_view)
     return [_Tags(update["value"]).said for update in updates]
 
 
@@ -186,6 +192,28 @@ def test_a_check_shows_what_it_knows_so_far(board: Board, monkeypatch: pytest.Mo
     assert second.count("To come ...") == 2
     assert "It does not fit" in last
     assert "Checking" not in last
+
+
+def test_what_is_red_below_is_told_first(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits, fine = MEMORY | {"fits": True}, CHECKED["rewards"] | {"findings": []}
+    for rewards, memory, is_sound in (
+        (fine, fits, True),
+        (None, None, True),  # to come
+        (fine, MEMORY, False),
+        (fine | {"findings": ["an attack is paid"]}, fits, False),
+        ({"error": "x"}, fits, False),
+        (fine, {"error": "x"}, False),
+    ):
+        states = [ToolState(1, CHECKED | {"rewards": rewards, "memory": memory}, is_done=True)]
+        (said,) = shown(board, monkeypatch, states)
+        assert said.startswith("A run would start: press" if is_sound else "A run would start, but see first")
+
+
+def test_a_probe_says_how_far_it_is(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = {"is_whole": False, "num_sampled": 4, "num_prompts": 16}
+    states = [ToolState(1), ToolState(2, partial), ToolState(3, error="killed", is_done=True)]
+    said = shown(board, monkeypatch, states, words=check_panel._PROBE)
+    assert said[:2] == ["Loading the model and sampling ... 1 s", "Sampled 4 of 16 prompts ... 2 s"]
 
 
 def test_keys_are_told_at_once_and_the_rest_when_it_is_found(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +260,11 @@ def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any])
     assert form["train.grpo_imported_code"] == "[]"  # its functions were typed here
     assert form["train.lora_alpha"] == 32
     assert check(board.runner._parse_train_args({**data, **values}))["max_steps"] == 200
-    # What is chosen above stands for an empty answer.
+    # What is chosen above stands for an empty answer, and without a choice there are sums.
+    for chosen in ([], None):
+        values = event_of("make")(board.data(train__grpo_wizard_size="try", train__dataset=chosen))
+        form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
+        assert form["train.dataset"] == ["example:sums"]
     values = event_of("make")(board.data(train__grpo_wizard_size="try", train__dataset=["one", "two"]))
     form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
     assert (form["train.dataset"], form["top.model_path"]) == (["one", "two"], "model")
