@@ -1,5 +1,5 @@
 """Datasets that are generated: `dataset: reasoning_gym:leg_counting`, a task of the package reasoning-gym, `dataset:
-textarena:GuessTheNumber-v0`, rounds of the game that is the `environment`, and `dataset: example:sums` for a first run.
+textarena:GuessTheNumber-v0`, rounds of the game that is the `environment`, and `dataset: example:sums` to begin with.
 
 Their rows are written into a folder that the host's loader reads, so that mixing, `val_size` and all else are the
 host's. A task's row holds how its puzzle is made again, for the reward `reasoning_gym`, which scores with the task's
