@@ -113,9 +113,8 @@ def run_tool(words: Sequence[str], arguments: Mapping[str, Any] | None = None) -
             for _ in running:
                 yield ToolState(time.monotonic() - started, _read(file))
         elapsed_s, answer = time.monotonic() - started, _read(file)
-        if answer is not None and answer.get(
-            "is_whole", True
-        ):  # with a result, an exit code tells whether something was found
+        if answer is not None and answer.get("is_whole", True):
+            # With a result, an exit code tells whether something was found.
             yield ToolState(elapsed_s, answer, is_done=True)
             return
         said = errors.read_text(encoding="utf-8", errors="replace").strip()

@@ -119,6 +119,20 @@ def test_a_command_that_is_killed_says_so(warm: WarmProcess, tmp_path: Path) -> 
     assert "Reward code that will run" in last.error  # what it has said until then
 
 
+def test_half_an_answer_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(self: WarmProcess, words: list[str], errors: Path) -> Iterator[None]:
+        errors.write_text("noise")
+        Path(words[-1]).write_text('{"is_whole": false, "num_sampled": 2}')
+        yield
+
+    monkeypatch.setattr(WarmProcess, "run", run)
+    *_, running, last = run_tool(("probe", CONFIG), {})
+    assert running.answer == {"is_whole": False, "num_sampled": 2}
+    assert last.answer is None
+    assert last.error is not None
+    assert "has ended without a result" in last.error
+
+
 DEVICES = """
 import importlib
 import torch
