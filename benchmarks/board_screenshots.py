@@ -15,13 +15,14 @@ import shutil
 from itertools import product
 from pathlib import Path
 
+from llamafactory.webui.locales import LOCALES
 from PIL import Image
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 
 from grpo_stage.board.locales import texts
 
 
-SUBJECTS = ("panel", "check", "run", "completions")
+SUBJECTS = ("panel", "run", "completions", "check")
 CHECK_MS = 240_000
 
 
@@ -77,7 +78,10 @@ def panel(page: Page, language: str) -> Locator:
 
 
 def check(page: Page, language: str) -> Locator:
-    """A check that has come to its end."""
+    """A check that has come to its end, of another run: the folder of the one that is shown is in use."""
+    field = page.get_by_label(LOCALES["output_dir"][language]["label"], exact=True)
+    field.fill("another")
+    field.press("Enter")
     result, words = page.locator("#grpo_check_result"), texts(language)["messages"]
     page.locator("#grpo_check_btn").click()
     expect(result).to_contain_text(words["check_fits"].split("{")[0], timeout=CHECK_MS)  # memory comes last

@@ -214,9 +214,13 @@ def _uses_tools(v: SimpleNamespace) -> bool:
     return bool(v.tools) or v.environment is not None
 
 
+WITH_TOOLS: Mapping[str, Any] = MappingProxyType({"max_turns": 8, "completion_limit": "total", "tool_timeout": 30.0})
+"""Keys that only a run with `tools` or an `environment` reads, and their defaults."""
+
+
 def _tool_rules() -> Iterator[Rule]:
     """What tools need, and cannot go with."""
-    for key, default in (("max_turns", 8), ("completion_limit", "total"), ("tool_timeout", 30.0)):
+    for key, default in WITH_TOOLS.items():
         yield Rule(
             lambda v, key=key, default=default: getattr(v, key) != default and not _uses_tools(v),  # type: ignore[misc]
             f"`{key}: {{{key}}}` would have no effect without `tools` and `environment`: a completion then has one "

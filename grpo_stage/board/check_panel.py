@@ -103,7 +103,7 @@ def _run(
             elif early or answer.get("problems"):
                 if not state.is_done:
                     yield listed(early, running)
-            elif not answer:
+            elif not answer or "num_sampled" in answer:
                 yield gr.update(value=running, visible=True)
             elif state.is_done or answer != shown:
                 shown = answer
@@ -121,5 +121,7 @@ def _refusals(arguments: Mapping[str, Any]) -> Collection[str]:
 
 
 def _running(words: Sequence[str], lang: str, state: ToolState) -> str:
-    name = "probe_running" if words is _PROBE else "check_running"
-    return f'<p role="status">{message(name, lang, seconds=f"{state.elapsed_s:.0f}")}</p>'
+    found = state.answer or {}
+    name = "probe_sampled" if "num_sampled" in found else "probe_running" if words is _PROBE else "check_running"
+    counts = {key: found[key] for key in ("num_sampled", "num_prompts") if key in found}
+    return f'<p role="status">{message(name, lang, seconds=f"{state.elapsed_s:.0f}", **counts)}</p>'

@@ -14,7 +14,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import gradio as gr
 
-from grpo_stage.algorithm.combinations import ONLY_WITH
+from grpo_stage.algorithm.combinations import ONLY_WITH, WITH_TOOLS
 from grpo_stage.algorithm.conditions import Allowed, applies
 from grpo_stage.arguments import EVALUATION, MEMORY, OBJECTIVE, REWARDS, ROLLOUT, GRPOArguments
 from grpo_stage.board.locales import PREFIX
@@ -39,6 +39,8 @@ _INITIAL_VALUES = MappingProxyType({"log_completions": True})
 """Values of the form that differ from the defaults of a run: the run view needs `log_completions`."""
 _LISTS = MappingProxyType({"reward_funcs": (*BUILTIN_REWARDS, REWARD_MODEL), "tools": ()})
 """Comma-separated keys that the form shows as a multi-select, with its choices."""
+_TOOLS = frozenset({"tools", "environment"})
+"""One of these gives the model what it may call."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +66,18 @@ class FormField:
 
     @property
     def only_with(self) -> Mapping[str, Allowed]:
-        """The values of other keys with which this key has an effect; under other values the field is hidden."""
+        """The values of other keys with which this key has an effect."""
         return ONLY_WITH.get(self.key, {})
+
+    @property
+    def depends_on(self) -> frozenset[str]:
+        """The keys whose values decide whether this one has an effect."""
+        return frozenset(self.only_with) | (_TOOLS if self.key in WITH_TOOLS else frozenset())
+
+    def applies(self, run: Mapping[str, Any]) -> bool:
+        """Whether this key has an effect beside the values of the others; elsewhere its field is hidden."""
+        has_tools = any(run.get(key) for key in _TOOLS)
+        return applies(self.only_with, run) and (has_tools or self.key not in WITH_TOOLS)
 
     @property
     def element(self) -> str:
@@ -238,10 +250,7 @@ def effective(values: Mapping[str, Any], eval_strategy: str) -> dict[str, Any]:
     given = {field.key: values.get(field.key, field.default) for field in FORM_FIELDS}
     current = {**given, "eval_strategy": eval_strategy}
     while True:  # a condition may depend on a key that has a condition itself
-        settled = {
-            field.key: given[field.key] if applies(field.only_with, current) else field.default
-            for field in FORM_FIELDS
-        }
+        settled = {field.key: given[field.key] if field.applies(current) else field.default for field in FORM_FIELDS}
         settled["eval_strategy"] = eval_strategy
         if settled == current:
             return current

@@ -1,6 +1,7 @@
 """The state of a run, from its folder and from the process that this Board started, if it did."""
 
 import contextlib
+import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ _OF_ACTIVITY: Mapping[str, Kind] = {
     "saving": "saving",
     "stopping": "stopping",
 }
+_BY_ABORT = f"stopped by {signal.SIGABRT.name}"
+"""What the run notes at the Board's "Abort", whose badge says it."""
 _ENDS: tuple[Kind, ...] = ("finished", "stopped", "failed")
 
 
@@ -69,8 +72,9 @@ def state_of(folder: Path, progress: Mapping[str, Any], process: TrainingProcess
             kind="failed", error=error or _last_words(process.errors), log=process.errors or log, checkpoint=checkpoint
         )
     if process is not None and process.was_aborted and not _is_done(progress):
-        return RunState(kind="stopped", error=error, checkpoint=checkpoint)
+        return RunState(kind="stopped", checkpoint=checkpoint)
     if name in _ENDS:
+        error = "" if error == _BY_ABORT else error
         return RunState(kind=name, error=error, log=log, checkpoint=checkpoint)
     if name is not None or (folder / LOCK_FILE).exists():
         return RunState(kind="killed", doing=str(name or ""), checkpoint=checkpoint)
@@ -95,6 +99,8 @@ def _live(noted: Mapping[str, Any], progress: Mapping[str, Any], process: Traini
     if not noted:
         since = process.started if process is not None else None
         kind = "running" if progress and process is None else "preparing"
+    elif process is not None and name in _ENDS:  # it has said so, and its process still ends
+        kind = "saving"
     if process is not None and process.was_aborted:
         kind = "stopping"
     is_new = name is None or name in _ENDS

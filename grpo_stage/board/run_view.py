@@ -14,16 +14,20 @@ are foreign. What is shown belongs to the page (`page_state`); files that were r
 
 import hashlib
 import json
+import math
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
+from statistics import fmean
 from threading import Lock
 from typing import Any
 
 import gradio as gr
+import numpy as np
 from gradio.context import Context, LocalContext
 from llamafactory.extras.constants import RUNNING_LOG
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir
@@ -40,6 +44,7 @@ from grpo_stage.board.run_list import runs_below
 from grpo_stage.board.run_state import LIVE, log_of, state_of
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.host.recovery import RECOVERIES_FILE
+from grpo_stage.monitors.dead_groups import ALL_RIGHT
 from grpo_stage.records.completion_groups import CompletionGroups
 from grpo_stage.records.completions import COMPLETIONS_FILE
 from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, MetricCurves
@@ -56,6 +61,7 @@ _KEPT_RUNS = 32
 """How many runs keep their files in memory; older ones are read again."""
 _READING_S = 0.2
 """A large file is read in several answers, so that each comes soon."""
+_SILENT_LINES = 3
 _NOT_AT_FIRST = (
     "Length of those that ended",
     "Weight of old samples",
@@ -185,7 +191,7 @@ class RunView:
             "is_chosen": bool(page.chosen),
             "is_own": self._is_own(page),
             "state": self._state(run, page),
-            "faults": _faults(run, lang),
+            "faults": [*_faults(run, lang), *_silence(run.curves, lang)],
             "recoveries": _recoveries(run.folder),
             "is_reading": not run.is_read,
         }
@@ -232,11 +238,13 @@ class RunView:
             lambda: {
                 "phases": [asdict(phase) for phase in phases(history, run.settings().values)],
                 "memory": memory(history),
+                "rise": _rise(history.series("reward").values),
             },
         )
         return {
             **asdict(state),
             **measured,
+            "folder": str(run.folder),
             "is_live": state.kind in LIVE,
             "is_empty": state.kind == "none" and not run.curves.error,
             "step": progress.get("current_steps"),
@@ -344,6 +352,32 @@ def _faults(run: _Run, lang: str) -> list[str]:
     return [*unreadable, *damaged]
 
 
+def _silence(curves: MetricCurves, lang: str) -> list[str]:
+    """A word on a run in whose last log lines nothing could be learned, long before an alarm may be sure."""
+    silent, right = (curves.history.series(name).values for name in ("frac_reward_zero_std", ALL_RIGHT))
+    pairs = zip(reversed(silent), reversed(right), strict=False)
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == 1 and pair[1] < 1, pairs))
+    return [message("silence", lang, count=count)] if count >= _SILENT_LINES else []
+
+
+def _rise(rewards: Sequence[float]) -> dict[str, Any] | None:
+    """The mean reward at the start and at the end, and if they differ by more than chance; None of a short run."""
+    count = min(len(rewards) // 4, 20)
+    if count == 0:
+        return None
+    first, last = fmean(rewards[:count]), fmean(rewards[-count:])
+    noise = float(
+        np.std(np.diff(rewards))
+    )  # of a difference of two lines, as that of the means is of two times `count`
+    is_clear = abs(last - first) > 2 * noise / math.sqrt(count)
+    return {
+        "first": first,
+        "last": last,
+        "count": count,
+        "way": "same" if not is_clear else "rose" if last > first else "fell",
+    }
+
+
 def _alarm(record: Mapping[str, Any]) -> dict[str, Any]:
     said = {name: record[name] for name in ("monitor", "step", "action", "seen", "meaning", "remedy")}
     return {**said, "settings": as_lines(record["settings"])}
@@ -385,6 +419,7 @@ def _section(section: DrawnSection, chosen: Mapping[str, bool], lang: str) -> di
             {
                 "key": chart.title,
                 "title": words["charts"].get(chart.name, chart.name).replace("{}", chart.owner),
+                "hint": words["hints"].get(chart.name, ""),
                 "unit": chart.unit,
                 "is_stacked": chart.is_stacked,
                 "is_shown": _is_shown(chosen, chart.title, section.is_folded),

@@ -32,6 +32,7 @@ from grpo_stage.board.tables import harmless
 from grpo_stage.host.configuration_file import STAGE
 from grpo_stage.host.parser import check, effective_defaults
 from grpo_stage.records.redaction import errors_masked, secrets_in
+from grpo_stage.rewards.user_code import GAME
 from grpo_stage.survival.run_lock import refuse_used
 
 
@@ -57,8 +58,9 @@ class GRPORunner(WatchedRunner):
     """Runs the training of the form. What the stage refuses is refused before a process starts."""
 
     def _initialize(self, data: dict[Component, Any], do_train: bool, from_preview: bool) -> str:
-        error = super()._initialize(data, do_train, from_preview)
-        if error or not do_train or not self._is_grpo(data):
+        if not do_train or not self._is_grpo(data):
+            return super()._initialize(data, do_train, from_preview)
+        if error := super()._initialize(self._with_rounds(data), do_train, from_preview):
             return error
         try:
             arguments = self._parse_train_args(data)
@@ -80,10 +82,17 @@ class GRPORunner(WatchedRunner):
 
         for element_id, (read, wanted) in self._readers(data).items():
             _refuse_unless(read, wanted, element_id, value(element_id))
-        arguments = super()._parse_train_args(data)
+        arguments = super()._parse_train_args(self._with_rounds(data))
         values = {key: value(element_id) for key, element_id in FORM_IDS.items()}
         extra = _extra_arguments(value(EXTRA_ARGUMENTS))
         return stage_arguments(arguments, values, extra)
+
+    def _with_rounds(self, data: dict[Component, Any]) -> dict[Component, Any]:
+        """The form with the prompts of the game that is its environment, if no dataset is chosen."""
+        game = (self._value(data, FORM_IDS["environment"]) or "").strip()
+        if self._value(data, "train.dataset") or not game.startswith(GAME):
+            return data
+        return {**data, self.manager.get_elem_by_id("train.dataset"): [game]}
 
     def _readers(self, data: Mapping[Component, Any]) -> Mapping[str, tuple[Callable[[str], Any], str]]:
         """How to read the host's fields for texts that a run needs as numbers, and what is wanted of each."""
@@ -163,13 +172,13 @@ class GRPORunner(WatchedRunner):
         page_state.remember(by_id)
         return {self.manager.get_elem_by_id(element_id): value for element_id, value in by_id.items()}
 
-    def trial_arguments(self, data: Mapping[Component, Any]) -> dict[str, Any]:
+    def trial_arguments(self, data: dict[Component, Any]) -> dict[str, Any]:
         """The arguments that a try of the rewards needs, whether or not a model is chosen.
 
         Raises:
             ValueError: if no dataset is chosen, or the value of a field is wrong.
         """
-        if not self._value(data, "train.dataset"):
+        if not self._value(self._with_rounds(data), "train.dataset"):
             raise ValueError(ALERTS["err_no_dataset"][self._value(data, "top.lang")])
         try:
             arguments = self.arguments_so_far(data)

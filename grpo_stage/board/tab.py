@@ -15,10 +15,9 @@ import wrapt
 from gradio.components import Component
 from llamafactory.extras.constants import STAGES_USE_PAIR_DATA, SUPPORTED_MODELS, TRAINING_STAGES
 from llamafactory.extras.misc import is_accelerator_available
-from llamafactory.webui.common import load_config
+from llamafactory.webui.common import get_save_dir, get_time, load_config
 from llamafactory.webui.control import list_datasets, load_dataset_info
 
-from grpo_stage.algorithm.conditions import applies
 from grpo_stage.arguments import REWARDS
 from grpo_stage.board.check_panel import CheckPanel
 from grpo_stage.board.fields import BASICS, FORM_FIELDS, FormField, effective
@@ -32,8 +31,9 @@ from grpo_stage.board.run_view import RunView
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.board.style import add_style
 from grpo_stage.board.tables import harmless, literal, table
+from grpo_stage.board.tool_process import WARM
 from grpo_stage.board.trial import try_rewards
-from grpo_stage.board.wizard import Wizard
+from grpo_stage.board.wizard import Wizard, datasets_to_choose
 from grpo_stage.host.configuration_file import STAGE
 from grpo_stage.host.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.host.recipe_text import read_recipe
@@ -54,6 +54,7 @@ SANE_VALUES: Mapping[str, Any] = {
     "logging_steps": 1,
     "save_steps": 50,
 }
+_LOG_HEIGHT = 300
 # The answers stand at the top of a long page, and the check far below.
 _CHECK_AND_SHOW = """() => {
   document.getElementById("grpo_check_btn").click();
@@ -88,13 +89,25 @@ def with_grpo(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
     view.connect(engine, train, inputs)
     train["start_btn"].click(None, js=_SHOW_RUN)
     train["training_stage"].change(
-        lambda stage: [gr.update(visible=is_grpo(stage))] * 4,
+        _parts_shown,
         [train["training_stage"]],
-        [panel.wizard.block, panel.accordion, checks.block, view.panel],
+        [panel.wizard.block, panel.accordion, checks.block, view.panel, train["loss_viewer"], train["output_box"]],
         queue=False,
         show_progress="hidden",
     )
     return {**train, **panel.elements, **checks.elements, **view.elements}
+
+
+def _parts_shown(stage_name: str) -> list[Any]:
+    """Our four parts; the host's plot of the loss, which says nothing here; its log, which would push ours away."""
+    is_ours = is_grpo(stage_name)
+    if is_ours:
+        WARM.start()  # so that no button has to wait for imports
+    return [
+        *[gr.update(visible=is_ours)] * 4,
+        gr.update(visible=not is_ours),
+        gr.update(max_height=_LOG_HEIGHT if is_ours else None),
+    ]
 
 
 def is_grpo(stage_name: str) -> bool:
@@ -124,6 +137,12 @@ def _move_before(block: gr.blocks.Block, neighbor: gr.blocks.Block) -> None:
     siblings = block.parent.children
     siblings.remove(block)
     siblings.insert(siblings.index(neighbor), block)
+
+
+def _unused(model_name: str | None, output_dir: str) -> str:
+    """An output folder for another run: the one that is chosen, or a new one if that holds a run already."""
+    folder = Path(get_save_dir(model_name or "Custom", "lora", output_dir)) if output_dir else None
+    return f"train_{get_time()}" if folder is not None and folder.is_dir() and any(folder.iterdir()) else output_dir
 
 
 def _fit_for(stage_name: str, folder: str, datasets: list[str]) -> list[str]:
@@ -202,7 +221,8 @@ class Panel:
         self._show_what_applies(train)
         self._set_sane_values(engine, train)
         lang, output_box = engine.manager.get_elem_by_id("top.lang"), train["output_box"]
-        model_path = engine.manager.get_elem_by_id("top.model_path")
+        top = engine.manager.get_elem_by_id
+        model_name, model_path = top("top.model_name"), top("top.model_path")
 
         def load(data: dict[Component, Any]) -> Iterator[dict[Component, Any]]:
             path, account = data[self._import], ""
@@ -228,11 +248,15 @@ class Panel:
             yield values | said | others | {self._account: gr.update(value=account, visible=bool(account))}
 
         def make(data: dict[Component, Any]) -> dict[Component, Any]:
-            chosen = data[train["dataset_dir"]], data[model_path] or "", data[train["dataset"]] or []
-            recipe = self.wizard.recipe(data, *chosen)
+            chosen = data[train["dataset_dir"]], data[train["dataset"]] or [], data[model_path] or ""
+            template = data[top("top.template")]
+            recipe = self.wizard.recipe(data, *chosen, None if template == "default" else template)
             form = import_recipe(engine.runner, recipe)
+            if data[model_name] and recipe.get("model_name_or_path") == data[model_path]:
+                form[model_name] = this_page().loaded["top.model_name"] = data[model_name]
             # The person has chosen the folder and the functions, and no file that came from elsewhere.
-            form |= {train["output_dir"]: data[train["output_dir"]], self.code.imported: "[]"}
+            form |= {train["output_dir"]: _unused(form[model_name], data[train["output_dir"]])}
+            form |= {self.code.imported: "[]"}
             form |= {train["learning_rate"]: set_rate("lora", recipe.get("model_name_or_path", ""))}
             values = {element: value for element, value in form.items() if element in inputs}
             others = dict(zip(results, hidden(), strict=True))
@@ -272,11 +296,14 @@ class Panel:
             cancels=[trial, *checking],
         )
         self.wizard.dataset.focus(
-            list_datasets, [train["dataset_dir"], train["training_stage"]], [self.wizard.dataset], queue=False
+            datasets_to_choose, [train["dataset_dir"], train["training_stage"]], [self.wizard.dataset], queue=False
         )
         made = self.wizard.button.click(
             make,
-            {train["dataset_dir"], train["dataset"], model_path, train["output_dir"], *self.wizard.questions},
+            {
+                *(train["dataset_dir"], train["dataset"], train["output_dir"], *self.wizard.questions),
+                *(model_name, model_path, top("top.template")),
+            },
             [*inputs, *results],
             concurrency_limit=None,
             cancels=[trial, *checking],
@@ -314,14 +341,14 @@ class Panel:
 
     def _show_what_applies(self, train: Mapping[str, Any]) -> None:
         """Hide the fields that have no effect beside the values of the others."""
-        conditional = [field for field in FORM_FIELDS if field.only_with]
-        conditions = {key for field in conditional for key in field.only_with} - {"eval_strategy"}
+        conditional = [field for field in FORM_FIELDS if field.depends_on]
+        conditions = frozenset().union(*(field.depends_on for field in conditional)) - {"eval_strategy"}
         watched = {key: self.fields[key] for key in sorted(conditions | {"eval_dataset"})}
 
         def visible(val_size: float, *values: Any) -> list[bool]:
             given = {key: value for key, value in zip(watched, values, strict=True) if value is not None}
             run = effective(given, eval_strategy="steps" if val_size or given.get("eval_dataset") else "no")
-            return [applies(field.only_with, run) for field in conditional]
+            return [field.applies(run) for field in conditional]
 
         elements = [train["val_size"], *watched.values()]
         gr.on(

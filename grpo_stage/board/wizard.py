@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from importlib.util import find_spec
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import gradio as gr
 from gradio.components import Component
 from llamafactory.extras.misc import is_accelerator_available
+from llamafactory.webui.common import DEFAULT_SAVE_DIR
+from llamafactory.webui.control import list_datasets
 
+from grpo_stage.host.generated_datasets import SUMS
 from grpo_stage.host.known_models import config_here, template_of
 from grpo_stage.host.learning_rates import LORA_ALPHA, start_rate
 from grpo_stage.rewards.registry import BUILTIN_REWARDS
@@ -39,13 +43,15 @@ _ASKS_FOR_TAGS = (
 )
 
 
-def first_recipe(dataset: str | None, rewards: list[str], model: str, size: str, dataset_dir: str) -> dict[str, Any]:
+def first_recipe(
+    dataset: str | None, rewards: list[str], model: str, size: str, dataset_dir: str, template: str | None = None
+) -> dict[str, Any]:
     """A recipe of LoRA for this machine. What is not answered is left out, and the check says what is missing."""
     has_gpu, model = is_accelerator_available(), model.strip()
     recipe = {
         **{"stage": "grpo", "do_train": True, "finetuning_type": "lora", "lora_target": "all"},
         "lora_alpha": LORA_ALPHA,
-        **{"model_name_or_path": model or None, "template": template_of(model)},
+        **{"model_name_or_path": model or None, "template": template or template_of(model)},
         **{"dataset": dataset or None, "dataset_dir": dataset_dir},
         "reward_funcs": list(rewards) or None,
         "default_system": _ASKS_FOR_TAGS if set(rewards) & set(_WANT_TAGS) else None,
@@ -68,14 +74,21 @@ def _room(model: str, max_new_tokens: int) -> dict[str, int]:
     return {"cutoff_len": min(CUTOFF_LEN, positions - completion), "max_new_tokens": completion}
 
 
+def datasets_to_choose(dataset_dir: str, stage_name: str) -> gr.Dropdown:
+    """The list of the first question: the host's, and sums that need no file."""
+    listed = list_datasets(dataset_dir, stage_name)
+    return gr.Dropdown(choices=[SUMS, *listed.constructor_args["choices"]])
+
+
 class Wizard:
-    """The questions, in a folded group."""
+    """The questions, in a group that is folded once there are runs."""
 
     def __init__(self) -> None:
-        with gr.Accordion(open=False, visible=False, elem_id="grpo_wizard", elem_classes="grpo") as self.block:
+        is_first = not Path(DEFAULT_SAVE_DIR).is_dir()
+        with gr.Accordion(open=is_first, visible=False, elem_id="grpo_wizard", elem_classes="grpo") as self.block:
             with gr.Row():
                 self.dataset = gr.Dropdown(
-                    [], value=None, allow_custom_value=True, elem_id="grpo_wizard_dataset", filterable=True
+                    [SUMS], multiselect=True, allow_custom_value=True, elem_id="grpo_wizard_dataset"
                 )
                 self.rewards = gr.Dropdown(
                     list(BUILTIN_REWARDS),
@@ -102,16 +115,29 @@ class Wizard:
         return [self.dataset, self.rewards, self.model, self.size]
 
     def recipe(
-        self, data: Mapping[Component, Any], dataset_dir: str, model_chosen: str, datasets_chosen: list[str]
+        self,
+        data: Mapping[Component, Any],
+        dataset_dir: str,
+        datasets_chosen: list[str],
+        model_chosen: str,
+        template: str | None,
     ) -> dict[str, Any]:
         """The recipe that the answers make.
 
         Args:
             data: a page's values.
             dataset_dir: of the page.
-            model_chosen: above the questions; it stands for an empty answer.
-            datasets_chosen: as the model.
+            datasets_chosen: above the questions; they stand for an empty answer, and sums if there are none.
+            model_chosen: as the datasets.
+            template: that of the model above; None for the tokenizer's own.
         """
-        dataset, rewards, model, size = (data[question] for question in self.questions)
-        dataset = dataset or ",".join(datasets_chosen)
-        return first_recipe(dataset, rewards or [], model or model_chosen, size, dataset_dir)
+        datasets, rewards, model, size = (data[question] for question in self.questions)
+        model = (model or "").strip() or model_chosen
+        return first_recipe(
+            ",".join(datasets or datasets_chosen or [SUMS]),
+            rewards or [],
+            model,
+            size,
+            dataset_dir,
+            template if model == model_chosen else None,
+        )

@@ -1,5 +1,5 @@
-"""Datasets that are generated: `dataset: reasoning_gym:leg_counting`, a task of the package reasoning-gym, and
-`dataset: textarena:GuessTheNumber-v0`, rounds of the game that is the `environment`.
+"""Datasets that are generated: `dataset: reasoning_gym:leg_counting`, a task of the package reasoning-gym, `dataset:
+textarena:GuessTheNumber-v0`, rounds of the game that is the `environment`, and `dataset: example:sums` to begin with.
 
 Their rows are written into a folder that the host's loader reads, so that mixing, `val_size` and all else are the
 host's. A task's row holds how its puzzle is made again, for the reward `reasoning_gym`, which scores with the task's
@@ -9,6 +9,7 @@ own code; a game's row only differs from the others, so that its round does.
 import copy
 import difflib
 import json
+import random
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 
 PREFIX = "reasoning_gym:"
+SUMS = "example:sums"
+"""Sums of two numbers up to 20: SmolLM2-135M-Instruct gets one in nine right, and learns more in 20 steps."""
 _EVALUATION_SEEDS = 500_000_000
 """How far an evaluation's seed is from that of training: the task draws row i from the seed plus i."""
 DEFAULT_ROWS = 1000
@@ -36,7 +39,7 @@ DEFAULT_ROWS = 1000
 
 
 def is_generated(name: str) -> bool:
-    return name.startswith((PREFIX, GAME))
+    return name.startswith((PREFIX, GAME)) or name == SUMS
 
 
 def check_tasks(
@@ -95,6 +98,14 @@ def check_tasks(
 def _rounds(num: int, first: int) -> list[dict[str, Any]]:
     question = "Play this game. Make each move by calling the tool `act`, until the game is over.\n\n"
     return [{"question": question, "answer": "", "round": first + i} for i in range(num)]
+
+
+def _sums(num: int, is_evaluation: bool) -> list[dict[str, Any]]:
+    """An evaluation has 41 of the 441, training the others."""
+    pairs = [(a, b) for a in range(21) for b in range(21)]
+    random.Random(0).shuffle(pairs)
+    chosen = (pairs[:41] if is_evaluation else pairs[41:])[:num]
+    return [{"question": f"What is {a} + {b}? Answer with the number only.", "answer": str(a + b)} for a, b in chosen]
 
 
 def _rows(where: str, task: str, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -210,6 +221,8 @@ def generated(
                     settings["size"] = min(settings["size"], data_args.max_samples or settings["size"])
                     if name.startswith(GAME):
                         rows = _rounds(settings["size"], settings["seed"])
+                    elif name == SUMS:
+                        rows = _sums(settings["size"], is_evaluation=key == "eval_dataset")
                     else:
                         is_by_level = has_levels and name in trained
                         rows = (_rows_of_levels if is_by_level else _rows)(f"`{key}: {name}`", task, settings)

@@ -27,7 +27,7 @@ from grpo_stage.host.adapters import items, lora_rank
 from grpo_stage.host.checks import refuse_impossible, refuse_unfit
 from grpo_stage.host.coercion import as_hinted
 from grpo_stage.host.configuration_file import RawArguments, stage_of
-from grpo_stage.host.generated_datasets import is_generated
+from grpo_stage.host.generated_datasets import PREFIX
 from grpo_stage.host.keys import as_written, known_keys, quoted, read
 from grpo_stage.host.run_arguments import RunArguments
 from grpo_stage.plugin.finetuning_args import GRPOFinetuningArguments
@@ -108,7 +108,9 @@ def check(raw: RawArguments) -> dict[str, Any]:
         written["reward_funcs"] = REWARD_MODEL  # the only reward
     elif written.get("reward_funcs") is None and written.get("environment") is not None:
         written["reward_funcs"] = "environment"
-    elif written.get("reward_funcs") is None and all(map(is_generated, items(written.get("dataset")) or [""])):
+    elif written.get("reward_funcs") is None and all(
+        name.startswith(PREFIX) for name in items(written.get("dataset")) or [""]
+    ):
         written["reward_funcs"] = "reasoning_gym"
     with apart():
         if not written.get("output_dir", True):  # if it is left out, transformers has a default

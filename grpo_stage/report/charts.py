@@ -61,7 +61,7 @@ SECTIONS = (
         "Learning signal",
         (
             Chart(
-                "Dead groups",
+                "Groups that teach nothing",
                 (r"frac_reward_zero_std", r"frac_reward_none", r"completions/frac_groups_all_(?:right|wrong)"),
                 "share",
             ),

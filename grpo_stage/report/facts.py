@@ -231,7 +231,7 @@ def _how(history: History) -> list[str]:
         ("On held-out prompts it", "eval_reward", number),
         ("Tokens of a completion", "completions/mean_length", number),
         ("Entropy", "entropy", number),
-        ("Dead groups", "frac_reward_zero_std", share),
+        ("Groups that teach nothing", "frac_reward_zero_std", share),
     ):
         change = change_of(history, metric)
         if change is None:

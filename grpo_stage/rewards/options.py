@@ -15,6 +15,8 @@ from grpo_stage.rewards.registry import BUILTIN_REWARDS
 
 REWARD_MODEL = "reward_model"
 """The name in `reward_funcs` of the model that the key `reward_model` names."""
+ENVIRONMENT = "environment"
+"""The name of the reward that the key `environment` gives, at the end of a completion's turns."""
 BATCH_ARGUMENTS = (
     *("prompts", "completions", "completion_ids", "messages", "references", "trainer_state"),
     *("final_turns", "environment_rewards"),

@@ -122,7 +122,9 @@ def _probe(configuration: Mapping[str, Any], args: argparse.Namespace) -> "tuple
         chosen = random.Random(arguments.training.seed).sample(range(len(train)), min(args.n, len(train)))
         prompts = [train[i] for i in sorted(chosen)]
         with started_policy(arguments, inputs, rewards, args.k) as policy, _progress() as progress:
-            groups, seconds = _sample(policy, rewards, prompts, _prompts_at_once(arguments, args.k), progress)
+            groups, seconds = _sample(
+                policy, rewards, prompts, _prompts_at_once(arguments, args.k), progress, args.json
+            )
             contrasts = _contrasts(arguments, policy, groups, args.gradient_prompts, progress)
             constant = best_constant_answer(rewards, train, inputs.tokenizer)
     report = make_report(
@@ -159,6 +161,7 @@ def _sample(
     prompts: "Sequence[Prompt]",
     prompts_at_once: int,
     progress: "Progress",
+    json: Path | None,
 ) -> "tuple[list[ScoredGroup], float]":
     """The prompts' groups with their rewards, and the seconds that sampling took."""
     from grpo_stage.types import ScoredGroup
@@ -174,6 +177,8 @@ def _sample(
             totals = tuple(rewards.total(row) for row in scores)
             groups.append(ScoredGroup(group=group, rewards=tuple(map(tuple, scores)), total_rewards=totals))
         progress.advance(task, len(part))
+        if str(json) != "-":
+            write_json(json, {"is_whole": False, "num_sampled": len(groups), "num_prompts": len(prompts)})
     return groups, seconds
 
 

@@ -62,6 +62,11 @@ _WITHOUT_REWARD_MODEL = (
     "`model_name_or_path` is named, whose tokens and template it reads. The total is that of the other functions."
 )
 
+_WITHOUT_TURNS = (
+    "`environment` is not tried: it pays for what the model does with its tools, and a trial has no turns. Try it by "
+    "`grpo-stage probe`."
+)
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TrialResult:
@@ -117,7 +122,7 @@ def try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -
     """
     from grpo_stage.rewards.constant_answer import best_constant_answer
     from grpo_stage.rewards.loading import load_rewards
-    from grpo_stage.rewards.options import REWARD_MODEL
+    from grpo_stage.rewards.options import ENVIRONMENT, REWARD_MODEL
     from grpo_stage.rewards.paid_attacks import attack_findings, attack_scores
     from grpo_stage.rewards.trial import SAMPLED, completions_for, findings_in, remarks_on, try_rewards
     from grpo_stage.types import TrainingProgress
@@ -161,17 +166,19 @@ def try_recipe(configuration: Mapping[str, Any], num_rows: int, samples: bool) -
         rows = try_rewards(rewards, prompts, completions)
         # A server would be asked about a thousand completions.
         constant = None if asks_model else best_constant_answer(rewards, all_prompts, tokenizer)
+    judged = [name for name in rewards.names if name != ENVIRONMENT]
     attacks = attack_scores(rows, dict(zip(rewards.names, rewards.weights, strict=True)))
     return TrialResult(
         functions=rewards.names,
         weights=rewards.weights,
         findings=[
-            *findings_in(rows, rewards.names),
+            *(findings_in(rows, judged) if judged else []),
             *attack_findings(attacks),
             *([constant.warning] if constant and constant.warning else []),
         ],
         notes=[
             *remarks_on(rows),
+            *([_WITHOUT_TURNS] if ENVIRONMENT in rewards.names else []),
             *([_WITHOUT_REWARD_MODEL] if is_without_model else []),
             *([] if has_model else [_IN_BYTES]),
         ],

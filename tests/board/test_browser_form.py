@@ -78,7 +78,6 @@ def test_another_systems_recipe_and_then_the_first_one(
     expect(other.locator("#grpo_num_generations input")).to_have_value("8")
     other.close()
 
-    page.get_by_role("button", name="First run").click()
     dataset = page.locator("#grpo_wizard_dataset input")
     dataset.fill("sums")
     dataset.press("Enter")

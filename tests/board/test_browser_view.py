@@ -187,6 +187,7 @@ def test_completions_runs_and_alarms(page: Page, saves: Path, missing_tool: Call
     runs = page.locator("#grpo_run_list")
     runs.get_by_label("Compare Custom/lora/groups-too").check()
     page.get_by_role("tab", name="Curves").click()
+    page.get_by_role("button", name="More charts").click()
     names = [curve["name"] for curve in wait_until_drawn(page, "Entropy", 2)]
     assert names == ["groups", "groups-too"]
     for name, content in (("Curves (CSV)", "step,"), ("Completions (JSONL)", '{"step"'), ("Report (HTML)", "<!")):

@@ -169,11 +169,17 @@ def test_the_first_recipe_is_accepted(size: str, rewards: list[str]) -> None:
     assert json.dumps(recipe)
 
 
-def shown(board: Board, monkeypatch: pytest.MonkeyPatch, states: list[ToolState], **values: Any) -> list[str]:
+def shown(
+    board: Board,
+    monkeypatch: pytest.MonkeyPatch,
+    states: list[ToolState],
+    words: Any = check_panel._CHECK,
+    **values: Any,
+) -> list[str]:
     """What the result says, one update after the other, while the command goes through these states."""
     monkeypatch.setattr(check_panel, "run_tool", lambda words, arguments: (state for state in states))
     data = board.data(**values)
-    updates = check_panel._run(board.runner, data, values.get("top__lang", "en"), check_panel._CHECK, check_view)
+    updates = check_panel._run(board.runner, data, values.get("top__lang", "en"), words, check_view)
     return [_Tags(update["value"]).said for update in updates]
 
 
@@ -186,6 +192,28 @@ def test_a_check_shows_what_it_knows_so_far(board: Board, monkeypatch: pytest.Mo
     assert second.count("To come ...") == 2
     assert "It does not fit" in last
     assert "Checking" not in last
+
+
+def test_what_is_red_below_is_told_first(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    fits, fine = MEMORY | {"fits": True}, CHECKED["rewards"] | {"findings": []}
+    for rewards, memory, is_sound in (
+        (fine, fits, True),
+        (None, None, True),  # to come
+        (fine, MEMORY, False),
+        (fine | {"findings": ["an attack is paid"]}, fits, False),
+        ({"error": "x"}, fits, False),
+        (fine, {"error": "x"}, False),
+    ):
+        states = [ToolState(1, CHECKED | {"rewards": rewards, "memory": memory}, is_done=True)]
+        (said,) = shown(board, monkeypatch, states)
+        assert said.startswith("A run would start: press" if is_sound else "A run would start, but see first")
+
+
+def test_a_probe_says_how_far_it_is(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = {"is_whole": False, "num_sampled": 4, "num_prompts": 16}
+    states = [ToolState(1), ToolState(2, partial), ToolState(3, error="killed", is_done=True)]
+    said = shown(board, monkeypatch, states, words=check_panel._PROBE)
+    assert said[:2] == ["Loading the model and sampling ... 1 s", "Sampled 4 of 16 prompts ... 2 s"]
 
 
 def test_keys_are_told_at_once_and_the_rest_when_it_is_found(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,7 +244,7 @@ def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any])
     Path("small model").mkdir()
     Path("small model", "config.json").write_text('{"hidden_size": 576, "max_position_embeddings": 1200}')
     answers = {
-        **{"train__grpo_wizard_dataset": "addition", "train__grpo_wizard_rewards": ["accuracy", "own.py:score"]},
+        **{"train__grpo_wizard_dataset": ["addition"], "train__grpo_wizard_rewards": ["accuracy", "own.py:score"]},
         **{"train__grpo_wizard_model": " small model ", "train__grpo_wizard_size": "small"},
     }
     data = board.data(**answers)
@@ -232,10 +260,37 @@ def test_the_answers_fill_the_form(board: Board, event_of: Callable[[str], Any])
     assert form["train.grpo_imported_code"] == "[]"  # its functions were typed here
     assert form["train.lora_alpha"] == 32
     assert check(board.runner._parse_train_args({**data, **values}))["max_steps"] == 200
-    # What is chosen above stands for an empty answer.
+    # What is chosen above stands for an empty answer, and without a choice there are sums.
+    for chosen in ([], None):
+        values = event_of("make")(board.data(train__grpo_wizard_size="try", train__dataset=chosen))
+        form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
+        assert form["train.dataset"] == ["example:sums"]
     values = event_of("make")(board.data(train__grpo_wizard_size="try", train__dataset=["one", "two"]))
     form = {board.manager._elem_to_id.get(element): value for element, value in values.items()}
     assert (form["train.dataset"], form["top.model_path"]) == (["one", "two"], "model")
+
+
+def test_what_stands_above_the_questions_is_kept(board: Board, event_of: Callable[[str], Any]) -> None:
+    def made(**values: Any) -> dict[str | None, Any]:
+        above = {"top__model_name": "SmolLM2-135M-Instruct", "top__model_path": "here", "top__template": "smollm2"}
+        data = board.data(**{"train__grpo_wizard_size": "try", **above, **values})
+        return {board.manager._elem_to_id.get(element): value for element, value in event_of("make")(data).items()}
+
+    form = made()
+    assert (form["top.model_name"], form["top.model_path"], form["top.template"]) == (
+        "SmolLM2-135M-Instruct",
+        "here",
+        "smollm2",
+    )
+    assert "template" not in json.loads(form["train.extra_args"])
+    assert form["train.output_dir"] == "run"
+    other = made(train__grpo_wizard_model="there")
+    assert (other["top.model_name"], other["top.model_path"]) == ("Custom", "there")
+    assert json.loads(other["train.extra_args"])["template"] is None  # that of its tokenizer
+    # A folder with a run is not gone on with: the recipe is another one.
+    Path("saves/SmolLM2-135M-Instruct/lora/run/checkpoint-10").mkdir(parents=True)
+    assert made()["train.output_dir"].startswith("train_20")
+    assert made(train__grpo_wizard_model="there")["train.output_dir"] == "run"  # among those of another name
 
 
 def test_a_recipe_of_another_system_fills_the_form(

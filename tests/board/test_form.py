@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from grpo_stage.algorithm.combinations import WITH_TOOLS
 from grpo_stage.algorithm.conditions import Above
 from grpo_stage.arguments import GRPOArguments
 from grpo_stage.board.fields import FORM_FIELDS, HOST_FIELDS, FormField
@@ -50,7 +51,7 @@ def values_of(field: FormField) -> list[Any]:
 
 def companions(field: FormField) -> dict[str, Any]:
     """Values of other fields under which this one has an effect."""
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"train__grpo_environment": "file.py:Class"} if field.key in WITH_TOOLS else {}
     for key, allowed in field.only_with.items():
         if key == "eval_strategy":
             values["train__val_size"] = 0.5
@@ -189,6 +190,10 @@ def test_compute_type(compute_type: str, yaml_of: Callable[..., dict[str, Any]])
 def test_hidden_fields_are_not_sent(board: Board) -> None:
     run = board.arguments(train__grpo_rollout_backend="hf", train__grpo_vllm_sleep=1, train__grpo_eval_temperature=0.5)
     assert {"vllm_sleep", "eval_temperature"} & run.keys() == set()
+    turns = {"train__grpo_max_turns": 3, "train__grpo_tool_timeout": 5}
+    assert WITH_TOOLS.keys() & board.arguments(**turns).keys() == set()
+    for given in ({"train__grpo_tools": ["file.py:function"]}, {"train__grpo_environment": "file.py:Class"}):
+        assert board.arguments(**turns, **given)["max_turns"] == 3
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "api"])
@@ -281,3 +286,16 @@ def test_the_panel_stands_behind_the_rlhf_panel(board: Board) -> None:
     while stage.parent is not panel.parent:
         stage = stage.parent
     assert siblings[siblings.index(stage) + 1] is questions
+
+
+def test_a_game_needs_no_dataset(board: Board, yaml_of: Callable[..., dict[str, Any]]) -> None:
+    form = {"train__grpo_environment": "textarena:GuessTheNumber-v0", "train__grpo_reward_funcs": ["environment"]}
+    for dataset in ([], None):
+        data = board.data(train__dataset=dataset, **form)
+        assert board.runner._initialize(data, do_train=True, from_preview=True) == ""
+        assert board.runner.checked_form(data)[0] == []
+        assert "dataset" in board.runner.trial_arguments(data)
+        assert yaml_of(train__dataset=dataset, **form)["dataset"] == "textarena:GuessTheNumber-v0"
+    assert yaml_of(**form)["dataset"] == "addition"  # which the user has chosen
+    own = board.data(train__dataset=[], train__grpo_environment="file.py:Class")
+    assert "dataset" in board.runner._initialize(own, do_train=True, from_preview=True)

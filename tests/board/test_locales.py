@@ -121,9 +121,11 @@ def test_messages_are_filled_in() -> None:
 @pytest.mark.parametrize("language", LANGUAGES[1:])
 def test_the_run_view_has_its_texts_in_every_language(language: str) -> None:
     english, ours = (dict(texts(each)["view"]) for each in ("en", language))
-    charts, own_charts = english.pop("charts"), ours.pop("charts")
-    assert (ours.keys(), own_charts.keys()) == (english.keys(), charts.keys())
-    pairs = [(english[name], ours[name]) for name in english] + [(charts[name], own_charts[name]) for name in charts]
+    pairs = []
+    for group in ("charts", "hints", None):
+        of_english, of_ours = (texts.pop(group) if group else texts for texts in (english, ours))
+        assert of_ours.keys() == of_english.keys()
+        pairs += [(of_english[name], of_ours[name]) for name in of_english]
     assert [(first, second) for first, second in pairs if placeholders(first) != placeholders(second)] == []
     foreign = [second for _, second in pairs if not re.search(SCRIPTS[language], second, re.IGNORECASE)]
     assert foreign == []
@@ -134,6 +136,7 @@ def test_every_chart_and_section_has_its_text() -> None:
     titles |= {chart.title for section in SECTIONS for chart in section.charts} | {OTHER_METRICS}
     assert set(texts("en")["view"]["charts"]) == titles
     assert all(name == text for name, text in texts("en")["view"]["charts"].items())
+    assert texts("en")["view"]["hints"].keys() <= titles
 
 
 def test_the_script_asks_for_texts_that_are_there() -> None:
@@ -148,13 +151,14 @@ def test_the_script_asks_for_texts_that_are_there() -> None:
             ("doing", ("starting", *get_args(Doing))),
             ("order", ORDERS),
             ("part", set(KINDS.values())),
+            ("reward", ("rose", "fell", "same")),
             ("fact", ("elapsed", "left", "reward", "step_time", "rollout_rate", "update_rate")),
             ("phase", ("sync", "rollout", "canary", "reward", "logprobs", "update", "other")),
             ("column", ("compare", "run", "state", "steps", "reward", "changed", "checkpoint")),
         )
         for end in ends
     }
-    assert set(texts("en")["view"]) == asked | made | {"charts"}
+    assert set(texts("en")["view"]) == asked | made | {"charts", "hints"}
 
 
 @pytest.mark.parametrize("language", LANGUAGES[1:])

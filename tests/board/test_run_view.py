@@ -61,6 +61,37 @@ def curves(answer: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, floa
     }
 
 
+def test_a_run_that_learns_nothing_says_so_at_once(look: Look) -> None:
+    taught, silent, solved = (
+        {"frac_reward_zero_std": equal, "completions/frac_groups_all_right": right}
+        for equal, right in ((0, 0), (1, 0), (1, 1))
+    )
+    said = []
+    for lines in ([taught, silent, silent], [taught, *[silent] * 4], [*[silent] * 4, solved]):
+        folder = FOLDER.with_name(f"silent{len(said)}")
+        write_run(folder, lines)
+        said.append(look(folder=folder)["faults"])
+    assert said[0] == said[2] == []
+    (text,) = said[1]
+    assert text.startswith("In the last 4 log lines all answers to each prompt earned the same reward")
+
+
+def test_a_rise_is_told_from_chance() -> None:
+    noise = [0.1, -0.1, 0.05, -0.05] * 10
+    ways = {
+        "rose": [0.2 + step / 100 + each for step, each in enumerate(noise)],
+        "fell": [0.8 - step / 100 + each for step, each in enumerate(noise)],
+        "same": [0.5 + step / 10000 + each for step, each in enumerate(noise)],
+    }
+    for way, rewards in ways.items():
+        found = run_view._rise(rewards)
+        assert found is not None
+        assert (found["way"], found["count"]) == (way, 10)
+        assert found["first"] == pytest.approx(sum(rewards[:10]) / 10)
+        assert found["last"] == pytest.approx(sum(rewards[-10:]) / 10)
+    assert run_view._rise([0.1, 0.2, 0.9]) is None
+
+
 def test_the_answer_holds_only_what_has_changed(look: Look) -> None:
     write_run(FOLDER, [{"reward": 0.5}, {"reward": 0.75}])
     first = look()
@@ -297,6 +328,8 @@ def test_the_state_of_a_run_of_this_board() -> None:
         note(FOLDER, activity)
         assert state(running).kind == kind
     assert state(Process(was_aborted=True)).kind == "stopping"
+    note(FOLDER, "finished")  # it has said so, and ends
+    assert state(running).kind == "saving"
     refused = state(Process(1, "Traceback\n  x\nValueError: `beta` is -1.\n"))
     assert (refused.kind, refused.error) == ("failed", "ValueError: `beta` is -1.")
     note(FOLDER, "failed", error="`beta` is -1.", log="where")
@@ -305,6 +338,9 @@ def test_the_state_of_a_run_of_this_board() -> None:
     note(FOLDER, "stopped", error="stopped by SIGABRT")
     stopped = state(Process(134, was_aborted=True), {"current_steps": 3, "total_steps": 9}.items())
     assert (stopped.kind, stopped.checkpoint) == ("stopped", "checkpoint-3")
+    for said, shown in (("stopped by SIGABRT", ""), ("stopped by SIGTERM", "stopped by SIGTERM")):
+        note(FOLDER, "stopped", error=said)
+        assert state_of(FOLDER, {}, None).error == shown
     note(FOLDER, "finished")
     assert state(Process(0)).kind == "finished"
 

@@ -106,6 +106,14 @@ def test_references_are_tried_without_a_model(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.json", "recipe.yaml"]
 
 
+def test_the_reward_of_a_game_is_not_tried(run: Callable[..., int], result: Callable[[], dict[str, Any]]) -> None:
+    game = "textarena:GuessTheNumber-v0"
+    for others in ([], ["accuracy"]):
+        assert run(environment=game, reward_funcs=",".join(["environment", *others])) == 0
+        assert result()["findings"] == []
+        assert any("`environment` is not tried" in note for note in result()["notes"])
+
+
 def test_each_dataset_of_the_recipe_is_tried(
     run: Callable[..., int], result: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """Datasets that are generated: their rows, prompts and scorer, and what is refused of them."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,22 @@ def test_rows_are_the_tasks_own_and_evaluation_has_others():
     expected = reasoning_gym.create_dataset("leg_counting", size=3, seed=11, max_animals=4)
     assert [(row["question"], row["answer"]) for row in train] == [(e["question"], e["answer"]) for e in expected]
     assert not {row["question"] for row in train} & {row["question"] for row in evaluation}
+
+
+def test_sums_need_no_file_and_evaluation_has_others():
+    with generated(
+        make(dataset=["example:sums"], eval_dataset=["example:sums"], max_samples=None), {}, seed=3
+    ) as data:
+        train = rows_of(data, "dataset", data.dataset[0])  # type: ignore[index]
+        evaluation = rows_of(data, "eval_dataset", "example:sums")
+    assert (len(train), len(evaluation)) == (400, 41)
+    assert not {row["question"] for row in train} & {row["question"] for row in evaluation}
+    for row in train:
+        first, second = map(int, re.findall(r"\d+", row["question"]))
+        assert row["answer"] == str(first + second)
+    keys = {"stage": "grpo", "do_train": True, "model_name_or_path": "model", "output_dir": "out"}
+    with pytest.raises(ValueError, match="`reward_funcs` is missing"):  # of no package's own
+        check({**keys, "dataset": "example:sums"})
 
 
 def test_the_reward_is_the_tasks_own_score():

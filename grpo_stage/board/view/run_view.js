@@ -1,8 +1,9 @@
 if (window.grpoRunView) return;
 const NUM_COLORS = 10, DASHES = ["solid", "dash", "dot", "dashdot", "longdash", "longdashdot"];
+const FIRST = ["Reward", "Learning signal", "Lengths"];  // sections for everybody; the others are folded
 const HEIGHT = 210, FEW_POINTS = 30, LOOK_MS = 100, RUNS_MS = 6000;
 const KEPT_AS = "grpo-run-view";
-const kept = { tab: "curves", smoothing: 0.6, charts: {}, log: {}, hidden: {}, ...stored() };
+const kept = { tab: "curves", smoothing: 0.6, more: false, charts: {}, log: {}, hidden: {}, ...stored() };
 
 let root = null;  // the element that is filled; Gradio makes a new one when the stage is chosen again
 let parts = {};  // elements that change, by name
@@ -198,7 +199,10 @@ function showState() {
     doing = [...done, present].join(" · ");
   } else if (state.kind === "running" && !state.step && state.seconds !== null) doing = t("first_step", { seconds: seconds(state.seconds) });
   else if (state.kind === "evaluating" && state.seconds !== null) doing = seconds(state.seconds);
-  else if (state.kind === "stopped") doing = [state.error, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
+  else if (state.kind === "finished") {
+    const { first, last, count, way } = state.rise ?? {};
+    doing = [way && t(`reward_${way}`, { first: shown(first, ""), last: shown(last, ""), count }), t("talk_to_it", { folder: state.folder })].filter(Boolean).join(" ");
+  } else if (state.kind === "stopped") doing = [state.error && `${state.error}.`, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
   else if (state.kind === "killed") doing = state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint");
   put(parts.doing, doing);
   parts.doing.hidden = !doing;
@@ -314,11 +318,14 @@ function showCurves() {
   }
   const places = new Map();
   const elements = [];
+  let numFolded = 0;
   for (const section of now.sections) {
     const shownCharts = section.charts.filter((chart) => chart.is_shown && chart.curves.length);
-    if (!shownCharts.length) continue;
+    const isFirst = (chart) => FIRST.includes(section.key) || kept.charts[chart.key];
+    numFolded += shownCharts.filter((chart) => !isFirst(chart)).length;
+    const unfolded = shownCharts.filter((chart) => kept.more || isFirst(chart));
     const seenKeys = {};
-    for (const data of shownCharts) {
+    for (const data of unfolded) {
       const key = `${data.key}#${(seenKeys[data.key] = (seenKeys[data.key] ?? 0) + 1)}`;
       if (!charts.has(key)) charts.set(key, new Chart(key));
       const chart = charts.get(key);
@@ -334,10 +341,12 @@ function showCurves() {
     chart.remove();
     charts.delete(key);
   }
-  const mark = JSON.stringify(elements.map((element) => element.chart.key));
+  const mark = JSON.stringify([elements.map((element) => element.chart.key), numFolded]);
   if (parts.sections.dataset.mark === mark) return;
   parts.sections.dataset.mark = mark;
-  parts.sections.replaceChildren(...(elements.length ? elements : [parts.none]));
+  const fold = make("button", { type: "button", className: "more", onclick: () => { kept.more = !kept.more; keep(); showCurves(); } },
+    kept.more ? t("fewer_charts") : t("more_charts", { count: numFolded }));
+  parts.sections.replaceChildren(...(elements.length ? elements : [parts.none]), ...(numFolded ? [fold] : []));
 }
 
 function drawAll() {
@@ -362,6 +371,7 @@ class Chart {
     this.isNear = this.isDrawn = this.isStale = false;
     this.title = make("span", { className: "title" });
     this.over = make("small", { className: "soft" });
+    this.hint = make("p", { className: "soft hint", hidden: true });
     this.legend = make("div", { className: "legend" });
     this.plot = make("div", { className: "plot" });
     this.line = make("div", { className: "cursor", hidden: true });
@@ -369,7 +379,7 @@ class Chart {
     this.element = make("figure", { className: "card" },
       make("figcaption", {}, make("span", { className: "titles" }, this.over, this.title), this.log,
         make("button", { type: "button", title: t("picture"), onclick: () => this.save() }, "PNG")),
-      this.legend, make("div", { className: "place" }, this.plot, this.line));
+      this.hint, this.legend, make("div", { className: "place" }, this.plot, this.line));
     this.element.chart = this.plot.chart = this;
     near.observe(this.element);
     sized.observe(this.plot);
@@ -399,6 +409,8 @@ class Chart {
     this.mark = mark;
     this.data = data;
     put(this.title, now.runs.length > 1 && data.is_stacked ? `${data.title} · ${now.runs[data.curves[0].run]}` : data.title);
+    put(this.hint, data.hint);
+    this.hint.hidden = !data.hint;
     this.title.title = Object.entries(data.definitions).map(([name, text]) => `${name}: ${text}`).join("\n\n");
     const many = now.runs.length > 1, byRun = many && !data.is_stacked;
     const metrics = [...new Set(data.curves.map((curve) => curve.metric))];
@@ -599,6 +611,7 @@ function groupControls(part) {
       make("label", {}, `${t("order")} `, part("order", make("select", { onchange: changed, id: "grpo_run_order" },
         ...["sampled", "best", "worst", "spread"].map((name) => make("option", { value: name }, t(`order_${name}`)))))),
       field("text", t("search"), 16), field("lowest", t("reward_from"), 4), field("highest", t("reward_to"), 4), box("cut", t("only_truncated"))),
+    make("p", { className: "soft" }, t("group_hint")),
     part("found", make("p", { className: "soft", role: "status" })),
     part("bars", make("div", { className: "bars" })),
     part("groups", make("div", { className: "groups" })),
