@@ -11,7 +11,7 @@ import pytest
 from grpo_stage.host.parser import check, known_key_names
 from grpo_stage.tools.porting import swift, trl, verl
 from grpo_stage.tools.porting.own_check import refusal_of
-from grpo_stage.tools.porting.port import Port
+from grpo_stage.tools.porting.port import Fate, Port
 from grpo_stage.tools.recipe_file import WITHOUT_DEVICE
 from tests.unit import foreign_keys
 
@@ -68,3 +68,22 @@ def test_no_key_that_comes_of_two_valid_ones_is_refused(system: str) -> None:
         except ValueError as error:
             refusals[f"{key}: {value}, {other}: {of_other}"] = str(error)
     assert refusals == {}
+
+
+def _of_correction(system: str, more: Source) -> list[tuple[str, Fate, bool]]:
+    _, base, port = SYSTEMS[system]
+    lines = port({**base, "use_vllm": True, **more}).lines
+    return [(line.key, line.fate, line.changes_learning) for line in lines if "importance" in line.key]
+
+
+@pytest.mark.parametrize("more", [{"repetition_penalty": 1.1}, {"top_k": 50}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_a_correction_that_has_to_be_left_is_told_of_as_what_changes_learning(more: Source) -> None:
+    key = "vllm_importance_sampling_correction"  # which is TRL's default
+    assert _of_correction("TRL", {}) == [(key, Fate.DEFAULT, False)]
+    assert _of_correction("TRL", more) == [(key, Fate.LEFT, True)]
+
+
+def test_what_else_comes_of_a_correction_that_is_left_does_not_call_it_harmless() -> None:
+    mode = {"rollout_importance_sampling_mode": "token_truncate"}  # `rollout_correction` and its mode
+    assert _of_correction("ms-swift", mode) == [(*mode, Fate.COMPUTED, False)]
+    assert _of_correction("ms-swift", mode | {"top_k": 50}) == [(*mode, Fate.LEFT, True)]

@@ -290,13 +290,15 @@ class Port:
             values[key] = effective_defaults()[key]
         lines = self.lines
         self.lines = []
+        left = {line.key for line in lines if line.fate is Fate.LEFT}
         for line in lines:
             ours = {key: value for key, value in line.ours.items() if key not in keys}
-            if ours == line.ours:
-                self.lines.append(line)
-            elif ours:
+            if ours or ours == line.ours:
                 self.lines.append(dataclasses.replace(line, ours=ours))
-            elif line.fate is not Fate.DEFAULT:  # nothing is left of a default, which the file does not have
+            if ours == line.ours:
+                continue
+            is_gone = not ours and line.fate is not Fate.DEFAULT  # nothing is left of what the file does have
+            if changes_learning or (is_gone and line.key not in left):
                 self.lines.append(Line(line.key, line.value, Fate.LEFT, {}, note, changes_learning))
 
     def _by_entry(self, key: str, value: Any, entry: Entry) -> None:

@@ -248,8 +248,7 @@ def _rollout(port: Port, defaults: Mapping[str, Any], said: str) -> None:
         port.default("use_vllm", {"rollout_backend": "hf"}, f"{said}; `rollout_backend: vllm` is much faster")
     uses_vllm = bool(port.get("use_vllm", False))
     put_servers(port, uses_vllm)
-    is_neutral = port.get("top_p", 1.0) in (1, 1.0) and not port.get("top_k") and not port.get("min_p")
-    if uses_vllm and defaults["corrects"] and is_neutral:
+    if uses_vllm and defaults["corrects"]:
         port.default("vllm_importance_sampling_correction", {"rollout_correction": "token"}, said)
 
 
