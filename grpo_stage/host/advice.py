@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from transformers.trainer_utils import SchedulerType
 
 from grpo_stage.algorithm.catalog import OFF_POLICY_KEYS, learns_one_behind
-from grpo_stage.host.learning_rates import is_far_too_high, start_rate
+from grpo_stage.host.learning_rates import rate_instead
 from grpo_stage.host.log import get_logger
 
 
@@ -64,11 +64,12 @@ def warn(arguments: "RunArguments") -> None:
             "paper has `epsilon: 3.0e-4` and `epsilon_high: 4.0e-4`."
         )
     rate, method, model = training.learning_rate, finetuning.finetuning_type, arguments.model.model_name_or_path
-    if "adam" in training.optim and is_far_too_high(rate, method, model):
+    usual = rate_instead(rate, method, model, finetuning.lora_alpha) if "adam" in training.optim else None
+    if usual is not None:
         logger.warning_rank0(
-            f"`learning_rate: {rate:g}` is {rate / float(start_rate(method, model)):,.0f} times what such a model is "
-            f"usually trained with (`finetuning_type: {method}`): it breaks in the first steps. Write `learning_rate: "
-            f"{start_rate(method, model)}` unless you mean it."
+            f"`learning_rate: {rate:g}` is {rate / float(usual):,.0f} times what such a model is usually trained with "
+            f"(`finetuning_type: {method}`): it breaks in the first steps. Write `learning_rate: {usual}` unless you "
+            "mean it."
         )
     if training.device.type == "cpu" and (training.bf16 or training.fp16 or arguments.finetuning.pure_bf16):
         logger.warning_rank0(

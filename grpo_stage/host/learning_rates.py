@@ -27,16 +27,26 @@ def start_rate(method: str, model: str) -> str:
         method: `finetuning_type`.
         model: a folder, or a hub's id; its width is known if its config is on this machine.
     """
-    digit, exponent = f"{_usual_rate(method, model):.0e}".split("e")
-    return f"{digit}e{int(exponent)}"
+    return _one_digit(_OF_WIDTH_1[method] / (_width(model) or _WIDTH_OF_AN_UNKNOWN_MODEL))
 
 
-def is_far_too_high(rate: float, method: str, model: str) -> bool:
-    """Whether an optimizer of Adam's kind breaks the model with that rate."""
-    return rate > _TIMES_TOO_HIGH * _usual_rate(method, model)
+def rate_instead(rate: float, method: str, model: str, lora_alpha: float) -> str | None:
+    """The learning rate to take in place of one with which an optimizer of Adam's kind breaks the model.
+
+    None if it does not, or the model's width is not known.
+    """
+    width = _width(model)
+    if width is None:
+        return None
+    usual = _OF_WIDTH_1[method] / width * (LORA_ALPHA / lora_alpha if method == "lora" else 1)
+    return _one_digit(usual) if rate > _TIMES_TOO_HIGH * usual else None
 
 
-def _usual_rate(method: str, model: str) -> float:
+def _width(model: str) -> int | None:
     config = config_here(model)
-    width = (config.get("text_config") or config).get("hidden_size")  # of a model for images, its language model's
-    return _OF_WIDTH_1[method] / (width or _WIDTH_OF_AN_UNKNOWN_MODEL)
+    return (config.get("text_config") or config).get("hidden_size")  # of a model for images, its language model's
+
+
+def _one_digit(rate: float) -> str:
+    digit, exponent = f"{rate:.0e}".split("e")
+    return f"{digit}e{int(exponent)}"

@@ -1099,6 +1099,7 @@ def test_code_of_the_models_repository_is_announced(recipe, monkeypatch, kind):
         ({"learning_rate": 0.01, "finetuning_type": "full"}, True),  # which LoRA stands
         ({"learning_rate": 0.01}, False),
         ({"learning_rate": 1.0, "optim": "sgd"}, False),
+        ({"learning_rate": 1.0, "lora_alpha": 2}, False),  # the product counts
     ],
 )
 def test_a_rate_that_breaks_any_model_is_warned_of(recipe, monkeypatch, keys, is_warned):
