@@ -71,7 +71,7 @@ def test_commands_run_beside_one_another_and_are_forks_of_one_process(warm: Warm
     # A command that the process itself refuses, in its own words and without those of the host before them.
     *_, refused = run_tool(trial, recipe(reward_funcs="nothing"))
     assert refused.error is not None
-    assert refused.error.startswith("unknown reward 'nothing'")
+    assert refused.error.startswith("reward 'nothing' is not known")
     assert warm._process is process
 
 

@@ -235,7 +235,7 @@ def test_a_reward_model_alone_that_is_not_asked_here_is_refused(
     ("options", "changes", "message"),
     [
         (["num_generation=4"], {}, "`num_generation` is not a key"),
-        (["reward_funcs=acuracy"], {}, "did you mean 'accuracy'"),
+        (["reward_funcs=acuracy"], {}, "Did you mean 'accuracy'"),
         (["dataset=sum"], {}, "Did you mean `sums`?"),
         (["stage=sft"], {}, "is no recipe of `stage: grpo`"),
         (["--completions", "model"], {}, "`model_name_or_path`, which is missing"),
