@@ -151,7 +151,6 @@ class WeightTransfer:
         """The weights, a part at a time. On the device are two parts and a tensor at most, if each is let go."""
         for each in in_parts(tensors, BYTES_OF_A_PART):
             part = packed(each, self._device)
-            each.clear()
             yield part
             del part
 
