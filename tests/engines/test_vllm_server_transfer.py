@@ -3,10 +3,15 @@
 Whole servers of vLLM's that take weights this way are in tests/e2e/test_vllm_servers.py.
 """
 
+import builtins
 import contextlib
 import dataclasses
 import inspect
+import subprocess
+import sys
+import threading
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +24,7 @@ from grpo_stage.rollout.engines import vllm_server_rules, vllm_server_transfer
 from grpo_stage.rollout.engines.vllm_server import VLLMServers
 from grpo_stage.rollout.engines.vllm_server_fleet import Patience
 from grpo_stage.rollout.engines.vllm_server_transfer import NCCLCommunicator, WeightTransfer, packed
-from grpo_stage.rollout.engines.weights import checkpoint_weights
+from grpo_stage.rollout.engines.weights import PolicyWeights, checkpoint_weights
 from grpo_stage.types import EngineLostError
 
 from . import gloo_transfer
@@ -28,6 +33,9 @@ from .gloo_transfer import GlooCommunicator
 from .test_vllm_server_faults import MODEL, PROMPTS, answers, check, recipe, wanted
 
 
+BROKEN_OFF = (
+    "A transfer of weights to it was broken off, and vLLM can begin no other in the same process. Start it anew"
+)
 CPU = torch.device("cpu")
 LIMIT_S = 2.0
 
@@ -210,20 +218,150 @@ def test_a_broken_transfer_is_not_begun_again_in_the_same_process(start, policy)
     """vLLM counts the parts of a layer, and would take those of two transfers for one."""
     run = start()
     broken = run.servers[1]
-    broken_by(lambda: setattr(broken, "_transfer", lambda route, body: (500, {"error": "no"})), broken)
-    run.engine.sync(policy, 1)
-    del broken._transfer
-    broken.log.clear()
-    run.engine.sync(policy, 2)
-    assert posted(broken) == []
-    assert "stays out: a transfer of weights to it was broken off" in run.warnings[-1]
-    assert "Start it anew" in run.warnings[-1]
-    broken.kill()
-    broken.start()
-    run.engine.sync(policy, 3)
+
+    def break_off():
+        broken_by(lambda: setattr(broken, "_transfer", lambda route, body: (500, {"error": "no"})), broken)
+
+    for num_starts in (1, 2):  # each of which is told of once
+        break_off()
+        run.engine.sync(policy, 1)
+        del broken._transfer
+        broken.log.clear()
+        run.engine.sync(policy, 2)
+        run.engine.sync(policy, 3)
+        assert posted(broken) == []
+        assert len(run.warnings) == num_starts
+        assert f"{broken.url} is out: HTTP 500: no. " in run.warnings[-1]
+        assert f". {BROKEN_OFF}" in run.warnings[-1]
+        assert "once it answers" not in run.warnings[-1]
+        broken.kill()
+        broken.start()
+    broken.before = lambda path, body: None
+    run.engine.sync(policy, 4)
     assert "is back" in run.warnings[-1]
     assert broken.held.keys() == run.servers[0].held.keys()
-    assert len(run.links) == 3
+    assert len(run.links) == 4
+    broken.kill()
+    run.engine.sync(policy, 5)
+    assert "It takes part again once it answers" in run.warnings[-1], "no transfer was under way"
+    assert len(run.warnings) == 4
+
+
+def failing_tensors(policy, error: BaseException, at: int = 3) -> Iterator:
+    for i, each in enumerate(checkpoint_weights(policy)):
+        if i == at:
+            raise error
+        yield each
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of the trainer"), KeyboardInterrupt()])
+def test_what_the_trainer_breaks_off_is_told_of_and_not_begun_again(start, policy, monkeypatch, error):
+    run = start()
+    run.engine.sync(policy, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(PolicyWeights, "tensors", lambda weights: failing_tensors(policy, error))
+        with pytest.raises(type(error)):
+            run.engine.sync(policy, 2)
+    assert any(path == "/update_weights" for path, _ in run.servers[0].log)
+    assert [link.aborted for link in run.links] == [True, True]
+    assert len(run.warnings) == 2, "one a server"
+    for server, warning in zip(run.servers, run.warnings, strict=True):
+        assert f"{server.url} is out: the trainer broke the delivery off" in warning
+        assert BROKEN_OFF in warning
+        assert "that are left" not in warning
+        assert server.received is not None, "its update is open"
+        server.log.clear()
+    with pytest.raises(EngineLostError, match="None of the 2 vLLM servers"):
+        run.engine.sync(policy, 3)
+    assert [posted(server) for server in run.servers] == [[], []]
+    assert len(run.warnings) == 2
+    run.servers[0].kill()
+    run.servers[0].start()
+    run.engine.sync(policy, 4)
+    assert "is back" in run.warnings[-1]
+    assert len(run.warnings) == 3
+
+
+def test_a_server_that_refuses_leaves_no_other_in_an_update_that_nobody_knows_of(start, policy):
+    run = start()
+    refusing = run.servers[1]
+    broken_by(lambda: setattr(refusing, "_transfer", lambda route, body: (400, {"error": "no"})), refusing)
+    with pytest.raises(RuntimeError, match="refuses what the run asks for"):
+        run.engine.sync(policy, 1)
+    assert [BROKEN_OFF in warning for warning in run.warnings] == [True, True]
+    assert run.servers[0].url in run.warnings[0]
+
+
+def test_the_trainer_imports_nothing_while_a_server_waits_for_it(start, policy, monkeypatch):
+    """Importing vLLM takes a quarter of a minute, and more from a slow disk."""
+    imported = set()
+    import_ = builtins.__import__
+
+    def slow(name, *args, **kwargs):
+        is_trainer = threading.current_thread().name in ("MainThread", "vllm-servers", "vllm-transfer")
+        if is_trainer and name.startswith("vllm.") and name not in imported:
+            imported.add(name)
+            time.sleep(LIMIT_S + 0.5)
+        return import_(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", slow)
+    run = start(1)
+    while_connecting = set(imported)
+    assert while_connecting
+    run.engine.sync(policy, 1)
+    assert imported == while_connecting
+    assert run.warnings == []
+
+
+def test_vllm_is_imported_with_the_transfer_whole():
+    """All that `NCCLCommunicator` asks for, in a process that has not got it."""
+    code = """if True:
+        import sys, torch
+        from grpo_stage.rollout.engines.vllm_server_transfer import WeightTransfer
+        assert not any(name.startswith("vllm.") for name in sys.modules)
+        WeightTransfer(torch.device("cpu"))
+        before = set(sys.modules)
+        from vllm.distributed.device_communicators.pynccl import PyNcclCommunicator
+        from vllm.distributed.utils import StatelessProcessGroup
+        assert set(sys.modules) == before, set(sys.modules) - before
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+
+
+def test_two_parts_and_a_tensor_are_there_at_a_time(start, monkeypatch):
+    size = vllm_server_transfer.BYTES_OF_A_PART
+    sizes = [40_000, 70_000, 20_000, 10_000, 500_000, 30_000, 90_000, 90_000, 150_000, 160_000, 8_000]
+    run = start(1)
+    alive: dict[int, int] = {}
+    peaks: list[int] = []
+
+    def tracked(tensor):
+        alive[id(tensor)] = tensor.nbytes
+        weakref.finalize(tensor, alive.pop, id(tensor))
+        peaks.append(sum(alive.values()))
+        return tensor
+
+    def tracked_part(tensors, device):
+        part = packed(tensors, device)
+        tracked(part.block)
+        return part
+
+    def tensors():
+        for i, each in enumerate(sizes):
+            yield f"w{i}", tracked(torch.full((each // 4,), float(i)))
+
+    monkeypatch.setattr(vllm_server_transfer, "packed", tracked_part)
+    run.engine._send(tensors(), run.engine._transfer)
+    assert {name: (tensor.nbytes, tensor[0].item()) for name, tensor in run.servers[0].held.items()} == {
+        f"w{i}": (each, float(i)) for i, each in enumerate(sizes)
+    }
+    sent = [body["update_info"] for path, body in run.servers[0].log if path == "/update_weights"]
+    parts = [["w0"], ["w1", "w2", "w3"], ["w4"], ["w5"], ["w6"], ["w7"], ["w8"], ["w9"], ["w10"]]
+    assert [sorted(each["names"]) for each in sent] == parts
+    assert [each["packed_buffer_size_bytes"] for each in sent if len(each["names"]) > 1] == [size]
+    # The two of the largest tensor, and the one that comes after it.
+    assert max(peaks) == 2 * 500_000 + 30_000
+    assert alive == {}
 
 
 def test_a_server_that_was_started_anew_unnoticed_gets_a_new_group(start, policy):

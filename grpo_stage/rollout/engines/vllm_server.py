@@ -86,7 +86,7 @@ def connect(request: EngineRequest) -> "VLLMServers":
         scores_alone=request.device_type == "cpu",
         transfer=(
             WeightTransfer(torch.device("cuda", torch.cuda.current_device()))
-            if keys.vllm_server_transfer == "nccl"
+            if keys.vllm_server_transfer == "nccl" and process_index() == 0
             else None
         ),
     )
@@ -105,7 +105,7 @@ class VLLMServers:
         warn: told of servers that fail or come back.
         scores_alone: whether the servers compute on a CPU: one of vLLM's engines there fails, and ends, over the
             log-probabilities of a prompt under an adapter while it does anything else.
-        transfer: sends whole weights; None where weights are delivered as files.
+        transfer: sends whole weights; None where weights are delivered as files, and by another rank.
         patience: how long a server may be silent.
     """
 
@@ -142,7 +142,8 @@ class VLLMServers:
         self._release = weakref.finalize(self, _release, self._loop, self._folder)
         self._session = self._loop.wait(_new_session())
         clients = [ServerClient(self._session, url, limit_s) for url in urls]
-        self._fleet = Fleet(clients, patience or Patience(), warn)
+        remedy = (lambda url: None) if transfer is None else transfer.remedy
+        self._fleet = Fleet(clients, patience or Patience(), warn, remedy)
 
     def sync(self, policy: torch.nn.Module, version: int) -> None:
         """Deliver the policy to every server that answers; those that were out take part again.
@@ -207,11 +208,18 @@ class VLLMServers:
             instance = await transfer.end(client)
             return Held((await base_model(client, self._wanted.model)).name, instance)
 
+        async def give_up() -> None:
+            fleet.lose(transfer.give_up(), "the trainer broke the delivery off before all weights were sent")
+
         try:
             taking = wait(fleet.each(wait(fleet.willing(greet)), transfer.begin))
             for part in transfer.parts(tensors):
                 taking = wait(fleet.each(taking, functools.partial(transfer.send, part=part)))
+                del part
             fleet.hold(wait(fleet.each(taking, end)))
+        except BaseException:
+            wait(give_up())
+            raise
         finally:
             for _ in tensors:  # which other ranks gather with this one, to the last
                 pass

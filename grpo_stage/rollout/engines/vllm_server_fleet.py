@@ -8,7 +8,7 @@ again. So no request reaches a server that holds another version than the one th
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -67,6 +67,8 @@ class Server:
     """None before the first delivery, and while it is out."""
     is_out: bool = False
     """Whether it has failed and not come back."""
+    told: str | None = None
+    """Why it is out, as it was warned of last; None once it was found well again."""
     tasks: set["asyncio.Task[Any]"] = field(default_factory=set)
     """What is asked of it now."""
 
@@ -92,12 +94,20 @@ class Fleet:
         clients: one a server.
         patience: when a server counts as dead.
         warn: told of each server that fails, or comes back.
+        remedy: what has to be done to a server that fails, by its address; None if it need only answer again.
     """
 
-    def __init__(self, clients: Sequence[ServerClient], patience: Patience, warn: Callable[[str], object]) -> None:
+    def __init__(
+        self,
+        clients: Sequence[ServerClient],
+        patience: Patience,
+        warn: Callable[[str], object],
+        remedy: Callable[[str], str | None] = lambda url: None,
+    ) -> None:
         self.servers = [Server(client) for client in clients]
         self._patience = patience
         self._warn = warn
+        self._remedy = remedy
 
     @property
     def up(self) -> list[Server]:
@@ -200,6 +210,8 @@ class Fleet:
             return client
 
         back = await self.each([server for server in self.servers if server.is_out], greeted)
+        for server in back:
+            server.told = None
         return [server for server in self.servers if not server.is_out or server in back]
 
     async def each(self, servers: Iterable[Server], do: Callable[[ServerClient], Awaitable[T]]) -> dict[Server, T]:
@@ -217,7 +229,9 @@ class Fleet:
                 for server, task in tasks.items():
                     error = None if task.cancelled() else task.exception()
                     if server.is_out and isinstance(error, RefusedError | ValueError):
-                        self._warn(f"The vLLM server {server.url} answers again and stays out: {error}")
+                        if server.told != str(error):
+                            server.told = str(error)
+                            self._warn(f"The vLLM server {server.url} answers again and stays out: {error}")
                     elif (result := self._result(server, task)) is not None:
                         found[server] = result
             finally:
@@ -237,6 +251,14 @@ class Fleet:
                 server.held, server.is_out = held[server], False
         self._left()
 
+    def lose(self, urls: Collection[str], reason: str) -> None:
+        """Take the servers at `urls` out together."""
+        lost = [server for server in self.servers if server.url in urls]
+        for server in lost:
+            server.held = None  # so that none is named as one that is left
+        for server in lost:
+            self._lose(server, reason)
+
     @property
     def holdings(self) -> list[Held | None]:
         """What each server holds."""
@@ -250,14 +272,13 @@ class Fleet:
 
     def _lose(self, server: Server, reason: str) -> None:
         """Take a server out until a later delivery."""
-        if not server.is_out:
-            server.held, server.is_out = None, True
+        if not server.is_out or server.told is None:
+            remedy = self._remedy(server.url)
+            server.held, server.is_out, server.told = None, True, remedy or reason
             left = len(self.up)
             others = f"Its prompts go to the {left} that are left, with the same seeds. " if left else ""
-            self._warn(
-                f"The vLLM server {server.url} is out: {reason}. {others}It takes part again once it answers and has "
-                "taken a version."
-            )
+            again = remedy or "It takes part again once it answers and has taken a version."
+            self._warn(f"The vLLM server {server.url} is out: {reason}. {others}{again}")
         for task in server.tasks:
             task.cancel()
 

@@ -26,10 +26,14 @@ from grpo_stage.rollout.engines.weights import in_parts
 
 
 BYTES_OF_A_PART = 2**28
-"""What is on the trainer's device, and on each of a server's, beside their models at a time."""
+"""Of tensors that are sent as one; a larger tensor is a part by itself."""
 LIMIT_S = 60.0
 """How long a server may take to join, or over one part: a slow network carries this many bytes in seconds."""
 _POLL_S = 0.001
+_START_ANEW = (
+    "A transfer of weights to it was broken off, and vLLM can begin no other in the same process. Start it anew, as "
+    "`grpo-stage serve` says: it takes part again, in this run or in another, after that."
+)
 
 
 class NCCLCommunicator:
@@ -132,16 +136,23 @@ class WeightTransfer:
         connect: Callable[[torch.device], NCCLCommunicator] = NCCLCommunicator,
         limit_s: float = LIMIT_S,
     ) -> None:
+        # What is imported while servers wait to be joined would count as theirs: it takes many seconds.
+        from vllm.distributed.device_communicators import pynccl  # noqa: F401
+        from vllm.distributed.utils import StatelessProcessGroup  # noqa: F401
+
         self._device = device
         self._connect = connect
         self._limit_s = limit_s
         self._links: dict[str, _Link] = {}
-        self._broken: dict[str, str] = {}
-        """By address, the start of each server whose last transfer did not end."""
+        self._begun: dict[str, str] = {}
+        """By address, the start of each server that a transfer has begun to, and not ended."""
 
     def parts(self, tensors: Iterator[tuple[str, torch.Tensor]]) -> Iterator[Part]:
-        """The weights, a part at a time."""
-        return (packed(each, self._device) for each in in_parts(tensors, BYTES_OF_A_PART))
+        """The weights, a part at a time. On the device are two parts and a tensor at most, if each is let go."""
+        for each in in_parts(tensors, BYTES_OF_A_PART):
+            part = packed(each, self._device)
+            yield part
+            del part
 
     async def welcome(self, client: ServerClient) -> None:
         """Have a server that was out answer requests again.
@@ -150,18 +161,27 @@ class WeightTransfer:
             ValueError: if it cannot take weights any more. Of a layer that has come in part, vLLM would take the same
                 part for the rest, and its workers may wait for ever for what was not sent.
         """
-        if self._broken.get(client.url) == await _instance(client):
-            raise ValueError(
-                "a transfer of weights to it was broken off, and vLLM can begin no other in the same process. Start "
-                "it anew, as `grpo-stage serve` says."
-            )
+        if self._begun.get(client.url) == await _instance(client):
+            raise ValueError(_START_ANEW)
+        self._begun.pop(client.url, None)
         await client.resume()
+
+    def remedy(self, url: str) -> str | None:
+        """What has to be done to a server that fails now; None if it need only answer again."""
+        return _START_ANEW if url in self._begun else None
+
+    def give_up(self) -> list[str]:
+        """End what was begun. Returns the servers that can take weights no more."""
+        for url in self._begun:
+            self._forget(url)
+        return list(self._begun)
 
     async def begin(self, client: ServerClient) -> str:
         """Have a server expect parts; it answers no requests until `end`. Returns which start of it that is."""
         await client.pause()
         instance = await _instance(client)
-        async with self._unbroken(client, instance):
+        self._begun[client.url] = instance
+        async with self._unbroken(client.url):
             link = self._links.get(client.url)
             if link is None or link.instance != instance:  # it was started anew
                 self._forget(client.url)
@@ -173,16 +193,18 @@ class WeightTransfer:
     async def send(self, client: ServerClient, part: Part) -> str:
         """Have a server take a part. Returns which start of it that is."""
         link = self._links[client.url]
-        async with self._unbroken(client, link.instance):
+        blocks = [part.block]  # a thread lives a little longer than its work, and is not to keep it for so long
+        async with self._unbroken(client.url):
             taking = client.update_weights(part.description)
-            await self._both(taking, lambda: link.communicator.broadcast(part.block), "take a part of the weights")
+            await self._both(taking, lambda: link.communicator.broadcast(blocks.pop()), "take a part of the weights")
         return link.instance
 
     async def end(self, client: ServerClient) -> str:
         """Have a server answer from what it has taken. Returns which start of it that is."""
         instance = self._links[client.url].instance
-        async with self._unbroken(client, instance):
+        async with self._unbroken(client.url):
             await client.finish_weight_update()
+        del self._begun[client.url]
         await client.reset_prefix_cache()
         await client.resume()
         return instance
@@ -228,13 +250,12 @@ class WeightTransfer:
                     task.exception()  # one of two that failed together is raised above, and asyncio logs the other
 
     @contextlib.asynccontextmanager
-    async def _unbroken(self, client: ServerClient, instance: str) -> AsyncIterator[None]:
-        """The block's failure is the end of the link, and of what the server could be used for."""
+    async def _unbroken(self, url: str) -> AsyncIterator[None]:
+        """The block's failure is the end of the link."""
         try:
             yield
         except BaseException:
-            self._broken[client.url] = instance
-            self._forget(client.url)
+            self._forget(url)
             raise
 
     def _forget(self, url: str) -> None:

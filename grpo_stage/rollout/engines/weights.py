@@ -126,13 +126,13 @@ class WrittenWeights:
 
 
 def in_parts(tensors: Iterator[tuple[str, torch.Tensor]], size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """The tensors in order, about `size` bytes together."""
+    """The tensors in order, up to `size` bytes together, or one tensor that is larger."""
     part: dict[str, torch.Tensor] = {}
     for name, tensor in tensors:
-        part[name] = tensor
-        if sum(each.nbytes for each in part.values()) >= size:
+        if part and tensor.nbytes + sum(each.nbytes for each in part.values()) > size:
             yield part
             part = {}
+        part[name] = tensor
     if part:
         yield part
 
