@@ -172,6 +172,11 @@ def _hints() -> Mapping[str, Any]:
     return hints
 
 
+@cache
+def _specs() -> tuple[dataclasses.Field[Any], ...]:
+    return tuple(spec for cls in ARGUMENT_CLASSES for spec in dataclasses.fields(cls) if spec.init)
+
+
 def known_key_names() -> frozenset[str]:
     """The keys that a recipe may have: those of the host and of this stage."""
     return frozenset(_hints())
@@ -180,9 +185,6 @@ def known_key_names() -> frozenset[str]:
 def effective_defaults() -> dict[str, Any]:
     """The values of keys that are not written, except keys that are derived from others."""
     host_defaults = {
-        spec.name: spec.default_factory() if callable(spec.default_factory) else spec.default
-        for cls in ARGUMENT_CLASSES
-        for spec in dataclasses.fields(cls)
-        if spec.init
+        spec.name: spec.default_factory() if callable(spec.default_factory) else spec.default for spec in _specs()
     }
     return {**host_defaults, **STAGE_DEFAULTS}

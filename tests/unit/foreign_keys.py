@@ -171,7 +171,7 @@ SWIFT: dict[str, list[Any]] = {
     "overlong_filter": [True, False],
     "tau_pos": [1.0, 2.0],
     "tau_neg": [1.05],
-    "sleep_level": [0, 1],
+    "sleep_level": [0, 1, 2],
     "vllm_max_model_len": [4096],
     "rollout_importance_sampling_threshold": [2.0],
     "rollout_importance_sampling_mode": ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"],

@@ -7,8 +7,10 @@ from enum import StrEnum
 from types import SimpleNamespace
 from typing import Any
 
+from grpo_stage.algorithm.catalog import ESTIMATORS, LOSS_TYPES, TERMS
 from grpo_stage.algorithm.combinations import ONLY_WITH
 from grpo_stage.algorithm.conditions import applies
+from grpo_stage.host.evaluation_rules import EVALUATION_RULES, check_best_metric
 from grpo_stage.host.keys import TRL_KEYS
 from grpo_stage.host.parser import effective_defaults, typed
 from grpo_stage.host.rules import is_neutral
@@ -124,6 +126,10 @@ _OTHER_DISTRIBUTION = (
     "it compares probabilities of the trainer and of the engine, and with `top_p`, `top_k`, `min_p` or "
     "`repetition_penalty` the engine samples from another distribution"
 )
+_BEST = (
+    "the best model here is by a reward (`metric_for_best_model: eval_reward`), among evaluations that each have a "
+    "checkpoint (`eval_steps` and `save_steps` are equal)"
+)
 FILES = {
     "deepspeed": "a config of the other system's: name the host's, such as `examples/deepspeed/ds_z2_config.json`",
 }
@@ -139,11 +145,11 @@ OTHER_REWARD_MODEL = (
 )
 
 
-def leave_evaluation(port: "Port") -> None:
+def leave_evaluation(port: "Port", note: str = "there is no evaluation", changes_learning: bool = False) -> None:
     """Leave the keys of evaluations, of TRL's names, in a run that has none."""
     keys = "dataset_test_split do_eval eval_strategy eval_steps eval_on_start"
     keys += " load_best_model_at_end metric_for_best_model greater_is_better"
-    port.leave(keys, "there is no evaluation", False)
+    port.leave(keys, note, changes_learning)
 
 
 def put_cispo_bound(port: "Port") -> None:
@@ -184,6 +190,14 @@ def put_servers(port: "Port", uses_vllm: bool) -> None:
         {"rollout_backend": "vllm_server", "vllm_server_urls": ",".join(map(str, urls))},
         note="start the servers as `grpo-stage serve` says: those of the other system have other routes",
     )
+
+
+def _has_best_metric(values: SimpleNamespace) -> bool:
+    try:
+        check_best_metric(values)
+    except ValueError:
+        return False
+    return True
 
 
 def _several(value: Any) -> list[Any]:
@@ -273,18 +287,98 @@ class Port:
         self._leave_refused()
 
     def _leave_refused(self) -> None:
-        """Leave keys of ours that this stage refuses beside the others, and other systems do not."""
+        """Leave or change keys of ours that this stage refuses beside the others, and other systems do not."""
         try:
             values = effective_defaults() | typed(self.recipe)
         except ValueError:  # a value of another type, which our own check tells of
             return
+        self._fit_model(values)
+        self._fit_advantages(values)
         if not is_neutral(SimpleNamespace(**values)):
-            self._drop([key for key in _COMPARISONS if key in self.recipe], _OTHER_DISTRIBUTION, True, values)
+            self._drop(_COMPARISONS, _OTHER_DISTRIBUTION, True, values)
         while idle := [key for key in self.recipe if not applies(ONLY_WITH.get(key, {}), values)]:
             self._drop(idle, f"`{', '.join(idle)}` would have no effect in this run", False, values)
+        self._fit_whole_completions(values)
+        self._fit_best(values)
+
+    def _fit_model(self, values: dict[str, Any]) -> None:
+        """Have the weights trained, and served by vLLM, in a way that this stage has."""
+        if values["finetuning_type"] == "full":
+            bits = ("quantization_bit", "quantization_method")
+            self._drop(bits, "weights of few bits can only be trained with an adapter", True, values)
+            self._drop(("use_dora",), "it has no effect where all weights are trained", False, values)
+        elif values["sync_ref_model"] and values["ref_model"]:
+            note = "an adapter's weights have no counterpart in another model (`ref_model`) to be mixed with"
+            self._drop(["sync_ref_model"], note, True, values)
+        if values["rollout_backend"] == "hf":
+            return
+        if values["additional_target"]:
+            note = "vLLM serves no modules beside the LoRA layers (`additional_target`)"
+            self._change("rollout_backend", {"rollout_backend": "hf"}, note, False, values)
+            return
+        if values["quantization_bit"] is not None and values["rollout_backend"] == "vllm_server":
+            note = "servers hold the model as its files have it (`quantization_bit`): the device that trains samples"
+            self._change("rollout_backend", {"rollout_backend": "vllm"}, note, False, values)
+        if values["finetuning_type"] == "lora" and values["use_dora"]:
+            note = "vLLM does not serve DoRA: it gets weights with the adapter in them"
+            self._change("use_dora", {"use_dora": True, "vllm_lora": "merged"}, note, False, values)
+        elif values["finetuning_type"] == "lora" and values["vllm_sleep"] == 2:
+            note = "with 2 vLLM would forget the model under the adapter"
+            self._change("vllm_sleep", {"vllm_sleep": 1}, note, False, values)
+
+    def _fit_advantages(self, values: dict[str, Any]) -> None:
+        """Leave a scale that the estimator does not go with, and a level of the ratio that the loss does not have."""
+        estimator = ESTIMATORS.get(values["advantage_estimator"])
+        if estimator is not None and values["scale_rewards"] not in ("auto", *estimator.scales):
+            note = f"it does not go with `{values['advantage_estimator']}` here: {estimator.why_no_other_scale}"
+            self._drop(["scale_rewards"], note, True, values)
+        level = "importance_sampling_level"
+        if values[level] != "token" and not applies(ONLY_WITH[level], values):
+            self._drop([level], f"`loss_type: {values['loss_type']}` weighs tokens one by one here", True, values)
+
+    def _fit_whole_completions(self, values: dict[str, Any]) -> None:
+        """Leave or change what weighs single tokens, where the loss of each is that of its whole completion."""
+        loss = LOSS_TYPES.get(values["loss_type"])
+        if values["importance_sampling_level"] != "sequence" and (loss is None or not loss.tokenwise_remedy):
+            return
+        for term in TERMS:
+            if term.tokenwise_remedy is None or values[term.key] not in term.values:
+                continue
+            note = "tokens are weighed one by one there; here the loss of each is that of its whole completion"
+            if term.key == "rollout_correction":
+                self._change(term.key, {term.key: "sequence"}, f"{note}, and so is its weight", True, values)
+            else:
+                self._drop([term.key], note, True, values)
+
+    def _fit_best(self, values: dict[str, Any]) -> None:
+        """Leave the choice of the best model where this stage has no such."""
+        best = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
+        v = SimpleNamespace(**values)
+        if any(rule.broken(v) for rule in EVALUATION_RULES) or not _has_best_metric(v):
+            self._drop(best, _BEST, True, values)
+
+    def _change(
+        self, key: str, ours: Mapping[str, Any], note: str, changes_learning: bool, values: dict[str, Any]
+    ) -> None:
+        """Give keys of ours other values, here and in `values`, and say so of what wrote `key`."""
+        self.recipe |= ours
+        values |= ours
+        self.lines = [
+            dataclasses.replace(
+                line,
+                fate=line.fate if line.fate is Fate.DEFAULT else Fate.COMPUTED,
+                ours={**line.ours, **ours},
+                note="; ".join(filter(None, (line.note, note))),
+                changes_learning=line.changes_learning or changes_learning,
+            )
+            if key in line.ours
+            else line
+            for line in self.lines
+        ]
 
     def _drop(self, keys: Collection[str], note: str, changes_learning: bool, values: dict[str, Any]) -> None:
         """Take keys of ours back, and their values out of `values`."""
+        keys = [key for key in keys if key in self.recipe]
         for key in keys:
             del self.recipe[key]
             values[key] = effective_defaults()[key]

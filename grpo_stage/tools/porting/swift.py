@@ -151,16 +151,19 @@ def port_swift(source: Mapping[str, Any], known: Collection[str], source_devices
         level, _, how = str(mode).partition("_")
         port.put("rollout_importance_sampling_mode", {"rollout_correction": level, "rollout_correction_mode": how})
     if port.get("scale_rewards") == "gdpo":
-        port.put("scale_rewards", {"advantage_estimator": "gdpo"})
+        is_both = port.get("advantage_estimator", "grpo") != "grpo"
+        note = "the one of the two that this stage takes is `gdpo`" if is_both else ""
+        port.put(
+            "scale_rewards advantage_estimator", {"advantage_estimator": "gdpo"}, note=note, changes_learning=is_both
+        )
     _objective(port)
     _evaluation(port)
-    names = port.get("reward_funcs", [])
-    weights = port.get("reward_weights")
+    models = _several(port.get("reward_model"))  # the last of the functions there
     rewards.port_rewards(
         port,
-        [names] if isinstance(names, str) else list(names),
-        None if weights is None else [weights] if isinstance(weights, int | float) else list(weights),
-        rewards.SWIFT,
+        [*_several(port.get("reward_funcs")), *models],
+        _several(port.get("reward_weights")) or None,
+        {**rewards.SWIFT, **dict.fromkeys(models, "it is a reward model")},
         lambda name: None,
     )
     if isinstance(report := port.get("report_to"), list):
@@ -200,6 +203,13 @@ def _evaluation(port: Port) -> None:
     """There is one if rows are held out; if nothing else is said, at each checkpoint."""
     share = float(port.get("split_dataset_ratio", 0.0))
     how = str(port.get("eval_strategy", port.get("save_strategy", "steps")))
+    if port.has("val_dataset") and how != "no":
+        note = "describe it in `dataset_dir`, and name it as `eval_dataset`"
+        port.leave("val_dataset", note, True)
+        port.leave("split_dataset_ratio", "it has no effect beside `val_dataset`", False)
+        leave_evaluation(port, "there is no evaluation until `val_dataset` is an `eval_dataset`: write it then", True)
+        return
+    port.leave("val_dataset", "there is no evaluation", False)
     if share == 0 or how == "no":
         port.leave("split_dataset_ratio", "no rows are held out in a run without an evaluation", share > 0)
         leave_evaluation(port)
@@ -229,6 +239,10 @@ def _dataset(port: Port) -> None:
         "holds what a dataset_info.json would",
         changes_learning=True,
     )
+
+
+def _several(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list) else [value]
 
 
 def _typed(value: Any) -> Any:

@@ -154,9 +154,6 @@ def _model(port: Port) -> None:
             "it has no effect without `use_peft`",
             False,
         )
-        for key in ("load_in_4bit", "load_in_8bit"):
-            if port.get(key, False):
-                port.leave(key, "weights of few bits can only be trained with an adapter (`use_peft`)", True)
     else:
         port.put("use_peft", {"finetuning_type": "lora"})
         port.default("lora_r", {"lora_rank": 16}, "TRL's default")
@@ -259,10 +256,11 @@ def _rewards(port: Port) -> None:
         port.leave("reward_model_name_or_path", OTHER_REWARD_MODEL, True)
     if names is None and model is None:
         names = ["accuracy", "format", "tag_count"]
-    if names is None:
-        return
-    names = [names] if isinstance(names, str) else list(names)
-    rewards.port_rewards(port, names, port.get("reward_weights"), {**rewards.OPEN_R1, **rewards.TRL}, _path_of)
+    names = [names] if isinstance(names, str) else list(names or [])
+    table: dict[str, rewards.Same | str] = {**rewards.OPEN_R1, **rewards.TRL}
+    if model is not None:  # which is the first of the functions there
+        names, table = [model, *names], table | {model: "it is the reward model"}
+    rewards.port_rewards(port, names, port.get("reward_weights"), table, _path_of)
 
 
 def _path_of(name: str) -> str | None:

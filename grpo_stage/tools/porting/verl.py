@@ -4,6 +4,7 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
+from grpo_stage.algorithm.catalog import ESTIMATORS
 from grpo_stage.tools.porting import batch, rewards
 from grpo_stage.tools.porting.port import IN_REWARD, Entry, Fate, Port
 
@@ -194,11 +195,14 @@ class _Nested:
 
     def _resampling(self) -> None:
         """The most rollouts for a batch; ours counts those after the first."""
+        filters = any(map(self.port.get, ("algorithm.filter_groups.enable", "algorithm.online_filtering")))
         for key in ("algorithm.filter_groups.max_num_gen_batches", "trainer.max_try_make_batch"):
             if (most := int(self.port.get(key, 0))) > 0:
                 ours = {"max_resample_times": max(1, most - 1)}
                 self.port.put(key, ours, note="the first rollout is counted there", changes_learning=most == 1)
-            self.port.leave(key, "no limit there; `max_resample_times` is one here", True)
+            if filters:
+                self.port.leave(key, "no limit there; `max_resample_times` is one here", True)
+            self.port.leave(key, "it has no effect without a filter of groups", False)
 
     def _objective(self) -> None:
         port, actor = self.port, self.actor
@@ -212,10 +216,16 @@ class _Nested:
             note = f"this stage has no `{estimator}`, and takes its own default, `grpo`"
             fate = Fate.LEFT if port.has("algorithm.adv_estimator") else Fate.DEFAULT
             port.put("algorithm.adv_estimator", {}, fate, note, True)
-        if port.get("algorithm.norm_adv_by_std_in_grpo", True) is False:
-            port.put("algorithm.norm_adv_by_std_in_grpo", {"scale_rewards": "none"})
+        divides = "algorithm.norm_adv_by_std_in_grpo"
+        if is_known and "group" not in ESTIMATORS[ours].scales:
+            port.leave(divides, f"it has no effect with `{estimator}`", False)
+        elif port.get(divides, True) is False:
+            port.put(divides, {"scale_rewards": "none"})
+        elif ours == "passk":
+            fate = Fate.COMPUTED if port.has(divides) else Fate.DEFAULT
+            port.put(divides, {"scale_rewards": "group"}, fate, "it is divided there as well")
         else:
-            port.put("algorithm.norm_adv_by_std_in_grpo", {}, Fate.TAKEN, "what `scale_rewards: auto` does")
+            port.put(divides, {}, Fate.TAKEN, "what `scale_rewards: auto` does")
         self._loss()
         self._kl()
         for theirs, key in (("clip_ratio_low", "epsilon"), ("clip_ratio_high", "epsilon_high")):
