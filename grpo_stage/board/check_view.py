@@ -39,11 +39,14 @@ def problems_view(problems: Sequence[Mapping[str, Any]], place_of: PlaceOf, lang
 def check_view(found: Mapping[str, Any], language: str) -> str:
     """A recipe without problems: what its run will do, and what was found beside it."""
     is_sound = not (found["rewards"] or {}).keys() & {"error"} and not (found["rewards"] or {}).get("findings")
+    is_sound &= not found["findings"]
     is_sound &= (found["memory"] or {}).get("fits", "error" not in (found["memory"] or {}))
     kind, head = ("grpo-good", "check_sound") if is_sound else ("grpo-bad", "check_marked")
     parts = [f'<p class="{kind}">{escape(message(head, language))}</p>']
     parts.append(_list(arithmetic_in_words(found["arithmetic"], language)))
-    parts.append(_noted("check_findings", [*found["findings"], *found["warnings"]], language))
+    if found["findings"] or found["warnings"]:
+        parts.append(f"<p><b>{escape(message('check_findings', language))}</b></p>")
+    parts += [_list(found["findings"], "grpo-bad"), _list(found["warnings"])]
     parts.append(_folded(message("check_prompts", language), "".join(_prompts(found["prompts"], language)), True))
     parts.append(_heading("check_rewards", language) + rewards_view(found["rewards"], language))
     parts.append(_heading("check_memory", language) + memory_view(found["memory"], language))

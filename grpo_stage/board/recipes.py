@@ -122,8 +122,8 @@ def _differences(made: Mapping[str, Any], wanted: Mapping[str, Any], effective: 
         for key, value in wanted.items()
         if (typed_made[key] != value if key in typed_made else key not in needless or needless[key] != value)
     }
-    # The folder of a run is not the recipe's to take away: its field has one, or is empty and asks for one.
-    ours = {key: value for key, value in typed_made.items() if key not in wanted and key != "output_dir"}
+    # These are not the recipe's to take away: their fields are empty then, and what a user chooses there counts.
+    ours = {k: value for k, value in typed_made.items() if k not in wanted and k not in ("output_dir", "dataset")}
     not_its = [key for key, value in ours.items() if value != effective.get(key)]
     return {**own, **dict.fromkeys(not_its)}
 

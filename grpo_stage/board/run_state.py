@@ -67,14 +67,14 @@ def state_of(folder: Path, progress: Mapping[str, Any], process: TrainingProcess
         return _live(noted, progress, process)
     name = noted.get("activity")
     error, log = str(noted.get("error") or ""), str(noted.get("log") or "")
+    error = "" if error == _BY_ABORT else error
     if process is not None and process.returncode and not process.was_aborted and name != "stopped":
         return RunState(
             kind="failed", error=error or _last_words(process.errors), log=process.errors or log, checkpoint=checkpoint
         )
     if process is not None and process.was_aborted and not _is_done(progress):
-        return RunState(kind="stopped", checkpoint=checkpoint)
+        return RunState(kind="stopped", error=error, log=log, checkpoint=checkpoint)
     if name in _ENDS:
-        error = "" if error == _BY_ABORT else error
         return RunState(kind=name, error=error, log=log, checkpoint=checkpoint)
     if name is not None or (folder / LOCK_FILE).exists():
         return RunState(kind="killed", doing=str(name or ""), checkpoint=checkpoint)
@@ -100,7 +100,7 @@ def _live(noted: Mapping[str, Any], progress: Mapping[str, Any], process: Traini
         since = process.started if process is not None else None
         kind = "running" if progress and process is None else "preparing"
     elif process is not None and name in _ENDS:  # it has said so, and its process still ends
-        kind = "saving"
+        kind = "saving" if name == "finished" else "stopping"
     if process is not None and process.was_aborted:
         kind = "stopping"
     is_new = name is None or name in _ENDS

@@ -32,6 +32,7 @@ from gradio.context import Context, LocalContext
 from llamafactory.extras.constants import RUNNING_LOG
 from llamafactory.webui.common import DEFAULT_SAVE_DIR, get_save_dir
 
+from grpo_stage.algorithm.catalog import ESTIMATORS
 from grpo_stage.algorithm.conditions import as_lines
 from grpo_stage.board.asked import whole_numbers
 from grpo_stage.board.devices import Devices
@@ -44,7 +45,7 @@ from grpo_stage.board.run_list import runs_below
 from grpo_stage.board.run_state import LIVE, log_of, state_of
 from grpo_stage.board.runner import GRPORunner
 from grpo_stage.host.recovery import RECOVERIES_FILE
-from grpo_stage.monitors.dead_groups import ALL_RIGHT
+from grpo_stage.monitors.dead_groups import ALL_RIGHT, SOLVED
 from grpo_stage.records.completion_groups import CompletionGroups
 from grpo_stage.records.completions import COMPLETIONS_FILE
 from grpo_stage.records.run_files import ALARMS_FILE, LOG_FILE, AlarmLines, MetricCurves
@@ -62,6 +63,9 @@ _KEPT_RUNS = 32
 _READING_S = 0.2
 """A large file is read in several answers, so that each comes soon."""
 _SILENT_LINES = 3
+_RISE_LINES, _RISE_ERRORS = 12, 2.5
+"""From how many log lines, and standard errors, a change of the reward is told. 4 % of runs without one have that at
+12 lines, 2 % at 50; with 2 errors it would be 8 % and 5 %, and 18 % at 5 lines."""
 _NOT_AT_FIRST = (
     "Length of those that ended",
     "Weight of old samples",
@@ -191,7 +195,7 @@ class RunView:
             "is_chosen": bool(page.chosen),
             "is_own": self._is_own(page),
             "state": self._state(run, page),
-            "faults": [*_faults(run, lang), *_silence(run.curves, lang)],
+            "faults": [*_faults(run, lang), *_silence(run, lang)],
             "recoveries": _recoveries(run.folder),
             "is_reading": not run.is_read,
         }
@@ -352,24 +356,32 @@ def _faults(run: _Run, lang: str) -> list[str]:
     return [*unreadable, *damaged]
 
 
-def _silence(curves: MetricCurves, lang: str) -> list[str]:
+def _silence(run: _Run, lang: str) -> list[str]:
     """A word on a run in whose last log lines nothing could be learned, long before an alarm may be sure."""
-    silent, right = (curves.history.series(name).values for name in ("frac_reward_zero_std", ALL_RIGHT))
+    silent, right = (run.curves.history.series(name).values for name in ("frac_reward_zero_std", ALL_RIGHT))
     pairs = zip(reversed(silent), reversed(right), strict=False)
-    count = sum(1 for _ in takewhile(lambda pair: pair[0] == 1 and pair[1] < 1, pairs))
-    return [message("silence", lang, count=count)] if count >= _SILENT_LINES else []
+    count = sum(1 for _ in takewhile(lambda pair: pair[0] == 1 and pair[1] < SOLVED, pairs))
+    return [message("silence", lang, count=count)] if count >= _SILENT_LINES and _needs_differences(run) else []
+
+
+def _needs_differences(run: _Run) -> bool:
+    """Whether a group of equal rewards is known to teach this run nothing."""
+    settings = run.settings()
+    estimator = ESTIMATORS.get(settings.values.get("advantage_estimator", "grpo"))
+    is_zero = estimator is not None and estimator.ties_are_zero and not settings.values.get("kl_in_reward")
+    return bool(settings.sources) and is_zero
 
 
 def _rise(rewards: Sequence[float]) -> dict[str, Any] | None:
     """The mean reward at the start and at the end, and if they differ by more than chance; None of a short run."""
-    count = min(len(rewards) // 4, 20)
-    if count == 0:
+    if len(rewards) < _RISE_LINES:
         return None
+    count = min(len(rewards) // 4, 20)
     first, last = fmean(rewards[:count]), fmean(rewards[-count:])
     noise = float(
         np.std(np.diff(rewards))
     )  # of a difference of two lines, as that of the means is of two times `count`
-    is_clear = abs(last - first) > 2 * noise / math.sqrt(count)
+    is_clear = abs(last - first) > _RISE_ERRORS * noise / math.sqrt(count)
     return {
         "first": first,
         "last": last,

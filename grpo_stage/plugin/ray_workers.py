@@ -49,9 +49,11 @@ class RunEnded(Exception):
 
 
 def is_in_one() -> bool:
-    """Whether this process is a worker of Ray's."""
+    """Whether this process is a worker that the host has started, and not one of a program that itself uses Ray."""
+    from llamafactory.extras.misc import is_env_enabled
+
     ray = sys.modules.get("ray")
-    return ray is not None and bool(ray.is_initialized())
+    return is_env_enabled("USE_RAY") and ray is not None and bool(ray.is_initialized())
 
 
 def end(exit_code: Any) -> None:
@@ -82,10 +84,12 @@ def launching(wrapped: Callable[..., Any], instance: Any, args: Any, kwargs: Any
         return wrapped(*args, **kwargs)
     except RunEnded as ended:
         raise SystemExit(128 + launch.asked[0] if launch.asked else ended.exit_code) from None
-    except RayActorError:
+    except RayActorError as error:
         if not launch.asked:
             raise
-        raise SystemExit(128 + launch.asked[0]) from None  # a worker that does not train yet ends at once
+        # A worker that does not train yet ends at once; another one may have been ended while it saved.
+        print(f"A worker ended after the stop. {error}", file=sys.stderr)
+        raise SystemExit(128 + launch.asked[0]) from None
     finally:
         _launch.reset(token)
 
@@ -114,19 +118,19 @@ def _stop_workers(signum: int) -> None:
 def _terminate_workers() -> bool:
     """Send SIGTERM to the workers, wherever Ray runs them; False if there are none."""
     import ray
+    from ray._private.state import actors  # the public `list_actors` needs the dashboard, which a cluster may lack
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-    from ray.util.state import list_actors
 
-    job = ray.get_runtime_context().get_job_id()
-    workers = list_actors(filters=[("job_id", "=", job), ("class_name", "=", "Worker"), ("state", "=", "ALIVE")])
+    own = {"JobID": ray.get_runtime_context().get_job_id(), "ActorClassName": "Worker", "State": "ALIVE"}
     pids: dict[str, list[int]] = {}
-    for worker in workers:
-        pids.setdefault(worker.node_id, []).append(worker.pid)
+    for actor in actors().values():
+        if own.items() <= actor.items():
+            pids.setdefault(actor["Address"]["NodeID"], []).append(actor["Pid"])
     # All of a machine at once: the first one has the others stop as well, and a later signal finds a run at its end.
     terminate = ray.remote(num_cpus=0)(_terminate)
     places = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in pids}
-    ray.get([terminate.options(scheduling_strategy=places[node]).remote(own) for node, own in pids.items()])
-    return bool(workers)
+    ray.get([terminate.options(scheduling_strategy=places[node]).remote(each) for node, each in pids.items()])
+    return bool(pids)
 
 
 def _terminate(pids: list[int]) -> None:

@@ -196,6 +196,7 @@ def test_a_check_shows_what_it_knows_so_far(board: Board, monkeypatch: pytest.Mo
 
 def test_what_is_red_below_is_told_first(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:
     fits, fine = MEMORY | {"fits": True}, CHECKED["rewards"] | {"findings": []}
+    sound = CHECKED | {"findings": [], "rewards": fine, "memory": fits}
     for rewards, memory, is_sound in (
         (fine, fits, True),
         (None, None, True),  # to come
@@ -204,9 +205,14 @@ def test_what_is_red_below_is_told_first(board: Board, monkeypatch: pytest.Monke
         ({"error": "x"}, fits, False),
         (fine, {"error": "x"}, False),
     ):
-        states = [ToolState(1, CHECKED | {"rewards": rewards, "memory": memory}, is_done=True)]
+        states = [ToolState(1, sound | {"rewards": rewards, "memory": memory}, is_done=True)]
         (said,) = shown(board, monkeypatch, states)
         assert said.startswith("A run would start: press" if is_sound else "A run would start, but see first")
+    finding = '<li class="grpo-bad">rows are left out</li>'
+    for changes, begin in (({"findings": ["rows are left out"]}, "grpo-bad"), ({"warnings": ["slow"]}, "grpo-good")):
+        said = check_view(sound | changes, "en")
+        assert said.startswith(f'<p class="{begin}">')
+        assert (finding in said) == ("findings" in changes)
 
 
 def test_a_probe_says_how_far_it_is(board: Board, monkeypatch: pytest.MonkeyPatch) -> None:

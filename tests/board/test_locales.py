@@ -6,6 +6,7 @@ from string import Formatter
 from typing import Any, get_args
 
 import pytest
+from llamafactory.webui.locales import LOCALES
 
 from grpo_stage.board.fields import BASICS, FORM_FIELDS
 from grpo_stage.board.locales import LANGUAGES, add_texts, definition, message, texts
@@ -137,6 +138,12 @@ def test_every_chart_and_section_has_its_text() -> None:
     assert set(texts("en")["view"]["charts"]) == titles
     assert all(name == text for name, text in texts("en")["view"]["charts"].items())
     assert texts("en")["view"]["hints"].keys() <= titles
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_hint_names_the_field_as_the_form_does(language: str) -> None:
+    label = LOCALES["max_new_tokens"][language]["label"]
+    assert label in texts(language)["view"]["hints"]["Truncated completions"]
 
 
 def test_the_script_asks_for_texts_that_are_there() -> None:

@@ -250,6 +250,17 @@ def test_a_recipe_without_a_folder_runs_in_the_form_s(board: Board) -> None:
             board.runner._parse_train_args({**data, extra: f'{{"output_dir": {value}}}'})
 
 
+def test_a_dataset_that_is_chosen_for_a_game_after_the_import_is_used(board: Board) -> None:
+    """The import compares with a form that trains on the game's rounds, which the recipe does not name."""
+    recipe = load(REPOSITORY / "yaml_examples" / "quickstart.yaml")
+    del recipe["dataset"]
+    form = import_recipe(board.runner, recipe | {"environment": "textarena:GuessTheNumber-v0"})
+    data = {**board.data(), **form}
+    assert board.runner._parse_train_args(data)["dataset"] == "textarena:GuessTheNumber-v0"
+    chosen = {**data, board.manager.get_elem_by_id("train.dataset"): ["addition"]}
+    assert board.runner._parse_train_args(chosen)["dataset"] == "addition"
+
+
 def test_no_model_is_said_to_lack_instructions_that_takes_its_own_template(board: Board) -> None:
     from llamafactory.webui.components import top
 

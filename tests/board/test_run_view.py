@@ -1,5 +1,6 @@
 """The view of a run, without a browser: what its script is answered, and which files are read for it."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
 import pytest
 
 from grpo_stage.board import run_view
@@ -21,6 +23,7 @@ from grpo_stage.board.run_view import RunView, _is_saved, locate, note_typed
 from grpo_stage.board.segments import segments
 from grpo_stage.board.tables import literal, table
 from grpo_stage.records.activity import ACTIVITY_FILE
+from grpo_stage.records.run_record import RUN_FILE
 from grpo_stage.survival.run_lock import LOCK_FILE
 from tests.report_runs import completion, write_lines
 
@@ -64,16 +67,36 @@ def curves(answer: dict[str, Any]) -> dict[str, dict[str, list[tuple[float, floa
 def test_a_run_that_learns_nothing_says_so_at_once(look: Look) -> None:
     taught, silent, solved = (
         {"frac_reward_zero_std": equal, "completions/frac_groups_all_right": right}
-        for equal, right in ((0, 0), (1, 0), (1, 1))
+        for equal, right in ((0, 0), (1, 0), (1, 15 / 16))
     )
-    said = []
-    for lines in ([taught, silent, silent], [taught, *[silent] * 4], [*[silent] * 4, solved]):
-        folder = FOLDER.with_name(f"silent{len(said)}")
+
+    def said(*lines: Any, **recipe: Any) -> list[str]:
+        folder = FOLDER.with_name(f"silent{next(numbers)}")
         write_run(folder, lines)
-        said.append(look(folder=folder)["faults"])
-    assert said[0] == said[2] == []
-    (text,) = said[1]
-    assert text.startswith("In the last 4 log lines all answers to each prompt earned the same reward")
+        if recipe:
+            (folder / RUN_FILE).write_text(json.dumps({"recipe": recipe}))
+        found: list[str] = look(folder=folder)["faults"]
+        return found
+
+    numbers = itertools.count()
+    for recipe in ({"stage": "grpo"}, {"advantage_estimator": "rloo"}, {"kl_in_reward": False}):
+        (text,) = said(taught, *[silent] * 4, **recipe)
+        assert text.startswith("In the last 4 log lines all answers to each prompt earned the same reward")
+    assert said(taught, silent, silent, stage="grpo") == []
+    # The policy knows its task, but for one prompt.
+    assert said(*[silent] * 4, solved, stage="grpo") == said(*[solved] * 4, stage="grpo") == []
+    # Such groups have advantages there, or may have: it is not known.
+    assert said(*[silent] * 4, advantage_estimator="remax") == said(*[silent] * 4, kl_in_reward=True) == []
+    assert said(*[silent] * 4) == []
+
+
+@pytest.mark.parametrize("num_lines", [4, 8, 11, 12, 16, 24, 50])
+def test_noise_is_no_rise(num_lines: int) -> None:
+    """Of a run that learns nothing, in less than 5 %."""
+    generator = np.random.default_rng(num_lines)
+    for runs in (generator.normal(size=(2000, num_lines)), generator.binomial(8, 0.5, size=(2000, num_lines)) / 8):
+        found = [run_view._rise(rewards) for rewards in runs.tolist()]
+        assert sum(each is not None and each["way"] != "same" for each in found) < 0.05 * len(found)
 
 
 def test_a_rise_is_told_from_chance() -> None:
@@ -89,7 +112,8 @@ def test_a_rise_is_told_from_chance() -> None:
         assert (found["way"], found["count"]) == (way, 10)
         assert found["first"] == pytest.approx(sum(rewards[:10]) / 10)
         assert found["last"] == pytest.approx(sum(rewards[-10:]) / 10)
-    assert run_view._rise([0.1, 0.2, 0.9]) is None
+    assert run_view._rise([0.1, 0.2, 0.9] * 3 + [0.9, 0.9]) is None
+    assert run_view._rise([0.1, 0.2, 0.9] * 4) is not None
 
 
 def test_the_answer_holds_only_what_has_changed(look: Look) -> None:
@@ -328,8 +352,9 @@ def test_the_state_of_a_run_of_this_board() -> None:
         note(FOLDER, activity)
         assert state(running).kind == kind
     assert state(Process(was_aborted=True)).kind == "stopping"
-    note(FOLDER, "finished")  # it has said so, and ends
-    assert state(running).kind == "saving"
+    for activity, kind in (("failed", "stopping"), ("stopped", "stopping"), ("finished", "saving")):
+        note(FOLDER, activity)  # it has said so, and ends
+        assert state(running).kind == kind
     refused = state(Process(1, "Traceback\n  x\nValueError: `beta` is -1.\n"))
     assert (refused.kind, refused.error) == ("failed", "ValueError: `beta` is -1.")
     note(FOLDER, "failed", error="`beta` is -1.", log="where")
@@ -337,7 +362,10 @@ def test_the_state_of_a_run_of_this_board() -> None:
     (FOLDER / "checkpoint-3").mkdir()
     note(FOLDER, "stopped", error="stopped by SIGABRT")
     stopped = state(Process(134, was_aborted=True), {"current_steps": 3, "total_steps": 9}.items())
-    assert (stopped.kind, stopped.checkpoint) == ("stopped", "checkpoint-3")
+    assert (stopped.kind, stopped.checkpoint, stopped.error) == ("stopped", "checkpoint-3", "")
+    note(FOLDER, "failed", error="No space left on device")  # while it saved
+    stopped = state(Process(1, was_aborted=True), {"current_steps": 3, "total_steps": 9}.items())
+    assert (stopped.kind, stopped.error) == ("stopped", "No space left on device")
     for said, shown in (("stopped by SIGABRT", ""), ("stopped by SIGTERM", "stopped by SIGTERM")):
         note(FOLDER, "stopped", error=said)
         assert state_of(FOLDER, {}, None).error == shown

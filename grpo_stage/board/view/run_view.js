@@ -202,7 +202,7 @@ function showState() {
   else if (state.kind === "finished") {
     const { first, last, count, way } = state.rise ?? {};
     doing = [way && t(`reward_${way}`, { first: shown(first, ""), last: shown(last, ""), count }), t("talk_to_it", { folder: state.folder })].filter(Boolean).join(" ");
-  } else if (state.kind === "stopped") doing = [state.error && `${state.error}.`, state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
+  } else if (state.kind === "stopped") doing = [state.error.replace(/[^.]$/, "$&."), state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint")].filter(Boolean).join(" ");
   else if (state.kind === "killed") doing = state.checkpoint ? t("goes_on_from", { checkpoint: state.checkpoint }) : t("no_checkpoint");
   put(parts.doing, doing);
   parts.doing.hidden = !doing;
