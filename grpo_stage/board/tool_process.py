@@ -22,11 +22,20 @@ from typing import Any
 
 import yaml
 
+import grpo_stage
+
 
 POLL_INTERVAL_S = 0.5
 CONFIG = "{config}"
 """Stands in the words of a command for the file of the recipe."""
+PATIENCE_S = 600
+"""With a process that is to fork: its first imports from a slow network folder may take minutes."""
 _PROGRAM = "grpo_stage.tools.warm"
+_PACKAGE = Path(grpo_stage.__file__).parent
+_NOT_STARTED = (
+    f"{_PROGRAM}, which would have started it, has ended, or has not answered for {PATIENCE_S} s and was ended. The "
+    "Board's terminal may say why. Try again: a new one is started."
+)
 _NO_RESULT = (
     "`grpo-stage {command}` has ended without a result. If no error stands below, the system has ended it, as it does "
     "where memory is short.\n\n{said}"
@@ -51,30 +60,58 @@ class WarmProcess:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._requests = socket.socket()
+        self._installed = 0
         self._lock = threading.Lock()
 
-    def start(self) -> socket.socket:
-        """Start it unless it runs. Returns at once: what is sent to the socket waits until it is warm."""
+    def start(self) -> None:
+        """Start it unless it runs with the code that is installed. Returns at once: requests wait until it is warm."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._requests.close()
-                self._requests, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-                with its_end:
-                    self._process = subprocess.Popen([sys.executable, "-m", _PROGRAM], stdin=its_end.fileno())
-            return self._requests
+            self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        installed = _last_installation()
+        if self._process is None or self._process.poll() is not None or self._installed != installed:
+            self.close()
+            self._requests, its_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with its_end:
+                self._process = subprocess.Popen([sys.executable, "-m", _PROGRAM], stdin=its_end.fileno())
+            self._installed = installed
+        return self._process
+
+    def close(self) -> None:
+        """Let it end once it has started what it was asked for."""
+        self._requests.close()
+
+    def _give_up(self, process: subprocess.Popen[bytes]) -> None:
+        """End it at once. It may take its time for that, too, so that nobody waits for it."""
+        with self._lock:
+            process.kill()
+            if self._process is process:
+                self._process = None
 
     def run(self, words: Sequence[str], errors: Path) -> Generator[None, None, None]:
         """Run a command, and yield every now and then while it runs; closing the iterator ends its process."""
         channel, its_end = socket.socketpair()
         with channel:
-            with its_end, errors.open("wb") as file:
-                request = json.dumps(words).encode()
-                socket.send_fds(self.start(), [request], [file.fileno(), its_end.fileno()])
-            while not _is_ready(channel.fileno()):
-                yield
-            pid = channel.recv(20)
+            with its_end, errors.open("wb") as file, tempfile.TemporaryFile("w+", encoding="utf-8") as request:
+                json.dump({"words": words, "environment": dict(os.environ), "folder": os.getcwd()}, request)
+                request.seek(0)
+                with self._lock:
+                    warm = self._start()
+                    socket.send_fds(self._requests, [b"."], [request.fileno(), file.fileno(), its_end.fileno()])
+            pid = b""
+            deadline = time.monotonic() + PATIENCE_S
+            try:
+                while time.monotonic() < deadline:
+                    if _is_ready(channel.fileno()):
+                        pid = channel.recv(20)
+                        break
+                    yield
+            finally:
+                if not pid:
+                    self._give_up(warm)
         if not pid:
-            errors.write_text(f"{_PROGRAM}, which would have started it, has ended: the Board's terminal says why.")
+            errors.write_text(_NOT_STARTED)
             return
         with suppress(ProcessLookupError):  # it has ended
             process = os.pidfd_open(int(pid))
@@ -84,12 +121,20 @@ class WarmProcess:
             finally:
                 with suppress(ProcessLookupError):
                     signal.pidfd_send_signal(process, signal.SIGTERM)  # its reward workers end with the process
-                select.select([process], [], [])
+                _is_ready(process, None)
                 os.close(process)
 
 
-def _is_ready(descriptor: int) -> bool:
-    return bool(select.select([descriptor], [], [], POLL_INTERVAL_S)[0])
+def _is_ready(descriptor: int, timeout_s: float | None = POLL_INTERVAL_S) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(None if timeout_s is None else timeout_s * 1000))
+
+
+def _last_installation() -> int:
+    """When a package was last installed, or a file of this one changed, on the clock of the file system."""
+    installed = [path for path in map(Path, sys.path) if path.name in ("site-packages", "dist-packages")]
+    return max(path.stat().st_mtime_ns for path in (*installed, *_PACKAGE.rglob("*.py")))
 
 
 WARM = WarmProcess()
