@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grpo_stage.rewards.code import harness
+from grpo_stage.rewards.code import harness, sandbox
 from grpo_stage.rewards.code.cases import InputTests, Tests
 from grpo_stage.rewards.code.grading import Grade, Graders, Grading
 from grpo_stage.rewards.code.sandbox import FIRST_UID, NUM_UIDS, Limits, check_sandbox
@@ -252,3 +252,18 @@ def test_a_sandbox_that_does_not_hold_is_refused(fake_bwrap: Callable[[str], Non
     fake_bwrap(f'while [ "$1" != -I ]; do python=$1; shift; done; exec "$python" -I -S {harness.__file__}')
     said = refusal()
     assert "it does not hold: a program in it could " in said
+
+
+def test_checks_of_several_processes_do_not_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    users = set()
+
+    def start(kind: str, slot: int, *more: object, **others: object) -> None:
+        users.add(slot % NUM_UIDS)
+        raise sandbox.SandboxError("only its user is asked for")
+
+    monkeypatch.setattr(sandbox, "Session", start)
+    for pid in (4_000, 4_001):
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        with pytest.raises(ValueError, match="only its user is asked for"):
+            check_sandbox("bwrap")
+    assert len(users) == 2

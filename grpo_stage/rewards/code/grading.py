@@ -13,7 +13,7 @@ from typing import Any
 from grpo_stage.rewards.code import harness
 from grpo_stage.rewards.code.cases import AssertionTests, CallTests, InputTests, Tests, asked_names
 from grpo_stage.rewards.code.comparison import same_output, same_value
-from grpo_stage.rewards.code.sandbox import SLACK_S, Limits, Session
+from grpo_stage.rewards.code.sandbox import SLACK_S, Limits, Session, first_slot
 from grpo_stage.rewards.workers.processes import STOP_SIGNALS
 
 
@@ -165,7 +165,7 @@ class Graders:
     def slots() -> range:
         """The numbers of this process's sandboxes: as many as it has cores."""
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        first = os.getpid() * 64
+        first = first_slot()
         return range(first, first + max(1, len(os.sched_getaffinity(0)) // processes_here))
 
     def _ready_threads(self) -> ThreadPoolExecutor:
