@@ -108,7 +108,7 @@ def _stop_workers(signum: int) -> None:
     """Have the workers stop; where there are none yet, or they cannot be reached, end this process."""
     try:
         are_told = _terminate_workers()
-    except Exception:
+    except Exception:  # whatever Ray fails with: nobody waits for this thread, and the stop has to end the run
         traceback.print_exc()
         are_told = False
     if not are_told:

@@ -18,6 +18,7 @@ from grpo_stage.board import run_view
 from grpo_stage.board.devices import Device, gpus_of
 from grpo_stage.board.page_state import this_page
 from grpo_stage.board.remedy import with_settings
+from grpo_stage.board.rise import rise_of
 from grpo_stage.board.run_state import state_of
 from grpo_stage.board.run_view import RunView, _is_saved, locate, note_typed
 from grpo_stage.board.segments import segments
@@ -95,7 +96,7 @@ def test_noise_is_no_rise(num_lines: int) -> None:
     """Of a run that learns nothing, in less than 5 %."""
     generator = np.random.default_rng(num_lines)
     for runs in (generator.normal(size=(2000, num_lines)), generator.binomial(8, 0.5, size=(2000, num_lines)) / 8):
-        found = [run_view._rise(rewards) for rewards in runs.tolist()]
+        found = [rise_of(rewards) for rewards in runs.tolist()]
         assert sum(each is not None and each["way"] != "same" for each in found) < 0.05 * len(found)
 
 
@@ -107,13 +108,13 @@ def test_a_rise_is_told_from_chance() -> None:
         "same": [0.5 + step / 10000 + each for step, each in enumerate(noise)],
     }
     for way, rewards in ways.items():
-        found = run_view._rise(rewards)
+        found = rise_of(rewards)
         assert found is not None
         assert (found["way"], found["count"]) == (way, 10)
         assert found["first"] == pytest.approx(sum(rewards[:10]) / 10)
         assert found["last"] == pytest.approx(sum(rewards[-10:]) / 10)
-    assert run_view._rise([0.1, 0.2, 0.9] * 3 + [0.9, 0.9]) is None
-    assert run_view._rise([0.1, 0.2, 0.9] * 4) is not None
+    assert rise_of([0.1, 0.2, 0.9] * 3 + [0.9, 0.9]) is None
+    assert rise_of([0.1, 0.2, 0.9] * 4) is not None
 
 
 def test_the_answer_holds_only_what_has_changed(look: Look) -> None:
