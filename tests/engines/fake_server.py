@@ -4,7 +4,7 @@ import hashlib
 import json
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -248,3 +248,13 @@ def _digest(folder: Path) -> str:
 
 def _error(status: int, message: str) -> tuple[int, Any]:
     return status, {"error": {"message": message, "code": status}}
+
+
+def end_of(engine: Any, servers: Sequence[FakeServer]) -> None:
+    """Close the engine, which frozen servers would keep waiting, and end them."""
+    for server in servers:
+        server.thaw()
+    engine.close()
+    for server in servers:
+        with suppress(OSError):
+            server.kill()

@@ -19,7 +19,7 @@ from grpo_stage.rollout.engines.vllm_server_check import Wanted, check_servers
 from grpo_stage.rollout.engines.vllm_server_fleet import Patience
 from grpo_stage.types import AheadEngine, EngineLostError, Prompt, ReplicatedEngine
 
-from .fake_server import FakeServer
+from .fake_server import FakeServer, end_of
 
 
 MODEL = "a/model"
@@ -58,12 +58,7 @@ class Run:
         )
 
     def end(self) -> None:
-        for server in self.servers:
-            server.thaw()
-        self.engine.close()
-        for server in self.servers:
-            with contextlib.suppress(OSError):
-                server.kill()
+        end_of(self.engine, self.servers)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from grpo_stage.rollout.engines.weights import PolicyWeights, checkpoint_weights
 from grpo_stage.types import EngineLostError
 
 from . import gloo_transfer
-from .fake_server import TRANSFER_ROUTES, FakeServer
+from .fake_server import TRANSFER_ROUTES, FakeServer, end_of
 from .gloo_transfer import GlooCommunicator
 from .test_vllm_server_faults import MODEL, PROMPTS, answers, check, recipe, wanted
 
@@ -76,12 +76,7 @@ class Run:
         return self.links[-1]
 
     def end(self) -> None:
-        for server in self.servers:
-            server.thaw()
-        self.engine.close()
-        for server in self.servers:
-            with contextlib.suppress(OSError):
-                server.kill()
+        end_of(self.engine, self.servers)
 
 
 @pytest.fixture
